@@ -1,0 +1,46 @@
+"""``python -m umfa``: what umfa is on this machine, and whether it computes the right thing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import umfa
+from umfa.cli import demo, env
+
+# What a shell reports for a program ended by Ctrl-C: 128 + SIGINT.
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; each command's module holds its work."""
+    root = argparse.ArgumentParser(
+        prog="python -m umfa",
+        description="Without a command: show the backends of this machine, run attention on the "
+        "shape of FLUX.1 at 512 x 512 pixels, and compare it with a float64 reference. "
+        "The exit status is 0 only if they agree.",
+    )
+    root.add_argument("--version", action="version", version=f"umfa {umfa.__version__}")
+    root.set_defaults(run=lambda _: demo.run())
+    commands = root.add_subparsers(title="commands", metavar="command")
+
+    description = "Everything about this installation that a bug report needs, and no personal data"
+    report = commands.add_parser("env", help="report for a bug report", description=description)
+    report.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    report.set_defaults(run=lambda arguments: env.run(as_json=arguments.json))
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""The errors of umfa, spelled the same everywhere: ``[function] what; got …; expected …``."""
+
+from __future__ import annotations
+
+from ._ext import UnsupportedError
+
+__all__ = ["UnsupportedError", "message"]
+
+
+def message(function: str, what: str, got: object, expected: str) -> str:
+    """The text of an error; `got` is the offending value."""
+    return f"[{function}] {what}; got {got}; expected {expected}"

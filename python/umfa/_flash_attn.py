@@ -1,0 +1,278 @@
+"""flash-attn 2's functions, with its names, order and defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _ext
+from ._errors import UnsupportedError, message
+from ._frameworks import framework_of
+from ._options import WindowSize, make_options
+
+
+def flash_attn_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
+
+    Memory beyond inputs and output is independent of both sequence lengths. Results are the same
+    bits on every call, whatever the number of threads.
+
+    Parameters
+    ----------
+    q : tensor, shape (batch, seqlen_q, nheads, head_dim)
+        Query: float32, float16 or bfloat16 (ml_dtypes' under numpy), any strides, of torch, numpy,
+        jax, mlx or any library that speaks DLPack. ``head_dim`` from 1 to 512.
+    k : tensor, shape (batch, seqlen_kv, nheads_kv, head_dim)
+        Key, same dtype and framework. ``nheads`` is a multiple of ``nheads_kv``; query head ``h``
+        reads key head ``h // (nheads // nheads_kv)``.
+    v : tensor, shape (batch, seqlen_kv, nheads_kv, head_dim_v)
+        Value, same dtype and framework. ``head_dim_v`` may differ from ``head_dim``.
+    dropout_p : float
+        Only 0 for now; a larger probability raises `UnsupportedError`.
+    softmax_scale : float, optional
+        Factor on the scores; ``head_dim ** -0.5`` if None.
+    causal : bool
+        Query ``i`` sees the keys ``j <= i + seqlen_kv - seqlen_q`` (aligned at the bottom right).
+    window_size : (int, int)
+        ``(left, right)``: query ``i`` sees the keys ``j`` with ``p - left <= j <= p + right``,
+        where ``p = i + seqlen_kv - seqlen_q``; -1 is unbounded. ``causal`` makes ``right`` 0.
+    softcap : float
+        If above 0, scores become ``softcap * tanh(score / softcap)`` before masking.
+    alibi_slopes : tensor, shape (nheads,) or (batch, nheads), optional
+        float32; adds ``-slope * |i + seqlen_kv - seqlen_q - j|`` to the scores (Press et al. 2022).
+    deterministic : bool
+        Accepted for compatibility: every result is deterministic.
+    return_attn_probs : bool
+        Also return the log-sum-exp of the scores.
+
+    Returns
+    -------
+    out : tensor, shape (batch, seqlen_q, nheads, head_dim_v)
+        In the dtype and framework of `q`. A query that sees no key gets 0.
+    softmax_lse : tensor, shape (batch, nheads, seqlen_q), float32
+        Only with `return_attn_probs`: natural log of the sum of ``exp(score)``; -inf for a query
+        that sees no key (flash-attn 2 writes +inf there).
+    S_dmask : None
+        Only with `return_attn_probs`: present so that three results can be unpacked.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is wrong; the message holds the offending value.
+    umfa.UnsupportedError
+        The call is sound but not implemented yet: gradients (tensors that require grad, traced
+        arrays), dropout, float64 and float8, ``head_dim`` above 512.
+
+    Notes
+    -----
+    Online softmax over key tiles: Milakov & Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022
+    (arXiv:2205.14135).
+    """
+    return _attention(
+        "umfa.flash_attn_func",
+        {"q": q, "k": k, "v": v},
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` on query, key and value stacked in one tensor.
+
+    Parameters
+    ----------
+    qkv : tensor, shape (batch, seqlen, 3, nheads, head_dim)
+        Read in place (jax copies the slices).
+
+    Everything else, results and errors included, is as in `flash_attn_func`.
+    """
+    function = "umfa.flash_attn_qkvpacked_func"
+    _check_packed(function, "qkv", qkv, 3, "(batch, seqlen, 3, nheads, head_dim)")
+    return _attention(
+        function,
+        {"qkv[:, :, 0]": qkv[:, :, 0], "qkv[:, :, 1]": qkv[:, :, 1], "qkv[:, :, 2]": qkv[:, :, 2]},
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_kvpacked_func(
+    q: Any,
+    kv: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` on key and value stacked in one tensor.
+
+    Parameters
+    ----------
+    q : tensor, shape (batch, seqlen_q, nheads, head_dim)
+    kv : tensor, shape (batch, seqlen_kv, 2, nheads_kv, head_dim)
+        Read in place (jax copies the slices).
+
+    Everything else, results and errors included, is as in `flash_attn_func`.
+    """
+    function = "umfa.flash_attn_kvpacked_func"
+    _check_packed(function, "kv", kv, 2, "(batch, seqlen_kv, 2, nheads_kv, head_dim)")
+    return _attention(
+        function,
+        {"q": q, "kv[:, :, 0]": kv[:, :, 0], "kv[:, :, 1]": kv[:, :, 1]},
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def can_run(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> tuple[bool, str]:
+    """Whether `flash_attn_func` would accept these arguments, and if not, why.
+
+    Asks the same code that routes the call; computes nothing and raises nothing that
+    `flash_attn_func` would raise about its arguments.
+
+    Returns
+    -------
+    (bool, str)
+        ``(True, "")``, or False and the reason.
+    """
+    function = "umfa.can_run"
+    try:
+        framework = framework_of(function, **_present(q=q, k=k, v=v, alibi_slopes=alibi_slopes))
+        options = make_options(
+            function,
+            ("q", "k", "v"),
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            deterministic,
+            return_attn_probs,
+        )
+        return _ext.attention_can_run(
+            options,
+            framework.export(q, function, "q"),
+            framework.export(k, function, "k"),
+            framework.export(v, function, "v"),
+            None
+            if alibi_slopes is None
+            else framework.export(alibi_slopes, function, "alibi_slopes"),
+        )
+    except (ValueError, TypeError, UnsupportedError) as error:
+        return False, str(error)
+
+
+def _present(**tensors: Any) -> dict[str, Any]:
+    if tensors["alibi_slopes"] is None:
+        del tensors["alibi_slopes"]
+    return tensors
+
+
+def _check_packed(function: str, name: str, packed: Any, count: int, layout: str) -> None:
+    framework_of(function, **{name: packed})
+    shape = tuple(getattr(packed, "shape", ()))
+    if len(shape) != 5 or shape[2] != count:
+        raise ValueError(message(function, f"{name} has the wrong shape", shape, layout))
+
+
+def _attention(
+    function: str,
+    tensors: dict[str, Any],
+    dropout_p: Any,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    deterministic: Any,
+    return_attn_probs: Any,
+) -> Any:
+    """Every public function ends here. `tensors`: query, key, value under the caller's names."""
+    framework = framework_of(
+        function, **tensors, **({} if alibi_slopes is None else {"alibi_slopes": alibi_slopes})
+    )
+    query_name, key_name, value_name = tensors
+    options = make_options(
+        function,
+        (query_name, key_name, value_name),
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        deterministic,
+        return_attn_probs,
+    )
+
+    def compute(query: Any, key: Any, value: Any, *slopes: Any) -> tuple[Any, ...]:
+        def allocate(shape: tuple[int, ...], is_lse: bool) -> tuple[Any, Any]:
+            return framework.allocate(query, shape, "float32" if is_lse else None)
+
+        out, lse = _ext.attention_forward(
+            options,
+            framework.export(query, function, query_name),
+            framework.export(key, function, key_name),
+            framework.export(value, function, value_name),
+            framework.export(slopes[0], function, "alibi_slopes") if slopes else None,
+            allocate,
+        )
+        return (framework.finish(out), *(() if lse is None else (framework.finish(lse),)))
+
+    slopes = () if alibi_slopes is None else (alibi_slopes,)
+    results = framework.call(compute, function, *tensors.values(), *slopes)
+    return (results[0], results[1], None) if len(results) == 2 else results[0]

@@ -1,0 +1,83 @@
+"""Which framework a tensor belongs to. No framework is imported before the caller has done so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from .._errors import message
+
+
+class Framework(Protocol):
+    """What umfa needs to know about one framework's tensors. Each module here is one."""
+
+    def export(self, tensor: Any, function: str, argument: str) -> Any:
+        """A DLPack object on the tensor's memory; raises if reading it would not be right."""
+
+    def allocate(self, like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
+        """(DLPack object to write to, handle for `finish`); dtype None: that of `like`."""
+
+    def finish(self, handle: Any) -> Any:
+        """The caller's tensor, once the memory has been written."""
+
+    def call(self, compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
+        """compute(*tensors), so that the framework's autograd notices."""
+
+
+# Module of the tensor class -> class; jax tracers are jax.Array too.
+_CLASSES = {"torch": "Tensor", "jax": "Array", "mlx.core": "array"}
+_MODULES = {"torch": "torch", "jax": "jax", "mlx.core": "mlx"}
+
+
+def _name_of(tensor: Any) -> str | None:
+    if isinstance(tensor, np.ndarray):
+        return "numpy"
+    for module, class_name in _CLASSES.items():
+        loaded = sys.modules.get(module)
+        # getattr: a module that is still being imported has no class yet.
+        if loaded is not None and isinstance(tensor, getattr(loaded, class_name, ())):
+            return _MODULES[module]
+    return "dlpack" if hasattr(type(tensor), "__dlpack__") else None
+
+
+def framework_of(function: str, **tensors: Any) -> Framework:
+    """The one framework that all `tensors` belong to.
+
+    Raises
+    ------
+    TypeError
+        An argument is no tensor, or they come from different frameworks.
+    """
+    first_name = first_argument = None
+    for argument, tensor in tensors.items():
+        name = _name_of(tensor)
+        if name is None:
+            raise TypeError(
+                message(
+                    function,
+                    f"{argument} is not a tensor",
+                    _short(tensor),
+                    "a tensor of torch, numpy, jax, mlx or any DLPack library",
+                )
+            )
+        if first_name is None:
+            first_name, first_argument = name, argument
+        elif name != first_name:
+            raise TypeError(
+                message(
+                    function,
+                    f"frameworks differ: {first_argument} is of {first_name}, {argument} of {name}",
+                    _short(tensor),
+                    f"a tensor of {first_name}",
+                )
+            )
+    return cast(Framework, import_module(f"{__name__}._{first_name}"))
+
+
+def _short(value: object) -> str:
+    text = repr(value) if value is None or isinstance(value, (str, int, float)) else ""
+    return text[:60] or f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,47 @@
+"""jax arrays, called eagerly (outside jit, grad and vmap)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from .. import _ext
+from .._errors import UnsupportedError, message
+
+
+def export(tensor: Any, function: str, argument: str) -> Any:
+    if isinstance(tensor, jax.core.Tracer):
+        raise UnsupportedError(
+            message(
+                function,
+                f"{argument} is being traced by jax.jit, grad or vmap",
+                f"a {type(tensor).__name__}",
+                "a concrete array; call it outside the transform",
+            )
+        )
+    if len(tensor.devices()) != 1:
+        raise UnsupportedError(
+            message(
+                function,
+                f"{argument} is spread over several devices",
+                sorted(str(device) for device in tensor.devices()),
+                "an array on one device",
+            )
+        )
+    return tensor.block_until_ready()
+
+
+def allocate(like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
+    # jax arrays are immutable: the result is written outside and taken over without a copy.
+    memory = _ext.empty(shape, like.dtype.name if dtype is None else dtype)
+    return memory, memory
+
+
+def finish(handle: Any) -> Any:
+    return jax.dlpack.from_dlpack(handle)
+
+
+def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
+    return compute(*tensors)

@@ -1,0 +1,66 @@
+"""numpy arrays; bfloat16 through ml_dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .. import _ext
+from .._errors import UnsupportedError, message
+
+_EXPECTED = "float32, float16 or ml_dtypes.bfloat16"
+
+
+def export(tensor: Any, function: str, argument: str) -> Any:
+    dtype = tensor.dtype
+    if isinstance(tensor, np.ma.MaskedArray):
+        raise TypeError(
+            message(
+                function,
+                f"{argument} is a masked array, whose mask would be ignored",
+                "numpy.ma.MaskedArray",
+                "a plain array",
+            )
+        )
+    if not dtype.isnative:
+        raise TypeError(
+            message(function, f"{argument} is not in native byte order", dtype.str, _EXPECTED)
+        )
+    # Types registered by ml_dtypes have kind 'V' and refuse DLPack.
+    if dtype.kind == "V" and dtype.name == "bfloat16":
+        return _ext.as_bfloat16(tensor.view(np.uint16), tensor)
+    if dtype.kind == "V" and dtype.name.startswith("float"):
+        raise UnsupportedError(
+            message(function, f"{argument} has the wrong dtype", dtype.name, _EXPECTED)
+        )
+    if dtype.kind not in "fiubc" or dtype.itemsize > 16:
+        raise TypeError(message(function, f"{argument} has the wrong dtype", dtype, _EXPECTED))
+    if dtype.kind == "f" and dtype.itemsize == 16:  # longdouble has no DLPack code
+        raise UnsupportedError(
+            message(function, f"{argument} has the wrong dtype", dtype, _EXPECTED)
+        )
+    if any(stride % dtype.itemsize for stride in tensor.strides):
+        raise ValueError(
+            message(
+                function,
+                f"{argument} has strides that are no multiple of its element size",
+                f"strides {tensor.strides} in bytes of {dtype}",
+                "an array of whole elements; make a copy",
+            )
+        )
+    return tensor
+
+
+def allocate(like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
+    array = np.empty(shape, like.dtype if dtype is None else dtype)
+    return export(array, "umfa", "out"), array
+
+
+def finish(handle: Any) -> Any:
+    return handle
+
+
+def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
+    return compute(*tensors)

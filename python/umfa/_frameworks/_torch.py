@@ -1,0 +1,80 @@
+"""torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from .._errors import UnsupportedError, message
+
+
+def export(tensor: Any, function: str, argument: str) -> Any:
+    _check_plain(tensor, function, argument)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            message(
+                function,
+                f"{argument} requires grad, and the backward pass is not implemented yet",
+                "requires_grad=True",
+                "a call under torch.no_grad(), or tensors that do not require grad",
+            )
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise UnsupportedError(
+            message(
+                function,
+                f"{argument} carries a forward-mode tangent, which would be lost",
+                "a dual tensor",
+                "a tensor without tangent",
+            )
+        )
+    # Lazily negated or conjugated views export the memory without the minus sign.
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _check_plain(tensor: Any, function: str, argument: str) -> None:
+    """Refuses tensors that stand for something else than one strided block of memory."""
+    plain = "a plain strided tensor"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise UnsupportedError(
+            message(
+                function,
+                f"{argument} is inside a torch.func transform",
+                "a functorch tensor",
+                plain,
+            )
+        )
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise UnsupportedError(
+            message(
+                function,
+                f"{argument} is a tensor subclass without memory of its own",
+                f"{type(tensor).__module__}.{type(tensor).__qualname__}",
+                plain,
+            )
+        )
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        got = tensor.dtype if tensor.is_quantized else tensor.layout
+        raise UnsupportedError(message(function, f"{argument} is not a dense tensor", got, plain))
+    if tensor.device.type == "meta":
+        raise ValueError(
+            message(function, f"{argument} has no data", "device meta", "a tensor on cpu or mps")
+        )
+
+
+def allocate(like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
+    tensor = torch.empty(
+        shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device
+    )
+    return tensor, tensor
+
+
+def finish(handle: Any) -> Any:
+    return handle
+
+
+def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
+    return compute(*tensors)

@@ -1,0 +1,95 @@
+"""Python values of options, brought to the types the core takes. Ranges are the core's business."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from . import _ext
+from ._errors import message
+
+WindowSize: TypeAlias = tuple[int, int] | Sequence[int]
+
+
+def _number(function: str, name: str, value: Any) -> float:
+    # A tensor is refused even when it holds one number: its gradient would be lost unseen.
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(message(function, f"{name} is not a number", repr(value), "a float"))
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            message(function, f"{name} is out of range", value, "a finite float")
+        ) from None
+
+
+def _flag(function: str, name: str, value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise TypeError(message(function, f"{name} is not a bool", repr(value), "True or False"))
+
+
+def _window(function: str, window_size: Any) -> tuple[int, int]:
+    try:
+        left, right = window_size
+        if isinstance(left, (bool, np.bool_)) or isinstance(right, (bool, np.bool_)):
+            raise TypeError
+        sides = operator.index(left), operator.index(right)
+    except (TypeError, ValueError):
+        raise TypeError(
+            message(
+                function,
+                "window_size is not a pair of integers",
+                repr(window_size),
+                "(left, right), -1 meaning unbounded",
+            )
+        ) from None
+    for side, width in zip(("left", "right"), sides, strict=True):
+        if not -(2**63) <= width < 2**63:
+            raise ValueError(
+                message(
+                    function,
+                    f"window_size {side} does not fit 64 bits",
+                    width,
+                    "-1 (unbounded) or a number of keys",
+                )
+            )
+    return sides
+
+
+def make_options(
+    function: str,
+    names: tuple[str, str, str],
+    dropout_p: Any,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    deterministic: Any,
+    return_attn_probs: Any,
+    backend: str = "auto",
+) -> _ext.Options:
+    """The options of one call; raises TypeError or ValueError naming the offending value.
+
+    `names`: the caller's spelling of query, key and value, for the core's messages.
+    """
+    left, right = _window(function, window_size)
+    _flag(function, "deterministic", deterministic)  # every result is; nothing to switch
+    return _ext.Options(
+        function,
+        names,
+        causal=_flag(function, "causal", causal),
+        softmax_scale=(
+            None if softmax_scale is None else _number(function, "softmax_scale", softmax_scale)
+        ),
+        window_left=left,
+        window_right=right,
+        softcap=_number(function, "softcap", softcap),
+        dropout_p=_number(function, "dropout_p", dropout_p),
+        return_lse=_flag(function, "return_attn_probs", return_attn_probs),
+        backend=backend,
+    )

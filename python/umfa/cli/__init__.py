@@ -1,0 +1,1 @@
+"""The commands of ``python -m umfa``, one module each."""

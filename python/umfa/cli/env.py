@@ -1,0 +1,268 @@
+"""``python -m umfa env``: the facts about this installation that a bug report needs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+from rich.markup import escape
+
+import umfa
+from umfa import _ext
+from umfa.cli import terminal
+
+T = TypeVar("T")
+
+# Asked for their version only. Importing them could take seconds, or fail, which may be the bug.
+PACKAGES = (
+    "nanobind-backend",
+    "numpy",
+    "ml_dtypes",
+    "torch",
+    "jax",
+    "mlx",
+    "transformers",
+    "diffusers",
+)
+
+
+class Umfa(TypedDict):
+    """This package."""
+
+    version: str
+    library: str
+    compiler: str
+
+
+class Python(TypedDict):
+    """The interpreter."""
+
+    implementation: str
+    version: str
+
+
+class System(TypedDict):
+    """The operating system; ``macos`` is None elsewhere."""
+
+    system: str
+    release: str
+    machine: str
+    libc: str | None
+    macos: str | None
+
+
+class Isa(TypedDict):
+    """One set of CPU kernels in the library, and whether this CPU can run it."""
+
+    name: str
+    usable: bool
+
+
+class Cpu(TypedDict):
+    """The CPU, and how umfa uses it; ``isa`` and ``threads`` are None if that is a problem."""
+
+    model: str
+    cores: int
+    features: list[str]
+    isa: str | None
+    isas: list[Isa]
+    threads: int | None
+
+
+class Backend(TypedDict):
+    """One backend; ``reason`` says why it is not available."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+class Report(TypedDict):
+    """All of it, as ``env --json`` prints it."""
+
+    umfa: Umfa
+    python: Python
+    platform: System
+    cpu: Cpu
+    backends: list[Backend]
+    environment: dict[str, str]
+    packages: dict[str, str]
+    problems: list[str]  # what umfa refuses to work with, such as a mistyped environment variable
+
+
+def tidy(text: str) -> str:
+    """Take the user's name out of paths: ``site-packages/...`` where that says it, else ``~``."""
+    for key in ("platlib", "purelib"):
+        folder = Path(sysconfig.get_path(key))
+        for spelling in {str(folder), str(folder.resolve())}:
+            text = text.replace(spelling + os.sep, folder.name + os.sep)
+    home = os.path.expanduser("~")
+    if len(home) > 1:  # "/" is the home of some container users
+        text = text.replace(home, "~")
+    # Someone else's home: under sudo, or with HOME set to a scratch folder.
+    return re.sub(r"/(home|Users)/[^/:]+", "~", text)
+
+
+def cpu_model() -> str:
+    """Return the CPU's marketing name, or its architecture where the system does not tell."""
+    name = ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        if sys.platform == "darwin":
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+        else:
+            text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+            found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+            name = found[1] if found else ""
+    return name.strip() or platform.machine()
+
+
+def cores() -> int:
+    """Count the logical cores that this process may run on."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of those of `PACKAGES` that are installed."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def environment() -> dict[str, str]:
+    """Return the environment variables that umfa reads."""
+    return {
+        name: tidy(value)
+        for name, value in sorted(os.environ.items())
+        if name.startswith("UMFA_") or name == "OMP_NUM_THREADS"
+    }
+
+
+def collect() -> Report:
+    """Gather the report; a value that umfa cannot tell goes to ``problems``."""
+    problems = []
+
+    def attempt(ask: Callable[[], T]) -> T | None:
+        try:
+            return ask()
+        except ValueError as error:
+            problems.append(tidy(str(error)))
+            return None
+
+    libc = " ".join(platform.libc_ver()).strip()
+    return {
+        "umfa": {
+            "version": umfa.__version__,
+            "library": tidy(umfa.get_library()),
+            "compiler": _ext.compiler(),
+        },
+        "python": {
+            "implementation": platform.python_implementation(),
+            "version": platform.python_version(),
+        },
+        "platform": {
+            "system": platform.system(),
+            "release": platform.release(),
+            "machine": platform.machine(),
+            "libc": libc or None,
+            "macos": platform.mac_ver()[0] or None,
+        },
+        "cpu": {
+            "model": cpu_model(),
+            "cores": cores(),
+            "features": list(_ext.cpu_features()),
+            "isa": attempt(_ext.cpu_isa),
+            "isas": [{"name": name, "usable": usable} for name, usable in _ext.cpu_isas()],
+            "threads": attempt(umfa.get_num_threads),
+        },
+        "backends": [
+            {"name": backend.name, "available": backend.available, "reason": tidy(backend.reason)}
+            for backend in umfa.backends()
+        ],
+        "environment": environment(),
+        "packages": packages(),
+        "problems": problems,
+    }
+
+
+def backend_rows(report: Report) -> dict[str, str]:
+    """One row a backend: available, or why not."""
+    rows = {}
+    for backend in report["backends"]:
+        if backend["available"]:
+            text = "[green]available[/]"
+        else:
+            text = f"[yellow]not available[/]: {escape(backend['reason'])}"
+        rows[f"{backend['name']} backend"] = text
+    return rows
+
+
+def cpu_rows(report: Report) -> dict[str, str]:
+    """The CPU, the kernels in use and the threads."""
+    cpu = report["cpu"]
+    others = [
+        isa["name"] + ("" if isa["usable"] else " (not on this CPU)")
+        for isa in cpu["isas"]
+        if isa["name"] != cpu["isa"]
+    ]
+    also = f", also built: {', '.join(others)}" if others else ""
+    return {
+        "CPU": escape(cpu["model"]),
+        "CPU features": escape(" ".join(cpu["features"]) or "none that umfa uses"),
+        "CPU kernels": escape(f"{cpu['isa'] or 'none'} in use{also}"),
+        "threads": f"{cpu['threads'] or 'none'} of {cpu['cores']} cores",
+    }
+
+
+def problem_rows(report: Report) -> dict[str, str]:
+    """Nothing, if all is well."""
+    problems = report["problems"]
+    return {"problem": f"[red]{escape(chr(10).join(problems))}[/]"} if problems else {}
+
+
+def rows(report: Report) -> dict[str, str]:
+    """The whole report for a reader."""
+    about, python, system = report["umfa"], report["python"], report["platform"]
+    name = f"macOS {system['macos']}" if system["macos"] else system["system"]
+    parts = [name, system["release"], system["machine"], system["libc"] or ""]
+    return {
+        "umfa": escape(about["version"]),
+        "library": escape(about["library"]),
+        "compiler": escape(about["compiler"]),
+        "Python": escape(f"{python['implementation']} {python['version']}"),
+        "platform": escape(" ".join(part for part in parts if part)),
+        **cpu_rows(report),
+        **backend_rows(report),
+        "environment": escape(
+            "\n".join(f"{key}={value}" for key, value in report["environment"].items())
+            or "no UMFA_* variable, no OMP_NUM_THREADS"
+        ),
+        "packages": escape("\n".join(f"{key} {v}" for key, v in report["packages"].items())),
+        **problem_rows(report),
+    }
+
+
+def run(*, as_json: bool = False) -> int:
+    """Print the report."""
+    report = collect()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        terminal.print_rows(terminal.console(), rows(report))
+    return 0

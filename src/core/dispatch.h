@@ -1,0 +1,27 @@
+// Routing: which backend carries a Problem out, and why not.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/export.h"
+#include "core/problem.h"
+
+namespace umfa {
+
+/// "auto", "cpu" or "metal".
+UMFA_CORE_API Verdict can_run(const Problem& problem, std::string_view backend);
+
+/// Computes out (and lse, if attached). Throws `Error` with can_run's reason when no backend can.
+UMFA_CORE_API void forward(const Problem& problem, std::string_view backend);
+
+struct BackendInfo {
+    std::string name;
+    bool available;
+    std::string reason;  // why not; empty when available
+};
+UMFA_CORE_API std::vector<BackendInfo> backends();
+
+}  // namespace umfa

@@ -1,0 +1,120 @@
+#include "core/dlpack_view.h"
+
+#include <string>
+
+#include "core/error.h"
+
+namespace umfa {
+namespace {
+
+// Codes from the DLPack specification; those above kDLBool are younger than many headers.
+constexpr int code_float8_e4m3fn = 10, code_float8_e5m2 = 12;
+
+std::string dlpack_dtype_text(const DLDataType& dtype) {
+    static constexpr const char* names[] = {"int",    "uint",    "float", "opaque",
+                                            "bfloat", "complex", "bool"};
+    std::string text;
+    if (dtype.code <= 6)
+        text = names[dtype.code];
+    else
+        text.append("dlpack_code").append(std::to_string(dtype.code)).append("_");
+    if (dtype.code != 6) text += std::to_string(dtype.bits);
+    if (dtype.lanes != 1) text += "x" + std::to_string(dtype.lanes);
+    return text;
+}
+
+std::string dlpack_device_text(const DLDevice& device) {
+    const int type = static_cast<int>(device.device_type);
+    switch (type) {
+        case 2: return "cuda:" + std::to_string(device.device_id);
+        case 7: return "vulkan:" + std::to_string(device.device_id);
+        case 10: return "rocm:" + std::to_string(device.device_id);
+        default:
+            return "DLPack device type " + std::to_string(type) + ", id " +
+                   std::to_string(device.device_id);
+    }
+}
+
+DType dtype_of(const DLDataType& dtype, std::string_view function, std::string_view argument) {
+    if (dtype.lanes == 1) {
+        switch (dtype.code) {
+            case kDLFloat:
+                if (dtype.bits == 32) return DType::f32;
+                if (dtype.bits == 16) return DType::f16;
+                if (dtype.bits == 64) return DType::f64;
+                break;
+            case kDLBfloat:
+                if (dtype.bits == 16) return DType::bf16;
+                break;
+            case kDLInt:
+                if (dtype.bits == 4) return DType::i4;
+                if (dtype.bits == 8) return DType::i8;
+                if (dtype.bits == 32) return DType::i32;
+                if (dtype.bits == 64) return DType::i64;
+                break;
+            case kDLUInt:
+                if (dtype.bits == 8) return DType::u8;
+                break;
+            case kDLBool:
+                if (dtype.bits == 8) return DType::b8;
+                break;
+            case code_float8_e4m3fn: return DType::f8e4m3;
+            case code_float8_e5m2: return DType::f8e5m2;
+            default: break;
+        }
+    }
+    fail(ErrorKind::type, function, std::string(argument) + " has a dtype that umfa does not know",
+         dlpack_dtype_text(dtype), "float32, float16 or bfloat16");
+}
+
+}  // namespace
+
+TensorView view_of(const DLTensor& tensor, bool read_only, std::string_view function,
+                   std::string_view argument) {
+    TensorView view;
+    switch (static_cast<int>(tensor.device.device_type)) {
+        case kDLCPU: view.device = Device::cpu; break;
+        case kDLMetal: view.device = Device::metal; break;
+        default:
+            fail(ErrorKind::value, function, std::string(argument) + " is on a device umfa cannot read",
+                 dlpack_device_text(tensor.device), "cpu or metal");
+    }
+    view.dtype = dtype_of(tensor.dtype, function, argument);
+    if (tensor.ndim < 0 || tensor.ndim > TensorView::max_ndim)
+        fail(ErrorKind::value, function, std::string(argument) + " has too many dimensions",
+             std::to_string(tensor.ndim), "at most " + std::to_string(TensorView::max_ndim));
+    if (tensor.ndim > 0 && tensor.shape == nullptr)
+        fail(ErrorKind::value, function, std::string(argument) + " has no shape", "NULL",
+             "an array of " + std::to_string(tensor.ndim) + " sizes");
+    view.data = tensor.data;
+    view.byte_offset = tensor.byte_offset;
+    view.ndim = tensor.ndim;
+    view.device_id = tensor.device.device_id;
+    view.read_only = read_only;
+    int64_t compact = 1;
+    for (int i = tensor.ndim - 1; i >= 0; --i) {
+        view.shape[i] = tensor.shape[i];
+        view.strides[i] = tensor.strides ? tensor.strides[i] : compact;
+        if (tensor.shape[i] < 0 || __builtin_mul_overflow(compact, tensor.shape[i], &compact))
+            fail(ErrorKind::value, function, std::string(argument) + " has an impossible shape",
+                 "size " + std::to_string(tensor.shape[i]) + " in dimension " + std::to_string(i),
+                 "sizes >= 0 whose product fits 64 bits");
+    }
+    return view;
+}
+
+std::string shape_text(const TensorView& view) {
+    std::string text = "(";
+    for (int i = 0; i < view.ndim; ++i) {
+        if (i) text += ", ";
+        text += std::to_string(view.shape[i]);
+    }
+    if (view.ndim == 1) text += ",";
+    return text + ")";
+}
+
+std::string device_text(const TensorView& view) {
+    return view.device == Device::cpu ? "cpu" : "metal:" + std::to_string(view.device_id);
+}
+
+}  // namespace umfa

@@ -1,0 +1,352 @@
+#include "core/problem.h"
+
+#include <cmath>
+
+#include "core/error.h"
+
+namespace umfa {
+namespace {
+
+struct Checker {
+    std::string_view function;
+
+    [[noreturn]] void value(std::string_view what, const std::string& got,
+                            const std::string& expected) const {
+        fail(ErrorKind::value, function, what, got, expected);
+    }
+    [[noreturn]] void type(std::string_view what, const std::string& got,
+                           const std::string& expected) const {
+        fail(ErrorKind::type, function, what, got, expected);
+    }
+    [[noreturn]] void unsupported(std::string_view what, const std::string& got,
+                                  const std::string& expected) const {
+        fail(ErrorKind::unsupported, function, what, got, expected);
+    }
+};
+
+std::string dims_text(Layout layout) {
+    return layout == Layout::bshd ? "(batch, seqlen, nheads, head_dim)"
+                                  : "(batch, nheads, seqlen, head_dim)";
+}
+
+/// Span of bytes that a view touches, as [begin, end) offsets from element (0, ..., 0).
+/// False when the arithmetic leaves 64 bits.
+bool extent(const TensorView& view, int64_t& begin, int64_t& end) {
+    begin = end = 0;
+    if (view.size() == 0) return true;
+    int64_t low = 0, high = 0;
+    for (int i = 0; i < view.ndim; ++i) {
+        int64_t reach = 0;
+        if (__builtin_mul_overflow(view.shape[i] - 1, view.strides[i], &reach)) return false;
+        if (__builtin_add_overflow(reach < 0 ? low : high, reach, reach < 0 ? &low : &high))
+            return false;
+    }
+    const int64_t bytes = bits_of(view.dtype) / 8;
+    return !__builtin_add_overflow(high, int64_t{1}, &high) &&
+           !__builtin_mul_overflow(low, bytes, &begin) && !__builtin_mul_overflow(high, bytes, &end);
+}
+
+/// What every tensor must satisfy before anyone follows its pointer.
+void check_memory(const Checker& check, const TensorView& view, const std::string& name) {
+    int64_t begin = 0, end = 0;
+    if (!extent(view, begin, end)) {
+        std::string strides;
+        for (int i = 0; i < view.ndim; ++i) strides += (i ? ", " : "") + std::to_string(view.strides[i]);
+        check.value(name + " reaches past 64-bit addresses",
+                    "shape " + shape_text(view) + " with strides (" + strides + ")",
+                    "strides in elements of a tensor in memory");
+    }
+    if (view.size() == 0) return;
+    if (view.data == nullptr)
+        check.value(name + " has no memory", "a null pointer with shape " + shape_text(view),
+                    "the tensor's data");
+    const uint64_t bytes = static_cast<uint64_t>(bits_of(view.dtype) / 8);
+    const uint64_t start = view.device == Device::cpu ? reinterpret_cast<uint64_t>(view.address())
+                                                      : view.byte_offset;
+    if (start % bytes != 0)
+        check.value(name + " is not aligned to its " + std::to_string(bytes) + "-byte elements",
+                    (view.device == Device::cpu ? "address " : "byte offset ") +
+                        std::to_string(start),
+                    "a multiple of " + std::to_string(bytes) + "; make a copy");
+}
+
+void check_float_dtype(const Checker& check, const TensorView& view, const std::string& name) {
+    if (is_attention_dtype(view.dtype)) return;
+    const std::string what = name + " has the wrong dtype", expected = "float32, float16 or bfloat16";
+    if (is_other_float(view.dtype)) check.unsupported(what, name_of(view.dtype), expected);
+    check.type(what, name_of(view.dtype), expected);
+}
+
+/// (batch, head, position, channel) strides of a 4-D view.
+Operand operand_of(const TensorView& view, Layout layout) {
+    const int row = layout == Layout::bshd ? 1 : 2, head = 3 - row;
+    Operand operand;
+    operand.view = view;
+    operand.stride_batch = view.strides[0];
+    operand.stride_head = view.strides[head];
+    operand.stride_row = view.strides[row];
+    operand.stride_channel = view.strides[3];
+    return operand;
+}
+
+void check_overlap(const Checker& check, const TensorView& written, const std::string& name,
+                   const TensorView& read, const std::string& other) {
+    if (written.device != Device::cpu || read.device != Device::cpu) return;
+    if (written.size() == 0 || read.size() == 0) return;
+    int64_t begin = 0, end = 0, other_begin = 0, other_end = 0;
+    extent(written, begin, end);
+    extent(read, other_begin, other_end);
+    const char *a = written.address(), *b = read.address();
+    if (a + begin < b + other_end && b + other_begin < a + end)
+        check.value(name + " overlaps " + other + " in memory", "shared addresses",
+                    "memory of its own, since " + other + " is still being read");
+}
+
+/// True when no two indices may name the same element: sorted by stride, each dimension steps over
+/// everything the smaller ones reach. Sufficient, and exact for every view made by slicing.
+bool elements_distinct(const TensorView& view) {
+    int order[TensorView::max_ndim];
+    int count = 0;
+    for (int i = 0; i < view.ndim; ++i) {
+        if (view.shape[i] == 0) return true;
+        if (view.shape[i] == 1) continue;
+        int at = count++;
+        for (; at > 0 && std::abs(view.strides[order[at - 1]]) > std::abs(view.strides[i]); --at)
+            order[at] = order[at - 1];
+        order[at] = i;
+    }
+    int64_t reach = 0;
+    for (int i = 0; i < count; ++i) {
+        const int64_t stride = std::abs(view.strides[order[i]]);
+        if (stride <= reach) return false;
+        reach += (view.shape[order[i]] - 1) * stride;
+    }
+    return true;
+}
+
+void check_writable(const Checker& check, const Problem& problem, const TensorView& view,
+                    const TensorView& shape, const std::string& name) {
+    bool same = view.ndim == shape.ndim;
+    for (int i = 0; same && i < view.ndim; ++i) same = view.shape[i] == shape.shape[i];
+    if (!same) check.value(name + " has the wrong shape", shape_text(view), shape_text(shape));
+    if (view.dtype != shape.dtype)
+        check.type(name + " has the wrong dtype", name_of(view.dtype), name_of(shape.dtype));
+    if (view.device != shape.device || view.device_id != shape.device_id)
+        check.value(name + " is on another device", device_text(view), device_text(shape));
+    if (view.read_only) check.value(name + " is read-only", "a read-only tensor", "a writable one");
+    check_memory(check, view, name);
+    if (!elements_distinct(view))
+        check.value(name + " has elements that share memory", "an expanded or overlapping view",
+                    "one address for each element");
+    check_overlap(check, view, name, problem.query.view, std::string(problem.query_name));
+    check_overlap(check, view, name, problem.key.view, std::string(problem.key_name));
+    check_overlap(check, view, name, problem.value.view, std::string(problem.value_name));
+}
+
+void check_window(const Checker& check, const char* side, int64_t width) {
+    if (width < -1 || width > max_seqlen)
+        check.value(std::string("window_size ") + side + " is out of range", std::to_string(width),
+                    "-1 (unbounded) or 0 to " + std::to_string(max_seqlen));
+}
+
+}  // namespace
+
+const char* name_of(Feature feature) {
+    switch (feature) {
+        case Feature::causal: return "causal";
+        case Feature::window: return "window_size";
+        case Feature::softcap: return "softcap";
+        case Feature::alibi: return "alibi_slopes";
+        case Feature::lse: return "softmax_lse";
+        case Feature::gqa: return "grouped-query attention";
+        case Feature::mask: return "attn_mask";
+        case Feature::sinks: return "sinks";
+        case Feature::block_mask: return "block_mask";
+        case Feature::score_program: return "score_mod";
+        case Feature::varlen: return "cu_seqlens";
+        case Feature::paged_kv: return "block_table";
+        case Feature::dropout: return "dropout_p";
+        case Feature::quantised: return "quantised operands";
+    }
+    return "unknown";
+}
+
+Problem Problem::make(const AttentionRequest& request) {
+    const Checker check{request.function};
+    Problem problem;
+    problem.function = request.function;
+    problem.query_name = request.query_name;
+    problem.key_name = request.key_name;
+    problem.value_name = request.value_name;
+    problem.layout = request.layout;
+
+    // Each tensor on its own.
+    const std::string q_name(request.query_name), k_name(request.key_name),
+        v_name(request.value_name);
+    const struct {
+        const TensorView& view;
+        const std::string& name;
+    } inputs[] = {{request.query, q_name}, {request.key, k_name}, {request.value, v_name}};
+    for (const auto& [view, name] : inputs) {
+        if (view.ndim != 4)
+            check.value(name + " has " + std::to_string(view.ndim) + " dimensions",
+                        "shape " + shape_text(view), "4: " + dims_text(request.layout));
+        check_float_dtype(check, view, name);
+        check_memory(check, view, name);
+    }
+
+    // The three together.
+    const TensorView &q = request.query, &k = request.key, &v = request.value;
+    for (const auto& [view, name] : inputs) {
+        if (view.dtype != q.dtype)
+            check.type("dtype differs: " + q_name + " has " + name_of(q.dtype) + ", " + name +
+                           " has " + name_of(view.dtype),
+                       name_of(view.dtype), name_of(q.dtype));
+        if (view.device != q.device || view.device_id != q.device_id)
+            check.value("device differs: " + q_name + " is on " + device_text(q) + ", " + name +
+                            " on " + device_text(view),
+                        device_text(view), device_text(q));
+    }
+    const int row = request.layout == Layout::bshd ? 1 : 2, head = 3 - row;
+    const auto same = [&](const char* what, int64_t a, const std::string& a_name, int64_t b,
+                          const std::string& b_name) {
+        if (a != b)
+            check.value(std::string(what) + " differs: " + a_name + " has " + std::to_string(a) +
+                            ", " + b_name + " has " + std::to_string(b),
+                        q_name + " " + shape_text(q) + ", " + k_name + " " + shape_text(k) + ", " +
+                            v_name + " " + shape_text(v),
+                        "equal " + std::string(what));
+    };
+    same("batch", q.shape[0], q_name, k.shape[0], k_name);
+    same("batch", q.shape[0], q_name, v.shape[0], v_name);
+    same("head_dim", q.shape[3], q_name, k.shape[3], k_name);
+    same("nheads", k.shape[head], k_name, v.shape[head], v_name);
+    same("seqlen", k.shape[row], k_name, v.shape[row], v_name);
+
+    problem.batch = q.shape[0];
+    problem.nheads_q = q.shape[head];
+    problem.nheads_kv = k.shape[head];
+    problem.seqlen_q = q.shape[row];
+    problem.seqlen_kv = k.shape[row];
+    problem.head_dim = q.shape[3];
+    problem.head_dim_v = v.shape[3];
+    for (const auto& [dim, name] : {std::pair{problem.head_dim, q_name}, {problem.head_dim_v, v_name}}) {
+        if (dim < 1)
+            check.value("head_dim of " + name + " is too small", std::to_string(dim),
+                        "1 to " + std::to_string(max_head_dim));
+        if (dim > max_head_dim)
+            check.unsupported("head_dim of " + name + " is too large",
+                              std::to_string(dim), "1 to " + std::to_string(max_head_dim));
+    }
+    for (const auto& [length, name] : {std::pair{problem.seqlen_q, q_name}, {problem.seqlen_kv, k_name}})
+        if (length > max_seqlen)
+            check.unsupported("seqlen of " + name + " is too large",
+                              std::to_string(length), "at most " + std::to_string(max_seqlen));
+    const bool divides = problem.nheads_kv > 0 ? problem.nheads_q % problem.nheads_kv == 0
+                                               : problem.nheads_q == 0;
+    if (!divides)
+        check.value("nheads of " + q_name + " is not a multiple of nheads of " + k_name,
+                    std::to_string(problem.nheads_q) + " and " + std::to_string(problem.nheads_kv),
+                    "nheads_q % nheads_kv == 0");
+    problem.query = operand_of(q, request.layout);
+    problem.key = operand_of(k, request.layout);
+    problem.value = operand_of(v, request.layout);
+
+    // Numbers.
+    problem.softmax_scale =
+        request.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
+    if (!std::isfinite(static_cast<float>(problem.softmax_scale)))
+        check.value("softmax_scale is not a finite float32", text_of(problem.softmax_scale),
+                    "a finite number, or None for head_dim ** -0.5");
+    problem.softcap = request.softcap;
+    if (!(problem.softcap >= 0) || !std::isfinite(static_cast<float>(problem.softcap)))
+        check.value("softcap is out of range", text_of(problem.softcap),
+                    "a finite number > 0, or 0 for none");
+    if (!(request.dropout_p >= 0 && request.dropout_p < 1))
+        check.value("dropout_p is out of range", text_of(request.dropout_p), "0 <= dropout_p < 1");
+    if (request.dropout_p > 0) problem.dropout = Dropout{request.dropout_p, 0, 0};
+
+    // Visibility. A causal mask is a window whose right edge is the diagonal.
+    check_window(check, "left", request.window_left);
+    check_window(check, "right", request.window_right);
+    problem.causal = request.causal != Causal::none;
+    problem.visible.seqlen_kv = problem.seqlen_kv;
+    problem.visible.offset =
+        request.causal == Causal::top_left ? 0 : problem.seqlen_kv - problem.seqlen_q;
+    problem.visible.left = request.window_left;
+    problem.visible.right = problem.causal ? 0 : request.window_right;
+
+    if (request.alibi_slopes) {
+        const TensorView& slopes = *request.alibi_slopes;
+        const bool per_head = slopes.ndim == 1 && slopes.shape[0] == problem.nheads_q;
+        const bool per_batch = slopes.ndim == 2 && slopes.shape[0] == problem.batch &&
+                               slopes.shape[1] == problem.nheads_q;
+        const std::string heads = std::to_string(problem.nheads_q);
+        if (!per_head && !per_batch)
+            check.value("alibi_slopes has the wrong shape", shape_text(slopes),
+                        "(" + heads + ",) or (" + std::to_string(problem.batch) + ", " + heads + ")");
+        if (slopes.dtype != DType::f32)
+            check.type("alibi_slopes has the wrong dtype", name_of(slopes.dtype), "float32");
+        if (slopes.device != q.device || slopes.device_id != q.device_id)
+            check.value("alibi_slopes is on another device", device_text(slopes), device_text(q));
+        check_memory(check, slopes, "alibi_slopes");
+        problem.alibi = Alibi{slopes.size() ? reinterpret_cast<const float*>(slopes.address()) : nullptr,
+                              per_batch ? slopes.strides[0] : 0,
+                              slopes.strides[slopes.ndim - 1]};
+    }
+
+    problem.wants_lse = request.wants_lse || request.lse.has_value();
+    if (request.out) problem.set_out(*request.out);
+    if (request.lse) problem.set_lse(*request.lse);
+    return problem;
+}
+
+TensorView Problem::out_shape() const {
+    TensorView shape = query.view;
+    shape.shape[3] = head_dim_v;
+    return shape;
+}
+
+void Problem::set_out(const TensorView& view) {
+    check_writable(Checker{function}, *this, view, out_shape(), "out");
+    out = operand_of(view, layout);
+}
+
+void Problem::set_lse(const TensorView& view) {
+    TensorView shape = query.view;
+    shape.ndim = 3;
+    shape.shape[0] = batch;
+    shape.shape[1] = nheads_q;
+    shape.shape[2] = seqlen_q;
+    shape.dtype = DType::f32;
+    const Checker check{function};
+    check_writable(check, *this, view, shape, "softmax_lse");
+    if (out) check_overlap(check, view, "softmax_lse", out->view, "out");
+    lse = Operand{view, view.strides[0], view.strides[1], view.strides[2], 0};
+    wants_lse = true;
+}
+
+uint32_t Problem::features() const {
+    uint32_t set = 0;
+    const auto add = [&](Feature feature, bool used) {
+        if (used) set |= bit(feature);
+    };
+    add(Feature::causal, causal);
+    add(Feature::window, visible.left >= 0 || (!causal && visible.right >= 0));
+    add(Feature::softcap, softcap > 0);
+    add(Feature::alibi, alibi.has_value());
+    add(Feature::lse, wants_lse);
+    add(Feature::gqa, nheads_q != nheads_kv);
+    add(Feature::mask, mask.has_value());
+    add(Feature::sinks, sinks.has_value());
+    add(Feature::block_mask, block_mask.has_value());
+    add(Feature::score_program, score_program.has_value());
+    add(Feature::varlen, varlen.has_value());
+    add(Feature::paged_kv, paged_kv.has_value());
+    add(Feature::dropout, dropout.has_value());
+    add(Feature::quantised,
+        quantised_query.has_value() || quantised_key.has_value() || quantised_value.has_value());
+    return set;
+}
+
+}  // namespace umfa

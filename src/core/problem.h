@@ -1,0 +1,174 @@
+// Problem: one attention call, normalised and validated. Doors fill an AttentionRequest, make()
+// checks everything once; backends only read.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "core/export.h"
+#include "core/tensor_view.h"
+#include "umfa/visible.h"
+
+namespace umfa {
+
+constexpr int64_t max_head_dim = 512;
+constexpr int64_t max_seqlen = INT32_MAX;  // kernels hold key positions in 32 bits
+
+/// Order of the dimensions of query, key, value and out. LSE is always (batch, nheads, seqlen_q).
+enum class Layout : uint8_t { bshd, bhsd };
+
+/// Where the causal diagonal lies when seqlen_q != seqlen_kv.
+enum class Causal : uint8_t {
+    none,
+    bottom_right,  // query i sees keys j <= i + seqlen_kv - seqlen_q (flash-attn, MLX)
+    top_left,      // query i sees keys j <= i                        (torch SDPA, JAX)
+};
+
+// ---- the orthogonal parts ------------------------------------------------------------------------
+// Each is absent (nullopt) or there; any two compose. A backend that lacks one says so by name in
+// can_run (see Feature). Tensors of size 1 in a broadcast dimension carry stride 0.
+
+/// Dense mask, broadcast to (batch, nheads, seqlen_q, seqlen_kv) by stride 0 and never expanded.
+/// b8: true = attend. Float: added to the scores after softmax_scale.
+struct DenseMask {
+    TensorView view;
+};
+
+/// Position-dependent bias -slope * |i + seqlen_kv - seqlen_q - j|, Press et al. 2022.
+struct Alibi {
+    const float* slopes = nullptr;
+    int64_t stride_batch = 0, stride_head = 0;
+};
+
+/// One extra softmax column per head with a natural-log logit and no value row.
+struct Sinks {
+    TensorView logits;  // (nheads,)
+};
+
+/// Key blocks that each query block visits, with those that need no mask told apart.
+struct BlockMask {
+    TensorView kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices;
+    int64_t block_q = 128, block_kv = 128;
+};
+
+/// Traced score_mod / mask_mod: an SSA program that each backend compiles or evaluates per tile.
+struct ScoreProgram {
+    std::string text;
+};
+
+/// Packed sequences: int32 or int64 offsets of shape (batch + 1,).
+struct Varlen {
+    TensorView cu_seqlens_q, cu_seqlens_kv;
+    std::optional<TensorView> seqused_q, seqused_kv;
+    int64_t max_seqlen_q = 0, max_seqlen_kv = 0;
+};
+
+/// K and V in pages: block_table (batch, max_pages) of page numbers.
+struct PagedKv {
+    TensorView block_table;
+    int64_t page_size = 0;
+};
+
+/// Counter-based (Philox) dropout of the probabilities.
+struct Dropout {
+    double p = 0;
+    uint64_t seed = 0, offset = 0;
+};
+
+/// How one operand's integers or small floats become numbers.
+struct Quantised {
+    enum class Granularity : uint8_t { tensor, row, block, channel };
+    Granularity granularity = Granularity::tensor;
+    bool symmetric = true;
+    int64_t block_rows = 0, block_columns = 0;
+    TensorView scale;
+    std::optional<TensorView> zero_point;
+};
+
+// ---- features: what a problem asks of a backend ----------------------------------------------------
+
+enum class Feature : uint32_t {
+    causal = 1u << 0,
+    window = 1u << 1,
+    softcap = 1u << 2,
+    alibi = 1u << 3,
+    lse = 1u << 4,
+    gqa = 1u << 5,
+    mask = 1u << 6,
+    sinks = 1u << 7,
+    block_mask = 1u << 8,
+    score_program = 1u << 9,
+    varlen = 1u << 10,
+    paged_kv = 1u << 11,
+    dropout = 1u << 12,
+    quantised = 1u << 13,
+};
+constexpr uint32_t bit(Feature feature) { return static_cast<uint32_t>(feature); }
+/// The name users know it by: "window_size", "dropout_p", ...
+UMFA_CORE_API const char* name_of(Feature feature);
+
+// ---- request and problem -------------------------------------------------------------------------
+
+/// What a door hands in. Nothing here has been checked.
+struct AttentionRequest {
+    std::string_view function;  // for messages, e.g. "umfa.flash_attn_func"; outlives the Problem
+    Layout layout = Layout::bshd;
+    TensorView query, key, value;
+    // The caller's spelling of the three, for messages; outlives the Problem.
+    std::string_view query_name = "query", key_name = "key", value_name = "value";
+    std::optional<TensorView> out, lse;  // absent while only can_run is asked
+    bool wants_lse = false;
+    std::optional<double> softmax_scale;  // absent: head_dim ** -0.5
+    Causal causal = Causal::none;
+    int64_t window_left = -1, window_right = -1;
+    double softcap = 0;
+    std::optional<TensorView> alibi_slopes;
+    double dropout_p = 0;
+};
+
+/// A tensor of the problem: strides in elements, in the order (batch, head, position, channel).
+struct Operand {
+    TensorView view;
+    int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_channel = 0;
+};
+
+struct UMFA_CORE_API Problem {
+    std::string_view function, query_name, key_name, value_name;  // as in the request
+    Layout layout = Layout::bshd;
+    int64_t batch = 0, nheads_q = 0, nheads_kv = 0, seqlen_q = 0, seqlen_kv = 0;
+    int64_t head_dim = 0, head_dim_v = 0;
+    Operand query, key, value;
+    std::optional<Operand> out;  // same dtype as query
+    std::optional<Operand> lse;  // f32, natural log; stride_channel unused
+    bool wants_lse = false;
+    double softmax_scale = 1;
+    Visible<int64_t> visible{0, 0, -1, -1};  // causal and window
+    bool causal = false;
+    double softcap = 0;  // 0: off
+
+    std::optional<Alibi> alibi;
+    std::optional<DenseMask> mask;
+    std::optional<Sinks> sinks;
+    std::optional<BlockMask> block_mask;
+    std::optional<ScoreProgram> score_program;
+    std::optional<Varlen> varlen;
+    std::optional<PagedKv> paged_kv;
+    std::optional<Dropout> dropout;
+    std::optional<Quantised> quantised_query, quantised_key, quantised_value;
+
+    /// Checks everything; throws `Error` with the offending values.
+    static Problem make(const AttentionRequest& request);
+
+    /// Attaches the tensors to be written, with the checks of make().
+    void set_out(const TensorView& view);
+    void set_lse(const TensorView& view);
+
+    /// Shape that out must have, in `layout`.
+    TensorView out_shape() const;
+    /// Bitwise or of `Feature`s that this problem uses.
+    uint32_t features() const;
+};
+
+}  // namespace umfa

@@ -1,0 +1,91 @@
+// Forward pass on the CPU: cuts a Problem into blocks of queries and hands them to the kernels.
+#include <algorithm>
+#include <string>
+
+#include "core/backend.h"
+#include "core/error.h"
+#include "cpu/isa/select.h"
+#include "cpu/thread_pool.h"
+
+namespace umfa::cpu {
+namespace {
+
+constexpr double log2_e = 1.4426950408889634;
+
+Rows rows_of(const Operand& operand) {
+    return {operand.view.size() ? operand.view.address() : nullptr, operand.stride_batch,
+            operand.stride_head, operand.stride_row, operand.stride_channel};
+}
+
+/// Query rows per task: K and V are converted once per block, so large blocks are cheaper, but
+/// every thread should get a few tasks. Results do not depend on it.
+int64_t block_q_of(const Problem& problem, int64_t lanes) {
+    constexpr int64_t largest = 128;
+    int64_t block = std::max(lanes, largest);
+    const int64_t heads = problem.batch * problem.nheads_q;
+    const int64_t wanted = int64_t{4} * num_threads();
+    while (block > lanes && heads * ((problem.seqlen_q + block - 1) / block) < wanted) block /= 2;
+    return std::max(lanes, std::min(block, (problem.seqlen_q + lanes - 1) / lanes * lanes));
+}
+
+ForwardFn kernel_of(const Kernels& set, DType dtype) {
+    switch (dtype) {
+        case DType::f16: return set.forward_f16;
+        case DType::bf16: return set.forward_bf16;
+        default: return set.forward_f32;
+    }
+}
+
+void run_forward(const Problem& problem) {
+    const int64_t heads = problem.batch * problem.nheads_q;
+    if (heads == 0 || problem.seqlen_q == 0) return;
+    const Kernels& set = kernels();
+
+    ForwardArgs args{};
+    args.query = rows_of(problem.query);
+    args.key = rows_of(problem.key);
+    args.value = rows_of(problem.value);
+    args.out = rows_of(*problem.out);
+    if (problem.lse) args.lse = rows_of(*problem.lse);
+    args.group = problem.nheads_q / problem.nheads_kv;
+    args.seqlen_q = problem.seqlen_q;
+    args.seqlen_kv = problem.seqlen_kv;
+    args.head_dim = problem.head_dim;
+    args.head_dim_v = problem.head_dim_v;
+    args.visible = problem.visible;
+    if (problem.softcap > 0) {
+        args.score_scale = static_cast<float>(problem.softmax_scale / problem.softcap);
+        args.softcap = static_cast<float>(problem.softcap * log2_e);
+    } else {
+        args.score_scale = static_cast<float>(problem.softmax_scale * log2_e);
+    }
+    if (problem.alibi) {
+        args.slopes = problem.alibi->slopes;
+        args.slopes_stride_batch = problem.alibi->stride_batch;
+        args.slopes_stride_head = problem.alibi->stride_head;
+    }
+    args.block_q = block_q_of(problem, set.lanes);
+
+    const ForwardFn kernel = kernel_of(set, problem.query.view.dtype);
+    const int64_t scratch = set.forward_scratch_floats(args);
+    const int64_t blocks = (problem.seqlen_q + args.block_q - 1) / args.block_q;
+    parallel_for(heads * blocks, [&](int64_t task) {
+        const int64_t head = task / blocks;
+        // Under a causal mask the last blocks see the most keys: they go first, so that no thread
+        // starts a long one when the others are done.
+        const int64_t block = problem.causal ? blocks - 1 - task % blocks : task % blocks;
+        kernel(args, head / problem.nheads_q, head % problem.nheads_q, block * args.block_q,
+               thread_scratch(scratch));
+    });
+}
+
+constexpr uint32_t forward_features = bit(Feature::causal) | bit(Feature::window) |
+                                      bit(Feature::softcap) | bit(Feature::alibi) |
+                                      bit(Feature::lse) | bit(Feature::gqa);
+
+}  // namespace
+
+const Backend backend{"cpu", forward_features, [] { return Verdict{}; },
+                      [](Device device) { return device == Device::cpu; }, run_forward};
+
+}  // namespace umfa::cpu

@@ -1,0 +1,30 @@
+// Kernels for x86-64 with AVX2, FMA and F16C.
+#include <immintrin.h>
+
+#include "cpu/isa/kernels.h"
+
+namespace umfa::cpu {
+namespace {
+
+constexpr int vector_lanes = 8;
+#include "cpu/isa/simd.h"
+
+struct Simd : SimdBase {
+    static constexpr int mr = 6, nv = 2;  // 12 accumulators of 16 registers
+
+    static vf load_f16(const uint16_t* p) {
+        return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static void store_f16(uint16_t* p, vf x) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                         _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+    }
+};
+
+#include "cpu/isa/forward_kernel.h"
+
+}  // namespace
+
+const Kernels avx2_kernels = kernels_of<Simd>("avx2");
+
+}  // namespace umfa::cpu

@@ -1,0 +1,68 @@
+#include "cpu/isa/select.h"
+
+#include <atomic>
+#include <cstdlib>
+
+#include "core/error.h"
+#include "cpu/features.h"
+
+namespace umfa::cpu {
+namespace {
+
+struct Candidate {
+    const Kernels* kernels;
+    bool (*usable)();
+};
+
+// Best first; the last one runs anywhere.
+const Candidate candidates[] = {
+#if defined(__x86_64__)
+    {&avx512_kernels, [] { return has_feature("avx512f") && has_feature("avx512bw") &&
+                                  has_feature("avx512dq") && has_feature("avx512vl"); }},
+    {&avx2_kernels,
+     [] { return has_feature("avx2") && has_feature("fma") && has_feature("f16c"); }},
+#elif defined(__aarch64__)
+    {&neon_kernels, [] { return true; }},
+#endif
+    {&portable_kernels, [] { return true; }},
+};
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels* find(const std::string& name, const char* spelled) {
+    std::string usable_names = "auto";
+    for (const Candidate& candidate : candidates) {
+        if (!candidate.usable()) continue;
+        if (name == "auto" || name == candidate.kernels->name) return candidate.kernels;
+        usable_names += std::string(", ") + candidate.kernels->name;
+    }
+    fail(ErrorKind::value, "umfa", std::string(spelled) + " names no instruction set of this CPU",
+         "'" + name + "'", "one of " + usable_names);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    const Kernels* now = chosen.load(std::memory_order_acquire);
+    if (!now) {
+        const char* wish = std::getenv("UMFA_CPU_ISA");
+        now = find(wish && *wish ? wish : "auto", "UMFA_CPU_ISA");
+        chosen.store(now, std::memory_order_release);
+    }
+    return *now;
+}
+
+std::string isa_in_use() { return kernels().name; }
+
+std::vector<std::pair<std::string, bool>> isa_list() {
+    std::vector<std::pair<std::string, bool>> list;
+    for (const Candidate& candidate : candidates)
+        list.emplace_back(candidate.kernels->name, candidate.usable());
+    return list;
+}
+
+void set_isa(const std::string& name) {
+    chosen.store(find(name, "set_cpu_isa"), std::memory_order_release);
+}
+
+}  // namespace umfa::cpu

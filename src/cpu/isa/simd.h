@@ -1,0 +1,90 @@
+// Vectors of W floats through compiler vector extensions; an instruction set derives from this and
+// replaces what it does better. Included inside an anonymous namespace of each kernel file, after
+// `vector_lanes`: a constant, not a template parameter, because GCC 12 rejects
+// __builtin_convertvector on vectors of dependent size.
+
+struct SimdBase {
+    static constexpr int W = vector_lanes;
+    typedef float vf __attribute__((vector_size(4 * W)));
+    typedef int32_t vi __attribute__((vector_size(4 * W)));
+    typedef uint32_t vu __attribute__((vector_size(4 * W)));
+    typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+    static vf splat(float x) { return x - vf{}; }
+    static vf load(const float* p) {
+        vf x;
+        __builtin_memcpy(&x, p, sizeof x);
+        return x;
+    }
+    static void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
+    static vi load_int(const int32_t* p) {
+        vi x;
+        __builtin_memcpy(&x, p, sizeof x);
+        return x;
+    }
+    static vf max(vf a, vf b) { return a > b ? a : b; }
+    static vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+    static vu load_u16(const uint16_t* p) {
+        vh x;
+        __builtin_memcpy(&x, p, sizeof x);
+        return __builtin_convertvector(x, vu);
+    }
+    static void store_u16(uint16_t* p, vu x) {
+        vh y = __builtin_convertvector(x, vh);
+        __builtin_memcpy(p, &y, sizeof y);
+    }
+
+    static vf load_bf16(const uint16_t* p) { return (vf)(load_u16(p) << 16); }
+    // Round to nearest even; NaN stays a (quiet) NaN.
+    static void store_bf16(uint16_t* p, vf x) {
+        const vu u = (vu)x;
+        const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+        store_u16(p, x != x ? (u >> 16) | 0x40u : rounded);
+    }
+
+    // Exponent bias 15 -> 127 by integer addition; subnormals by one exact float subtraction.
+    static vf load_f16(const uint16_t* p) {
+        const vu h = load_u16(p);
+        const vu magnitude = (h & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
+        const vu normal = magnitude + 0x38000000u;
+        const vu special = magnitude + 0x70000000u;  // inf, NaN
+        const vf subnormal = (vf)(normal + 0x00800000u) - (vf)(vu{} + 0x38800000u);
+        vu bits = exponent == 0x0f800000u ? special : normal;
+        bits = exponent == 0u ? (vu)subnormal : bits;
+        return (vf)(bits | ((h & 0x8000u) << 16));
+    }
+    // Round to nearest even, overflow to inf; subnormals by letting a float addition do the rounding.
+    static void store_f16(uint16_t* p, vf x) {
+        const vu u = (vu)x, sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+        const vu normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+        const vu subnormal = (vu)((vf)a + 0.5f) - 0x3f000000u;
+        vu h = a < 0x38800000u ? subnormal : normal;
+        h = a >= 0x477ff000u ? vu{} + 0x7c00u : h;  // 65520 and above
+        h = a > 0x7f800000u ? vu{} + 0x7e00u : h;
+        store_u16(p, h | sign);
+    }
+};
+
+// The three element types, as the kernels see them.
+struct F32 {
+    using storage = float;
+    template <class S>
+    static typename S::vf load(const float* p) { return S::load(p); }
+    template <class S>
+    static void store(float* p, typename S::vf x) { S::store(p, x); }
+};
+struct F16 {
+    using storage = uint16_t;
+    template <class S>
+    static typename S::vf load(const uint16_t* p) { return S::load_f16(p); }
+    template <class S>
+    static void store(uint16_t* p, typename S::vf x) { S::store_f16(p, x); }
+};
+struct BF16 {
+    using storage = uint16_t;
+    template <class S>
+    static typename S::vf load(const uint16_t* p) { return S::load_bf16(p); }
+    template <class S>
+    static void store(uint16_t* p, typename S::vf x) { S::store_bf16(p, x); }
+};

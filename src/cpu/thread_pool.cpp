@@ -1,0 +1,201 @@
+#include "cpu/thread_pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "core/error.h"
+#include "cpu/features.h"
+
+namespace umfa::cpu {
+namespace {
+
+constexpr int64_t max_threads = 1024;
+
+/// One parallel_for: threads draw indices from `next` until none are left.
+struct Job {
+    void (*task)(void*, int64_t) = nullptr;
+    void* context = nullptr;
+    int64_t count = 0;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // written by the thread that set `failed`
+    int helpers = 0;           // pool threads inside drain(); under the pool's mutex
+    int max_helpers = 0;
+
+    void drain() noexcept {
+        for (;;) {
+            const int64_t index = next.fetch_add(1, std::memory_order_relaxed);
+            if (index >= count) return;
+            try {
+                task(context, index);
+            } catch (...) {
+                if (!failed.exchange(true)) error = std::current_exception();
+                next.store(count, std::memory_order_relaxed);
+                return;
+            }
+        }
+    }
+};
+
+class Pool {
+public:
+    void run(Job& job) {
+        {
+            std::lock_guard lock(mutex_);
+            grow(job.max_helpers);
+            jobs_.push_back(&job);
+        }
+        for (int64_t i = std::min<int64_t>(job.max_helpers, job.count - 1); i > 0; --i)
+            wake_.notify_one();
+        job.drain();
+        std::unique_lock lock(mutex_);
+        std::erase(jobs_, &job);  // nobody joins from here on
+        done_.wait(lock, [&] { return job.helpers == 0; });
+    }
+
+private:
+    void grow(int threads) {
+        while (threads_ < threads) {
+            try {
+                std::thread([this] { work(); }).detach();
+            } catch (const std::system_error&) {
+                return;  // no more threads to be had: fewer do the work, the caller at least
+            }
+            ++threads_;
+        }
+    }
+
+    [[noreturn]] void work() {
+        std::unique_lock lock(mutex_);
+        for (;;) {
+            Job* job = nullptr;
+            wake_.wait(lock, [&] { return (job = open_job()) != nullptr; });
+            ++job->helpers;
+            lock.unlock();
+            job->drain();
+            lock.lock();
+            if (--job->helpers == 0) done_.notify_all();
+        }
+    }
+
+    /// The open job with the fewest helpers, so that concurrent callers share the pool.
+    Job* open_job() const {
+        Job* best = nullptr;
+        for (Job* job : jobs_)
+            if (job->helpers < job->max_helpers &&
+                job->next.load(std::memory_order_relaxed) < job->count &&
+                (!best || job->helpers < best->helpers))
+                best = job;
+        return best;
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<Job*> jobs_;
+    int threads_ = 0;
+};
+
+// A child of fork() has none of the pool's threads, and its mutex may have been held by one of
+// them. So the child starts over with a new pool and leaves the old one where it is. The pool is
+// never destroyed: detached threads may wait in it until the process ends. No mutex guards the
+// pointer, since a child could inherit that one locked.
+std::atomic<Pool*> the_pool{nullptr};
+
+Pool& pool() {
+    static const int registered =
+        pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_relaxed); });
+    (void)registered;
+    Pool* now = the_pool.load(std::memory_order_acquire);
+    if (!now) {
+        Pool* fresh = new Pool;
+        if (the_pool.compare_exchange_strong(now, fresh, std::memory_order_acq_rel))
+            return *fresh;
+        delete fresh;  // another thread was first
+    }
+    return *now;
+}
+
+int threads_from_environment() {
+    for (const char* name : {"UMFA_NUM_THREADS", "OMP_NUM_THREADS"}) {
+        const char* text = std::getenv(name);
+        if (!text || !*text) continue;
+        char* end = nullptr;
+        errno = 0;
+        const long count = std::strtol(text, &end, 10);
+        // OMP_NUM_THREADS may list one number per nesting level: the first one counts.
+        const bool list = *end == ',' && std::string_view(name) == "OMP_NUM_THREADS";
+        if (end == text || (*end != '\0' && !list) || errno != 0 || count < 1 || count > max_threads)
+            fail(ErrorKind::value, "umfa", std::string(name) + " is not a number of threads",
+                 "'" + std::string(text) + "'", "1 to " + std::to_string(max_threads));
+        return static_cast<int>(count);
+    }
+    return usable_cpus();
+}
+
+std::atomic<int> thread_count{0};  // 0: not read yet
+
+}  // namespace
+
+int num_threads() {
+    int count = thread_count.load(std::memory_order_relaxed);
+    if (count == 0) {
+        count = threads_from_environment();
+        thread_count.store(count, std::memory_order_relaxed);
+    }
+    return count;
+}
+
+void set_num_threads(int64_t count) {
+    if (count < 1 || count > max_threads)
+        fail(ErrorKind::value, "umfa.set_num_threads", "number of threads is out of range",
+             std::to_string(count), "1 to " + std::to_string(max_threads));
+    thread_count.store(static_cast<int>(count), std::memory_order_relaxed);
+}
+
+void parallel_for(int64_t count, void (*task)(void*, int64_t), void* context) {
+    if (count <= 0) return;
+    const int threads = num_threads();
+    if (count == 1 || threads == 1) {
+        for (int64_t i = 0; i < count; ++i) task(context, i);
+        return;
+    }
+    Job job;
+    job.task = task;
+    job.context = context;
+    job.count = count;
+    job.max_helpers = threads - 1;
+    pool().run(job);
+    if (job.failed) std::rethrow_exception(job.error);
+}
+
+float* thread_scratch(int64_t floats) {
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    thread_local std::unique_ptr<float, Free> memory;
+    thread_local int64_t capacity = 0;
+    if (floats > capacity) {
+        memory.reset();
+        capacity = 0;
+        const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+        memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+        if (!memory) throw std::bad_alloc();
+        capacity = floats;
+    }
+    return memory.get();
+}
+
+}  // namespace umfa::cpu

@@ -1,0 +1,31 @@
+// A small pool of threads shared by every call in the process.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "core/export.h"
+
+namespace umfa::cpu {
+
+/// Threads one call uses: set_num_threads, else UMFA_NUM_THREADS, else OMP_NUM_THREADS, else the
+/// usable CPUs. Throws `Error` when the variable is not a positive number.
+UMFA_CORE_API int num_threads();
+UMFA_CORE_API void set_num_threads(int64_t count);
+
+/// Runs task(context, index) for every index in [0, count), in any order, on up to num_threads()
+/// threads of which the caller is one. Returns when all are done; rethrows the first exception.
+/// Safe to call from many threads at once, and in a child after fork().
+void parallel_for(int64_t count, void (*task)(void* context, int64_t index), void* context);
+
+template <class F>
+void parallel_for(int64_t count, F&& body) {
+    parallel_for(
+        count, [](void* context, int64_t index) { (*static_cast<F*>(context))(index); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+/// This thread's scratch memory: at least `floats` floats, 64-byte aligned, kept between calls.
+float* thread_scratch(int64_t floats);
+
+}  // namespace umfa::cpu

@@ -1,0 +1,315 @@
+// The Python door: DLPack in, exceptions out. Spelling only; the core checks and computes, and
+// python/umfa/ decides what a tensor of each framework is.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <new>
+
+#include "core/dispatch.h"
+#include "core/dlpack_view.h"
+#include "core/error.h"
+#include "cpu/features.h"
+#include "cpu/isa/select.h"
+#include "cpu/thread_pool.h"
+#include "umfa/umfa.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using namespace umfa;
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+}  // namespace
+
+namespace nanobind::detail {
+template <>
+struct dtype_traits<BFloat16> {
+    static constexpr dlpack::dtype value{static_cast<uint8_t>(dlpack::dtype_code::Bfloat), 16, 1};
+    static constexpr auto name = const_name("bfloat16");
+};
+template <>
+struct dtype_traits<Float16> {
+    static constexpr dlpack::dtype value{static_cast<uint8_t>(dlpack::dtype_code::Float), 16, 1};
+    static constexpr auto name = const_name("float16");
+};
+}  // namespace nanobind::detail
+
+namespace {
+
+using AnyArray = nb::ndarray<nb::array_api>;
+
+/// Keeps an imported array alive for as long as its view is used.
+template <class Array>
+struct Imported {
+    Array array;
+    TensorView view;
+};
+
+template <class Array>
+Imported<Array> import(nb::handle object, const std::string& function, const std::string& name) {
+    Imported<Array> imported;
+    if (!nb::try_cast<Array>(object, imported.array, false))
+        fail(ErrorKind::type, function, name + " is not a readable DLPack tensor",
+             nb::type_name(object.type()).c_str(), "a tensor of torch, numpy, jax, mlx or any DLPack library");
+    const Array& array = imported.array;
+    int64_t shape[TensorView::max_ndim], strides[TensorView::max_ndim];
+    DLTensor tensor{};
+    tensor.ndim = static_cast<int32_t>(array.ndim());
+    for (size_t i = 0; i < array.ndim() && i < TensorView::max_ndim; ++i) {
+        shape[i] = static_cast<int64_t>(array.shape(i));
+        strides[i] = array.stride(i);
+    }
+    tensor.data = const_cast<void*>(static_cast<const void*>(array.data_handle()));
+    tensor.byte_offset = array.byte_offset();
+    tensor.device = {static_cast<DLDeviceType>(array.device_type()), array.device_id()};
+    tensor.dtype = {array.dtype().code, array.dtype().bits, array.dtype().lanes};
+    tensor.shape = shape;
+    tensor.strides = strides;
+    imported.view = view_of(tensor, false, function, name);
+    return imported;
+}
+
+using Input = Imported<nb::ndarray<nb::ro>>;
+using Output = Imported<nb::ndarray<>>;
+
+/// The options that every attention function takes, after the façade has normalised their types.
+struct Options {
+    std::string function;
+    std::tuple<std::string, std::string, std::string> names;  // the caller's query, key, value
+    bool causal = false;
+    std::optional<double> softmax_scale;
+    int64_t window_left = -1, window_right = -1;
+    double softcap = 0, dropout_p = 0;
+    bool return_lse = false;
+    std::string backend = "auto";
+};
+
+/// The request with its inputs attached; `inputs` owns what the views point to.
+AttentionRequest make_request(const Options& options, nb::handle query, nb::handle key,
+                              nb::handle value, nb::handle alibi_slopes, Input (&inputs)[4]) {
+    AttentionRequest request;
+    const auto& [query_name, key_name, value_name] = options.names;
+    request.function = options.function;
+    request.query_name = query_name;
+    request.key_name = key_name;
+    request.value_name = value_name;
+    inputs[0] = import<nb::ndarray<nb::ro>>(query, options.function, query_name);
+    inputs[1] = import<nb::ndarray<nb::ro>>(key, options.function, key_name);
+    inputs[2] = import<nb::ndarray<nb::ro>>(value, options.function, value_name);
+    request.query = inputs[0].view;
+    request.key = inputs[1].view;
+    request.value = inputs[2].view;
+    if (!alibi_slopes.is_none()) {
+        inputs[3] = import<nb::ndarray<nb::ro>>(alibi_slopes, options.function, "alibi_slopes");
+        request.alibi_slopes = inputs[3].view;
+    }
+    request.causal = options.causal ? Causal::bottom_right : Causal::none;
+    request.softmax_scale = options.softmax_scale;
+    request.window_left = options.window_left;
+    request.window_right = options.window_right;
+    request.softcap = options.softcap;
+    request.dropout_p = options.dropout_p;
+    request.wants_lse = options.return_lse;
+    return request;
+}
+
+nb::tuple shape_tuple(const TensorView& view) {
+    nb::list list;
+    for (int i = 0; i < view.ndim; ++i) list.append(view.shape[i]);
+    return nb::tuple(list);
+}
+
+nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle key,
+                            nb::handle value, nb::handle alibi_slopes, nb::callable allocate) {
+    Input inputs[4];
+    Problem problem =
+        Problem::make(make_request(options, query, key, value, alibi_slopes, inputs));
+    // Refusals come before anything is allocated.
+    const Verdict verdict = can_run(problem, options.backend);
+    if (!verdict.yes) {
+        forward(problem, options.backend);  // throws the reason
+    }
+
+    // The façade allocates in the caller's framework, now that the shapes are known to be right.
+    nb::object out = allocate(shape_tuple(problem.out_shape()), false), lse = nb::none();
+    Output out_array = import<nb::ndarray<>>(out[0], options.function, "out"), lse_array;
+    problem.set_out(out_array.view);
+    if (options.return_lse) {
+        lse = allocate(nb::make_tuple(problem.batch, problem.nheads_q, problem.seqlen_q), true);
+        lse_array = import<nb::ndarray<>>(lse[0], options.function, "softmax_lse");
+        problem.set_lse(lse_array.view);
+    }
+    {
+        nb::gil_scoped_release release;
+        forward(problem, options.backend);
+    }
+    return nb::make_tuple(out[1], lse.is_none() ? nb::object(lse) : nb::object(lse[1]));
+}
+
+std::pair<bool, std::string> attention_can_run(const Options& options, nb::handle query,
+                                               nb::handle key, nb::handle value,
+                                               nb::handle alibi_slopes) {
+    Input inputs[4];
+    const Verdict verdict =
+        can_run(Problem::make(make_request(options, query, key, value, alibi_slopes, inputs)),
+                options.backend);
+    return {verdict.yes, verdict.reason};
+}
+
+/// Uninitialised memory for frameworks whose own arrays cannot be written in place.
+AnyArray empty(const std::vector<int64_t>& shape, const std::string& dtype) {
+    size_t count = 1;
+    std::vector<size_t> sizes;
+    for (const int64_t size : shape) {
+        sizes.push_back(static_cast<size_t>(size));
+        count *= static_cast<size_t>(size);
+    }
+    const nb::dlpack::dtype type = dtype == "float32"    ? nb::dtype<float>()
+                                   : dtype == "float16"  ? nb::dtype<Float16>()
+                                   : dtype == "bfloat16" ? nb::dtype<BFloat16>()
+                                                         : nb::dlpack::dtype{};
+    if (type.bits == 0)
+        fail(ErrorKind::internal, "umfa._ext.empty", "dtype is unknown", dtype,
+             "float32, float16 or bfloat16");
+    // 64-byte alignment lets XLA take the memory over without a copy.
+    const size_t bytes = (count * (type.bits / 8u) + 64) / 64 * 64;
+    void* memory = std::aligned_alloc(64, bytes);
+    if (!memory) throw std::bad_alloc();
+    nb::capsule owner(memory, [](void* p) noexcept { std::free(p); });
+    return AnyArray(memory, sizes.size(), sizes.data(), owner, nullptr, type);
+}
+
+/// numpy has no bfloat16 of its own and ml_dtypes arrays refuse DLPack: a uint16 view, relabelled.
+AnyArray as_bfloat16(nb::ndarray<nb::ro> bits, nb::handle owner) {
+    if (bits.dtype() != nb::dtype<uint16_t>())
+        fail(ErrorKind::internal, "umfa._ext.as_bfloat16", "dtype is wrong", "another", "uint16");
+    std::vector<size_t> shape;
+    std::vector<int64_t> strides;
+    for (size_t i = 0; i < bits.ndim(); ++i) {
+        shape.push_back(bits.shape(i));
+        strides.push_back(bits.stride(i));
+    }
+    return AnyArray(const_cast<void*>(static_cast<const void*>(bits.data())), shape.size(),
+                    shape.data(), owner, strides.data(), nb::dtype<BFloat16>());
+}
+
+std::string compiler() {
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#elif defined(__GNUC__)
+    return "gcc " __VERSION__;
+#else
+    return "unknown";
+#endif
+}
+
+PyObject* unsupported_error = nullptr;
+
+void translate(const std::exception_ptr& pointer, void*) {
+    try {
+        std::rethrow_exception(pointer);
+    } catch (const Error& error) {
+        PyObject* type = PyExc_RuntimeError;
+        switch (error.kind()) {
+            case ErrorKind::value: type = PyExc_ValueError; break;
+            case ErrorKind::type: type = PyExc_TypeError; break;
+            case ErrorKind::unsupported: type = unsupported_error; break;
+            case ErrorKind::memory: type = PyExc_MemoryError; break;
+            case ErrorKind::internal: break;
+        }
+        PyErr_SetString(type, error.what());
+    }
+}
+
+}  // namespace
+
+NB_MODULE(_ext, m) {
+    m.doc() = "The Python door of libumfa. Private: use the functions of the package `umfa`.";
+
+    unsupported_error = PyErr_NewExceptionWithDoc(
+        "umfa.UnsupportedError", "What was asked for is sound, but umfa cannot do it (yet).",
+        PyExc_NotImplementedError, nullptr);
+    m.attr("UnsupportedError") = nb::handle(unsupported_error);
+    nb::register_exception_translator(translate);
+
+    nb::class_<Options>(m, "Options", "The options of one attention call; types already normalised.")
+        .def(
+            "__init__",
+            [](Options* self, std::string function,
+               std::tuple<std::string, std::string, std::string> names, bool causal,
+               std::optional<double> scale, int64_t left, int64_t right, double softcap, double dropout_p, bool return_lse,
+               std::string backend) {
+                new (self) Options{std::move(function),
+                                   std::move(names),
+                                   causal,
+                                   scale,
+                                   left,
+                                   right,
+                                   softcap,
+                                   dropout_p,
+                                   return_lse,
+                                   std::move(backend)};
+            },
+            "function"_a, "names"_a, nb::kw_only(), "causal"_a, "softmax_scale"_a.none(), "window_left"_a,
+            "window_right"_a, "softcap"_a, "dropout_p"_a, "return_lse"_a, "backend"_a);
+
+    m.def("attention_forward", &attention_forward, "options"_a, "query"_a, "key"_a, "value"_a,
+          "alibi_slopes"_a.none(), "allocate"_a,
+          nb::sig("def attention_forward(options: Options, query: object, key: object, "
+                  "value: object, alibi_slopes: object | None, "
+                  "allocate: collections.abc.Callable[[tuple[int, ...], bool], "
+                  "tuple[object, object]]) -> tuple[object, object | None]"),
+          "Computes attention on (batch, seqlen, nheads, head_dim) tensors.\n\n"
+          "`allocate(shape, is_lse)` returns (DLPack tensor to write, what to hand back).\n"
+          "Returns (out, lse or None) as allocate handed them back.");
+    m.def("attention_can_run", &attention_can_run, "options"_a, "query"_a, "key"_a, "value"_a,
+          "alibi_slopes"_a.none(),
+          nb::sig("def attention_can_run(options: Options, query: object, key: object, "
+                  "value: object, alibi_slopes: object | None) -> tuple[bool, str]"),
+          "The routing's verdict on the same call, and its reason.");
+    m.def("empty", &empty, "shape"_a, "dtype"_a,
+          nb::sig("def empty(shape: collections.abc.Sequence[int], dtype: str) -> typing.Any"),
+          "An uninitialised array that speaks DLPack.");
+    m.def("as_bfloat16", &as_bfloat16, "bits"_a, "owner"_a,
+          nb::sig("def as_bfloat16(bits: object, owner: object) -> typing.Any"),
+          "The same memory as a bfloat16 array that speaks DLPack; keeps `owner` alive.");
+
+    m.def(
+        "dtype_of",
+        [](nb::handle tensor) {
+            return name_of(import<nb::ndarray<nb::ro>>(tensor, "umfa", "tensor").view.dtype);
+        },
+        "tensor"_a, nb::sig("def dtype_of(tensor: object) -> str"),
+        "Name of a DLPack tensor's dtype.");
+    m.def("version", [] { return umfa_version(); }, "Version of libumfa.");
+    m.def("compiler", &compiler, "The compiler that built this module.");
+    m.def(
+        "backends",
+        [] {
+            std::vector<std::tuple<std::string, bool, std::string>> list;
+            for (BackendInfo& info : backends())
+                list.emplace_back(std::move(info.name), info.available, std::move(info.reason));
+            return list;
+        },
+        "(name, available, why not) of every backend.");
+    m.def("cpu_features", &cpu::features, "Instruction set extensions of this CPU.");
+    m.def("cpu_isa", &cpu::isa_in_use, "Instruction set whose kernels run.");
+    m.def("cpu_isas", &cpu::isa_list, "(name, usable on this CPU) of every kernel set built in.");
+    m.def("set_cpu_isa", &cpu::set_isa, "name"_a, "Forces a kernel set; 'auto' undoes it.");
+    m.def("num_threads", &cpu::num_threads, "Threads that one call uses.");
+    m.def("set_num_threads", &cpu::set_num_threads, "count"_a, "Sets the threads one call uses.");
+}

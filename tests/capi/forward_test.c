@@ -1,0 +1,701 @@
+/* The C interface, used the way a C program uses it: C99, only the installed header and library.
+ *
+ * Each TEST is run by test_c_abi.py in a process of its own: `forward_test NAME VERSION`. A failed
+ * check prints where and why, and the process ends with status 1. */
+#include <math.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "umfa/umfa.h"
+
+static void fail_at(int line, const char* text, ...) {
+    va_list arguments;
+    fprintf(stderr, "line %d: ", line);
+    va_start(arguments, text);
+    vfprintf(stderr, text, arguments);
+    va_end(arguments);
+    fprintf(stderr, "\n  last error: %s\n", umfa_last_error());
+    exit(1);
+}
+
+#define CHECK(condition)                                               \
+    do {                                                               \
+        if (!(condition)) fail_at(__LINE__, "not so: %s", #condition); \
+    } while (0)
+
+#define CHECK_OK(call)                                                        \
+    do {                                                                      \
+        const umfa_status status_ = (call);                                   \
+        if (status_ != UMFA_OK) fail_at(__LINE__, "status %d", (int)status_); \
+    } while (0)
+
+/* The call fails with `status`, and says so in the promised form, mentioning `text`. */
+#define CHECK_FAILS(call, status, text) check_fails(__LINE__, (call), (status), (text))
+static void check_fails(int line, umfa_status found, umfa_status expected, const char* text) {
+    const char* message = umfa_last_error();
+    if (found != expected) fail_at(line, "status %d, not %d", (int)found, (int)expected);
+    if (strncmp(message, "[umfa_attention_forward] ", 25) != 0) fail_at(line, "no prefix");
+    if (!strstr(message, text)) fail_at(line, "the message does not say '%s'", text);
+}
+
+#define TEST(name) static void name(void)
+static const char* expected_version;
+
+/* ---- tensors ---------------------------------------------------------------------------------- */
+
+typedef struct {
+    DLTensor dl;
+    int64_t shape[4];
+    int64_t strides[4];
+} tensor;
+
+static void* allocate(size_t bytes) {
+    void* memory = calloc(bytes ? bytes : 1, 1);
+    if (!memory) exit(2);
+    return memory;
+}
+
+static const DLDataType float32 = {kDLFloat, 32, 1};
+static const DLDataType bfloat16 = {kDLBfloat, 16, 1};
+
+/* A compact float32 tensor of zeros, with strides spelled out. `t` must stay where it is. */
+static void make(tensor* t, int ndim, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
+    const int64_t shape[4] = {n0, n1, n2, n3};
+    int64_t size = 1;
+    int i;
+    memset(t, 0, sizeof *t);
+    memcpy(t->shape, shape, sizeof shape);
+    for (i = ndim - 1; i >= 0; --i) {
+        t->strides[i] = size;
+        size *= shape[i];
+    }
+    t->dl.data = allocate((size_t)size * sizeof(float));
+    t->dl.device.device_type = kDLCPU;
+    t->dl.ndim = ndim;
+    t->dl.dtype = float32;
+    t->dl.shape = t->shape;
+    t->dl.strides = t->strides;
+}
+
+static uint32_t random_state = 1;
+static float uniform(void) { /* in [-2, 2) */
+    random_state = random_state * 1664525u + 1013904223u;
+    return (float)(random_state >> 8) / (float)(1 << 22) - 2.0f;
+}
+
+static void* element(const DLTensor* t, int64_t i, int64_t j, int64_t k, int64_t l) {
+    const int64_t index[4] = {i, j, k, l};
+    int64_t offset = 0, compact = 1;
+    int axis;
+    for (axis = t->ndim - 1; axis >= 0; --axis) {
+        offset += index[axis] * (t->strides ? t->strides[axis] : compact);
+        compact *= t->shape[axis];
+    }
+    return (char*)t->data + t->byte_offset + offset * (t->dtype.bits / 8);
+}
+
+static double number(const DLTensor* t, int64_t i, int64_t j, int64_t k, int64_t l) {
+    const void* address = element(t, i, j, k, l);
+    float value;
+    if (t->dtype.bits == 16) {
+        uint16_t half;
+        uint32_t bits;
+        memcpy(&half, address, 2);
+        bits = (uint32_t)half << 16;
+        memcpy(&value, &bits, 4);
+    } else {
+        memcpy(&value, address, 4);
+    }
+    return value;
+}
+
+static void fill(DLTensor* t) {
+    int64_t i, j, k, l;
+    for (i = 0; i < t->shape[0]; ++i)
+        for (j = 0; j < t->shape[1]; ++j)
+            for (k = 0; k < t->shape[2]; ++k)
+                for (l = 0; l < t->shape[3]; ++l) {
+                    const float value = uniform();
+                    if (t->dtype.bits == 16) { /* bfloat16: the upper half of a float */
+                        uint32_t bits;
+                        uint16_t half;
+                        memcpy(&bits, &value, 4);
+                        half = (uint16_t)(bits >> 16);
+                        memcpy(element(t, i, j, k, l), &half, 2);
+                    } else {
+                        memcpy(element(t, i, j, k, l), &value, 4);
+                    }
+                }
+}
+
+/* ---- the plain double loop that results are compared with ---------------------------------------- */
+
+static double at(const DLTensor* t, int32_t layout, int64_t b, int64_t s, int64_t h, int64_t d) {
+    return layout == UMFA_LAYOUT_BSHD ? number(t, b, s, h, d) : number(t, b, h, s, d);
+}
+
+static void check_result(int line, const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                         const DLTensor* out, const DLTensor* lse,
+                         const umfa_attention_options* given) {
+    const umfa_attention_options defaults = UMFA_ATTENTION_OPTIONS_INIT;
+    const umfa_attention_options* o = given ? given : &defaults;
+    const int row = o->layout == UMFA_LAYOUT_BSHD ? 1 : 2, head = 3 - row;
+    const int64_t heads = q->shape[head], group = heads / k->shape[head];
+    const int64_t seqlen_q = q->shape[row], seqlen_k = k->shape[row];
+    const double scale = o->softmax_scale != 0 ? o->softmax_scale : 1 / sqrt((double)q->shape[3]);
+    const double rtol = q->dtype.bits == 16 ? 8e-3 : 1e-5, atol = q->dtype.bits == 16 ? 5e-3 : 2e-5;
+    double* weights = allocate((size_t)seqlen_k * sizeof(double));
+    int64_t b, h, i, j, d;
+    for (b = 0; b < q->shape[0]; ++b)
+        for (h = 0; h < heads; ++h)
+            for (i = 0; i < seqlen_q; ++i) {
+                const int64_t p = i + (o->causal == UMFA_CAUSAL_TOP_LEFT ? 0 : seqlen_k - seqlen_q);
+                double total = 0;
+                for (j = 0; j < seqlen_k; ++j) {
+                    double score = 0;
+                    for (d = 0; d < q->shape[3]; ++d)
+                        score +=
+                            at(q, o->layout, b, i, h, d) * at(k, o->layout, b, j, h / group, d);
+                    score *= scale;
+                    if (o->softcap > 0) score = o->softcap * tanh(score / o->softcap);
+                    if (o->alibi_slopes)
+                        score -= (double)((const float*)o->alibi_slopes->data)[h] *
+                                 fabs((double)(p - j));
+                    weights[j] = exp(score);
+                    if (o->window_left >= 0 && j < p - o->window_left) weights[j] = 0;
+                    if (o->causal != UMFA_CAUSAL_NONE
+                            ? j > p
+                            : o->window_right >= 0 && j > p + o->window_right)
+                        weights[j] = 0;
+                    total += weights[j];
+                }
+                for (d = 0; d < v->shape[3]; ++d) {
+                    const double found = at(out, o->layout, b, i, h, d);
+                    double expected = 0;
+                    for (j = 0; j < seqlen_k; ++j)
+                        if (weights[j] > 0)
+                            expected += weights[j] / total * at(v, o->layout, b, j, h / group, d);
+                    if (!(fabs(found - expected) <= atol + rtol * fabs(expected)))
+                        fail_at(line, "out of batch %d, row %d, head %d, channel %d: %g, not %g",
+                                (int)b, (int)i, (int)h, (int)d, found, expected);
+                }
+                if (lse) {
+                    const double found = number(lse, b, h, i, 0), expected = log(total);
+                    if (total > 0 ? !(fabs(found - expected) <= 2e-5) : found != -INFINITY)
+                        fail_at(line, "lse of batch %d, head %d, row %d: %g, not %g", (int)b,
+                                (int)h, (int)i, found, expected);
+                }
+            }
+    free(weights);
+}
+#define CHECK_RESULT(...) check_result(__LINE__, __VA_ARGS__)
+
+/* A small problem with its own number everywhere: batch 2, 3 queries heads per key head. */
+enum {
+    BATCH = 2,
+    SEQLEN_Q = 21,
+    SEQLEN_K = 37,
+    HEADS = 6,
+    HEADS_K = 2,
+    HEAD_DIM = 20,
+    HEAD_DIM_V = 12
+};
+typedef struct {
+    tensor query, key, value, out, lse;
+} problem;
+
+static void make_problem(problem* p, int32_t layout) {
+    const int bshd = layout == UMFA_LAYOUT_BSHD;
+#define SHAPE(s, h, d) BATCH, (bshd ? (s) : (h)), (bshd ? (h) : (s)), (d)
+    make(&p->query, 4, SHAPE(SEQLEN_Q, HEADS, HEAD_DIM));
+    make(&p->key, 4, SHAPE(SEQLEN_K, HEADS_K, HEAD_DIM));
+    make(&p->value, 4, SHAPE(SEQLEN_K, HEADS_K, HEAD_DIM_V));
+    make(&p->out, 4, SHAPE(SEQLEN_Q, HEADS, HEAD_DIM_V));
+#undef SHAPE
+    make(&p->lse, 3, BATCH, HEADS, SEQLEN_Q, 1);
+    fill(&p->query.dl);
+    fill(&p->key.dl);
+    fill(&p->value.dl);
+}
+
+static umfa_status run(problem* p, const umfa_attention_options* options) {
+    return umfa_attention_forward(&p->query.dl, &p->key.dl, &p->value.dl, &p->out.dl, &p->lse.dl,
+                                  options);
+}
+
+static void check_problem(int line, problem* p, const umfa_attention_options* options) {
+    const umfa_status status = run(p, options);
+    if (status != UMFA_OK) fail_at(line, "status %d", (int)status);
+    check_result(line, &p->query.dl, &p->key.dl, &p->value.dl, &p->out.dl, &p->lse.dl, options);
+}
+#define CHECK_PROBLEM(p, options) check_problem(__LINE__, (p), (options))
+
+/* ---- tests: results ------------------------------------------------------------------------------ */
+
+TEST(version) {
+    CHECK(strcmp(umfa_version(), expected_version) == 0);
+    CHECK(umfa_last_error() != NULL);
+    CHECK(strlen(umfa_last_error()) == 0);
+}
+
+TEST(null_options_and_null_lse) {
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    CHECK_OK(umfa_attention_forward(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, NULL, NULL));
+    CHECK_RESULT(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, NULL, NULL);
+}
+
+TEST(log_sum_exp) {
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    CHECK_PROBLEM(&p, NULL);
+}
+
+TEST(null_strides_mean_compact) {
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    p.query.dl.strides = p.key.dl.strides = p.value.dl.strides = NULL;
+    p.out.dl.strides = p.lse.dl.strides = NULL;
+    CHECK_PROBLEM(&p, NULL);
+}
+
+TEST(initialiser_is_the_default) {
+    problem p, q;
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    CHECK(options.struct_size == sizeof options);
+    CHECK(options.window_left == -1 && options.window_right == -1);
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    random_state = 1;
+    make_problem(&q, UMFA_LAYOUT_BSHD);
+    CHECK_OK(run(&p, NULL));
+    CHECK_OK(run(&q, &options));
+    CHECK(memcmp(p.out.dl.data, q.out.dl.data,
+                 sizeof(float) * BATCH * SEQLEN_Q * HEADS * HEAD_DIM_V) == 0);
+}
+
+TEST(layout_bhsd) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    options.layout = UMFA_LAYOUT_BHSD;
+    make_problem(&p, UMFA_LAYOUT_BHSD);
+    CHECK_PROBLEM(&p, &options);
+    options.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+    CHECK_PROBLEM(&p, &options);
+}
+
+TEST(causal_both_ways) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    options.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+    CHECK_PROBLEM(&p, &options);
+    options.causal = UMFA_CAUSAL_TOP_LEFT;
+    CHECK_PROBLEM(&p, &options);
+    /* More queries than keys: the first rows are empty, or the last ones see all keys. */
+    make(&p.key, 4, BATCH, 9, HEADS_K, HEAD_DIM);
+    make(&p.value, 4, BATCH, 9, HEADS_K, HEAD_DIM_V);
+    fill(&p.key.dl);
+    fill(&p.value.dl);
+    CHECK_PROBLEM(&p, &options);
+    options.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+    CHECK_PROBLEM(&p, &options);
+    CHECK(number(&p.lse.dl, 0, 0, 0, 0) == -INFINITY);
+}
+
+TEST(window) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    options.window_left = 5;
+    CHECK_PROBLEM(&p, &options);
+    options.window_right = 2;
+    CHECK_PROBLEM(&p, &options);
+    options.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+    CHECK_PROBLEM(&p, &options);
+}
+
+TEST(scale_softcap_and_alibi) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    tensor slopes;
+    int i;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    options.softmax_scale = 0.7;
+    CHECK_PROBLEM(&p, &options);
+    options.softcap = 3;
+    CHECK_PROBLEM(&p, &options);
+    make(&slopes, 1, HEADS, 1, 1, 1);
+    for (i = 0; i < HEADS; ++i) ((float*)slopes.dl.data)[i] = 0.05f * (float)(i + 1);
+    options.alibi_slopes = &slopes.dl;
+    CHECK_PROBLEM(&p, &options);
+}
+
+TEST(strides_and_offsets) {
+    problem p;
+    tensor memory;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    /* query: every second number of longer rows, starting at the second */
+    make(&memory, 4, BATCH, SEQLEN_Q, HEADS, 2 * HEAD_DIM);
+    p.query.dl.data = memory.dl.data;
+    p.query.dl.byte_offset = sizeof(float);
+    memcpy(p.query.strides, memory.strides, sizeof memory.strides);
+    p.query.strides[3] = 2;
+    fill(&p.query.dl);
+    /* key: backwards in the sequence, stored as (heads, seqlen, head_dim, batch) */
+    make(&memory, 4, HEADS_K, SEQLEN_K, HEAD_DIM, BATCH);
+    p.key.dl.data = memory.dl.data;
+    p.key.dl.byte_offset = (uint64_t)((SEQLEN_K - 1) * memory.strides[1]) * sizeof(float);
+    p.key.strides[0] = memory.strides[3];
+    p.key.strides[1] = -memory.strides[1];
+    p.key.strides[2] = memory.strides[0];
+    p.key.strides[3] = memory.strides[2];
+    fill(&p.key.dl);
+    /* value: one batch for all */
+    p.value.strides[0] = 0;
+    /* out: a slice of longer rows, and what lies between them must stay */
+    make(&memory, 4, BATCH, SEQLEN_Q, HEADS, HEAD_DIM_V + 3);
+    memset(memory.dl.data, 0x5a, sizeof(float) * BATCH * SEQLEN_Q * HEADS * (HEAD_DIM_V + 3));
+    p.out.dl.data = memory.dl.data;
+    p.out.dl.byte_offset = 2 * sizeof(float);
+    memcpy(p.out.strides, memory.strides, sizeof memory.strides);
+    CHECK_PROBLEM(&p, NULL);
+    {
+        int64_t row;
+        for (row = 0; row < BATCH * SEQLEN_Q * HEADS; ++row) {
+            const unsigned char* bytes = (const unsigned char*)memory.dl.data +
+                                         row * (HEAD_DIM_V + 3) * (int64_t)sizeof(float);
+            size_t i;
+            for (i = 0; i < 2 * sizeof(float); ++i) CHECK(bytes[i] == 0x5a);
+            for (i = 0; i < sizeof(float); ++i)
+                CHECK(bytes[(HEAD_DIM_V + 2) * sizeof(float) + i] == 0x5a);
+        }
+    }
+}
+
+TEST(bfloat16_tensors) {
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    p.query.dl.dtype = p.key.dl.dtype = p.value.dl.dtype = p.out.dl.dtype = bfloat16;
+    fill(&p.query.dl);
+    fill(&p.key.dl);
+    fill(&p.value.dl);
+    CHECK_PROBLEM(&p, NULL);
+}
+
+TEST(no_keys_and_no_queries) {
+    problem p;
+    int i;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    memset(p.out.dl.data, 0x5a, sizeof(float) * BATCH * SEQLEN_Q * HEADS * HEAD_DIM_V);
+    p.key.shape[1] = p.value.shape[1] = 0;
+    p.key.dl.data = p.value.dl.data = NULL; /* as DLPack says of tensors without elements */
+    CHECK_OK(run(&p, NULL));
+    for (i = 0; i < BATCH * SEQLEN_Q * HEADS * HEAD_DIM_V; ++i)
+        CHECK(((float*)p.out.dl.data)[i] == 0.0f);
+    for (i = 0; i < BATCH * HEADS * SEQLEN_Q; ++i) CHECK(((float*)p.lse.dl.data)[i] == -INFINITY);
+    p.query.shape[1] = p.out.shape[1] = p.lse.shape[2] = 0;
+    p.query.dl.data = p.out.dl.data = p.lse.dl.data = NULL;
+    CHECK_OK(run(&p, NULL));
+}
+
+/* ---- tests: struct_size -------------------------------------------------------------------------- */
+
+TEST(struct_size_of_an_older_caller) {
+    umfa_attention_options older = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    /* A caller that knows only layout and causal: what lies behind is not the library's to read. */
+    memset((char*)&older + offsetof(umfa_attention_options, window_left), 0x5a,
+           sizeof older - offsetof(umfa_attention_options, window_left));
+    older.struct_size = offsetof(umfa_attention_options, window_left);
+    older.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+    CHECK_OK(run(&p, &older));
+    {
+        umfa_attention_options same = UMFA_ATTENTION_OPTIONS_INIT;
+        same.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+        CHECK_RESULT(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, &p.lse.dl, &same);
+    }
+}
+
+TEST(struct_size_of_a_newer_caller) {
+    struct {
+        umfa_attention_options options;
+        unsigned char more[64];
+    } newer = {UMFA_ATTENTION_OPTIONS_INIT, {0}};
+    char size[32];
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    newer.options.struct_size = sizeof newer;
+    newer.options.softcap = 2;
+    CHECK_PROBLEM(&p, &newer.options); /* new fields left at 0 ask for nothing new */
+    newer.more[40] = 1;
+    snprintf(size, sizeof size, "%u", (unsigned)sizeof newer);
+    CHECK_FAILS(run(&p, &newer.options), UMFA_ERROR_UNSUPPORTED, size);
+}
+
+TEST(struct_size_forgotten) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    options.struct_size = 0;
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "struct_size");
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "got 0");
+    options.struct_size = sizeof(size_t) - 1;
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "got 7");
+}
+
+/* ---- tests: errors ------------------------------------------------------------------------------- */
+
+TEST(null_tensors) {
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+#define FORWARD(q, k, v, o) umfa_attention_forward(q, k, v, o, NULL, NULL)
+    CHECK_FAILS(FORWARD(NULL, &p.key.dl, &p.value.dl, &p.out.dl), UMFA_ERROR_VALUE, "query");
+    CHECK_FAILS(FORWARD(&p.query.dl, NULL, &p.value.dl, &p.out.dl), UMFA_ERROR_VALUE, "key");
+    CHECK_FAILS(FORWARD(&p.query.dl, &p.key.dl, NULL, &p.out.dl), UMFA_ERROR_VALUE, "value");
+    CHECK_FAILS(FORWARD(&p.query.dl, &p.key.dl, &p.value.dl, NULL), UMFA_ERROR_VALUE, "out");
+    CHECK_FAILS(FORWARD(NULL, NULL, NULL, NULL), UMFA_ERROR_VALUE, "NULL");
+#undef FORWARD
+    p.key.dl.data = NULL;
+    CHECK_FAILS(run(&p, NULL), UMFA_ERROR_VALUE, "key");
+}
+
+/* One field of one operand, wrong for the length of a call that must fail. */
+#define WITH(field, wrong, status, text)           \
+    do {                                           \
+        problem p_ = p;                            \
+        repoint(&p_);                              \
+        (p_.field) = (wrong);                      \
+        CHECK_FAILS(run(&p_, NULL), status, text); \
+    } while (0)
+static void repoint(problem* p) {
+    tensor* tensors[5];
+    int i;
+    tensors[0] = &p->query, tensors[1] = &p->key, tensors[2] = &p->value;
+    tensors[3] = &p->out, tensors[4] = &p->lse;
+    for (i = 0; i < 5; ++i) {
+        tensors[i]->dl.shape = tensors[i]->shape;
+        tensors[i]->dl.strides = tensors[i]->strides;
+    }
+}
+
+TEST(wrong_dtype) {
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    WITH(key.dl.dtype.code, kDLInt, UMFA_ERROR_TYPE, "int32");
+    WITH(value.dl.dtype.bits, 16, UMFA_ERROR_TYPE, "float16");
+    WITH(query.dl.dtype.code, kDLBool, UMFA_ERROR_TYPE, "bool");
+    WITH(query.dl.dtype.code, 99, UMFA_ERROR_TYPE, "99");
+    WITH(query.dl.dtype.lanes, 4, UMFA_ERROR_TYPE, "x4");
+    WITH(out.dl.dtype, bfloat16, UMFA_ERROR_TYPE, "bfloat16");
+    WITH(lse.dl.dtype, bfloat16, UMFA_ERROR_TYPE, "bfloat16");
+    p.query.dl.dtype.bits = p.key.dl.dtype.bits = p.value.dl.dtype.bits = 64;
+    CHECK_FAILS(run(&p, NULL), UMFA_ERROR_UNSUPPORTED, "float64");
+}
+
+TEST(wrong_device) {
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    /* Types are enumerators in some headers and integers in others: bytes fit both. */
+    {
+        const int32_t cuda = 2;
+        const int32_t nonsense = 777;
+        memcpy(&p.key.dl.device.device_type, &cuda, sizeof cuda);
+        CHECK_FAILS(run(&p, NULL), UMFA_ERROR_VALUE, "cuda");
+        memcpy(&p.key.dl.device.device_type, &nonsense, sizeof nonsense);
+        CHECK_FAILS(run(&p, NULL), UMFA_ERROR_VALUE, "777");
+    }
+}
+
+TEST(wrong_shape) {
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    WITH(key.shape[0], 1, UMFA_ERROR_VALUE, "batch");
+    WITH(key.shape[3], 19, UMFA_ERROR_VALUE, "19");
+    WITH(value.shape[1], 36, UMFA_ERROR_VALUE, "36");
+    WITH(value.shape[2], 1, UMFA_ERROR_VALUE, "nheads");
+    WITH(query.shape[2], 5, UMFA_ERROR_VALUE, "5");
+    WITH(query.shape[1], -3, UMFA_ERROR_VALUE, "-3");
+    WITH(query.shape[1], INT64_MAX, UMFA_ERROR_VALUE, "9223372036854775807");
+    WITH(query.dl.ndim, 3, UMFA_ERROR_VALUE, "3");
+    WITH(query.dl.ndim, -1, UMFA_ERROR_VALUE, "-1");
+    WITH(query.dl.ndim, 1000000, UMFA_ERROR_VALUE, "1000000");
+    WITH(query.dl.shape, NULL, UMFA_ERROR_VALUE, "shape");
+    WITH(query.strides[0], INT64_MAX, UMFA_ERROR_VALUE, "9223372036854775807");
+    WITH(query.strides[1], INT64_MIN, UMFA_ERROR_VALUE, "-9223372036854775808");
+    WITH(query.dl.byte_offset, 2, UMFA_ERROR_VALUE, "aligned");
+    WITH(out.shape[1], SEQLEN_Q - 1, UMFA_ERROR_VALUE, "out");
+    WITH(out.shape[3], HEAD_DIM, UMFA_ERROR_VALUE, "out");
+    WITH(lse.shape[1], SEQLEN_Q, UMFA_ERROR_VALUE, "lse");
+    WITH(lse.dl.ndim, 2, UMFA_ERROR_VALUE, "lse");
+    p.query.shape[3] = p.key.shape[3] = 0;
+    CHECK_FAILS(run(&p, NULL), UMFA_ERROR_VALUE, "got 0");
+    p.query.shape[3] = p.key.shape[3] = 513;
+    CHECK_FAILS(run(&p, NULL), UMFA_ERROR_UNSUPPORTED, "513");
+}
+
+TEST(wrong_options) {
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+#define OPTION(field, wrong, text)                                    \
+    do {                                                              \
+        umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT; \
+        options.field = (wrong);                                      \
+        CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, text);       \
+    } while (0)
+    OPTION(layout, 2, "got 2");
+    OPTION(layout, -1, "got -1");
+    OPTION(causal, 3, "got 3");
+    OPTION(backend, 3, "got 3");
+    OPTION(window_left, -2, "got -2");
+    OPTION(window_right, (int64_t)1 << 31, "2147483648");
+    OPTION(window_left, INT64_MAX, "9223372036854775807");
+    OPTION(window_left, INT64_MIN, "-9223372036854775808");
+    OPTION(softmax_scale, NAN, "nan");
+    OPTION(softmax_scale, -INFINITY, "-inf");
+    OPTION(softmax_scale, 1e300, "1e+300");
+    OPTION(softcap, -1, "got -1");
+    OPTION(softcap, NAN, "nan");
+    OPTION(softcap, INFINITY, "inf");
+    OPTION(reserved, 1, "reserved");
+#undef OPTION
+    {
+        umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+        tensor slopes;
+        make(&slopes, 1, HEADS + 1, 1, 1, 1);
+        options.alibi_slopes = &slopes.dl;
+        CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "(7,)");
+        make(&slopes, 1, HEADS, 1, 1, 1);
+        slopes.dl.dtype.bits = 16;
+        CHECK_FAILS(run(&p, &options), UMFA_ERROR_TYPE, "float16");
+    }
+}
+
+TEST(out_must_not_overlap) {
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    WITH(out.dl.data, p.query.dl.data, UMFA_ERROR_VALUE, "overlap");
+    WITH(out.dl.data, p.value.dl.data, UMFA_ERROR_VALUE, "overlap");
+    WITH(lse.dl.data, p.out.dl.data, UMFA_ERROR_VALUE, "overlap");
+    WITH(out.strides[0], 0, UMFA_ERROR_VALUE, "out");
+}
+
+TEST(failure_writes_nothing) {
+    const size_t bytes = sizeof(float) * BATCH * SEQLEN_Q * HEADS * HEAD_DIM_V;
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    size_t i;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    memset(p.out.dl.data, 0x5a, bytes);
+    options.softcap = -1;
+    CHECK(run(&p, &options) == UMFA_ERROR_VALUE);
+    p.lse.shape[2] = 1;
+    CHECK(run(&p, NULL) == UMFA_ERROR_VALUE);
+    for (i = 0; i < bytes; ++i) CHECK(((unsigned char*)p.out.dl.data)[i] == 0x5a);
+}
+
+TEST(success_keeps_the_last_error) {
+    problem p;
+    char before[512];
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    CHECK(umfa_attention_forward(NULL, NULL, NULL, NULL, NULL, NULL) == UMFA_ERROR_VALUE);
+    snprintf(before, sizeof before, "%s", umfa_last_error());
+    CHECK_OK(run(&p, NULL));
+    CHECK(strcmp(before, umfa_last_error()) == 0);
+}
+
+/* ---- tests: threads ------------------------------------------------------------------------------ */
+
+static void* fails_with_its_own_text(void* argument) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    const int id = *(const int*)argument;
+    char text[32];
+    problem p;
+    int i;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    CHECK(strlen(umfa_last_error()) == 0); /* a new thread has not failed yet */
+    snprintf(text, sizeof text, "got -%d;", 100 + id);
+    options.window_left = -(100 + id);
+    for (i = 0; i < 200; ++i) CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, text);
+    return NULL;
+}
+
+TEST(last_error_belongs_to_the_thread) {
+    pthread_t threads[4];
+    int ids[4], i;
+    CHECK(umfa_attention_forward(NULL, NULL, NULL, NULL, NULL, NULL) == UMFA_ERROR_VALUE);
+    for (i = 0; i < 4; ++i) {
+        ids[i] = i;
+        CHECK(pthread_create(&threads[i], NULL, fails_with_its_own_text, &ids[i]) == 0);
+    }
+    for (i = 0; i < 4; ++i) CHECK(pthread_join(threads[i], NULL) == 0);
+    CHECK(strstr(umfa_last_error(), "query"));
+    CHECK(strstr(umfa_last_error(), "got -1") == NULL);
+}
+
+static void* computes(void* argument) {
+    int i;
+    for (i = 0; i < 20; ++i) CHECK_PROBLEM((problem*)argument, NULL);
+    return NULL;
+}
+
+TEST(many_threads_at_once) {
+    static problem problems[4];
+    pthread_t threads[4];
+    int i;
+    for (i = 0; i < 4; ++i) {
+        make_problem(&problems[i], UMFA_LAYOUT_BSHD);
+        CHECK(pthread_create(&threads[i], NULL, computes, &problems[i]) == 0);
+    }
+    for (i = 0; i < 4; ++i) CHECK(pthread_join(threads[i], NULL) == 0);
+}
+
+/* ---- main ---------------------------------------------------------------------------------------- */
+
+#define ENTRY(name) {#name, name}
+static const struct {
+    const char* name;
+    void (*run)(void);
+} tests[] = {
+    ENTRY(version),
+    ENTRY(null_options_and_null_lse),
+    ENTRY(log_sum_exp),
+    ENTRY(null_strides_mean_compact),
+    ENTRY(initialiser_is_the_default),
+    ENTRY(layout_bhsd),
+    ENTRY(causal_both_ways),
+    ENTRY(window),
+    ENTRY(scale_softcap_and_alibi),
+    ENTRY(strides_and_offsets),
+    ENTRY(bfloat16_tensors),
+    ENTRY(no_keys_and_no_queries),
+    ENTRY(struct_size_of_an_older_caller),
+    ENTRY(struct_size_of_a_newer_caller),
+    ENTRY(struct_size_forgotten),
+    ENTRY(null_tensors),
+    ENTRY(wrong_dtype),
+    ENTRY(wrong_device),
+    ENTRY(wrong_shape),
+    ENTRY(wrong_options),
+    ENTRY(out_must_not_overlap),
+    ENTRY(failure_writes_nothing),
+    ENTRY(success_keeps_the_last_error),
+    ENTRY(last_error_belongs_to_the_thread),
+    ENTRY(many_threads_at_once),
+};
+
+int main(int argc, char** argv) {
+    size_t i;
+    if (argc != 3) return 2;
+    expected_version = argv[2];
+    for (i = 0; i < sizeof tests / sizeof tests[0]; ++i)
+        if (strcmp(argv[1], tests[i].name) == 0) {
+            tests[i].run();
+            return 0;
+        }
+    fprintf(stderr, "no test is called %s\n", argv[1]);
+    return 2;
+}

@@ -1,0 +1,76 @@
+"""The reference itself: against its formula written as plain loops, and against PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import cases
+import frameworks
+import reference
+from cases import Case
+from checks import Tolerance, assert_close
+from reference import Alignment
+
+EXACT = Tolerance(1e-12, 1e-12)
+
+LOOP_CASES = [
+    Case((2, 4, 5, 7, 3), heads_k=2, head_dim_v=2),
+    Case((1, 2, 7, 5, 3), options=(("causal", True),)),
+    Case((1, 2, 5, 7, 3), options=(("window_size", (2, 1)), ("softcap", 1.5))),
+    Case((1, 2, 6, 6, 3), options=(("window_size", (0, -1)), ("softmax_scale", -0.3))),
+    Case((2, 3, 5, 6, 3), options=(("causal", True),), alibi="batch_heads"),
+    Case((2, 3, 5, 6, 3), alibi="heads"),
+]
+
+
+@pytest.mark.parametrize("alignment", ["lower_right", "upper_left"])
+@pytest.mark.parametrize("case", LOOP_CASES, ids=str)
+def test_equals_plain_loops(
+    case: Case, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "ROWS_AT_A_TIME", 3)  # several chunks, the last one ragged
+    options = cases.options(case)
+    out, lse = reference.attention(*cases.inputs(case), alignment=alignment, **options)
+    query, key, value = (array.astype(float) for array in cases.inputs(case))
+
+    scale = options.get("softmax_scale", 1 / math.sqrt(query.shape[3]))
+    left, right = options.get("window_size", (-1, -1))
+    softcap = options.get("softcap", 0.0)
+    slopes = np.asarray(options.get("alibi_slopes", np.zeros(query.shape[2])), dtype=float)
+    for b, i, h in np.ndindex(query.shape[:3]):
+        p = i + (key.shape[1] - query.shape[1] if alignment == "lower_right" else 0)
+        h_k = h * key.shape[2] // query.shape[2]
+        weights, weighted = 0.0, np.zeros(value.shape[3])
+        for j in range(key.shape[1]):
+            if (options.get("causal") and j > p) or (left >= 0 and j < p - left):
+                continue
+            if right >= 0 and j > p + right:
+                continue
+            score = scale * sum(query[b, i, h, d] * key[b, j, h_k, d] for d in range(key.shape[3]))
+            if softcap:
+                score = softcap * math.tanh(score / softcap)
+            score -= (slopes[h] if slopes.ndim == 1 else slopes[b, h]) * abs(p - j)
+            weights += math.exp(score)
+            weighted += math.exp(score) * value[b, j, h_k]
+        where = f"row {b, i, h}"
+        if weights == 0.0:
+            assert lse[b, h, i] == -np.inf, where
+            assert not out[b, i, h].any(), where
+        else:
+            assert_close(lse[b, h, i], np.asarray(math.log(weights)), EXACT, where)
+            assert_close(out[b, i, h], weighted / weights, EXACT, where)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_equals_pytorch_in_float64(causal: bool) -> None:
+    torch = frameworks.load("torch").module
+    case = Case((2, 6, 33, 33, 16), heads_k=2, head_dim_v=24)
+    tensors = [torch.from_numpy(x.astype(float)).transpose(1, 2) for x in cases.inputs(case)]
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *tensors, is_causal=causal, enable_gqa=True
+    )
+    ours, _ = reference.attention(*cases.inputs(case), causal=causal)
+    assert_close(ours, theirs.transpose(1, 2).numpy(), EXACT)
