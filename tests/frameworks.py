@@ -76,7 +76,7 @@ class NumPy(Framework):
         return np.ndarray
 
     def tensor(self, array: Array) -> Any:
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")
 
     def numpy(self, tensor: Any) -> Array:
         return np.asarray(tensor)
@@ -130,9 +130,9 @@ class Mlx(Framework):
 
     def tensor(self, array: Array) -> Any:
         if array.dtype == ml_dtypes.bfloat16:
-            integers = self.module.array(np.ascontiguousarray(array).view(np.uint16))
+            integers = self.module.array(np.asarray(array, order="C").view(np.uint16))
             return integers.view(self.module.bfloat16)
-        return self.module.array(np.ascontiguousarray(array))
+        return self.module.array(np.asarray(array, order="C"))
 
     def numpy(self, tensor: Any) -> Array:
         if tensor.dtype == self.module.bfloat16:

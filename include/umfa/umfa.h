@@ -62,11 +62,17 @@ typedef struct umfa_attention_options {
     int32_t reserved;             /* 0 */
 } umfa_attention_options;
 
-#define UMFA_ATTENTION_OPTIONS_INIT                                                       \
-    {                                                                                     \
-        sizeof(umfa_attention_options), UMFA_LAYOUT_BSHD, UMFA_CAUSAL_NONE, -1, -1, 0, 0, \
-            NULL, UMFA_BACKEND_AUTO, 0                                                    \
-    }
+#define UMFA_ATTENTION_OPTIONS_INIT  \
+    {sizeof(umfa_attention_options), \
+     UMFA_LAYOUT_BSHD,               \
+     UMFA_CAUSAL_NONE,               \
+     -1,                             \
+     -1,                             \
+     0,                              \
+     0,                              \
+     NULL,                           \
+     UMFA_BACKEND_AUTO,              \
+     0}
 
 /* out = softmax(query key^T * softmax_scale) value, per head; query head h reads key head
  * h / (nheads_q / nheads_kv).

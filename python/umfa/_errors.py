@@ -6,6 +6,8 @@ from ._ext import UnsupportedError
 
 __all__ = ["UnsupportedError", "message"]
 
+UnsupportedError.__module__ = "umfa"  # where users find it; tracebacks print this
+
 
 def message(function: str, what: str, got: object, expected: str) -> str:
     """The text of an error; `got` is the offending value."""

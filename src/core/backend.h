@@ -16,9 +16,9 @@ struct Verdict {
 
 struct Backend {
     const char* name;
-    uint32_t features;             // bitwise or of `Feature`s
-    Verdict (*available)();        // is it there at all, on this machine and in this build
-    bool (*can_see)(Device);       // can it read tensors on that device
+    uint32_t features;        // bitwise or of `Feature`s
+    Verdict (*available)();   // is it there at all, on this machine and in this build
+    bool (*can_see)(Device);  // can it read tensors on that device
     void (*forward)(const Problem&);
 };
 

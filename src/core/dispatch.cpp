@@ -24,7 +24,8 @@ Verdict verdict_of(const Backend& backend, const Problem& problem) {
     if (const uint32_t missing = problem.features() & ~backend.features) {
         const auto feature = static_cast<Feature>(missing & -missing);  // the lowest set bit
         std::string reason = std::string(name_of(feature)) + " is not implemented";
-        if (feature == Feature::dropout) reason += " (dropout_p=" + text_of(problem.dropout->p) + ")";
+        if (feature == Feature::dropout)
+            reason += " (dropout_p=" + text_of(problem.dropout->p) + ")";
         return {false, reason};
     }
     return verdict;
@@ -42,8 +43,8 @@ const Backend* choose(const Problem& problem, std::string_view name, std::string
         reason += std::string(backend->name) + ": " + verdict.reason;
     }
     if (!known)
-        fail(ErrorKind::value, problem.function, "backend is unknown", "'" + std::string(name) + "'",
-             "'auto', 'cpu' or 'metal'");
+        fail(ErrorKind::value, problem.function, "backend is unknown",
+             "'" + std::string(name) + "'", "'auto', 'cpu' or 'metal'");
     return nullptr;
 }
 

@@ -76,7 +76,8 @@ TensorView view_of(const DLTensor& tensor, bool read_only, std::string_view func
         case kDLCPU: view.device = Device::cpu; break;
         case kDLMetal: view.device = Device::metal; break;
         default:
-            fail(ErrorKind::value, function, std::string(argument) + " is on a device umfa cannot read",
+            fail(ErrorKind::value, function,
+                 std::string(argument) + " is on a device umfa cannot read",
                  dlpack_device_text(tensor.device), "cpu or metal");
     }
     view.dtype = dtype_of(tensor.dtype, function, argument);

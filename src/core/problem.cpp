@@ -43,7 +43,8 @@ bool extent(const TensorView& view, int64_t& begin, int64_t& end) {
     }
     const int64_t bytes = bits_of(view.dtype) / 8;
     return !__builtin_add_overflow(high, int64_t{1}, &high) &&
-           !__builtin_mul_overflow(low, bytes, &begin) && !__builtin_mul_overflow(high, bytes, &end);
+           !__builtin_mul_overflow(low, bytes, &begin) &&
+           !__builtin_mul_overflow(high, bytes, &end);
 }
 
 /// What every tensor must satisfy before anyone follows its pointer.
@@ -51,7 +52,8 @@ void check_memory(const Checker& check, const TensorView& view, const std::strin
     int64_t begin = 0, end = 0;
     if (!extent(view, begin, end)) {
         std::string strides;
-        for (int i = 0; i < view.ndim; ++i) strides += (i ? ", " : "") + std::to_string(view.strides[i]);
+        for (int i = 0; i < view.ndim; ++i)
+            strides += (i ? ", " : "") + std::to_string(view.strides[i]);
         check.value(name + " reaches past 64-bit addresses",
                     "shape " + shape_text(view) + " with strides (" + strides + ")",
                     "strides in elements of a tensor in memory");
@@ -61,18 +63,19 @@ void check_memory(const Checker& check, const TensorView& view, const std::strin
         check.value(name + " has no memory", "a null pointer with shape " + shape_text(view),
                     "the tensor's data");
     const uint64_t bytes = static_cast<uint64_t>(bits_of(view.dtype) / 8);
-    const uint64_t start = view.device == Device::cpu ? reinterpret_cast<uint64_t>(view.address())
-                                                      : view.byte_offset;
+    const uint64_t start =
+        view.device == Device::cpu ? reinterpret_cast<uint64_t>(view.address()) : view.byte_offset;
     if (start % bytes != 0)
-        check.value(name + " is not aligned to its " + std::to_string(bytes) + "-byte elements",
-                    (view.device == Device::cpu ? "address " : "byte offset ") +
-                        std::to_string(start),
-                    "a multiple of " + std::to_string(bytes) + "; make a copy");
+        check.value(
+            name + " is not aligned to its " + std::to_string(bytes) + "-byte elements",
+            (view.device == Device::cpu ? "address " : "byte offset ") + std::to_string(start),
+            "a multiple of " + std::to_string(bytes) + "; make a copy");
 }
 
 void check_float_dtype(const Checker& check, const TensorView& view, const std::string& name) {
     if (is_attention_dtype(view.dtype)) return;
-    const std::string what = name + " has the wrong dtype", expected = "float32, float16 or bfloat16";
+    const std::string what = name + " has the wrong dtype",
+                      expected = "float32, float16 or bfloat16";
     if (is_other_float(view.dtype)) check.unsupported(what, name_of(view.dtype), expected);
     check.type(what, name_of(view.dtype), expected);
 }
@@ -230,20 +233,22 @@ Problem Problem::make(const AttentionRequest& request) {
     problem.seqlen_kv = k.shape[row];
     problem.head_dim = q.shape[3];
     problem.head_dim_v = v.shape[3];
-    for (const auto& [dim, name] : {std::pair{problem.head_dim, q_name}, {problem.head_dim_v, v_name}}) {
+    for (const auto& [dim, name] :
+         {std::pair{problem.head_dim, q_name}, {problem.head_dim_v, v_name}}) {
         if (dim < 1)
             check.value("head_dim of " + name + " is too small", std::to_string(dim),
                         "1 to " + std::to_string(max_head_dim));
         if (dim > max_head_dim)
-            check.unsupported("head_dim of " + name + " is too large",
-                              std::to_string(dim), "1 to " + std::to_string(max_head_dim));
+            check.unsupported("head_dim of " + name + " is too large", std::to_string(dim),
+                              "1 to " + std::to_string(max_head_dim));
     }
-    for (const auto& [length, name] : {std::pair{problem.seqlen_q, q_name}, {problem.seqlen_kv, k_name}})
+    for (const auto& [length, name] :
+         {std::pair{problem.seqlen_q, q_name}, {problem.seqlen_kv, k_name}})
         if (length > max_seqlen)
-            check.unsupported("seqlen of " + name + " is too large",
-                              std::to_string(length), "at most " + std::to_string(max_seqlen));
-    const bool divides = problem.nheads_kv > 0 ? problem.nheads_q % problem.nheads_kv == 0
-                                               : problem.nheads_q == 0;
+            check.unsupported("seqlen of " + name + " is too large", std::to_string(length),
+                              "at most " + std::to_string(max_seqlen));
+    const bool divides =
+        problem.nheads_kv > 0 ? problem.nheads_q % problem.nheads_kv == 0 : problem.nheads_q == 0;
     if (!divides)
         check.value("nheads of " + q_name + " is not a multiple of nheads of " + k_name,
                     std::to_string(problem.nheads_q) + " and " + std::to_string(problem.nheads_kv),
@@ -283,16 +288,17 @@ Problem Problem::make(const AttentionRequest& request) {
                                slopes.shape[1] == problem.nheads_q;
         const std::string heads = std::to_string(problem.nheads_q);
         if (!per_head && !per_batch)
-            check.value("alibi_slopes has the wrong shape", shape_text(slopes),
-                        "(" + heads + ",) or (" + std::to_string(problem.batch) + ", " + heads + ")");
+            check.value(
+                "alibi_slopes has the wrong shape", shape_text(slopes),
+                "(" + heads + ",) or (" + std::to_string(problem.batch) + ", " + heads + ")");
         if (slopes.dtype != DType::f32)
             check.type("alibi_slopes has the wrong dtype", name_of(slopes.dtype), "float32");
         if (slopes.device != q.device || slopes.device_id != q.device_id)
             check.value("alibi_slopes is on another device", device_text(slopes), device_text(q));
         check_memory(check, slopes, "alibi_slopes");
-        problem.alibi = Alibi{slopes.size() ? reinterpret_cast<const float*>(slopes.address()) : nullptr,
-                              per_batch ? slopes.strides[0] : 0,
-                              slopes.strides[slopes.ndim - 1]};
+        problem.alibi =
+            Alibi{slopes.size() ? reinterpret_cast<const float*>(slopes.address()) : nullptr,
+                  per_batch ? slopes.strides[0] : 0, slopes.strides[slopes.ndim - 1]};
     }
 
     problem.wants_lse = request.wants_lse || request.lse.has_value();

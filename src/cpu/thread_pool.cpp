@@ -115,14 +115,13 @@ private:
 std::atomic<Pool*> the_pool{nullptr};
 
 Pool& pool() {
-    static const int registered =
-        pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_relaxed); });
+    static const int registered = pthread_atfork(
+        nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_relaxed); });
     (void)registered;
     Pool* now = the_pool.load(std::memory_order_acquire);
     if (!now) {
         Pool* fresh = new Pool;
-        if (the_pool.compare_exchange_strong(now, fresh, std::memory_order_acq_rel))
-            return *fresh;
+        if (the_pool.compare_exchange_strong(now, fresh, std::memory_order_acq_rel)) return *fresh;
         delete fresh;  // another thread was first
     }
     return *now;
@@ -137,7 +136,8 @@ int threads_from_environment() {
         const long count = std::strtol(text, &end, 10);
         // OMP_NUM_THREADS may list one number per nesting level: the first one counts.
         const bool list = *end == ',' && std::string_view(name) == "OMP_NUM_THREADS";
-        if (end == text || (*end != '\0' && !list) || errno != 0 || count < 1 || count > max_threads)
+        if (end == text || (*end != '\0' && !list) || errno != 0 || count < 1 ||
+            count > max_threads)
             fail(ErrorKind::value, "umfa", std::string(name) + " is not a number of threads",
                  "'" + std::string(text) + "'", "1 to " + std::to_string(max_threads));
         return static_cast<int>(count);

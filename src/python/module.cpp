@@ -64,7 +64,8 @@ Imported<Array> import(nb::handle object, const std::string& function, const std
     Imported<Array> imported;
     if (!nb::try_cast<Array>(object, imported.array, false))
         fail(ErrorKind::type, function, name + " is not a readable DLPack tensor",
-             nb::type_name(object.type()).c_str(), "a tensor of torch, numpy, jax, mlx or any DLPack library");
+             nb::type_name(object.type()).c_str(),
+             "a tensor of torch, numpy, jax, mlx or any DLPack library");
     const Array& array = imported.array;
     int64_t shape[TensorView::max_ndim], strides[TensorView::max_ndim];
     DLTensor tensor{};
@@ -136,8 +137,7 @@ nb::tuple shape_tuple(const TensorView& view) {
 nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle key,
                             nb::handle value, nb::handle alibi_slopes, nb::callable allocate) {
     Input inputs[4];
-    Problem problem =
-        Problem::make(make_request(options, query, key, value, alibi_slopes, inputs));
+    Problem problem = Problem::make(make_request(options, query, key, value, alibi_slopes, inputs));
     // Refusals come before anything is allocated.
     const Verdict verdict = can_run(problem, options.backend);
     if (!verdict.yes) {
@@ -240,19 +240,21 @@ void translate(const std::exception_ptr& pointer, void*) {
 NB_MODULE(_ext, m) {
     m.doc() = "The Python door of libumfa. Private: use the functions of the package `umfa`.";
 
+    const std::string name = nb::cast<std::string>(m.attr("__name__")) + ".UnsupportedError";
     unsupported_error = PyErr_NewExceptionWithDoc(
-        "umfa.UnsupportedError", "What was asked for is sound, but umfa cannot do it (yet).",
+        name.c_str(), "What was asked for is sound, but umfa cannot do it (yet).",
         PyExc_NotImplementedError, nullptr);
     m.attr("UnsupportedError") = nb::handle(unsupported_error);
     nb::register_exception_translator(translate);
 
-    nb::class_<Options>(m, "Options", "The options of one attention call; types already normalised.")
+    nb::class_<Options>(m, "Options",
+                        "The options of one attention call; types already normalised.")
         .def(
             "__init__",
             [](Options* self, std::string function,
                std::tuple<std::string, std::string, std::string> names, bool causal,
-               std::optional<double> scale, int64_t left, int64_t right, double softcap, double dropout_p, bool return_lse,
-               std::string backend) {
+               std::optional<double> scale, int64_t left, int64_t right, double softcap,
+               double dropout_p, bool return_lse, std::string backend) {
                 new (self) Options{std::move(function),
                                    std::move(names),
                                    causal,
@@ -264,8 +266,9 @@ NB_MODULE(_ext, m) {
                                    return_lse,
                                    std::move(backend)};
             },
-            "function"_a, "names"_a, nb::kw_only(), "causal"_a, "softmax_scale"_a.none(), "window_left"_a,
-            "window_right"_a, "softcap"_a, "dropout_p"_a, "return_lse"_a, "backend"_a);
+            "function"_a, "names"_a, nb::kw_only(), "causal"_a, "softmax_scale"_a.none(),
+            "window_left"_a, "window_right"_a, "softcap"_a, "dropout_p"_a, "return_lse"_a,
+            "backend"_a);
 
     m.def("attention_forward", &attention_forward, "options"_a, "query"_a, "key"_a, "value"_a,
           "alibi_slopes"_a.none(), "allocate"_a,

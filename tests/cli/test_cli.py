@@ -274,7 +274,7 @@ def test_env_keeps_home_folders_to_itself(tmp_path: Path) -> None:
     )
     report = json.loads(result.stdout)
     assert report["environment"] == {"UMFA_A": "~/models", "UMFA_B": "~/x:~"}
-    assert report["umfa"]["library"].startswith(("site-packages/", "dist-packages/", "~"))
+    assert b"alice" not in result.stdout
 
 
 def test_env_imports_no_framework() -> None:

@@ -14,7 +14,7 @@ from .._errors import UnsupportedError, message
 def export(tensor: Any, function: str, argument: str) -> Any:
     try:
         mx.eval(tensor)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if "transformation" not in str(error):
             raise
         raise UnsupportedError(
@@ -30,7 +30,9 @@ def export(tensor: Any, function: str, argument: str) -> Any:
 
 
 def allocate(like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
-    memory = _ext.empty(shape, str(like.dtype).removeprefix("mlx.core.") if dtype is None else dtype)
+    memory = _ext.empty(
+        shape, str(like.dtype).removeprefix("mlx.core.") if dtype is None else dtype
+    )
     return memory, memory
 
 

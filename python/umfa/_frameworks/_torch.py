@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 
 from .._errors import UnsupportedError, message
 
+_forward_ad: Any = forward_ad  # its functions carry no annotations
+
 
 def export(tensor: Any, function: str, argument: str) -> Any:
     _check_plain(tensor, function, argument)
@@ -22,7 +24,7 @@ def export(tensor: Any, function: str, argument: str) -> Any:
                 "a call under torch.no_grad(), or tensors that do not require grad",
             )
         )
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+    if _forward_ad._current_level >= 0 and _forward_ad.unpack_dual(tensor).tangent is not None:
         raise UnsupportedError(
             message(
                 function,

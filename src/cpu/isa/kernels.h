@@ -17,15 +17,15 @@ struct Rows {
 
 struct ForwardArgs {
     Rows query, key, value, out;
-    Rows lse;  // data is null when not asked for
+    Rows lse;       // data is null when not asked for
     int64_t group;  // query heads that share one key head
     int64_t seqlen_q, seqlen_kv, head_dim, head_dim_v;
     Visible<int64_t> visible;
-    float score_scale;     // multiplies q.k; holds log2(e) unless softcap is on
-    float softcap;         // softcap * log2(e); 0: off
-    const float* slopes;   // ALiBi, null: off
+    float score_scale;    // multiplies q.k; holds log2(e) unless softcap is on
+    float softcap;        // softcap * log2(e); 0: off
+    const float* slopes;  // ALiBi, null: off
     int64_t slopes_stride_batch, slopes_stride_head;
-    int64_t block_q;       // query rows per task, a multiple of `lanes`
+    int64_t block_q;  // query rows per task, a multiple of `lanes`
 };
 
 /// Queries [q_begin, q_begin + block_q) of one head. `scratch`: scratch_floats() floats, 64-byte

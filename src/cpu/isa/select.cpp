@@ -17,8 +17,11 @@ struct Candidate {
 // Best first; the last one runs anywhere.
 const Candidate candidates[] = {
 #if defined(__x86_64__)
-    {&avx512_kernels, [] { return has_feature("avx512f") && has_feature("avx512bw") &&
-                                  has_feature("avx512dq") && has_feature("avx512vl"); }},
+    {&avx512_kernels,
+     [] {
+         return has_feature("avx512f") && has_feature("avx512bw") && has_feature("avx512dq") &&
+                has_feature("avx512vl");
+     }},
     {&avx2_kernels,
      [] { return has_feature("avx2") && has_feature("fma") && has_feature("f16c"); }},
 #elif defined(__aarch64__)

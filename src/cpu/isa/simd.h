@@ -70,21 +70,33 @@ struct SimdBase {
 struct F32 {
     using storage = float;
     template <class S>
-    static typename S::vf load(const float* p) { return S::load(p); }
+    static typename S::vf load(const float* p) {
+        return S::load(p);
+    }
     template <class S>
-    static void store(float* p, typename S::vf x) { S::store(p, x); }
+    static void store(float* p, typename S::vf x) {
+        S::store(p, x);
+    }
 };
 struct F16 {
     using storage = uint16_t;
     template <class S>
-    static typename S::vf load(const uint16_t* p) { return S::load_f16(p); }
+    static typename S::vf load(const uint16_t* p) {
+        return S::load_f16(p);
+    }
     template <class S>
-    static void store(uint16_t* p, typename S::vf x) { S::store_f16(p, x); }
+    static void store(uint16_t* p, typename S::vf x) {
+        S::store_f16(p, x);
+    }
 };
 struct BF16 {
     using storage = uint16_t;
     template <class S>
-    static typename S::vf load(const uint16_t* p) { return S::load_bf16(p); }
+    static typename S::vf load(const uint16_t* p) {
+        return S::load_bf16(p);
+    }
     template <class S>
-    static void store(uint16_t* p, typename S::vf x) { S::store_bf16(p, x); }
+    static void store(uint16_t* p, typename S::vf x) {
+        S::store_bf16(p, x);
+    }
 };

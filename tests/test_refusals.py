@@ -1,0 +1,221 @@
+"""What umfa will not do silently: lose a gradient, a trace, or the reason why."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import frameworks
+import umfa
+from capsules import DlpackObject
+from cases import normal
+from checks import BASE, assert_close
+from frameworks import Framework
+
+SHAPE = (1, 12, 2, 8)
+PREFIX = r"^\[umfa\.flash_attn_func\] "
+
+
+def arrays() -> list[Any]:
+    return [normal(SHAPE, seed=i) for i in range(3)]
+
+
+# ---- can_run -------------------------------------------------------------------------------------
+
+GOOD: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "everything": {
+        "causal": True, "window_size": (3, 5), "softcap": 2.0, "softmax_scale": 0.5,
+        "deterministic": True, "return_attn_probs": True,
+    },
+    "largest window": {"window_size": (2**31 - 1, 2**31 - 1)},
+    "list for a window": {"window_size": [0, 0]},
+    "integers": {"softcap": 3, "softmax_scale": 1, "dropout_p": 0},
+    "numpy scalars": {
+        "softcap": np.float32(3), "softmax_scale": np.float64(1), "causal": np.bool_(True),
+        "window_size": (np.int32(3), np.int64(4)),
+    },
+    "0 and 1 for flags": {"causal": 1, "deterministic": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", GOOD.values(), ids=GOOD.keys())
+def test_what_can_run_does_run(options: dict[str, Any], framework: Framework) -> None:
+    tensors = [framework.tensor(array) for array in arrays()]
+    assert umfa.can_run(*tensors, **options) == (True, "")
+    umfa.flash_attn_func(*tensors, **options)
+
+
+@pytest.mark.parametrize("head_dim", [1, 512])
+@pytest.mark.parametrize("seqlen_k", [0, 1])
+def test_extreme_sizes_can_run(head_dim: int, seqlen_k: int) -> None:
+    query, key = np.ones((1, 3, 4, head_dim), "f4"), np.ones((1, seqlen_k, 1, head_dim), "f4")
+    assert umfa.can_run(query, key, key) == (True, "")
+    assert umfa.flash_attn_func(query, key, key).shape == query.shape
+
+
+def test_can_run_has_the_options_of_the_function() -> None:
+    function = inspect.signature(umfa.flash_attn_func).parameters
+    for name, parameter in inspect.signature(umfa.can_run).parameters.items():
+        assert parameter.default == function[name].default, name
+    assert set(inspect.signature(umfa.can_run).parameters) == set(function)
+
+
+def test_any_dlpack_object_is_a_tensor() -> None:
+    objects = [DlpackObject(SHAPE) for _ in range(3)]
+    assert umfa.can_run(*objects) == (True, "")
+    out = np.from_dlpack(umfa.flash_attn_func(*objects, causal=True))
+    assert_close(out, np.ones(SHAPE, np.float32), BASE["float32"])
+
+
+def test_backends_say_why_not() -> None:
+    found = {info.name: info for info in umfa.backends()}
+    assert list(found)[-1] == "cpu"
+    assert set(found) == {"cpu", "metal"}
+    assert found["cpu"].available
+    for info in found.values():
+        assert bool(info.reason) == (not info.available), "a reason is for what is missing"
+
+
+def test_unsupported_is_an_error_of_its_own() -> None:
+    assert issubclass(umfa.UnsupportedError, NotImplementedError)
+    assert not issubclass(umfa.UnsupportedError, (ValueError, TypeError))
+    assert umfa.UnsupportedError.__module__ == "umfa"
+
+
+# ---- gradients and traces ------------------------------------------------------------------------
+
+
+def torch_tensors() -> tuple[Any, list[Any]]:
+    framework = frameworks.load("torch")
+    return framework.module, [framework.tensor(array) for array in arrays()]
+
+
+def test_torch_without_grad_mode_computes() -> None:
+    torch, tensors = torch_tensors()
+    expected = umfa.flash_attn_func(*tensors)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            out = umfa.flash_attn_func(*tensors)
+            assert umfa.can_run(*tensors) == (True, "")
+        assert torch.equal(out, expected)
+        assert not out.requires_grad
+    parameters = [torch.nn.Parameter(tensor.detach()) for tensor in tensors]
+    with torch.no_grad():
+        assert torch.equal(umfa.flash_attn_func(*parameters), expected)
+
+
+def test_torch_inference_tensors_compute() -> None:
+    torch, tensors = torch_tensors()
+    with torch.inference_mode():
+        inner = [tensor.clone() for tensor in tensors]
+    assert torch.equal(umfa.flash_attn_func(*inner), umfa.flash_attn_func(*tensors))
+
+
+def torch_transforms(torch: Any) -> dict[str, Callable[[Any, list[Any]], Any]]:
+    def dual(f: Any, tensors: list[Any]) -> Any:
+        with torch.autograd.forward_ad.dual_level():
+            q = torch.autograd.forward_ad.make_dual(tensors[0], torch.ones_like(tensors[0]))
+            return f(q, *tensors[1:])
+
+    return {
+        "vmap": lambda f, x: torch.func.vmap(f)(*(t[None] for t in x)),
+        "grad": lambda f, x: torch.func.grad(lambda *a: f(*a).sum())(*x),
+        "jvp": lambda f, x: torch.func.jvp(f, tuple(x), tuple(x)),
+        "functionalize": lambda f, x: torch.func.functionalize(f)(*x),
+        "forward_ad": dual,
+    }
+
+
+# PyTorch's own forward mode still compiles its formulas with torch.jit, which it deprecates.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "functionalize", "forward_ad"])
+def test_torch_transforms_are_refused(transform: str) -> None:
+    torch, tensors = torch_tensors()
+    with pytest.raises(umfa.UnsupportedError, match=PREFIX):
+        torch_transforms(torch)[transform](umfa.flash_attn_func, tensors)
+
+
+@pytest.mark.parametrize("transform", ["jit", "grad", "vmap", "jvp"])
+def test_jax_transforms_are_refused(transform: str) -> None:
+    framework = frameworks.load("jax")
+    import jax
+
+    tensors = [framework.tensor(array) for array in arrays()]
+    f = umfa.flash_attn_func
+    transforms: dict[str, Callable[[], Any]] = {
+        "jit": lambda: jax.jit(f)(*tensors),
+        "grad": lambda: jax.grad(lambda *x: f(*x).sum())(*tensors),
+        "vmap": lambda: jax.vmap(f)(*(t[None] for t in tensors)),
+        "jvp": lambda: jax.jvp(f, tensors, tensors),
+    }
+    with pytest.raises(umfa.UnsupportedError, match=PREFIX):
+        transforms[transform]()
+
+
+@pytest.mark.parametrize("argument", [0, 1, 2])
+@pytest.mark.parametrize("transform", ["grad", "value_and_grad", "vjp", "jvp"])
+def test_mlx_gradients_are_refused(transform: str, argument: int) -> None:
+    """mlx would take a result from outside for a constant, and its gradient for zero."""
+    framework = frameworks.load("mlx")
+    mx = framework.module
+    tensors = [framework.tensor(array) for array in arrays()]
+
+    def f(x: Any) -> Any:
+        changed = [*tensors[:argument], x, *tensors[argument + 1 :]]
+        return umfa.flash_attn_func(*changed).sum()
+
+    x, one = tensors[argument], mx.ones(())
+    transforms: dict[str, Callable[[], Any]] = {
+        "grad": lambda: mx.eval(mx.grad(f)(x)),
+        "value_and_grad": lambda: mx.eval(mx.value_and_grad(f)(x)),
+        "vjp": lambda: mx.eval(mx.vjp(f, [x], [one])),
+        "jvp": lambda: mx.eval(mx.jvp(f, [x], [x])),
+    }
+    with pytest.raises(umfa.UnsupportedError, match=PREFIX):
+        transforms[transform]()
+
+
+@pytest.mark.parametrize("transform", ["compile", "vmap"])
+def test_mlx_traces_are_refused(transform: str) -> None:
+    framework = frameworks.load("mlx")
+    mx = framework.module
+    tensors = [framework.tensor(array) for array in arrays()]
+    transforms: dict[str, Callable[[], Any]] = {
+        "compile": lambda: mx.eval(mx.compile(umfa.flash_attn_func)(*tensors)),
+        "vmap": lambda: mx.eval(mx.vmap(umfa.flash_attn_func)(*(x[None] for x in tensors))),
+    }
+    with pytest.raises(umfa.UnsupportedError, match=PREFIX):
+        transforms[transform]()
+
+
+def test_mlx_lazy_arrays_are_evaluated() -> None:
+    framework = frameworks.load("mlx")
+    tensors = [framework.tensor(array) for array in arrays()]
+    out = umfa.flash_attn_func(*(x * 2 - x for x in tensors))
+    assert_close(framework.numpy(out), umfa.flash_attn_func(*arrays()), BASE["float32"])
+
+
+# ---- who owns what -------------------------------------------------------------------------------
+
+
+def test_output_is_the_callers_own(framework: Framework) -> None:
+    """It outlives the inputs, and a second call does not write to it."""
+    tensors = [framework.tensor(array) for array in arrays()]
+    first = umfa.flash_attn_func(*tensors)
+    before = framework.numpy(first).copy()
+    umfa.flash_attn_func(*(framework.tensor(2 * array) for array in arrays()))
+    del tensors
+    np.testing.assert_array_equal(framework.numpy(first), before)
+
+
+def test_the_library_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    umfa.flash_attn_func(*arrays(), causal=True)
+    umfa.can_run(None, None, None)
+    assert capfd.readouterr() == ("", "")
