@@ -31,10 +31,10 @@ LSE = Tolerance(2e-5, 0.0)
 def assert_close(actual: Array, expected: Array, tolerance: Tolerance, what: str = "out") -> None:
     """Fail, with the worst element, unless all elements agree. NaN agrees with nothing."""
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
-    same = actual == expected  # also covers infinities of the same sign
+    same = actual == expected  # infinities of the same sign among them
     with np.errstate(invalid="ignore"):
         error = np.where(same, 0.0, np.abs(actual - expected))
-        allowed = tolerance.atol + tolerance.rtol * np.abs(expected)
+        allowed = tolerance.atol + tolerance.rtol * np.abs(np.where(same, 0.0, expected))
         excess = np.where(np.isfinite(error), error / allowed, np.inf)
     if excess.size == 0 or excess.max() <= 1.0:
         return

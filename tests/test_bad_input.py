@@ -138,10 +138,13 @@ def option_cases(function: str, framework: str) -> Iterator[Bad]:
         yield Bad(label, same(name, value), error, offending_number(value), function, framework)
     for i, (name, value) in enumerate(BY_TYPE):
         label = f"{name}={value!r:.30}#{i}"
-        # A long or unprintable value may be named by its type instead. A pair of the wrong kind is
-        # a TypeError or, for its length, a ValueError: both tell the caller the truth.
-        errors = (TypeError, ValueError) if name == "window_size" else TypeError
+        # A long or unprintable value may be named by its type instead, a pair by its wrong member.
         text = (repr(value), type(value).__name__)
+        errors: Errors = TypeError
+        if name == "window_size":
+            errors = (TypeError, ValueError)  # of the wrong type, or of the wrong length
+            if isinstance(value, (tuple, list, str, np.ndarray)):
+                text += tuple(f"got {member!r};" for member in value)
         yield Bad(label, same(name, value), errors, text, function, framework)
 
 

@@ -61,6 +61,10 @@ def views(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> Array:
     assert view.shape == tuple(lengths)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     view[...] = rng.standard_normal(lengths, dtype=np.float32)
+    if expanded[3]:
+        # All channels alike: without this, dot products would be sqrt(head_dim) times as large as
+        # those of independent channels, and so would their rounding.
+        view[...] /= view.dtype.type(shape[3] ** 0.25)
     return np.broadcast_to(view, shape)
 
 

@@ -19,20 +19,19 @@
 extern "C" {
 #endif
 
-typedef enum {
-    kDLCPU = 1,
-    kDLMetal = 8 /* data is an id<MTLBuffer> */
-} DLDeviceType;
+/* Not an enum: producers may send any code, also those not named here. */
+typedef int32_t DLDeviceType;
+enum { kDLCPU = 1, kDLMetal = 8 /* data is an id<MTLBuffer> */ };
 
 typedef struct {
     DLDeviceType device_type;
     int32_t device_id;
 } DLDevice;
 
-typedef enum { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6 } DLDataTypeCode;
+enum { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6 };
 
 typedef struct {
-    uint8_t code; /* a DLDataTypeCode */
+    uint8_t code; /* kDLInt, ... */
     uint8_t bits;
     uint16_t lanes;
 } DLDataType;

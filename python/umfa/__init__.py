@@ -16,6 +16,7 @@ from ._flash_attn import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
 )
+from ._options import integer
 
 __all__ = [
     "BackendInfo",
@@ -50,7 +51,7 @@ def backends() -> list[BackendInfo]:
 
 def get_include() -> str:
     """Folder to put on a C or C++ compiler's include path, for ``#include <umfa/umfa.h>``."""
-    return str(Path(__file__).parent / "include")
+    return str(Path(_ext.__file__).parent / "include")
 
 
 def get_library() -> str:
@@ -78,7 +79,7 @@ def set_num_threads(count: int) -> None:
 
     Raises
     ------
-    ValueError
-        `count` is not between 1 and 1024.
+    ValueError, TypeError
+        `count` is not an integer from 1 to 1024.
     """
-    _ext.set_num_threads(count)
+    _ext.set_num_threads(integer("umfa.set_num_threads", "count", count, "1 to 1024"))

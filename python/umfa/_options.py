@@ -33,32 +33,38 @@ def _flag(function: str, name: str, value: Any) -> bool:
     raise TypeError(message(function, f"{name} is not a bool", repr(value), "True or False"))
 
 
-def _window(function: str, window_size: Any) -> tuple[int, int]:
+def integer(function: str, name: str, value: Any, expected: str) -> int:
+    """An int that the core can be asked about: it judges the range, 64 bits is the door's width."""
     try:
-        left, right = window_size
-        if isinstance(left, (bool, np.bool_)) or isinstance(right, (bool, np.bool_)):
+        if isinstance(value, (bool, np.bool_)):
             raise TypeError
-        sides = operator.index(left), operator.index(right)
-    except (TypeError, ValueError):
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            message(function, f"{name} is not an integer", repr(value), expected)
+        ) from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(message(function, f"{name} does not fit 64 bits", number, expected))
+    return number
+
+
+def _window(function: str, window_size: Any) -> tuple[int, int]:
+    pair = isinstance(window_size, Sequence) and not isinstance(window_size, (str, bytes))
+    if not pair or len(window_size) != 2:
         raise TypeError(
             message(
                 function,
-                "window_size is not a pair of integers",
+                "window_size is not a pair",
                 repr(window_size),
-                "(left, right), -1 meaning unbounded",
+                "(left, right) in keys, -1 meaning unbounded",
             )
-        ) from None
-    for side, width in zip(("left", "right"), sides, strict=True):
-        if not -(2**63) <= width < 2**63:
-            raise ValueError(
-                message(
-                    function,
-                    f"window_size {side} does not fit 64 bits",
-                    width,
-                    "-1 (unbounded) or a number of keys",
-                )
-            )
-    return sides
+        )
+    left, right = window_size
+    expected = "-1 (unbounded) or a number of keys"
+    return (
+        integer(function, "window_size left", left, expected),
+        integer(function, "window_size right", right, expected),
+    )
 
 
 def make_options(

@@ -55,11 +55,13 @@ umfa_attention_options read_options(const umfa_attention_options* given, const c
         fail(ErrorKind::value, function, "options->struct_size is too small", std::to_string(size),
              "sizeof(umfa_attention_options), " + std::to_string(known));
     // A caller from the future may set fields this library does not know: only 0 is safe there.
-    for (size_t i = known; i < size && i < known + 4096; ++i)
-        if (reinterpret_cast<const unsigned char*>(given)[i] != 0)
-            fail(ErrorKind::unsupported, function,
-                 "options has fields that this version of umfa does not know",
-                 "struct_size " + std::to_string(size), "at most " + std::to_string(known));
+    bool unknown = size > known + 4096;  // no struct of ours: do not even look
+    for (size_t i = known; i < size && !unknown; ++i)
+        unknown = reinterpret_cast<const unsigned char*>(given)[i] != 0;
+    if (unknown)
+        fail(ErrorKind::unsupported, function,
+             "options has fields that this version of umfa does not know",
+             "struct_size " + std::to_string(size), "at most " + std::to_string(known));
     std::memcpy(&options, given, size < known ? size : known);
     return options;
 }
@@ -90,6 +92,10 @@ umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
         static constexpr Layout layouts[] = {Layout::bshd, Layout::bhsd};
         static constexpr Causal causals[] = {Causal::none, Causal::bottom_right, Causal::top_left};
         static constexpr const char* backend_names[] = {"auto", "cpu", "metal"};
+
+        if (options.reserved != 0)
+            fail(ErrorKind::value, function, "options->reserved is set",
+                 std::to_string(options.reserved), "0");
 
         AttentionRequest request;
         request.function = function;

@@ -53,12 +53,11 @@ void run_forward(const Problem& problem) {
     args.head_dim = problem.head_dim;
     args.head_dim_v = problem.head_dim_v;
     args.visible = problem.visible;
-    if (problem.softcap > 0) {
-        args.score_scale = static_cast<float>(problem.softmax_scale / problem.softcap);
-        args.softcap = static_cast<float>(problem.softcap * log2_e);
-    } else {
-        args.score_scale = static_cast<float>(problem.softmax_scale * log2_e);
-    }
+    const bool capped = problem.softcap > 0;
+    const double score_scale = problem.softmax_scale * (capped ? 1 / problem.softcap : log2_e);
+    args.score_scale = static_cast<float>(score_scale);
+    args.score_scale_low = static_cast<float>(score_scale - args.score_scale);
+    if (capped) args.softcap = static_cast<float>(problem.softcap * log2_e);
     if (problem.alibi) {
         args.slopes = problem.alibi->slopes;
         args.slopes_stride_batch = problem.alibi->stride_batch;

@@ -8,7 +8,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <unistd.h>
+
 #include <cstdlib>
+#include <exception>
 #include <new>
 
 #include "core/dispatch.h"
@@ -128,6 +131,29 @@ AttentionRequest make_request(const Options& options, nb::handle query, nb::hand
     return request;
 }
 
+/// Runs `body` with the GIL released.
+///
+/// Not nb::gil_scoped_release: when the interpreter is shutting down, CPython before 3.14 answers
+/// a daemon thread that wants the GIL back with pthread_exit(), and unwinding through a destructor
+/// or a noexcept frame ends the process with std::terminate. Such a thread waits here for the
+/// process to end instead, which is what CPython 3.14 does.
+template <class F>
+void without_gil(F&& body) {
+    PyThreadState* state = PyEval_SaveThread();
+    std::exception_ptr error;
+    try {
+        body();
+    } catch (...) {
+        error = std::current_exception();
+    }
+    try {
+        PyEval_RestoreThread(state);
+    } catch (...) {
+        for (;;) pause();
+    }
+    if (error) std::rethrow_exception(error);
+}
+
 nb::tuple shape_tuple(const TensorView& view) {
     nb::list list;
     for (int i = 0; i < view.ndim; ++i) list.append(view.shape[i]);
@@ -153,10 +179,7 @@ nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle
         lse_array = import<nb::ndarray<>>(lse[0], options.function, "softmax_lse");
         problem.set_lse(lse_array.view);
     }
-    {
-        nb::gil_scoped_release release;
-        forward(problem, options.backend);
-    }
+    without_gil([&] { forward(problem, options.backend); });
     return nb::make_tuple(out[1], lse.is_none() ? nb::object(lse) : nb::object(lse[1]));
 }
 

@@ -609,28 +609,34 @@ TEST(success_keeps_the_last_error) {
 
 /* ---- tests: threads ------------------------------------------------------------------------------ */
 
+typedef struct {
+    problem problem;
+    int64_t window_left;
+} failing_call;
+
 static void* fails_with_its_own_text(void* argument) {
+    failing_call* call = argument;
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
-    const int id = *(const int*)argument;
     char text[32];
-    problem p;
     int i;
-    make_problem(&p, UMFA_LAYOUT_BSHD);
     CHECK(strlen(umfa_last_error()) == 0); /* a new thread has not failed yet */
-    snprintf(text, sizeof text, "got -%d;", 100 + id);
-    options.window_left = -(100 + id);
-    for (i = 0; i < 200; ++i) CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, text);
+    snprintf(text, sizeof text, "got %d;", (int)call->window_left);
+    options.window_left = call->window_left;
+    for (i = 0; i < 200; ++i) CHECK_FAILS(run(&call->problem, &options), UMFA_ERROR_VALUE, text);
     return NULL;
 }
 
 TEST(last_error_belongs_to_the_thread) {
+    static failing_call calls[4];
     pthread_t threads[4];
-    int ids[4], i;
+    int i;
     CHECK(umfa_attention_forward(NULL, NULL, NULL, NULL, NULL, NULL) == UMFA_ERROR_VALUE);
     for (i = 0; i < 4; ++i) {
-        ids[i] = i;
-        CHECK(pthread_create(&threads[i], NULL, fails_with_its_own_text, &ids[i]) == 0);
+        make_problem(&calls[i].problem, UMFA_LAYOUT_BSHD);
+        calls[i].window_left = -100 - i;
     }
+    for (i = 0; i < 4; ++i)
+        CHECK(pthread_create(&threads[i], NULL, fails_with_its_own_text, &calls[i]) == 0);
     for (i = 0; i < 4; ++i) CHECK(pthread_join(threads[i], NULL) == 0);
     CHECK(strstr(umfa_last_error(), "query"));
     CHECK(strstr(umfa_last_error(), "got -1") == NULL);
@@ -646,10 +652,8 @@ TEST(many_threads_at_once) {
     static problem problems[4];
     pthread_t threads[4];
     int i;
-    for (i = 0; i < 4; ++i) {
-        make_problem(&problems[i], UMFA_LAYOUT_BSHD);
-        CHECK(pthread_create(&threads[i], NULL, computes, &problems[i]) == 0);
-    }
+    for (i = 0; i < 4; ++i) make_problem(&problems[i], UMFA_LAYOUT_BSHD);
+    for (i = 0; i < 4; ++i) CHECK(pthread_create(&threads[i], NULL, computes, &problems[i]) == 0);
     for (i = 0; i < 4; ++i) CHECK(pthread_join(threads[i], NULL) == 0);
 }
 

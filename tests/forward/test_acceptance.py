@@ -112,14 +112,11 @@ def test_sequence_lengths(seqlen_q: int, seqlen_k: int, attend_numpy: Attend) ->
     attend_numpy.case(Case((1, 2, seqlen_q, seqlen_k, 16), heads_k=1))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, -0.5, 1e-3, 3.0])
+# Not larger: exp() turns the rounding of a logit into a relative error, and at scale 3 the logits
+# reach 100, which float32 holds to 4e-6 only. test_against_torch.py has such cases.
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.5, 1e-3])
 def test_softmax_scale(scale: float, attend_numpy: Attend) -> None:
-    # exp() turns an error of the logits into a relative one, so large logits cost digits: at scale
-    # 3 they reach 100, where float32 holds 4e-6.
-    attend_numpy.case(
-        Case((1, 2, 40, 50, 64), options=(("softmax_scale", scale),)),
-        lse_tolerance=Tolerance(2e-5, 1e-6),
-    )
+    attend_numpy.case(Case((1, 2, 40, 50, 64), options=(("softmax_scale", scale),)))
 
 
 def test_many_batches_and_heads(attend_numpy: Attend) -> None:

@@ -1,4 +1,4 @@
-"""The stubs that the build generates are what callers' type checkers see: changes show in a diff."""
+"""The stubs that the build makes are what type checkers see: a change must show in a diff."""
 
 from pathlib import Path
 

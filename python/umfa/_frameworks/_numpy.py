@@ -28,10 +28,10 @@ def export(tensor: Any, function: str, argument: str) -> Any:
         raise TypeError(
             message(function, f"{argument} is not in native byte order", dtype.str, _EXPECTED)
         )
-    # Types registered by ml_dtypes have kind 'V' and refuse DLPack.
-    if dtype.kind == "V" and dtype.name == "bfloat16":
+    # Types registered by ml_dtypes refuse DLPack; their kind is 'V', or 'f' for some.
+    if dtype.name == "bfloat16":
         return _ext.as_bfloat16(tensor.view(np.uint16), tensor)
-    if dtype.kind == "V" and dtype.name.startswith("float"):
+    if dtype.name.startswith(("float8", "float6", "float4")):
         raise UnsupportedError(
             message(function, f"{argument} has the wrong dtype", dtype.name, _EXPECTED)
         )

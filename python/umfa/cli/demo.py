@@ -146,7 +146,7 @@ def run(shape: tuple[int, int, int, int] = FLUX) -> int:
     console.print(
         f"\nAttention as in FLUX.1 at 512 x 512 pixels: batch {batch}, {heads} heads, "
         f"{tokens} tokens, head_dim {head_dim}, float32",
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
     query, key, value = inputs(shape)
     with progress_bar(console) as progress:

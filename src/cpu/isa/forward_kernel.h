@@ -13,7 +13,8 @@
 // `mr` (keys or channels per micro-tile) and `nv` (vectors of queries per panel).
 
 constexpr int64_t block_kv = 64;
-constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945309f;
+constexpr float log2_e = 1.44269504088896341f;
+constexpr double ln_2 = 0.693147180559945309;
 
 template <class S>
 struct Lanes {
@@ -170,14 +171,15 @@ struct Panel {  // one panel of queries: nv * W lanes
 };
 
 /// scores -> probabilities for one panel and `keys` keys of a tile; updates maximum, sum, alpha.
-template <class S, bool Masked>
+/// Plain: scores are q.k alone, to be scaled by a positive number.
+template <class S, bool Masked, bool Plain>
 inline void softmax_panel(const ForwardArgs& args, float slope, int64_t q_first, int64_t k_first,
                           int64_t keys, float* scores, Panel<S>& panel) {
     using L = Lanes<S>;
     using vf = typename S::vf;
     using vi = typename S::vi;
     constexpr int NV = S::nv, W = S::W;
-    constexpr float infinity = __builtin_inff();
+    constexpr float infinity = __builtin_inff(), largest = 3.402823466e38f;
     for (int n = 0; n < NV; ++n) {
         const vi begin = S::load_int(panel.begin + n * W), end = S::load_int(panel.end + n * W);
         const vf old_max = S::load(panel.maximum + n * W);
@@ -186,30 +188,41 @@ inline void softmax_panel(const ForwardArgs& args, float slope, int64_t q_first,
         // Exact below 2**24: the distance to the diagonal is taken in integers.
         const vi diagonal =
             lane + static_cast<int32_t>(q_first + n * W + args.seqlen_kv - args.seqlen_q - k_first);
-        vf new_max = old_max;
+        vf tile_max = S::splat(-infinity);
         for (int64_t k = 0; k < keys; ++k) {
             float* at = scores + (k * NV + n) * W;
-            vf s = S::load(at) * args.score_scale;
-            if (args.softcap != 0) s = args.softcap * L::tanh(s);
+            vf s = S::load(at);
             const int32_t key = static_cast<int32_t>(k);
-            if (slope != 0) {
-                const vf distance = S::to_float(diagonal - key);
-                s -= slope * (vf)((typename S::vu)distance & 0x7fffffffu);
+            if constexpr (!Plain) {
+                s *= args.score_scale;
+                if (args.softcap != 0) s = args.softcap * L::tanh(s);
+                if (slope != 0) {
+                    const vf distance = S::to_float(diagonal - key);
+                    s -= slope * (vf)((typename S::vu)distance & 0x7fffffffu);
+                }
             }
             if constexpr (Masked) {
                 const vi position = vi{} + key;
                 s = ((position >= begin) & (position < end)) ? s : S::splat(-infinity);
             }
             S::store(at, s);
-            new_max = S::max(s, new_max);
+            tile_max = S::max(s, tile_max);
         }
+        // Plain scores are scaled only here, inside the FMA that subtracts the pivot, with a scale
+        // of two floats: x * scale - pivot rounds once, however large the scores.
+        const float high = Plain ? args.score_scale : 1.f;
+        const vf new_max = S::max(tile_max * high, old_max);
         // A lane that has seen no key keeps -inf; 0 stands in, so that exp2(-inf - 0) = 0.
         const vf pivot = new_max == -infinity ? vf{} : new_max;
         const vf alpha = L::exp2(old_max - pivot);
         vf sum = S::load(panel.sum + n * W) * alpha;
         for (int64_t k = 0; k < keys; ++k) {
             float* at = scores + (k * NV + n) * W;
-            const vf p = L::exp2(S::load(at) - pivot);
+            // Not -inf, whose product with the low part would be NaN; NaN itself passes.
+            const vf s = S::max(S::splat(-largest), S::load(at));
+            vf x = s * high - pivot;
+            if constexpr (Plain) x += s * args.score_scale_low;
+            const vf p = L::exp2(x);
             S::store(at, p);
             sum += p;
         }
@@ -217,6 +230,15 @@ inline void softmax_panel(const ForwardArgs& args, float slope, int64_t q_first,
         S::store(panel.sum + n * W, sum);
         S::store(panel.alpha + n * W, alpha);
     }
+}
+
+template <class S, bool Masked>
+inline void softmax_step(const ForwardArgs& args, float slope, int64_t q_first, int64_t k_first,
+                         int64_t keys, float* scores, Panel<S>& panel) {
+    if (args.softcap == 0 && slope == 0 && args.score_scale > 0)
+        softmax_panel<S, Masked, true>(args, slope, q_first, k_first, keys, scores, panel);
+    else
+        softmax_panel<S, Masked, false>(args, slope, q_first, k_first, keys, scores, panel);
 }
 
 /// O^T += V^T P^T where a hidden V row holds inf or NaN: 0 * NaN must not reach the rows that do
@@ -311,7 +333,7 @@ void forward_block(const ForwardArgs& args, int64_t batch, int64_t head, int64_t
                                     nullptr);
             float* o = o_t + p * Dv * N;
             if (whole) {
-                softmax_panel<S, false>(args, slope, i0, k0, keys, scores, panel[p]);
+                softmax_step<S, false>(args, slope, i0, k0, keys, scores, panel[p]);
             } else {
                 for (int64_t j = 0; j < N; ++j) {
                     const int64_t i = i0 + j < q_end ? i0 + j : q_end - 1;
@@ -322,7 +344,7 @@ void forward_block(const ForwardArgs& args, int64_t batch, int64_t head, int64_t
                                                                             : begin);
                     panel[p].end[j] = static_cast<int32_t>(end < 0 ? 0 : end > keys ? keys : end);
                 }
-                softmax_panel<S, true>(args, slope, i0, k0, keys, scores, panel[p]);
+                softmax_step<S, true>(args, slope, i0, k0, keys, scores, panel[p]);
                 if (finite < 0) finite = all_finite(value, keys, Dv);
                 if (!finite) {
                     accumulate_guarded<S>(value, Dv, keys, scores, panel[p], o);
@@ -349,7 +371,7 @@ void forward_block(const ForwardArgs& args, int64_t batch, int64_t head, int64_t
                         args.out.stride_channel);
         if (lse)
             lse[(q_begin + i) * args.lse.stride_row] =
-                sum == 0 ? -infinity : (maximum + __builtin_log2f(sum)) * ln_2;
+                sum == 0 ? -infinity : static_cast<float>((maximum + __builtin_log2(sum)) * ln_2);
     }
 }
 

@@ -21,9 +21,10 @@ struct ForwardArgs {
     int64_t group;  // query heads that share one key head
     int64_t seqlen_q, seqlen_kv, head_dim, head_dim_v;
     Visible<int64_t> visible;
-    float score_scale;    // multiplies q.k; holds log2(e) unless softcap is on
-    float softcap;        // softcap * log2(e); 0: off
-    const float* slopes;  // ALiBi, null: off
+    float score_scale;      // multiplies q.k; holds log2(e) unless softcap is on
+    float score_scale_low;  // what rounding score_scale to float left over
+    float softcap;          // softcap * log2(e); 0: off
+    const float* slopes;    // ALiBi, null: off
     int64_t slopes_stride_batch, slopes_stride_head;
     int64_t block_q;  // query rows per task, a multiple of `lanes`
 };
