@@ -219,3 +219,104 @@ def test_the_library_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     umfa.flash_attn_func(*arrays(), causal=True)
     umfa.can_run(None, None, None)
     assert capfd.readouterr() == ("", "")
+
+
+# ---- recorders, and what producers do ------------------------------------------------------------
+
+
+def test_torch_recorders_are_refused() -> None:
+    """They would record an empty tensor and nothing that fills it."""
+    torch = frameworks.load("torch").module
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randn(SHAPE)
+
+    def attend(x: Any) -> Any:
+        return umfa.flash_attn_func(x, x, x)
+
+    with pytest.raises(umfa.UnsupportedError, match=PREFIX + "q is being recorded"):
+        make_fx(attend, tracing_mode="real")(x)
+    with (
+        pytest.warns(DeprecationWarning, match="jit.trace"),
+        pytest.raises(
+            umfa.UnsupportedError, match=PREFIX + "q is being recorded; got torch.jit.trace"
+        ),
+    ):
+        torch.jit.trace(attend, x, check_trace=False)
+
+
+def test_a_capsule_is_used_once() -> None:
+    """A producer that hands out the same capsule twice must not have its memory freed twice."""
+
+    class Keeps:
+        def __init__(self) -> None:
+            self.capsule = normal(SHAPE, seed=0).__dlpack__()
+
+        def __dlpack__(self, **_: Any) -> Any:
+            return self.capsule
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 1, 0
+
+    tensors = [Keeps() for _ in range(3)]
+    umfa.flash_attn_func(*tensors)
+    with pytest.raises(TypeError, match=PREFIX + "q is not a readable DLPack tensor"):
+        umfa.flash_attn_func(*tensors)
+
+
+@pytest.mark.parametrize("error", [BufferError, RuntimeError, KeyboardInterrupt])
+def test_what_a_producer_raises_is_not_lost(error: type[BaseException]) -> None:
+    class Refuses:
+        def __dlpack__(self, **_: Any) -> Any:
+            raise error("the dog ate it")
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 1, 0
+
+    expected = KeyboardInterrupt if error is KeyboardInterrupt else TypeError
+    with pytest.raises(expected, match="the dog ate it"):
+        umfa.flash_attn_func(Refuses(), Refuses(), Refuses())
+
+
+def test_a_deleted_jax_array_is_refused() -> None:
+    jax = frameworks.load("jax")
+    tensors = [jax.tensor(array) for array in arrays()]
+    tensors[1].delete()
+    with pytest.raises(ValueError, match=PREFIX + "k has been deleted"):
+        umfa.flash_attn_func(*tensors)
+    assert not umfa.can_run(*tensors)[0]
+
+
+def test_jax_results_stay_on_the_device_of_the_query(run_python: Any) -> None:
+    frameworks.load("jax")
+    process = run_python(
+        """
+import jax, numpy as np, umfa
+first, second = jax.devices()
+x = jax.device_put(np.ones((1, 8, 2, 4), np.float32), second)
+out, lse, _ = umfa.flash_attn_func(x, x, x, return_attn_probs=True)
+assert out.devices() == lse.devices() == {second}, out.devices()
+np.testing.assert_array_equal(np.asarray(out), np.ones((1, 8, 2, 4), np.float32))
+""",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_a_packed_tensor_must_be_sliceable() -> None:
+    packed = DlpackObject((1, 12, 3, 16))
+    with pytest.raises(TypeError, match=r"^\[umfa\.flash_attn_qkvpacked_func\] qkv cannot be"):
+        umfa.flash_attn_qkvpacked_func(packed)
+
+
+@pytest.mark.parametrize("variable", ["UMFA_NUM_THREADS", "UMFA_CPU_ISA"])
+def test_can_run_knows_a_senseless_environment(variable: str, run_python: Any) -> None:
+    process = run_python(
+        "import numpy as np, umfa\n"
+        "x = np.ones((1, 8, 2, 4), np.float32)\n"
+        "print(umfa.can_run(x, x, x), umfa.backends())",
+        **{variable: "banana"},
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("(False, ")
+    assert process.stdout.count("banana") == 2

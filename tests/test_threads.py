@@ -36,6 +36,10 @@ print(umfa.get_num_threads())
         ({"OMP_NUM_THREADS": "3"}, 3),
         ({"OMP_NUM_THREADS": "3", "UMFA_NUM_THREADS": "2"}, 2),
         ({"OMP_NUM_THREADS": "3,2"}, 3),  # OpenMP's form for nested levels: the outermost counts
+        ({"OMP_NUM_THREADS": "3 ,2"}, 3),
+        ({"OMP_NUM_THREADS": " 3 "}, 3),
+        ({"OMP_NUM_THREADS": "99999"}, 1024),
+        ({"UMFA_NUM_THREADS": " 3 "}, 3),
     ],
     ids=str,
 )

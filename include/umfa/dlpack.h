@@ -1,7 +1,8 @@
 /* DLTensor, as the DLPack specification (version 1.x) lays it out in memory.
  *
- * When the DLPack project's own header is installed, it is used; else the few declarations that
- * umfa.h needs are made here, with the same names and the same layout. */
+ * When the DLPack project's own header is installed or included before, it is used; else the few
+ * declarations that umfa.h needs are made here, with the same names and the same layout. A program
+ * that includes another copy of dlpack.h includes it before this one. */
 #ifndef UMFA_DLPACK_H_
 #define UMFA_DLPACK_H_
 

@@ -57,7 +57,8 @@ typedef struct umfa_attention_options {
     int64_t window_right;         /* likewise right of it; ignored when causal */
     double softmax_scale;         /* 0: head_dim ** -0.5 */
     double softcap;               /* scores become softcap * tanh(score / softcap); 0: off */
-    const DLTensor* alibi_slopes; /* float32, (nheads,) or (batch, nheads); NULL: off */
+    const DLTensor* alibi_slopes; /* float32, (nheads,) or (batch, nheads); NULL: off. Adds
+                                     -slope * |i + seqlen_kv - seqlen_q - j| to the scores */
     int32_t backend;              /* umfa_backend */
     int32_t reserved;             /* 0 */
 } umfa_attention_options;
@@ -83,7 +84,8 @@ typedef struct umfa_attention_options {
  * lse: written unless NULL; float32, (batch, nheads, seqlen_q) whatever the layout: the natural
  *   logarithm of the sum of exp(score).
  * options: NULL means UMFA_ATTENTION_OPTIONS_INIT.
- * A query that sees no key gets 0 and an lse of -infinity. On failure nothing is written. */
+ * A query that sees no key, or none with a score above -infinity, gets 0 and an lse of -infinity.
+ * On failure nothing is written. */
 UMFA_API umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
                                             const DLTensor* value, DLTensor* out, DLTensor* lse,
                                             const umfa_attention_options* options);

@@ -35,6 +35,10 @@ __all__ = [
 __version__: str = _ext.version()
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 class BackendInfo(NamedTuple):
     """A way to carry attention out, and whether this machine and build have it."""
 

@@ -59,7 +59,8 @@ def flash_attn_func(
     Returns
     -------
     out : tensor, shape (batch, seqlen_q, nheads, head_dim_v)
-        In the dtype and framework of `q`. A query that sees no key gets 0.
+        In the dtype and framework of `q`. A query that sees no key, or none with a score above
+        -inf, gets 0.
     softmax_lse : tensor, shape (batch, nheads, seqlen_q), float32
         Only with `return_attn_probs`: natural log of the sum of ``exp(score)``; -inf for a query
         that sees no key (flash-attn 2 writes +inf there).
@@ -183,7 +184,8 @@ def can_run(
     """Whether `flash_attn_func` would accept these arguments, and if not, why.
 
     Asks the same code that routes the call; computes nothing and raises nothing that
-    `flash_attn_func` would raise about its arguments.
+    `flash_attn_func` would raise about its arguments. What only shows while computing stays unseen:
+    that memory runs out, or that mlx will ask for a derivative.
 
     Returns
     -------
@@ -225,7 +227,16 @@ def _present(**tensors: Any) -> dict[str, Any]:
 
 def _check_packed(function: str, name: str, packed: Any, count: int, layout: str) -> None:
     framework_of(function, **{name: packed})
-    shape = tuple(getattr(packed, "shape", ()))
+    if not hasattr(type(packed), "__getitem__"):
+        raise TypeError(
+            message(
+                function,
+                f"{name} cannot be sliced into its parts",
+                type(packed).__qualname__,
+                "a tensor with __getitem__ and shape",
+            )
+        )
+    shape = tuple(getattr(packed, "shape", None) or ())
     if len(shape) != 5 or shape[2] != count:
         raise ValueError(message(function, f"{name} has the wrong shape", shape, layout))
 
@@ -260,8 +271,8 @@ def _attention(
     )
 
     def compute(query: Any, key: Any, value: Any, *slopes: Any) -> tuple[Any, ...]:
-        def allocate(shape: tuple[int, ...], is_lse: bool) -> tuple[Any, Any]:
-            return framework.allocate(query, shape, "float32" if is_lse else None)
+        def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+            return framework.allocate(query, shape, dtype)
 
         out, lse = _ext.attention_forward(
             options,

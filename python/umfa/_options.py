@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -18,7 +19,9 @@ WindowSize: TypeAlias = tuple[int, int] | Sequence[int]
 def _number(function: str, name: str, value: Any) -> float:
     # A tensor is refused even when it holds one number: its gradient would be lost unseen.
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(message(function, f"{name} is not a number", repr(value), "a float"))
+        raise TypeError(
+            message(function, f"{name} is not a number", reprlib.repr(value), "a float")
+        )
     try:
         return float(value)
     except OverflowError:
@@ -30,7 +33,9 @@ def _number(function: str, name: str, value: Any) -> float:
 def _flag(function: str, name: str, value: Any) -> bool:
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
-    raise TypeError(message(function, f"{name} is not a bool", repr(value), "True or False"))
+    raise TypeError(
+        message(function, f"{name} is not a bool", reprlib.repr(value), "True or False")
+    )
 
 
 def integer(function: str, name: str, value: Any, expected: str) -> int:
@@ -41,7 +46,7 @@ def integer(function: str, name: str, value: Any, expected: str) -> int:
         number = operator.index(value)
     except TypeError:
         raise TypeError(
-            message(function, f"{name} is not an integer", repr(value), expected)
+            message(function, f"{name} is not an integer", reprlib.repr(value), expected)
         ) from None
     if not -(2**63) <= number < 2**63:
         raise ValueError(message(function, f"{name} does not fit 64 bits", number, expected))
@@ -55,7 +60,7 @@ def _window(function: str, window_size: Any) -> tuple[int, int]:
             message(
                 function,
                 "window_size is not a pair",
-                repr(window_size),
+                reprlib.repr(window_size),
                 "(left, right) in keys, -1 meaning unbounded",
             )
         )

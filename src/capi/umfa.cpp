@@ -86,7 +86,7 @@ umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
             if (!tensor)
                 fail(ErrorKind::value, function, std::string(name) + " is missing", "NULL",
                      "a DLTensor");
-            return view_of(*tensor, false, function, name);
+            return view_of(*tensor, function, name);
         };
         const umfa_attention_options options = read_options(options_or_null, function);
         static constexpr Layout layouts[] = {Layout::bshd, Layout::bhsd};
@@ -111,8 +111,10 @@ umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
         request.window_right = options.window_right;
         request.softcap = options.softcap;
         if (options.alibi_slopes) request.alibi_slopes = view(options.alibi_slopes, "alibi_slopes");
-        forward(Problem::make(request),
-                backend_names[checked_enum(options.backend, 2, "options->backend", function)]);
+        const Problem problem = Problem::make(request);
+        route(problem,
+              backend_names[checked_enum(options.backend, 2, "options->backend", function)])
+            .forward(problem);
     });
 }
 

@@ -50,27 +50,28 @@ const Backend* choose(const Problem& problem, std::string_view name, std::string
 
 }  // namespace
 
-Verdict can_run(const Problem& problem, std::string_view backend) {
+Verdict can_run(const Problem& problem, std::string_view name) {
     std::string reason;
-    if (choose(problem, backend, reason)) return {};
+    if (choose(problem, name, reason)) return {};
     return {false, reason};
 }
 
-void forward(const Problem& problem, std::string_view name) {
+const Backend& route(const Problem& problem, std::string_view name) {
     std::string reason;
-    const Backend* backend = choose(problem, name, reason);
-    if (!backend)
-        fail(ErrorKind::unsupported, problem.function, "no backend can run this", reason,
-             "a call for which umfa.can_run answers True");
-    if (!problem.out)
-        fail(ErrorKind::internal, problem.function, "out is not attached", "nothing", "a tensor");
-    backend->forward(problem);
+    if (const Backend* backend = choose(problem, name, reason)) return *backend;
+    fail(ErrorKind::unsupported, problem.function, "no backend can run this", reason,
+         "what one of the backends supports");
 }
 
 std::vector<BackendInfo> backends() {
     std::vector<BackendInfo> list;
     for (const Backend* backend : all_backends) {
-        Verdict verdict = backend->available();
+        Verdict verdict;
+        try {
+            verdict = backend->available();
+        } catch (const Error& error) {  // an environment variable that makes no sense, say
+            verdict = {false, error.what()};
+        }
         list.push_back({backend->name, verdict.yes, std::move(verdict.reason)});
     }
     return list;

@@ -11,11 +11,11 @@
 
 namespace umfa {
 
-/// "auto", "cpu" or "metal".
-UMFA_CORE_API Verdict can_run(const Problem& problem, std::string_view backend);
+/// `name`: "auto", "cpu" or "metal".
+UMFA_CORE_API Verdict can_run(const Problem& problem, std::string_view name);
 
-/// Computes out (and lse, if attached). Throws `Error` with can_run's reason when no backend can.
-UMFA_CORE_API void forward(const Problem& problem, std::string_view backend);
+/// The backend for the problem. Throws `Error` with can_run's reason when there is none.
+UMFA_CORE_API const Backend& route(const Problem& problem, std::string_view name);
 
 struct BackendInfo {
     std::string name;

@@ -7,18 +7,35 @@
 namespace umfa {
 namespace {
 
-// Codes from the DLPack specification; those above kDLBool are younger than many headers.
+// By DLPack's dtype code; those above bool are younger than many headers, and name their own width.
+constexpr const char* code_names[] = {"int",
+                                      "uint",
+                                      "float",
+                                      "opaque",
+                                      "bfloat",
+                                      "complex",
+                                      "bool",
+                                      "float8_e3m4",
+                                      "float8_e4m3",
+                                      "float8_e4m3b11fnuz",
+                                      "float8_e4m3fn",
+                                      "float8_e4m3fnuz",
+                                      "float8_e5m2",
+                                      "float8_e5m2fnuz",
+                                      "float8_e8m0fnu",
+                                      "float6_e2m3fn",
+                                      "float6_e3m2fn",
+                                      "float4_e2m1fn"};
+constexpr int code_bool = 6, first_small_float = 7, last_small_float = 17;
 constexpr int code_float8_e4m3fn = 10, code_float8_e5m2 = 12;
 
 std::string dlpack_dtype_text(const DLDataType& dtype) {
-    static constexpr const char* names[] = {"int",    "uint",    "float", "opaque",
-                                            "bfloat", "complex", "bool"};
     std::string text;
-    if (dtype.code <= 6)
-        text = names[dtype.code];
+    if (dtype.code <= last_small_float)
+        text = code_names[dtype.code];
     else
-        text.append("dlpack_code").append(std::to_string(dtype.code)).append("_");
-    if (dtype.code != 6) text += std::to_string(dtype.bits);
+        text.append("DLPack dtype code ").append(std::to_string(dtype.code)).append(" of bits ");
+    if (dtype.code < code_bool || dtype.code > last_small_float) text += std::to_string(dtype.bits);
     if (dtype.lanes != 1) text += "x" + std::to_string(dtype.lanes);
     return text;
 }
@@ -63,14 +80,15 @@ DType dtype_of(const DLDataType& dtype, std::string_view function, std::string_v
             default: break;
         }
     }
-    fail(ErrorKind::type, function, std::string(argument) + " has a dtype that umfa does not know",
-         dlpack_dtype_text(dtype), "float32, float16 or bfloat16");
+    const bool small_float = dtype.code >= first_small_float && dtype.code <= last_small_float;
+    fail(small_float ? ErrorKind::unsupported : ErrorKind::type, function,
+         std::string(argument) + " has the wrong dtype", dlpack_dtype_text(dtype),
+         "float32, float16 or bfloat16");
 }
 
 }  // namespace
 
-TensorView view_of(const DLTensor& tensor, bool read_only, std::string_view function,
-                   std::string_view argument) {
+TensorView view_of(const DLTensor& tensor, std::string_view function, std::string_view argument) {
     TensorView view;
     switch (static_cast<int>(tensor.device.device_type)) {
         case kDLCPU: view.device = Device::cpu; break;
@@ -82,16 +100,17 @@ TensorView view_of(const DLTensor& tensor, bool read_only, std::string_view func
     }
     view.dtype = dtype_of(tensor.dtype, function, argument);
     if (tensor.ndim < 0 || tensor.ndim > TensorView::max_ndim)
-        fail(ErrorKind::value, function, std::string(argument) + " has too many dimensions",
-             std::to_string(tensor.ndim), "at most " + std::to_string(TensorView::max_ndim));
+        fail(ErrorKind::value, function,
+             std::string(argument) + " has an impossible number of dimensions",
+             std::to_string(tensor.ndim), "0 to " + std::to_string(TensorView::max_ndim));
     if (tensor.ndim > 0 && tensor.shape == nullptr)
         fail(ErrorKind::value, function, std::string(argument) + " has no shape", "NULL",
              "an array of " + std::to_string(tensor.ndim) + " sizes");
     view.data = tensor.data;
     view.byte_offset = tensor.byte_offset;
     view.ndim = tensor.ndim;
-    view.device_id = tensor.device.device_id;
-    view.read_only = read_only;
+    // Frameworks that number their CPU devices (jax) mean the same memory by all of them.
+    view.device_id = view.device == Device::cpu ? 0 : tensor.device.device_id;
     int64_t compact = 1;
     for (int i = tensor.ndim - 1; i >= 0; --i) {
         view.shape[i] = tensor.shape[i];

@@ -11,7 +11,7 @@ namespace umfa {
 
 /// Throws `Error` when the tensor's device, dtype or number of dimensions has no place in umfa.
 /// `function` and `argument` name the caller's spelling in the message.
-UMFA_CORE_API TensorView view_of(const DLTensor& tensor, bool read_only, std::string_view function,
+UMFA_CORE_API TensorView view_of(const DLTensor& tensor, std::string_view function,
                                  std::string_view argument);
 
 }  // namespace umfa

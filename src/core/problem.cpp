@@ -1,5 +1,6 @@
 #include "core/problem.h"
 
+#include <cfloat>
 #include <cmath>
 
 #include "core/error.h"
@@ -101,7 +102,7 @@ void check_overlap(const Checker& check, const TensorView& written, const std::s
     extent(read, other_begin, other_end);
     const char *a = written.address(), *b = read.address();
     if (a + begin < b + other_end && b + other_begin < a + end)
-        check.value(name + " overlaps " + other + " in memory", "shared addresses",
+        check.value(name + " overlaps " + other + " in memory", "overlapping ranges of addresses",
                     "memory of its own, since " + other + " is still being read");
 }
 
@@ -136,7 +137,6 @@ void check_writable(const Checker& check, const Problem& problem, const TensorVi
         check.type(name + " has the wrong dtype", name_of(view.dtype), name_of(shape.dtype));
     if (view.device != shape.device || view.device_id != shape.device_id)
         check.value(name + " is on another device", device_text(view), device_text(shape));
-    if (view.read_only) check.value(name + " is read-only", "a read-only tensor", "a writable one");
     check_memory(check, view, name);
     if (!elements_distinct(view))
         check.value(name + " has elements that share memory", "an expanded or overlapping view",
@@ -144,6 +144,7 @@ void check_writable(const Checker& check, const Problem& problem, const TensorVi
     check_overlap(check, view, name, problem.query.view, std::string(problem.query_name));
     check_overlap(check, view, name, problem.key.view, std::string(problem.key_name));
     check_overlap(check, view, name, problem.value.view, std::string(problem.value_name));
+    if (problem.alibi) check_overlap(check, view, name, problem.alibi->view, "alibi_slopes");
 }
 
 void check_window(const Checker& check, const char* side, int64_t width) {
@@ -260,13 +261,18 @@ Problem Problem::make(const AttentionRequest& request) {
     // Numbers.
     problem.softmax_scale =
         request.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
-    if (!std::isfinite(static_cast<float>(problem.softmax_scale)))
-        check.value("softmax_scale is not a finite float32", text_of(problem.softmax_scale),
-                    "a finite number, or None for head_dim ** -0.5");
+    // Kernels compute with float32, and in powers of two: what they are given must fit.
+    constexpr double log2_e = 1.4426950408889634;
+    if (!std::isfinite(static_cast<float>(problem.softmax_scale * log2_e)))
+        check.value("softmax_scale is not a number of float32's range",
+                    text_of(problem.softmax_scale), "a finite number below 2e38");
     problem.softcap = request.softcap;
-    if (!(problem.softcap >= 0) || !std::isfinite(static_cast<float>(problem.softcap)))
+    const bool cap_fits =
+        problem.softcap >= FLT_MIN && std::isfinite(static_cast<float>(problem.softcap * log2_e)) &&
+        std::isfinite(static_cast<float>(problem.softmax_scale / problem.softcap));
+    if (problem.softcap != 0 && !cap_fits)
         check.value("softcap is out of range", text_of(problem.softcap),
-                    "a finite number > 0, or 0 for none");
+                    "a number > 0 of float32's range, or 0 for none");
     if (!(request.dropout_p >= 0 && request.dropout_p < 1))
         check.value("dropout_p is out of range", text_of(request.dropout_p), "0 <= dropout_p < 1");
     if (request.dropout_p > 0) problem.dropout = Dropout{request.dropout_p, 0, 0};
@@ -297,8 +303,7 @@ Problem Problem::make(const AttentionRequest& request) {
             check.value("alibi_slopes is on another device", device_text(slopes), device_text(q));
         check_memory(check, slopes, "alibi_slopes");
         problem.alibi =
-            Alibi{slopes.size() ? reinterpret_cast<const float*>(slopes.address()) : nullptr,
-                  per_batch ? slopes.strides[0] : 0, slopes.strides[slopes.ndim - 1]};
+            Alibi{slopes, per_batch ? slopes.strides[0] : 0, slopes.strides[slopes.ndim - 1]};
     }
 
     problem.wants_lse = request.wants_lse || request.lse.has_value();

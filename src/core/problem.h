@@ -38,7 +38,7 @@ struct DenseMask {
 
 /// Position-dependent bias -slope * |i + seqlen_kv - seqlen_q - j|, Press et al. 2022.
 struct Alibi {
-    const float* slopes = nullptr;
+    TensorView view;  // f32
     int64_t stride_batch = 0, stride_head = 0;
 };
 

@@ -22,7 +22,6 @@ struct TensorView {
     DType dtype = DType::f32;
     Device device = Device::cpu;
     int device_id = 0;
-    bool read_only = false;
 
     /// Address of element (0, ..., 0) of a CPU tensor.
     char* address() const { return static_cast<char*>(data) + byte_offset; }

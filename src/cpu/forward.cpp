@@ -59,7 +59,7 @@ void run_forward(const Problem& problem) {
     args.score_scale_low = static_cast<float>(score_scale - args.score_scale);
     if (capped) args.softcap = static_cast<float>(problem.softcap * log2_e);
     if (problem.alibi) {
-        args.slopes = problem.alibi->slopes;
+        args.slopes = reinterpret_cast<const float*>(problem.alibi->view.address());
         args.slopes_stride_batch = problem.alibi->stride_batch;
         args.slopes_stride_head = problem.alibi->stride_head;
     }
@@ -82,9 +82,15 @@ constexpr uint32_t forward_features = bit(Feature::causal) | bit(Feature::window
                                       bit(Feature::softcap) | bit(Feature::alibi) |
                                       bit(Feature::lse) | bit(Feature::gqa);
 
+Verdict available() {
+    kernels();      // throws about UMFA_CPU_ISA
+    num_threads();  // throws about UMFA_NUM_THREADS
+    return {};
+}
+
 }  // namespace
 
-const Backend backend{"cpu", forward_features, [] { return Verdict{}; },
+const Backend backend{"cpu", forward_features, available,
                       [](Device device) { return device == Device::cpu; }, run_forward};
 
 }  // namespace umfa::cpu

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cfenv>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -24,6 +25,22 @@ namespace {
 
 constexpr int64_t max_threads = 1024;
 
+/// Floating point as the language has it, while in scope: kernels must give the same bits whatever
+/// rounding or flush-to-zero mode the calling thread is in, or a pool thread was born with.
+class DefaultFloatEnvironment {
+public:
+    DefaultFloatEnvironment() {
+        std::fegetenv(&saved_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
+    DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
+    DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
+
+private:
+    std::fenv_t saved_;
+};
+
 /// One parallel_for: threads draw indices from `next` until none are left.
 struct Job {
     void (*task)(void*, int64_t) = nullptr;
@@ -36,6 +53,7 @@ struct Job {
     int max_helpers = 0;
 
     void drain() noexcept {
+        const DefaultFloatEnvironment environment;
         for (;;) {
             const int64_t index = next.fetch_add(1, std::memory_order_relaxed);
             if (index >= count) return;
@@ -58,8 +76,7 @@ public:
             grow(job.max_helpers);
             jobs_.push_back(&job);
         }
-        for (int64_t i = std::min<int64_t>(job.max_helpers, job.count - 1); i > 0; --i)
-            wake_.notify_one();
+        for (int i = job.max_helpers; i > 0; --i) wake_.notify_one();
         job.drain();
         std::unique_lock lock(mutex_);
         std::erase(jobs_, &job);  // nobody joins from here on
@@ -127,20 +144,33 @@ Pool& pool() {
     return *now;
 }
 
+/// The first number in `text`, 0 when there is none.
+long leading_number(const char* text, const char** rest) {
+    char* end = nullptr;
+    errno = 0;
+    const long number = std::strtol(text, &end, 10);
+    while (*end == ' ') ++end;
+    *rest = end;
+    return errno != 0 ? 0 : number;
+}
+
 int threads_from_environment() {
-    for (const char* name : {"UMFA_NUM_THREADS", "OMP_NUM_THREADS"}) {
-        const char* text = std::getenv(name);
-        if (!text || !*text) continue;
-        char* end = nullptr;
-        errno = 0;
-        const long count = std::strtol(text, &end, 10);
-        // OMP_NUM_THREADS may list one number per nesting level: the first one counts.
-        const bool list = *end == ',' && std::string_view(name) == "OMP_NUM_THREADS";
-        if (end == text || (*end != '\0' && !list) || errno != 0 || count < 1 ||
-            count > max_threads)
-            fail(ErrorKind::value, "umfa", std::string(name) + " is not a number of threads",
-                 "'" + std::string(text) + "'", "1 to " + std::to_string(max_threads));
+    const char* rest = "";
+    const char* own = std::getenv("UMFA_NUM_THREADS");
+    if (own && *own) {
+        const long count = leading_number(own, &rest);
+        if (*rest != '\0' || count < 1 || count > max_threads)
+            fail(ErrorKind::value, "umfa", "UMFA_NUM_THREADS is not a number of threads",
+                 "'" + std::string(own) + "'", "1 to " + std::to_string(max_threads));
         return static_cast<int>(count);
+    }
+    // OMP_NUM_THREADS was set for others, who take lists (one number per nesting level) and ignore
+    // what they cannot read; so does umfa.
+    const char* omp = std::getenv("OMP_NUM_THREADS");
+    if (omp && *omp) {
+        const long count = leading_number(omp, &rest);
+        if ((*rest == '\0' || *rest == ',') && count >= 1)
+            return static_cast<int>(std::min<long>(count, max_threads));
     }
     return usable_cpus();
 }
@@ -169,6 +199,7 @@ void parallel_for(int64_t count, void (*task)(void*, int64_t), void* context) {
     if (count <= 0) return;
     const int threads = num_threads();
     if (count == 1 || threads == 1) {
+        const DefaultFloatEnvironment environment;
         for (int64_t i = 0; i < count; ++i) task(context, i);
         return;
     }
@@ -176,7 +207,7 @@ void parallel_for(int64_t count, void (*task)(void*, int64_t), void* context) {
     job.task = task;
     job.context = context;
     job.count = count;
-    job.max_helpers = threads - 1;
+    job.max_helpers = static_cast<int>(std::min<int64_t>(threads, count) - 1);
     pool().run(job);
     if (job.failed) std::rethrow_exception(job.error);
 }

@@ -20,6 +20,7 @@
 #include "cpu/features.h"
 #include "cpu/isa/select.h"
 #include "cpu/thread_pool.h"
+#include "python/door.h"
 #include "umfa/umfa.h"
 
 namespace nb = nanobind;
@@ -28,6 +29,7 @@ using namespace nb::literals;
 namespace {
 
 using namespace umfa;
+using namespace umfa::python;
 
 struct BFloat16 {
     uint16_t bits;
@@ -54,82 +56,6 @@ struct dtype_traits<Float16> {
 namespace {
 
 using AnyArray = nb::ndarray<nb::array_api>;
-
-/// Keeps an imported array alive for as long as its view is used.
-template <class Array>
-struct Imported {
-    Array array;
-    TensorView view;
-};
-
-template <class Array>
-Imported<Array> import(nb::handle object, const std::string& function, const std::string& name) {
-    Imported<Array> imported;
-    if (!nb::try_cast<Array>(object, imported.array, false))
-        fail(ErrorKind::type, function, name + " is not a readable DLPack tensor",
-             nb::type_name(object.type()).c_str(),
-             "a tensor of torch, numpy, jax, mlx or any DLPack library");
-    const Array& array = imported.array;
-    int64_t shape[TensorView::max_ndim], strides[TensorView::max_ndim];
-    DLTensor tensor{};
-    tensor.ndim = static_cast<int32_t>(array.ndim());
-    for (size_t i = 0; i < array.ndim() && i < TensorView::max_ndim; ++i) {
-        shape[i] = static_cast<int64_t>(array.shape(i));
-        strides[i] = array.stride(i);
-    }
-    tensor.data = const_cast<void*>(static_cast<const void*>(array.data_handle()));
-    tensor.byte_offset = array.byte_offset();
-    tensor.device = {static_cast<DLDeviceType>(array.device_type()), array.device_id()};
-    tensor.dtype = {array.dtype().code, array.dtype().bits, array.dtype().lanes};
-    tensor.shape = shape;
-    tensor.strides = strides;
-    imported.view = view_of(tensor, false, function, name);
-    return imported;
-}
-
-using Input = Imported<nb::ndarray<nb::ro>>;
-using Output = Imported<nb::ndarray<>>;
-
-/// The options that every attention function takes, after the façade has normalised their types.
-struct Options {
-    std::string function;
-    std::tuple<std::string, std::string, std::string> names;  // the caller's query, key, value
-    bool causal = false;
-    std::optional<double> softmax_scale;
-    int64_t window_left = -1, window_right = -1;
-    double softcap = 0, dropout_p = 0;
-    bool return_lse = false;
-    std::string backend = "auto";
-};
-
-/// The request with its inputs attached; `inputs` owns what the views point to.
-AttentionRequest make_request(const Options& options, nb::handle query, nb::handle key,
-                              nb::handle value, nb::handle alibi_slopes, Input (&inputs)[4]) {
-    AttentionRequest request;
-    const auto& [query_name, key_name, value_name] = options.names;
-    request.function = options.function;
-    request.query_name = query_name;
-    request.key_name = key_name;
-    request.value_name = value_name;
-    inputs[0] = import<nb::ndarray<nb::ro>>(query, options.function, query_name);
-    inputs[1] = import<nb::ndarray<nb::ro>>(key, options.function, key_name);
-    inputs[2] = import<nb::ndarray<nb::ro>>(value, options.function, value_name);
-    request.query = inputs[0].view;
-    request.key = inputs[1].view;
-    request.value = inputs[2].view;
-    if (!alibi_slopes.is_none()) {
-        inputs[3] = import<nb::ndarray<nb::ro>>(alibi_slopes, options.function, "alibi_slopes");
-        request.alibi_slopes = inputs[3].view;
-    }
-    request.causal = options.causal ? Causal::bottom_right : Causal::none;
-    request.softmax_scale = options.softmax_scale;
-    request.window_left = options.window_left;
-    request.window_right = options.window_right;
-    request.softcap = options.softcap;
-    request.dropout_p = options.dropout_p;
-    request.wants_lse = options.return_lse;
-    return request;
-}
 
 /// Runs `body` with the GIL released.
 ///
@@ -164,22 +90,20 @@ nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle
                             nb::handle value, nb::handle alibi_slopes, nb::callable allocate) {
     Input inputs[4];
     Problem problem = Problem::make(make_request(options, query, key, value, alibi_slopes, inputs));
-    // Refusals come before anything is allocated.
-    const Verdict verdict = can_run(problem, options.backend);
-    if (!verdict.yes) {
-        forward(problem, options.backend);  // throws the reason
-    }
+    const Backend& backend = route(problem, options.backend);
 
     // The façade allocates in the caller's framework, now that the shapes are known to be right.
-    nb::object out = allocate(shape_tuple(problem.out_shape()), false), lse = nb::none();
+    nb::object out = allocate(shape_tuple(problem.out_shape()), name_of(problem.query.view.dtype));
+    nb::object lse = nb::none();
     Output out_array = import<nb::ndarray<>>(out[0], options.function, "out"), lse_array;
     problem.set_out(out_array.view);
     if (options.return_lse) {
-        lse = allocate(nb::make_tuple(problem.batch, problem.nheads_q, problem.seqlen_q), true);
+        lse = allocate(nb::make_tuple(problem.batch, problem.nheads_q, problem.seqlen_q),
+                       name_of(DType::f32));
         lse_array = import<nb::ndarray<>>(lse[0], options.function, "softmax_lse");
         problem.set_lse(lse_array.view);
     }
-    without_gil([&] { forward(problem, options.backend); });
+    without_gil([&] { backend.forward(problem); });
     return nb::make_tuple(out[1], lse.is_none() ? nb::object(lse) : nb::object(lse[1]));
 }
 
@@ -261,6 +185,9 @@ void translate(const std::exception_ptr& pointer, void*) {
 }  // namespace
 
 NB_MODULE(_ext, m) {
+    // A daemon thread that waits in without_gil() for the process to end keeps its arguments alive:
+    // no leak that a user should read about.
+    nb::set_leak_warnings(false);
     m.doc() = "The Python door of libumfa. Private: use the functions of the package `umfa`.";
 
     const std::string name = nb::cast<std::string>(m.attr("__name__")) + ".UnsupportedError";
@@ -297,10 +224,10 @@ NB_MODULE(_ext, m) {
           "alibi_slopes"_a.none(), "allocate"_a,
           nb::sig("def attention_forward(options: Options, query: object, key: object, "
                   "value: object, alibi_slopes: object | None, "
-                  "allocate: collections.abc.Callable[[tuple[int, ...], bool], "
+                  "allocate: collections.abc.Callable[[tuple[int, ...], str], "
                   "tuple[object, object]]) -> tuple[object, object | None]"),
           "Computes attention on (batch, seqlen, nheads, head_dim) tensors.\n\n"
-          "`allocate(shape, is_lse)` returns (DLPack tensor to write, what to hand back).\n"
+          "`allocate(shape, dtype)` returns (DLPack tensor to write, what to hand back).\n"
           "Returns (out, lse or None) as allocate handed them back.");
     m.def("attention_can_run", &attention_can_run, "options"_a, "query"_a, "key"_a, "value"_a,
           "alibi_slopes"_a.none(),
@@ -314,13 +241,6 @@ NB_MODULE(_ext, m) {
           nb::sig("def as_bfloat16(bits: object, owner: object) -> typing.Any"),
           "The same memory as a bfloat16 array that speaks DLPack; keeps `owner` alive.");
 
-    m.def(
-        "dtype_of",
-        [](nb::handle tensor) {
-            return name_of(import<nb::ndarray<nb::ro>>(tensor, "umfa", "tensor").view.dtype);
-        },
-        "tensor"_a, nb::sig("def dtype_of(tensor: object) -> str"),
-        "Name of a DLPack tensor's dtype.");
     m.def("version", [] { return umfa_version(); }, "Version of libumfa.");
     m.def("compiler", &compiler, "The compiler that built this module.");
     m.def(
@@ -338,4 +258,6 @@ NB_MODULE(_ext, m) {
     m.def("set_cpu_isa", &cpu::set_isa, "name"_a, "Forces a kernel set; 'auto' undoes it.");
     m.def("num_threads", &cpu::num_threads, "Threads that one call uses.");
     m.def("set_num_threads", &cpu::set_num_threads, "count"_a, "Sets the threads one call uses.");
+
+    bind_metal_plan(m);
 }

@@ -18,8 +18,8 @@ class Framework(Protocol):
     def export(self, tensor: Any, function: str, argument: str) -> Any:
         """A DLPack object on the tensor's memory; raises if reading it would not be right."""
 
-    def allocate(self, like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
-        """(DLPack object to write to, handle for `finish`); dtype None: that of `like`."""
+    def allocate(self, like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+        """(DLPack object to write to, handle for `finish`), on the device of `like`."""
 
     def finish(self, handle: Any) -> Any:
         """The caller's tensor, once the memory has been written."""

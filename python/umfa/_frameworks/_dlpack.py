@@ -6,14 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import _ext
+from .._errors import message
 
 
 def export(tensor: Any, function: str, argument: str) -> Any:
-    return tensor
+    # Asked for here, not by the binding: a capsule that the producer keeps must be marked as used,
+    # and what the producer raises must reach the caller.
+    try:
+        try:
+            return tensor.__dlpack__(max_version=(1, 0))
+        except TypeError:  # written before DLPack 1.0
+            return tensor.__dlpack__()
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            message(function, f"{argument} does not give out its memory", error, "a DLPack tensor")
+        ) from error
 
 
-def allocate(like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
-    memory = _ext.empty(shape, _ext.dtype_of(like) if dtype is None else dtype)
+def allocate(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+    memory = _ext.empty(shape, dtype)
     namespace = getattr(like, "__array_namespace__", None)
     return memory, (memory, None if namespace is None else namespace())
 

@@ -21,6 +21,10 @@ def export(tensor: Any, function: str, argument: str) -> Any:
                 "a concrete array; call it outside the transform",
             )
         )
+    if tensor.is_deleted():
+        raise ValueError(
+            message(function, f"{argument} has been deleted", "no data", "a live array")
+        )
     if len(tensor.devices()) != 1:
         raise UnsupportedError(
             message(
@@ -33,14 +37,16 @@ def export(tensor: Any, function: str, argument: str) -> Any:
     return tensor.block_until_ready()
 
 
-def allocate(like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
+def allocate(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
     # jax arrays are immutable: the result is written outside and taken over without a copy.
-    memory = _ext.empty(shape, like.dtype.name if dtype is None else dtype)
-    return memory, memory
+    memory = _ext.empty(shape, dtype)
+    return memory, (memory, like.sharding)
 
 
 def finish(handle: Any) -> Any:
-    return jax.dlpack.from_dlpack(handle)
+    memory, sharding = handle
+    array = jax.dlpack.from_dlpack(memory)
+    return array if array.sharding == sharding else jax.device_put(array, sharding)
 
 
 def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:

@@ -29,10 +29,8 @@ def export(tensor: Any, function: str, argument: str) -> Any:
     return tensor.__dlpack__(dl_device=(1, 0))
 
 
-def allocate(like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
-    memory = _ext.empty(
-        shape, str(like.dtype).removeprefix("mlx.core.") if dtype is None else dtype
-    )
+def allocate(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+    memory = _ext.empty(shape, dtype)
     return memory, memory
 
 

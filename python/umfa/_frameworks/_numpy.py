@@ -15,6 +15,7 @@ _EXPECTED = "float32, float16 or ml_dtypes.bfloat16"
 
 def export(tensor: Any, function: str, argument: str) -> Any:
     dtype = tensor.dtype
+    expected = "float32" if argument == "alibi_slopes" else _EXPECTED
     if isinstance(tensor, np.ma.MaskedArray):
         raise TypeError(
             message(
@@ -26,20 +27,20 @@ def export(tensor: Any, function: str, argument: str) -> Any:
         )
     if not dtype.isnative:
         raise TypeError(
-            message(function, f"{argument} is not in native byte order", dtype.str, _EXPECTED)
+            message(function, f"{argument} is not in native byte order", dtype.str, expected)
         )
     # Types registered by ml_dtypes refuse DLPack; their kind is 'V', or 'f' for some.
     if dtype.name == "bfloat16":
         return _ext.as_bfloat16(tensor.view(np.uint16), tensor)
     if dtype.name.startswith(("float8", "float6", "float4")):
         raise UnsupportedError(
-            message(function, f"{argument} has the wrong dtype", dtype.name, _EXPECTED)
+            message(function, f"{argument} has the wrong dtype", dtype.name, expected)
         )
     if dtype.kind not in "fiubc" or dtype.itemsize > 16:
-        raise TypeError(message(function, f"{argument} has the wrong dtype", dtype, _EXPECTED))
+        raise TypeError(message(function, f"{argument} has the wrong dtype", dtype, expected))
     if dtype.kind == "f" and dtype.itemsize == 16:  # longdouble has no DLPack code
         raise UnsupportedError(
-            message(function, f"{argument} has the wrong dtype", dtype, _EXPECTED)
+            message(function, f"{argument} has the wrong dtype", dtype, expected)
         )
     if any(stride % dtype.itemsize for stride in tensor.strides):
         raise ValueError(
@@ -53,8 +54,8 @@ def export(tensor: Any, function: str, argument: str) -> Any:
     return tensor
 
 
-def allocate(like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
-    array = np.empty(shape, like.dtype if dtype is None else dtype)
+def allocate(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+    array = np.empty(shape, like.dtype if dtype == like.dtype.name else dtype)
     return export(array, "umfa", "out"), array
 
 

@@ -37,9 +37,25 @@ def export(tensor: Any, function: str, argument: str) -> Any:
     return tensor.detach().resolve_conj().resolve_neg()
 
 
+def _recording() -> str:
+    """What is recording torch operations instead of running them; empty if nothing is."""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    for key, name in (("PROXY", "make_fx"), ("FAKE", "FakeTensorMode")):
+        if torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, key)) is not None:
+            return name
+    return ""
+
+
 def _check_plain(tensor: Any, function: str, argument: str) -> None:
     """Refuses tensors that stand for something else than one strided block of memory."""
     plain = "a plain strided tensor"
+    recording = _recording()
+    if recording:
+        # The recorder would see an empty tensor and nothing that fills it.
+        raise UnsupportedError(
+            message(function, f"{argument} is being recorded", recording, "an eager call")
+        )
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise UnsupportedError(
             message(
@@ -67,10 +83,8 @@ def _check_plain(tensor: Any, function: str, argument: str) -> None:
         )
 
 
-def allocate(like: Any, shape: tuple[int, ...], dtype: str | None) -> tuple[Any, Any]:
-    tensor = torch.empty(
-        shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device
-    )
+def allocate(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     return tensor, tensor
 
 

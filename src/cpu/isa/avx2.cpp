@@ -25,6 +25,6 @@ struct Simd : SimdBase {
 
 }  // namespace
 
-const Kernels avx2_kernels = kernels_of<Simd>("avx2");
+constinit const Kernels avx2_kernels = kernels_of<Simd>("avx2");
 
 }  // namespace umfa::cpu

@@ -25,6 +25,6 @@ struct Simd : SimdBase {
 
 }  // namespace
 
-const Kernels avx512_kernels = kernels_of<Simd>("avx512");
+constinit const Kernels avx512_kernels = kernels_of<Simd>("avx512");
 
 }  // namespace umfa::cpu

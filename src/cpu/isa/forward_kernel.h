@@ -59,6 +59,8 @@ struct Lanes {
 
 /// c[m][lanes] = c[m][lanes] * alpha[lanes] + sum_k a(m, k) * b[k][lanes] for MR rows m.
 /// Without Accumulate, c is overwritten. a(m, k) = a[m * a_row + k * a_step].
+/// The sum starts at zero and meets c once: a long series of tiles rounds c once per tile, not once
+/// per key, so that 2**24 keys of equal weight still count.
 template <class S, int MR, bool Accumulate>
 inline void micro_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t depth,
                        float* c, const float* alpha) {
@@ -66,8 +68,7 @@ inline void micro_tile(const float* a, int64_t a_row, int64_t a_step, const floa
     constexpr int NV = S::nv, W = S::W;
     vf acc[MR][NV];
     for (int m = 0; m < MR; ++m)
-        for (int n = 0; n < NV; ++n)
-            acc[m][n] = Accumulate ? S::load(c + (m * NV + n) * W) * S::load(alpha + n * W) : vf{};
+        for (int n = 0; n < NV; ++n) acc[m][n] = vf{};
     for (int64_t k = 0; k < depth; ++k) {
         vf bk[NV];
         for (int n = 0; n < NV; ++n) bk[n] = S::load(b + (k * NV + n) * W);
@@ -77,7 +78,11 @@ inline void micro_tile(const float* a, int64_t a_row, int64_t a_step, const floa
         }
     }
     for (int m = 0; m < MR; ++m)
-        for (int n = 0; n < NV; ++n) S::store(c + (m * NV + n) * W, acc[m][n]);
+        for (int n = 0; n < NV; ++n) {
+            float* at = c + (m * NV + n) * W;
+            if constexpr (Accumulate) acc[m][n] += S::load(at) * S::load(alpha + n * W);
+            S::store(at, acc[m][n]);
+        }
 }
 
 template <class S, int MR, bool Accumulate>
@@ -167,6 +172,7 @@ template <class S>
 struct Panel {  // one panel of queries: nv * W lanes
     static constexpr int N = S::nv * S::W;
     int32_t begin[N], end[N];  // visible keys, relative to the tile
+    // maximum is in the units of the scores as softmax_panel keeps them: q.k if Plain, else log2.
     float alpha[N], maximum[N], sum[N];
 };
 
@@ -179,7 +185,7 @@ inline void softmax_panel(const ForwardArgs& args, float slope, int64_t q_first,
     using vf = typename S::vf;
     using vi = typename S::vi;
     constexpr int NV = S::nv, W = S::W;
-    constexpr float infinity = __builtin_inff(), largest = 3.402823466e38f;
+    constexpr float infinity = __builtin_inff();
     for (int n = 0; n < NV; ++n) {
         const vi begin = S::load_int(panel.begin + n * W), end = S::load_int(panel.end + n * W);
         const vf old_max = S::load(panel.maximum + n * W);
@@ -208,34 +214,42 @@ inline void softmax_panel(const ForwardArgs& args, float slope, int64_t q_first,
             S::store(at, s);
             tile_max = S::max(s, tile_max);
         }
-        // Plain scores are scaled only here, inside the FMA that subtracts the pivot, with a scale
-        // of two floats: x * scale - pivot rounds once, however large the scores.
-        const float high = Plain ? args.score_scale : 1.f;
-        const vf new_max = S::max(tile_max * high, old_max);
-        // A lane that has seen no key keeps -inf; 0 stands in, so that exp2(-inf - 0) = 0.
+        // Plain scores are scaled only after the maximum is taken off, by a scale of two floats:
+        // however large they are, what exp2 sees is right to its last bits.
+        const auto scaled = [&](vf difference) {
+            if constexpr (!Plain) return difference;
+            return difference * args.score_scale + difference * args.score_scale_low;
+        };
+        const vf new_max = S::max(tile_max, old_max);
+        // A lane that has seen no key keeps -inf; 0 stands in, and its exponentials are 0 below.
         const vf pivot = new_max == -infinity ? vf{} : new_max;
-        const vf alpha = L::exp2(old_max - pivot);
-        vf sum = S::load(panel.sum + n * W) * alpha;
+        vf alpha = L::exp2(scaled(old_max - pivot));
+        alpha = old_max == -infinity ? vf{} : alpha;
+        vf sum{};
         for (int64_t k = 0; k < keys; ++k) {
             float* at = scores + (k * NV + n) * W;
-            // Not -inf, whose product with the low part would be NaN; NaN itself passes.
-            const vf s = S::max(S::splat(-largest), S::load(at));
-            vf x = s * high - pivot;
-            if constexpr (Plain) x += s * args.score_scale_low;
-            const vf p = L::exp2(x);
+            const vf s = S::load(at);
+            vf p = L::exp2(scaled(s - pivot));
+            p = s == -infinity ? vf{} : p;  // hidden; also where the scale is too small to tell
             S::store(at, p);
             sum += p;
         }
+        sum += S::load(panel.sum + n * W) * alpha;
         S::store(panel.maximum + n * W, new_max);
         S::store(panel.sum + n * W, sum);
         S::store(panel.alpha + n * W, alpha);
     }
 }
 
+/// Whether scores can stay unscaled until the maximum is taken off.
+inline bool plain(const ForwardArgs& args, float slope) {
+    return args.softcap == 0 && slope == 0 && args.score_scale > 0;
+}
+
 template <class S, bool Masked>
 inline void softmax_step(const ForwardArgs& args, float slope, int64_t q_first, int64_t k_first,
                          int64_t keys, float* scores, Panel<S>& panel) {
-    if (args.softcap == 0 && slope == 0 && args.score_scale > 0)
+    if (plain(args, slope))
         softmax_panel<S, Masked, true>(args, slope, q_first, k_first, keys, scores, panel);
     else
         softmax_panel<S, Masked, false>(args, slope, q_first, k_first, keys, scores, panel);
@@ -252,7 +266,7 @@ inline void accumulate_guarded(const Tile& value, int64_t channels, int64_t keys
     for (int n = 0; n < NV; ++n) {
         const vi begin = S::load_int(panel.begin + n * W), end = S::load_int(panel.end + n * W);
         for (int64_t c = 0; c < channels; ++c) {
-            vf acc = S::load(o + (c * NV + n) * W) * S::load(panel.alpha + n * W);
+            vf acc{};
             for (int64_t k = 0; k < keys; ++k) {
                 const vf v = S::splat(value.data[k * value.stride + c]);
                 vf next = acc;
@@ -260,7 +274,9 @@ inline void accumulate_guarded(const Tile& value, int64_t channels, int64_t keys
                 const vi position = vi{} + static_cast<int32_t>(k);
                 acc = ((position >= begin) & (position < end)) ? next : acc;
             }
-            S::store(o + (c * NV + n) * W, acc);
+            float* at = o + (c * NV + n) * W;
+            acc += S::load(at) * S::load(panel.alpha + n * W);
+            S::store(at, acc);
         }
     }
 }
@@ -362,6 +378,7 @@ void forward_block(const ForwardArgs& args, int64_t batch, int64_t head, int64_t
     float* lse = args.lse.data ? static_cast<float*>(args.lse.data) +
                                      batch * args.lse.stride_batch + head * args.lse.stride_head
                                : nullptr;
+    const double unit = plain(args, slope) ? double{args.score_scale} + args.score_scale_low : 1.0;
     for (int64_t i = 0; i < q_end - q_begin; ++i) {
         const Panel<S>& own = panel[i / N];
         const float sum = own.sum[i % N], maximum = own.maximum[i % N];
@@ -371,7 +388,8 @@ void forward_block(const ForwardArgs& args, int64_t batch, int64_t head, int64_t
                         args.out.stride_channel);
         if (lse)
             lse[(q_begin + i) * args.lse.stride_row] =
-                sum == 0 ? -infinity : static_cast<float>((maximum + __builtin_log2(sum)) * ln_2);
+                sum == 0 ? -infinity
+                         : static_cast<float>((maximum * unit + __builtin_log2(sum)) * ln_2);
     }
 }
 

@@ -24,6 +24,6 @@ struct Simd : SimdBase {
 
 }  // namespace
 
-const Kernels neon_kernels = kernels_of<Simd>("neon");
+constinit const Kernels neon_kernels = kernels_of<Simd>("neon");
 
 }  // namespace umfa::cpu

@@ -15,6 +15,6 @@ struct Simd : SimdBase {
 
 }  // namespace
 
-const Kernels portable_kernels = kernels_of<Simd>("portable");
+constinit const Kernels portable_kernels = kernels_of<Simd>("portable");
 
 }  // namespace umfa::cpu

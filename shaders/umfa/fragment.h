@@ -1,0 +1,48 @@
+// 8x8 fragments held by one simdgroup, two adjacent columns of one row per lane.
+#pragma once
+
+#include <metal_simdgroup_matrix>
+#include <metal_stdlib>
+
+namespace umfa {
+
+using namespace metal;
+
+template <typename T>
+using Fragment = simdgroup_matrix<T, 8, 8>;
+
+/// Where a lane's two elements lie in an 8x8 fragment: (row, column) and (row, column + 1).
+///
+/// Apple documents no such map; every production kernel relies on this one, for all three operands
+/// alike. The lanes of one row differ in bits 0 and 3, those of one column in bits 1, 2 and 4.
+struct LaneMap {
+    short row, column;
+};
+
+inline LaneMap lane_map(ushort lane) {
+    const short quad = lane / 4;
+    LaneMap at;
+    at.row = (quad & 4) + (lane / 2) % 4;
+    at.column = (quad & 2) * 2 + (lane % 2) * 2;
+    return at;
+}
+
+/// Largest element of a row, over the four lanes that hold it; `x` is this lane's own largest.
+inline float row_max(float x) {
+    x = max(x, simd_shuffle_xor(x, ushort(1)));
+    return max(x, simd_shuffle_xor(x, ushort(8)));
+}
+
+/// Sum of a row, over the four lanes that hold it; `x` is this lane's own sum.
+inline float row_sum(float x) {
+    x += simd_shuffle_xor(x, ushort(1));
+    return x + simd_shuffle_xor(x, ushort(8));
+}
+
+template <typename T>
+inline void set(thread Fragment<T>& fragment, T first, T second) {
+    fragment.thread_elements()[0] = first;
+    fragment.thread_elements()[1] = second;
+}
+
+}  // namespace umfa

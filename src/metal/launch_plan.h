@@ -1,0 +1,53 @@
+// LaunchPlan: what the GPU is to do for one Problem, as a plain value. The planner writes it
+// without a GPU in sight; executors play it (Metal, the emulator, PyTorch's and MLX's streams).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace umfa::metal {
+
+struct Size3 {
+    uint32_t x = 1, y = 1, z = 1;
+};
+
+/// A function constant. Its type is the one that the shader declares.
+struct Constant {
+    enum class Type : uint8_t { boolean, int32 };
+    uint16_t index = 0;
+    Type type = Type::boolean;
+    int32_t value = 0;
+};
+
+/// A tensor of the Problem, or a piece of scratch, at a buffer index of the kernel.
+struct Binding {
+    enum class Source : uint8_t { query, key, value, out, lse, mask, alibi_slopes, scratch };
+    uint32_t index = 0;
+    Source source = Source::query;
+    uint32_t scratch = 0;      // which piece, when source is scratch
+    uint64_t byte_offset = 0;  // from the start of the buffer
+};
+
+struct KernelLaunch {
+    std::string kernel;  // host_name in the library
+    std::string source;  // file under shaders/ that holds it
+    std::vector<std::pair<std::string, std::string>>
+        macros;  // to compile just this kernel from text
+    std::vector<Constant> constants;
+    std::vector<Binding> buffers;
+    uint32_t params_index = 0;       // buffer index of `params`
+    std::vector<std::byte> params;   // bytes of the kernel's parameter struct
+    Size3 grid;                      // in threadgroups
+    Size3 threadgroup;               // in threads
+    uint32_t threadgroup_bytes = 0;  // static threadgroup memory, for the limit check
+};
+
+/// Launches run in order, each seeing what the ones before it wrote.
+struct LaunchPlan {
+    std::vector<KernelLaunch> launches;
+    std::vector<uint64_t> scratch_bytes;
+};
+
+}  // namespace umfa::metal

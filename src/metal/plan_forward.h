@@ -1,0 +1,18 @@
+// Planner of the full-length forward pass.
+#pragma once
+
+#include "core/backend.h"
+#include "core/export.h"
+#include "core/problem.h"
+#include "metal/capabilities.h"
+#include "metal/launch_plan.h"
+
+namespace umfa::metal {
+
+/// Whether plan_forward can carry the problem out, and if not, why.
+UMFA_CORE_API Verdict can_plan_forward(const Problem& problem);
+
+/// Requires can_plan_forward(problem).yes, and out attached.
+UMFA_CORE_API LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu);
+
+}  // namespace umfa::metal

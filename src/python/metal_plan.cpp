@@ -1,0 +1,100 @@
+// LaunchPlans as Python values, for the executors that are written in Python.
+#include "metal/plan_forward.h"
+
+#include <nanobind/stl/string.h>
+
+#include "python/door.h"
+
+namespace umfa::python {
+namespace {
+
+using namespace nb::literals;
+using namespace umfa::metal;
+
+nb::tuple size_tuple(const Size3& size) { return nb::make_tuple(size.x, size.y, size.z); }
+
+const char* source_name(Binding::Source source) {
+    switch (source) {
+        case Binding::Source::query: return "query";
+        case Binding::Source::key: return "key";
+        case Binding::Source::value: return "value";
+        case Binding::Source::out: return "out";
+        case Binding::Source::lse: return "lse";
+        case Binding::Source::mask: return "mask";
+        case Binding::Source::alibi_slopes: return "alibi_slopes";
+        case Binding::Source::scratch: return "scratch";
+    }
+    return "unknown";
+}
+
+nb::dict launch_dict(const KernelLaunch& launch) {
+    nb::dict macros, constants, result;
+    for (const auto& [name, text] : launch.macros) macros[name.c_str()] = text;
+    for (const Constant& constant : launch.constants) {
+        if (constant.type == Constant::Type::boolean)
+            constants[nb::int_(constant.index)] = constant.value != 0;
+        else
+            constants[nb::int_(constant.index)] = constant.value;
+    }
+    nb::list buffers;
+    for (const Binding& binding : launch.buffers)
+        buffers.append(nb::make_tuple(binding.index, source_name(binding.source), binding.scratch,
+                                      binding.byte_offset));
+    result["kernel"] = launch.kernel;
+    result["source"] = launch.source;
+    result["macros"] = macros;
+    result["constants"] = constants;
+    result["buffers"] = buffers;
+    result["params_index"] = launch.params_index;
+    result["params"] =
+        nb::bytes(reinterpret_cast<const char*>(launch.params.data()), launch.params.size());
+    result["grid"] = size_tuple(launch.grid);
+    result["threadgroup"] = size_tuple(launch.threadgroup);
+    result["threadgroup_bytes"] = launch.threadgroup_bytes;
+    return result;
+}
+
+nb::dict metal_plan_forward(const Options& options, int family, int cores, nb::handle query,
+                            nb::handle key, nb::handle value, nb::handle alibi_slopes,
+                            nb::handle out, nb::handle lse) {
+    if (family < 7 || family > 10)
+        fail(ErrorKind::value, options.function, "GPU family is unknown", std::to_string(family),
+             "7 to 10");
+    Input inputs[4];
+    Problem problem = Problem::make(make_request(options, query, key, value, alibi_slopes, inputs));
+    const Output out_array = import<nb::ndarray<>>(out, options.function, "out");
+    problem.set_out(out_array.view);
+    Output lse_array;
+    if (!lse.is_none()) {
+        lse_array = import<nb::ndarray<>>(lse, options.function, "softmax_lse");
+        problem.set_lse(lse_array.view);
+    }
+    const Verdict verdict = can_plan_forward(problem);
+    if (!verdict.yes)
+        fail(ErrorKind::unsupported, options.function, "no Metal kernel for this", verdict.reason,
+             "a head_dim and strides that one has");
+    Capabilities gpu;
+    gpu.family = static_cast<Family>(family);
+    gpu.cores = cores;
+    const LaunchPlan plan = plan_forward(problem, gpu);
+    nb::list launches, scratch;
+    for (const KernelLaunch& launch : plan.launches) launches.append(launch_dict(launch));
+    for (const uint64_t bytes : plan.scratch_bytes) scratch.append(bytes);
+    nb::dict result;
+    result["launches"] = launches;
+    result["scratch_bytes"] = scratch;
+    return result;
+}
+
+}  // namespace
+
+void bind_metal_plan(nb::module_& m) {
+    m.def("metal_plan_forward", &metal_plan_forward, "options"_a, "family"_a, "cores"_a, "query"_a,
+          "key"_a, "value"_a, "alibi_slopes"_a.none(), "out"_a, "lse"_a.none(),
+          nb::sig("def metal_plan_forward(options: Options, family: int, cores: int, "
+                  "query: object, key: object, value: object, alibi_slopes: object | None, "
+                  "out: object, lse: object | None) -> dict[str, typing.Any]"),
+          "The LaunchPlan of a forward pass on an Apple GPU family (7 to 10), as plain values.");
+}
+
+}  // namespace umfa::python

@@ -1,0 +1,197 @@
+// Everything the stand-in Metal headers need from the machine that runs the kernel.
+//
+// This is the CPU back end: a thread of the GPU is a fiber, and the functions below are calls into
+// runtime/runtime.cpp. Another back end (PTX) is another file of this name with the same functions
+// in namespace umfa_backend; nothing else in this directory may touch a runtime.
+#pragma once
+
+// convergent and nomerge keep the optimiser from cloning or joining these calls across branches:
+// the runtime compares call sites to find divergence.
+#define UMFA_CONVERGENT __attribute__((convergent, nomerge))
+#define UMFA_INLINE_HEADER inline __attribute__((always_inline))
+
+extern "C" {
+
+/// What a GPU thread can ask about itself without calling the runtime.
+struct umfa_thread {
+    unsigned lane;
+    unsigned simdgroup;
+    unsigned row;     // of the two matrix elements this lane holds
+    unsigned column;  // of the first of them; the second is in column + 1
+};
+
+struct umfa_lane_slots {
+    void* slot[32];
+    unsigned active;   // bit n: lane n takes part
+    unsigned reverse;  // reductions run from the last lane to the first
+};
+
+struct umfa_launch {
+    unsigned threadgroup[3];   // position of this threadgroup in the grid
+    unsigned threadgroups[3];  // grid size in threadgroups
+    unsigned threads[3];       // threads per threadgroup
+};
+
+extern umfa_thread* umfa_self;
+
+typedef void (*umfa_combine)(umfa_lane_slots*);
+
+/// All lanes of the simdgroup meet; the last one to arrive runs `combine` over their slots.
+UMFA_CONVERGENT void umfa_rendezvous(void* slot, umfa_combine combine, unsigned kind);
+/// As umfa_rendezvous, and reports a lane that reads from one that takes no part.
+UMFA_CONVERGENT void umfa_converge(const void* pointer, unsigned long stride);
+UMFA_CONVERGENT void umfa_matrix_multiply(void* d, const void* a, const void* b, const void* c,
+                                          unsigned types);
+UMFA_CONVERGENT void umfa_threadgroup_barrier(unsigned flags);
+UMFA_CONVERGENT void umfa_simdgroup_barrier(unsigned flags);
+UMFA_CONVERGENT unsigned umfa_active_lanes(void);
+void umfa_inactive_lane(unsigned lane);
+void umfa_check_max_threads(unsigned long limit);
+void umfa_check_uniform(unsigned long value);
+
+void* umfa_buffer(unsigned index, unsigned long element_size, unsigned alignment);
+void* umfa_threadgroup_memory(unsigned index);
+unsigned umfa_launch_value(unsigned what, unsigned axis);
+
+float umfa_exp(float, unsigned);
+float umfa_exp2(float, unsigned);
+float umfa_exp10(float, unsigned);
+float umfa_log(float, unsigned);
+float umfa_log2(float, unsigned);
+float umfa_log10(float, unsigned);
+float umfa_sin(float, unsigned);
+float umfa_cos(float, unsigned);
+float umfa_tan(float, unsigned);
+float umfa_asin(float, unsigned);
+float umfa_acos(float, unsigned);
+float umfa_atan(float, unsigned);
+float umfa_atan2(float, float, unsigned);
+float umfa_sinh(float, unsigned);
+float umfa_cosh(float, unsigned);
+float umfa_tanh(float, unsigned);
+float umfa_asinh(float, unsigned);
+float umfa_acosh(float, unsigned);
+float umfa_atanh(float, unsigned);
+float umfa_pow(float, float, unsigned);
+float umfa_rsqrt(float, unsigned);
+float umfa_fmod(float, float);
+}
+
+namespace umfa_backend {
+
+enum kind : unsigned { any_lanes, all_lanes };
+
+/// Numbers for umfa_launch_value.
+enum launch : unsigned {
+    thread_position_in_grid,
+    threadgroup_position_in_grid,
+    threadgroups_per_grid,
+    thread_position_in_threadgroup,
+    threads_per_threadgroup,
+    threads_per_grid,
+    thread_index_in_threadgroup,
+    thread_index_in_simdgroup,
+    simdgroup_index_in_threadgroup,
+    threads_per_simdgroup,
+    simdgroups_per_threadgroup,
+};
+
+UMFA_INLINE_HEADER unsigned lane() { return umfa_self->lane; }
+UMFA_INLINE_HEADER unsigned matrix_row() { return umfa_self->row; }
+UMFA_INLINE_HEADER unsigned matrix_column() { return umfa_self->column; }
+
+template <typename T>
+struct slot {
+    T in;
+    T out;
+    unsigned source;
+};
+
+/// combine<T>::run(slots) sees every lane's input and fills every lane's output.
+template <typename Combine, typename T>
+UMFA_INLINE_HEADER T exchange(T value, unsigned source = 0, unsigned kind = any_lanes) {
+    slot<T> s{value, value, source};
+    umfa_rendezvous(&s, &Combine::run, kind);
+    return s.out;
+}
+
+template <typename T>
+UMFA_INLINE_HEADER slot<T>& lane_slot(umfa_lane_slots* slots, unsigned lane) {
+    return *static_cast<slot<T>*>(slots->slot[lane]);
+}
+
+template <typename T>
+struct shuffle_lanes {
+    static void run(umfa_lane_slots* slots) {
+        for (unsigned n = 0; n < 32; n++) {
+            if (!(slots->active >> n & 1)) continue;
+            slot<T>& s = lane_slot<T>(slots, n);
+            if (s.source >= 32 || !(slots->active >> s.source & 1)) {
+                umfa_inactive_lane(s.source);
+            } else {
+                s.out = lane_slot<T>(slots, s.source).in;
+            }
+        }
+    }
+};
+
+/// The value that lane `source` passes in.
+template <typename T>
+UMFA_INLINE_HEADER T shuffle(T value, unsigned source) {
+    return exchange<shuffle_lanes<T>>(value, source);
+}
+
+template <typename T, typename Op>
+struct reduce_lanes {
+    static void run(umfa_lane_slots* slots) {
+        bool first = true;
+        T total{};
+        for (unsigned i = 0; i < 32; i++) {
+            const unsigned n = slots->reverse ? 31 - i : i;
+            if (!(slots->active >> n & 1)) continue;
+            const T x = lane_slot<T>(slots, n).in;
+            total = first ? x : Op::apply(total, x);
+            first = false;
+        }
+        for (unsigned n = 0; n < 32; n++) {
+            if (slots->active >> n & 1) lane_slot<T>(slots, n).out = total;
+        }
+    }
+};
+
+template <typename Op, typename T>
+UMFA_INLINE_HEADER T reduce(T value) {
+    return exchange<reduce_lanes<T, Op>>(value);
+}
+
+template <typename T, typename Op, bool inclusive>
+struct scan_lanes {
+    static void run(umfa_lane_slots* slots) {
+        T total = Op::template identity<T>();
+        for (unsigned n = 0; n < 32; n++) {
+            if (!(slots->active >> n & 1)) continue;
+            slot<T>& s = lane_slot<T>(slots, n);
+            const T next = Op::apply(total, s.in);
+            s.out = inclusive ? next : total;
+            total = next;
+        }
+    }
+};
+
+template <typename Op, bool inclusive, typename T>
+UMFA_INLINE_HEADER T scan(T value) {
+    return exchange<scan_lanes<T, Op, inclusive>>(value);
+}
+
+struct first_lane {
+    static void run(umfa_lane_slots* slots) {
+        const unsigned first = static_cast<unsigned>(__builtin_ctz(slots->active));
+        for (unsigned n = 0; n < 32; n++) {
+            if (slots->active >> n & 1) lane_slot<unsigned>(slots, n).out = first;
+        }
+    }
+};
+
+UMFA_INLINE_HEADER unsigned first_active_lane() { return exchange<first_lane>(0U); }
+
+}  // namespace umfa_backend

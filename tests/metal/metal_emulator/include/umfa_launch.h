@@ -1,0 +1,54 @@
+// Turns what a dispatch binds into a kernel's arguments, by their C++ types.
+#pragma once
+#include "metal_types"
+
+namespace umfa_backend {
+
+template <typename F>
+struct signature {
+    static_assert(sizeof(F) == 0, "a kernel returns void");
+};
+template <typename... A>
+struct signature<void(A...)> {
+    static constexpr int size = sizeof...(A);
+    template <int i>
+    using parameter = __type_pack_element<i, A...>;
+};
+
+template <typename T>
+struct bound {
+    static_assert(sizeof(T) == 0, "a [[buffer]] parameter is a pointer or a reference");
+};
+template <typename T>
+struct bound<T*> {
+    typedef typename remove_qualifiers<T>::type element;
+    static T* buffer(unsigned index) {
+        return (T*)(unsigned long)umfa_buffer(index, sizeof(T), alignof(element));
+    }
+    static T* threadgroup_memory(unsigned index) {
+        return (T*)(unsigned long)umfa_threadgroup_memory(index);
+    }
+};
+template <typename T>
+struct bound<T&> {
+    static T& buffer(unsigned index) { return *bound<T*>::buffer(index); }
+    static T& threadgroup_memory(unsigned index) { return *bound<T*>::threadgroup_memory(index); }
+};
+
+/// A built-in such as thread_position_in_grid, in as many components as the kernel asks for.
+template <typename T>
+T launch_value(unsigned what) {
+    typedef typename shape<T>::element element;
+    static_assert(__is_same(element, uint) || __is_same(element, ushort),
+                  "built-in arguments are uint or ushort");
+    if constexpr (shape<T>::is_vector) {
+        T v;
+        for (int i = 0; i < shape<T>::size; i++)
+            v[i] = static_cast<element>(umfa_launch_value(what, static_cast<unsigned>(i)));
+        return v;
+    } else {
+        return static_cast<T>(umfa_launch_value(what, 0));
+    }
+}
+
+}  // namespace umfa_backend

@@ -1,0 +1,487 @@
+"""What a Metal text declares: scopes, attributes, kernels, instantiations, function constants.
+
+Kernels are read from tokens rather than from clang's syntax tree: the text is preprocessed, so no
+macro hides them, the attributes stand where Metal puts them (a parameter may be named like its own
+attribute, which rules out spelling attributes as macros), and no dump of tens of megabytes has to
+be read. The types are left to C++: the launcher takes them from the function itself.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from .errors import SourceError
+from .tokens import Token, matching, matching_angle, matching_angle_back, spelled, tokenize
+
+SCALARS = (
+    "bool char uchar short ushort int uint long ulong half bfloat float "
+    "int8_t uint8_t int16_t uint16_t int32_t uint32_t int64_t uint64_t size_t ptrdiff_t"
+).split()
+VECTOR_ELEMENTS = "bool char uchar short ushort int uint long ulong half bfloat float".split()
+VECTORS = [f"{e}{n}" for e in VECTOR_ELEMENTS for n in (2, 3, 4)]
+PACKED = [f"packed_{v}" for v in VECTORS]
+MATRICES = [f"{e}{n}" for e in ("float", "half") for n in ("2x2", "3x3", "4x4", "2x4", "4x2")]
+LIBRARY_TYPES = [
+    *("simdgroup_half8x8 simdgroup_float8x8 simdgroup_bfloat8x8 simdgroup_matrix vec matrix").split(),
+    *("atomic_int atomic_uint atomic_bool atomic_float atomic_ulong atomic").split(),
+]
+BUILTIN_ARGUMENTS = {
+    "thread_position_in_grid": "position",
+    "threadgroup_position_in_grid": "position",
+    "threadgroups_per_grid": "position",
+    "thread_position_in_threadgroup": "position",
+    "threads_per_threadgroup": "position",
+    "dispatch_threads_per_threadgroup": "position",
+    "threads_per_grid": "position",
+    "thread_index_in_threadgroup": "scalar",
+    "thread_index_in_simdgroup": "simdgroup",
+    "simdgroup_index_in_threadgroup": "simdgroup",
+    "threads_per_simdgroup": "simdgroup",
+    "simdgroups_per_threadgroup": "simdgroup",
+    "dispatch_simdgroups_per_threadgroup": "simdgroup",
+    "thread_execution_width": "simdgroup",
+}
+# The same value under another name.
+BUILTIN_SYNONYMS = {
+    "dispatch_threads_per_threadgroup": "threads_per_threadgroup",
+    "dispatch_simdgroups_per_threadgroup": "simdgroups_per_threadgroup",
+    "thread_execution_width": "threads_per_simdgroup",
+}
+KNOWN_ATTRIBUTES = {
+    *BUILTIN_ARGUMENTS,
+    *("buffer threadgroup function_constant host_name kernel max_total_threads_per_threadgroup "
+      "maybe_unused unused clang id user visible stitchable texture sampler").split(),
+}
+
+
+@dataclass
+class Attribute:
+    name: str
+    arguments: list[Token]
+    token: Token
+
+    @property
+    def text(self) -> str:
+        return spelled(self.arguments)
+
+
+@dataclass
+class Parameter:
+    """A kernel's parameter: what it is bound to, and the tokens of its declaration."""
+
+    name: str
+    kind: str  # buffer, threadgroup or builtin
+    index: int  # of the buffer or threadgroup memory
+    builtin: str
+    condition: str  # name of the function constant without which it is absent
+    declaration: list[Token]
+
+    @property
+    def type(self) -> str:
+        return spelled([t for t in self.declaration if t.original != self.name])
+
+
+@dataclass
+class Kernel:
+    """A kernel function, or the template of one."""
+
+    name: str
+    is_template: bool
+    parameters: list[Parameter]
+    token: Token
+    body: tuple[int, int]  # of its braces, as token indices
+    max_threads: str
+
+
+@dataclass
+class EntryPoint:
+    """What the host can ask for by name."""
+
+    host_name: str
+    expression: str  # the function, as C++
+    kernel: Kernel
+    token: Token
+
+
+@dataclass
+class FunctionConstant:
+    name: str
+    qualified: str
+    type: str
+    index: int
+    statement: tuple[int, int]
+
+
+@dataclass
+class Scope:
+    kind: str  # namespace, type, function, kernel or block
+    name: str
+    open: int
+    close: int
+
+
+@dataclass
+class Structure:
+    tokens: list[Token]
+    attributes: list[tuple[int, int, list[Attribute]]] = field(default_factory=list)
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    entries: dict[str, EntryPoint] = field(default_factory=dict)
+    instantiations: list[tuple[int, int, str]] = field(default_factory=list)
+    constants: list[FunctionConstant] = field(default_factory=list)
+    scopes: list[Scope] = field(default_factory=list)
+    records: set[str] = field(default_factory=set)  # struct, class and union names
+    aliases: set[str] = field(default_factory=set)
+    type_parameters: set[str] = field(default_factory=set)
+    attribute_at: dict[int, int] = field(default_factory=dict)
+
+    def scope_of(self, i: int) -> list[Scope]:
+        """Scopes around token ``i``, outermost first."""
+        return [s for s in self.scopes if s.open < i < s.close]
+
+    def fail(self, token: Token, rule: str, message: str) -> SourceError:
+        return SourceError(f"{token.location}: error: {message} [{rule}]", (rule,))
+
+
+def read(text: str) -> Structure:
+    """Reads the preprocessed text of a library."""
+    tokens = tokenize(text)
+    s = Structure(tokens)
+    _find_attributes(s)
+    _find_types(s)
+    _find_kernels(s)
+    _find_scopes(s)
+    _find_constants(s)
+    return s
+
+
+def _find_attributes(s: Structure) -> None:
+    tokens = s.tokens
+    i = 0
+    while i + 1 < len(tokens):
+        if not (tokens[i].text == "[" and tokens[i + 1].text == "["):
+            i += 1
+            continue
+        end = matching(tokens, i)
+        found: list[Attribute] = []
+        k = i + 2
+        while k < end - 1:
+            token = tokens[k]
+            name = token.text
+            k += 1
+            while k + 1 < end and tokens[k].text == "::":
+                name += "::" + tokens[k + 1].text
+                k += 2
+            arguments: list[Token] = []
+            if tokens[k].text == "(":
+                close = matching(tokens, k)
+                arguments = tokens[k + 1 : close]
+                k = close + 1
+            found.append(Attribute(name, arguments, token))
+            if tokens[k].text == ",":
+                k += 1
+        s.attributes.append((i, end, found))
+        s.attribute_at[i] = end
+        i = end + 1
+
+
+def _find_types(s: Structure) -> None:
+    tokens = s.tokens
+    for i, token in enumerate(tokens[:-2]):
+        following = tokens[i + 1]
+        if token.text in ("struct", "class", "union") and following.kind == "name":
+            if i > 0 and tokens[i - 1].text in ("<", ","):
+                s.type_parameters.add(following.text)
+            else:
+                s.records.add(following.text)
+        elif token.text == "typename" and following.kind == "name":
+            if tokens[i - 1].text in ("<", ",") and tokens[i + 2].text in (",", ">", "="):
+                s.type_parameters.add(following.text)
+        elif token.text == "using" and following.kind == "name" and tokens[i + 2].text == "=":
+            s.aliases.add(following.text)
+        elif token.text == "typedef":
+            end = i
+            while end + 1 < len(tokens) and tokens[end].text != ";":
+                end = matching(tokens, end) + 1 if tokens[end].text == "{" else end + 1
+            if tokens[end - 1].kind == "name":
+                s.aliases.add(tokens[end - 1].text)
+
+
+def _statement_start(s: Structure, i: int) -> int:
+    """First token of the declaration that holds token ``i`` at namespace scope."""
+    k = i
+    while k > 0 and s.tokens[k - 1].text not in (";", "{", "}"):
+        k -= 1
+    return k
+
+
+def _integer(s: Structure, attribute: Attribute) -> int:
+    text = attribute.text.strip()
+    try:
+        return int(text.rstrip("uUlL"), 0)
+    except ValueError:
+        raise s.fail(
+            attribute.token, "attribute", f"[[{attribute.name}]] needs an integer, not '{text}'"
+        ) from None
+
+
+def _find_kernels(s: Structure) -> None:
+    tokens = s.tokens
+    instantiations: list[tuple[int, int, int]] = []
+    for i, token in enumerate(tokens):
+        if token.text != "kernel" or token.kind != "name":
+            continue
+        start = _statement_start(s, i)
+        if tokens[start].text == "template" and tokens[start + 1].text != "<":
+            end = i
+            while tokens[end].text != ";":
+                end = matching(tokens, end) + 1 if tokens[end].text in "([{" else end + 1
+            instantiations.append((start, end, i))
+        else:
+            _read_kernel(s, start, i)
+    for start, end, _ in instantiations:
+        _read_instantiation(s, start, end)
+    for kernel in s.kernels.values():
+        if not kernel.is_template:
+            _add_entry(s, EntryPoint(kernel.name, kernel.name, kernel, kernel.token))
+
+
+def _skip_attributes(s: Structure, i: int) -> int:
+    while i in s.attribute_at:
+        i = s.attribute_at[i] + 1
+    return i
+
+
+def _attributes_between(s: Structure, start: int, end: int) -> list[Attribute]:
+    return [a for i, close, found in s.attributes if start <= i and close < end for a in found]
+
+
+def _read_kernel(s: Structure, start: int, at: int) -> None:
+    tokens = s.tokens
+    i = start
+    if tokens[i].text == "template":
+        close = matching_angle(tokens, i + 1)
+        i = (close or i) + 1
+    while i < len(tokens):
+        i = _skip_attributes(s, i)
+        if tokens[i].kind == "name" and tokens[i + 1].text == "(" and tokens[i].text not in (
+            "decltype",
+            "__attribute__",
+            "alignas",
+        ):
+            break
+        if tokens[i].text == "(":
+            i = matching(tokens, i)
+        i += 1
+    name = tokens[i]
+    if "void" not in {t.text for t in tokens[start:i]}:
+        raise s.fail(name, "kernel-void", f"kernel '{name.text}' must return void")
+    close = matching(tokens, i + 1)
+    attributes = _attributes_between(s, start, i)
+    body = close + 1
+    while body in s.attribute_at:
+        end = s.attribute_at[body]
+        attributes += _attributes_between(s, body, end + 1)
+        body = end + 1
+    if tokens[body].text != "{":
+        return  # a declaration
+    limits = [a.text for a in attributes if a.name == "max_total_threads_per_threadgroup"]
+    kernel = Kernel(
+        name.text,
+        tokens[start].text == "template",
+        _read_parameters(s, i + 2, close),
+        name,
+        (body, matching(tokens, body)),
+        limits[0] if limits else "",
+    )
+    if name.text in s.kernels:
+        raise s.fail(name, "kernel-overload", f"kernel '{name.text}' is defined twice")
+    if name.text == "main":
+        raise s.fail(name, "kernel-name", "a kernel may not be named 'main'")
+    s.kernels[name.text] = kernel
+
+
+def _split(s: Structure, start: int, end: int) -> list[tuple[int, int]]:
+    """Token ranges between the commas at the top level of [start, end)."""
+    parts, depth, first = [], 0, start
+    i = start
+    while i < end:
+        text = s.tokens[i].text
+        if text in "([{":
+            i = matching(s.tokens, i)
+        elif text == "<":
+            depth += 1
+        elif text == ">":
+            depth -= 1
+        elif text == "," and depth == 0:
+            parts.append((first, i))
+            first = i + 1
+        i += 1
+    if first < end:
+        parts.append((first, end))
+    return parts
+
+
+def _read_parameters(s: Structure, start: int, end: int) -> list[Parameter]:
+    parameters: list[Parameter] = []
+    used: dict[str, dict[int, str]] = {"buffer": {}, "threadgroup": {}}
+    pending: list[int] = []
+    for first, last in _split(s, start, end):
+        attributes = _attributes_between(s, first, last + 1)
+        declaration = []
+        i = first
+        while i < last:
+            if i in s.attribute_at:
+                i = s.attribute_at[i] + 1
+                continue
+            declaration.append(s.tokens[i])
+            i += 1
+        if not declaration or spelled(declaration) == "void":
+            continue
+        name = next((t.text for t in reversed(declaration) if t.kind == "name"), "")
+        parameter = Parameter(name, "", -1, "", "", declaration)
+        for a in attributes:
+            if a.name in ("buffer", "threadgroup"):
+                parameter.kind, parameter.index = a.name, _integer(s, a)
+                if not 0 <= parameter.index <= 30:
+                    raise s.fail(a.token, "buffer-index", f"index {parameter.index} is not in 0..30")
+            elif a.name == "function_constant":
+                parameter.condition = a.text
+            elif a.name in BUILTIN_ARGUMENTS:
+                parameter.kind = "builtin"
+                parameter.builtin = a.name
+        if not parameter.kind:
+            words = {t.text for t in declaration}
+            if not words & {"*", "&"}:
+                raise s.fail(
+                    declaration[0], "kernel-parameter", f"parameter '{name}' has no attribute"
+                )
+            # Metal gives the next free index to a parameter without one.
+            parameter.kind = "threadgroup" if "threadgroup" in words else "buffer"
+            pending.append(len(parameters))
+        elif parameter.kind != "builtin":
+            other = used[parameter.kind].get(parameter.index)
+            if other is not None and not parameter.condition:
+                raise s.fail(
+                    declaration[0],
+                    "buffer-index-twice",
+                    f"'{name}' and '{other}' both have {parameter.kind}({parameter.index})",
+                )
+            used[parameter.kind][parameter.index] = name
+        parameters.append(parameter)
+    for i in pending:
+        taken = used[parameters[i].kind]
+        parameters[i].index = next(n for n in range(31) if n not in taken)
+        taken[parameters[i].index] = parameters[i].name
+    return parameters
+
+
+def _read_instantiation(s: Structure, start: int, end: int) -> None:
+    tokens = s.tokens
+    names = [a for a in _attributes_between(s, start, end) if a.name == "host_name"]
+    last = end - 1
+    if tokens[last].text == ")":  # spelled with its parameters
+        depth = 0
+        while True:
+            depth += {")": 1, "(": -1}.get(tokens[last].text, 0)
+            last -= 1
+            if depth == 0:
+                break
+    first = last
+    if tokens[last].text == ">":
+        opening = matching_angle_back(tokens, last)
+        first = (opening if opening is not None else last) - 1
+    function = tokens[first].text
+    while first >= 2 and tokens[first - 1].text == "::":
+        first -= 2
+    expression = spelled(tokens[first : last + 1])
+    kernel = s.kernels.get(function)
+    if kernel is None:
+        raise s.fail(tokens[first], "instantiation", f"'{function}' is no kernel template")
+    if not names:
+        raise s.fail(
+            tokens[start], "host-name", f"the instantiation of '{function}' has no [[host_name]]"
+        )
+    pieces = re.findall(r'"([^"]*)"', names[0].text)
+    s.instantiations.append((start, end, expression))
+    _add_entry(s, EntryPoint("".join(pieces), expression, kernel, names[0].token))
+
+
+def _add_entry(s: Structure, entry: EntryPoint) -> None:
+    if entry.host_name in s.entries:
+        raise s.fail(
+            entry.token, "host-name-twice", f"two kernels are named '{entry.host_name}'"
+        )
+    s.entries[entry.host_name] = entry
+
+
+def _find_scopes(s: Structure) -> None:
+    """Kinds of all braces. Inside of a function everything is a block of it."""
+    tokens = s.tokens
+    kernel_bodies = {k.body[0]: k.name for k in s.kernels.values()}
+    stack: list[Scope] = []
+    for i, token in enumerate(tokens):
+        if token.text == "{":
+            inside = any(x.kind in ("function", "kernel") for x in stack)
+            kind, name = "block", ""
+            if i in kernel_bodies:
+                kind, name = "kernel", kernel_bodies[i]
+            elif not inside or _opens_type(s, i):
+                kind, name = _brace_kind(s, i)
+            stack.append(Scope(kind, name, i, len(tokens)))
+            s.scopes.append(stack[-1])
+        elif token.text == "}" and stack:
+            stack.pop().close = i
+
+
+def _opens_type(s: Structure, i: int) -> bool:
+    start = _statement_start(s, i)
+    words = [t.text for t in s.tokens[start:i]]
+    return any(w in ("struct", "class", "union", "enum") for w in words) and "(" not in words
+
+
+def _brace_kind(s: Structure, i: int) -> tuple[str, str]:
+    start = _statement_start(s, i)
+    words = [t.text for t in s.tokens[start:i]]
+    if "namespace" in words:
+        at = words.index("namespace")
+        return "namespace", "".join(words[at + 1 :])
+    if "=" in words and "operator" not in words and "template" not in words:
+        return "block", ""  # an initialiser
+    if words and words[-1] in (")", "const", "thread", "device", "constant", "threadgroup"):
+        return "function", ""
+    if ")" in words and not any(w in ("struct", "class", "union", "enum") for w in words):
+        return "function", ""  # a constructor with initialisers, a trailing return type
+    for word in ("struct", "class", "union", "enum"):
+        if word in words:
+            return "type", ""
+    return "block", ""
+
+
+def _find_constants(s: Structure) -> None:
+    for i, end, found in s.attributes:
+        constants = [a for a in found if a.name == "function_constant"]
+        if not constants or s.tokens[end + 1].text != ";":
+            continue
+        start = _statement_start(s, i)
+        words = [t for t in s.tokens[start:i] if t.text not in ("constant", "const", "extern")]
+        scope = "".join(x.name + "::" for x in s.scope_of(i) if x.kind == "namespace" and x.name)
+        name = words[-1].text
+        s.constants.append(
+            FunctionConstant(
+                name,
+                scope + name,
+                spelled(words[:-1]),
+                _integer(s, constants[0]),
+                (start, end + 1),
+            )
+        )
+    seen: dict[int, str] = {}
+    for c in s.constants:
+        if c.index in seen:
+            raise s.fail(
+                s.tokens[c.statement[0]],
+                "function-constant-twice",
+                f"'{c.name}' and '{seen[c.index]}' both have index {c.index}",
+            )
+        seen[c.index] = c.name

@@ -1,0 +1,137 @@
+"""Cuts preprocessed Metal text into tokens that know the line they came from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_TOKEN = re.compile(
+    r"""
+    (?P<marker>^\#[^\n]*)
+  | (?P<space>\s+)
+  | (?P<number>\.?[0-9](?:[eEpP][+-]|[0-9A-Za-z_.'])*)
+  | (?P<name>[A-Za-z_]\w*)
+  | (?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
+  | (?P<mark>::|->\*?|\+\+|--|<<=?|<=|>=|==|!=|&&|\|\||[-+*/%&|^]=|\.\.\.|.)
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+_LINE_MARKER = re.compile(r'#\s*(?:line\s+)?(\d+)\s+"((?:[^"\\]|\\.)*)"')
+
+
+@dataclass
+class Token:
+    """One token; ``text`` may be replaced, ``original`` stays as it was read."""
+
+    kind: str  # name, number, string, mark
+    text: str
+    start: int
+    end: int
+    file: str
+    line: int
+    original: str = ""
+
+    def __post_init__(self) -> None:
+        self.original = self.text
+
+    @property
+    def location(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+def tokenize(text: str) -> list[Token]:
+    """Tokens of ``text``, following the line markers of the preprocessor. ``>`` is always single,
+    so that the end of nested template arguments needs no care."""
+    result: list[Token] = []
+    file, line, at = "<source>", 1, 0
+    for match in _TOKEN.finditer(text):
+        line += text.count("\n", at, match.start())
+        at = match.start()
+        kind = str(match.lastgroup)
+        if kind == "space":
+            continue
+        if kind == "marker":
+            found = _LINE_MARKER.match(match.group())
+            if found:
+                # The marker names the line after it; the newline still to come adds one.
+                line, file = int(found.group(1)) - 1, found.group(2)
+            continue
+        result.append(Token(kind, match.group(), match.start(), match.end(), file, line))
+    return result
+
+
+_OPEN = {"(": ")", "[": "]", "{": "}"}
+_CLOSE = {v: k for k, v in _OPEN.items()}
+
+
+def matching(tokens: list[Token], i: int) -> int:
+    """Index of the bracket that closes the one at ``i``; the last token if none does."""
+    depth = 0
+    for k in range(i, len(tokens)):
+        text = tokens[k].original
+        if text in _OPEN:
+            depth += 1
+        elif text in _CLOSE:
+            depth -= 1
+            if depth == 0:
+                return k
+    return len(tokens) - 1
+
+
+def matching_back(tokens: list[Token], i: int) -> int:
+    """Index of the bracket that opens the one closed at ``i``."""
+    depth = 0
+    for k in range(i, -1, -1):
+        text = tokens[k].original
+        if text in _CLOSE:
+            depth += 1
+        elif text in _OPEN:
+            depth -= 1
+            if depth == 0:
+                return k
+    return 0
+
+
+def matching_angle(tokens: list[Token], i: int) -> int | None:
+    """Index of the ``>`` that closes the ``<`` at ``i``, or None if it is a comparison."""
+    depth = 0
+    k = i
+    while k < len(tokens):
+        text = tokens[k].original
+        if text in _OPEN:
+            k = matching(tokens, k)
+        elif text == "<":
+            depth += 1
+        elif text == ">":
+            depth -= 1
+            if depth == 0:
+                return k
+        elif text in (";", "{", "}", ")", "]", "&&", "||"):
+            return None
+        k += 1
+    return None
+
+
+def matching_angle_back(tokens: list[Token], i: int) -> int | None:
+    """Index of the ``<`` that opens the ``>`` at ``i``."""
+    depth = 0
+    k = i
+    while k >= 0:
+        text = tokens[k].original
+        if text in _CLOSE:
+            k = matching_back(tokens, k)
+        elif text == ">":
+            depth += 1
+        elif text == "<":
+            depth -= 1
+            if depth == 0:
+                return k
+        elif text in (";", "{", "}", "(", "["):
+            return None
+        k -= 1
+    return None
+
+
+def spelled(tokens: list[Token]) -> str:
+    """The tokens as text again, without attributes' line breaks."""
+    return " ".join(t.original for t in tokens)
