@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,20 @@ from cases import Case
 from checks import Tolerance
 from frameworks import Array, Framework
 from umfa import _ext
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Say once, not once per test function, that a framework is absent.
+
+    pytest folds skips of one place, and takes a fixture's skip to be at the test that asked for it.
+    """
+    report = yield
+    if isinstance(report.longrepr, tuple) and report.longrepr[2].endswith("is not installed"):
+        report.longrepr = (frameworks.__file__, 1, report.longrepr[2])
+    return report
 
 
 @pytest.fixture(params=frameworks.NAMES)

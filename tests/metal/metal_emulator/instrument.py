@@ -1,0 +1,379 @@
+"""Adds the checks and counts to a kernel's LLVM IR, which is text.
+
+Before every access to device, constant or threadgroup memory goes a call of the runtime; at the end
+of every basic block its sums of operations and bytes; before every simdgroup operation and barrier
+the place in the source, by which the runtime tells one from another. Threadgroup variables get a
+margin on both sides, so that running off one does not land in the next.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+_READ, _WRITE, _ATOMIC = 1 << 12, 1 << 13, 1 << 14
+_MARGIN = 64
+_FUNCTION = re.compile(r"^define .*?@([\w$.]+|\"[^\"]+\")\(")
+_DEBUG = re.compile(r", !dbg !(\d+)")
+_METADATA = re.compile(r"^!(\d+) = (?:distinct )?!DI(\w+)\((.*)\)$")
+_FIELD = re.compile(r'(\w+): (?:!(\d+)|(\d+)|"((?:[^"\\]|\\.)*)")')
+_ACCESS = re.compile(
+    r"^\s*(?:%[\w.\"$]+ = )?(?:(?:tail|musttail|notail) )?"
+    r"(load|store|atomicrmw|cmpxchg|call void @llvm\.mem(?:cpy|move|set)\S*)\b(.*)$"
+)
+_ALIGN = re.compile(r"\balign (\d+)")
+_SITED = re.compile(
+    r"call .*@(umfa_rendezvous|umfa_converge|umfa_matrix_multiply|umfa_threadgroup_barrier"
+    r"|umfa_simdgroup_barrier|umfa_check_max_threads|umfa_check_uniform)\("
+)
+_FLOP = re.compile(r"= (?:f(?:add|sub|mul|div|rem)) (?:[a-z]+ )*(<(\d+) x )?(?:float|half|bfloat)")
+_FMA = re.compile(r"@llvm\.(?:fma|fmuladd)\.(?:v(\d+))?")
+_TERMINATOR = re.compile(r"^\s*(?:br|ret|switch|unreachable|indirectbr)\b")
+_VARIABLE = re.compile(
+    r"^@(\S+) = (?:[\w()]+ )*?addrspace\(3\) global (.*?)(?:, comdat(?:\([^)]*\))?)?"
+    r"(?:, align (\d+))?(?:, !\S+ !\d+)*$"
+)
+_UNSET = re.compile(
+    r"^@(\S+) = external (?:[\w()]+ )*?addrspace\(2\) (?:global|constant) (.*?)(?:, align \d+)?$"
+)
+_ENTRY_CALL = re.compile(r"call .*?void @(\S+?)\(")
+
+# Fields of umfa_static_counters, in order.
+COUNTS = (
+    "flops",
+    "fma",
+    "device_read",
+    "device_written",
+    "constant_read",
+    "threadgroup_read",
+    "threadgroup_written",
+)
+
+
+@dataclass
+class Variable:
+    symbol: str
+    name: str
+    size: int
+
+
+@dataclass
+class Instrumented:
+    text: str
+    sites: list[tuple[str, int]] = field(default_factory=lambda: [("", 0)])
+    # Of each entry function, its kernel's threadgroup variables; symbols are in the text's table.
+    variables: dict[int, list[Variable]] = field(default_factory=dict)
+    unset: list[str] = field(default_factory=list)
+
+
+def type_size(text: str) -> int:
+    """Bytes that a value of an IR type occupies when stored. Structs are laid out with padding."""
+    return _layout(text.strip())[0]
+
+
+def _layout(t: str) -> tuple[int, int]:
+    simple = {"half": 2, "bfloat": 2, "float": 4, "double": 8, "ptr": 8}
+    if t in simple:
+        return simple[t], simple[t]
+    if t.startswith("ptr"):
+        return 8, 8
+    if re.fullmatch(r"i\d+", t):
+        size = (int(t[1:]) + 7) // 8
+        return size, min(1 << (size - 1).bit_length(), 16)
+    found = re.fullmatch(r"[<\[](\d+) x (.*)[>\]]", t)
+    if found:
+        n = int(found.group(1))
+        if t[0] == "<":
+            if found.group(2) == "i1":
+                return (n + 7) // 8, 1
+            size = n * _layout(found.group(2))[0]
+            return size, 1 << (size - 1).bit_length()
+        size, alignment = _layout(found.group(2))
+        return n * _round_up(size, alignment), alignment
+    if t.startswith("{") or t.startswith("<{"):
+        packed = t.startswith("<{")
+        at, most = 0, 1
+        for part in _parts(t.strip("<{}> ") if not packed else t[2:-2].strip()):
+            size, alignment = _layout(part)
+            alignment = 1 if packed else alignment
+            size = _round_up(size, alignment)
+            at = _round_up(at, alignment) + size
+            most = max(most, alignment)
+        return _round_up(at, most), most
+    raise ValueError(f"unknown IR type {t!r}")
+
+
+def _round_up(n: int, to: int) -> int:
+    return (n + to - 1) // to * to
+
+
+def _parts(text: str) -> list[str]:
+    """Splits at commas outside of all brackets."""
+    parts, depth, start = [], 0, 0
+    quoted = False
+    for i, c in enumerate(text):
+        if c == '"':
+            quoted = not quoted
+        elif quoted:
+            continue
+        elif c in "([{<":
+            depth += 1
+        elif c in ")]}>":
+            depth -= 1
+        elif c == "," and depth == 0:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    parts.append(text[start:].strip())
+    return parts
+
+
+class _Sites:
+    """Places in the source, numbered. Inlined code is told apart by the whole chain of calls, but
+    shown as the innermost place that is not in the emulator's own headers."""
+
+    def __init__(self, lines: list[str], own_headers: str) -> None:
+        self.nodes: dict[int, tuple[str, dict[str, str]]] = {}
+        for line in lines:
+            found = _METADATA.match(line)
+            if found:
+                fields = {
+                    f.group(1): f.group(2) or f.group(3) or f.group(4) or ""
+                    for f in _FIELD.finditer(found.group(3))
+                }
+                self.nodes[int(found.group(1))] = (found.group(2), fields)
+        self.own = own_headers
+        self.by_location: dict[int, int] = {}
+        self.by_chain: dict[tuple[tuple[str, str, str], ...], int] = {}
+        self.table: list[tuple[str, int]] = [("", 0)]
+
+    def file(self, scope: int) -> str:
+        while scope in self.nodes:
+            kind, fields = self.nodes[scope]
+            if "file" in fields:
+                return self.nodes[int(fields["file"])][1].get("filename", "")
+            if "scope" not in fields:
+                return ""
+            scope = int(fields["scope"])
+        return ""
+
+    def number(self, location: int) -> int:
+        known = self.by_location.get(location)
+        if known is not None:
+            return known
+        chain = []
+        at: int | None = location
+        while at is not None and at in self.nodes:
+            fields = self.nodes[at][1]
+            file = self.file(int(fields.get("scope", "-1")))
+            if not file.startswith(self.own):
+                chain.append((file, fields.get("line", "0"), fields.get("column", "0")))
+            at = int(fields["inlinedAt"]) if "inlinedAt" in fields else None
+        key = tuple(chain)
+        number = self.by_chain.get(key)
+        if number is None:
+            number = len(self.table)
+            self.by_chain[key] = number
+            shown = next((c for c in chain if c[1] != "0"), chain[0] if chain else ("", "0", "0"))
+            self.table.append((shown[0], int(shown[1])))
+        self.by_location[location] = number
+        return number
+
+
+def instrument(text: str, own_headers: str, checks: bool) -> Instrumented:
+    """The IR with checks (or only counts), and what the runtime must know of it."""
+    lines = text.split("\n")
+    sites = _Sites(lines, own_headers)
+    out: list[str] = []
+    result = Instrumented("")
+    variables: list[Variable] = []
+    kernels: dict[int, str] = {}
+    counts = dict.fromkeys(COUNTS, 0)
+    serial = 0
+    entry: int | None = None
+    in_function = counting = False
+
+    def flush() -> None:
+        nonlocal serial
+        for i, name in enumerate(COUNTS):
+            if counts[name]:
+                at = f"getelementptr inbounds (i8, ptr @umfa_counts, i64 {8 * i})"
+                out.append(f"  %umfa.{serial} = load i64, ptr {at}, align 8")
+                out.append(f"  %umfa.{serial + 1} = add i64 %umfa.{serial}, {counts[name]}")
+                out.append(f"  store i64 %umfa.{serial + 1}, ptr {at}, align 8")
+                serial += 2
+                counts[name] = 0
+
+    for line in lines:
+        if not in_function:
+            found = _FUNCTION.match(line)
+            if found:
+                in_function = True
+                name = found.group(1)
+                # The back end's combining functions run once for a simdgroup, not on the GPU.
+                counting = "umfa_backend" not in name
+                entry = int(name[11:]) if re.fullmatch(r"umfa_entry_\d+", name) else None
+            elif line.startswith("@"):
+                line = _global(line, variables, result.unset)
+            out.append(line)
+            continue
+        if line == "}":
+            in_function = False
+            out.append(line)
+            continue
+        debug = _DEBUG.search(line)
+        site = sites.number(int(debug.group(1))) if debug else 0
+        if "addrspace(" in line:
+            access = _access(line)
+            if access is not None:
+                space, pointer, size, flags = access
+                if checks:
+                    out.append(
+                        f"  call void @umfa_access_{space}(ptr addrspace({space}) {pointer}, "
+                        f"i32 {size}, i32 {flags}, i32 {site})"
+                    )
+                if counting and size.isdigit():
+                    for bit, word in ((_READ, "read"), (_WRITE, "written")):
+                        kind = {1: "device", 2: "constant", 3: "threadgroup"}[space]
+                        if flags & bit and f"{kind}_{word}" in counts:
+                            counts[f"{kind}_{word}"] += int(size)
+        if "umfa_" in line and _SITED.search(line):
+            out.append(f"  store i32 {site}, ptr @umfa_site, align 4")
+        if entry is not None and entry not in kernels:
+            called = _ENTRY_CALL.search(line)
+            if called and not called.group(1).startswith("umfa_"):
+                kernels[entry] = called.group(1)
+        if counting:
+            flop = _FLOP.search(line)
+            if flop:
+                counts["flops"] += int(flop.group(2) or 1)
+            fma = _FMA.search(line)
+            if fma:
+                counts["fma"] += int(fma.group(1) or 1)
+                counts["flops"] += 2 * int(fma.group(1) or 1)
+        if _TERMINATOR.match(line):
+            flush()
+        out.append(line)
+
+    for n, kernel in kernels.items():
+        owner = f"_ZZ{kernel[2:]}E"
+        result.variables[n] = [v for v in variables if v.symbol.startswith(owner)]
+    out += _tables(result)
+    result.text = "\n".join(out) + "\n"
+    result.sites = sites.table
+    return result
+
+
+def _access(line: str) -> tuple[int, str, str, int] | None:
+    """Space, pointer, bytes and flags of a memory access, or None."""
+    found = _ACCESS.match(line)
+    if not found:
+        return None
+    what, rest = found.group(1), found.group(2)
+    if what.startswith("call"):
+        return _block_access(rest, what)
+    atomic = " atomic " in f" {rest}" or what in ("atomicrmw", "cmpxchg")
+    words = rest.strip()
+    for word in ("atomic", "volatile", "weak"):
+        words = re.sub(rf"^{word} ", "", words)
+    if what == "atomicrmw":
+        words = words.split(" ", 1)[1]
+    parts = _parts(words)
+    if what == "load":
+        value_type, pointer, flags = parts[0], parts[1], _READ
+    elif what == "store":
+        value_type, pointer, flags = _value_type(parts[0]), parts[1], _WRITE
+    else:
+        value_type, pointer, flags = _value_type(parts[1]), parts[0], _READ | _WRITE
+    space = re.match(r"ptr addrspace\(([123])\) (.*)", pointer)
+    if not space:
+        return None
+    alignment = _ALIGN.search(rest)
+    flags |= int(alignment.group(1)) if alignment else 1
+    if atomic:
+        flags |= _ATOMIC
+    operand = re.sub(r" (?:monotonic|acquire|release|acq_rel|seq_cst).*$", "", space.group(2))
+    return int(space.group(1)), operand, str(type_size(value_type)), flags
+
+
+def _value_type(operand: str) -> str:
+    """The type of ``type value``."""
+    if operand[0] in "<[{":
+        depth = 0
+        for i, c in enumerate(operand):
+            depth += (c in "<[{(") - (c in ">]})")
+            if depth == 0:
+                return operand[: i + 1]
+    return operand.split(" ", 1)[0]
+
+
+def _block_access(rest: str, what: str) -> tuple[int, str, str, int] | None:
+    """memcpy, memmove, memset: of both sides the one outside of the thread's own memory."""
+    arguments = _parts(rest[rest.index("(") + 1 : rest.rindex(")")])
+    size = arguments[2].split(" ")[-1]
+    for i, flag in ((0, _WRITE), (1, _READ)):
+        space = re.match(r"ptr addrspace\(([123])\) (.*)", arguments[i])
+        if space:
+            words = space.group(2)
+            alignment = _ALIGN.search(words)
+            pointer = re.sub(
+                r"(?:\b(?:noundef|nonnull|writeonly|readonly|captures\(none\)|align \d+"
+                r"|dereferenceable(?:_or_null)?\(\d+\)) )+",
+                "",
+                words,
+            )
+            flags = flag | (int(alignment.group(1)) if alignment else 1)
+            if not size.isdigit():
+                return None
+            return int(space.group(1)), pointer, size, flags
+    return None
+
+
+def _global(line: str, variables: list[Variable], unset: list[str]) -> str:
+    """Margins around threadgroup variables; storage for function constants without a value."""
+    found = _VARIABLE.match(line)
+    if found:
+        symbol, definition, alignment = found.groups()
+        value_type = _value_type(definition)
+        align = max(int(alignment or 1), _MARGIN)
+        cell = f"{{ [{_MARGIN} x i8], {value_type}, [{_MARGIN} x i8] }}"
+        variables.append(Variable(symbol, _local_name(symbol), type_size(value_type)))
+        return (
+            f"@{symbol}.cell = internal addrspace(3) global {cell} zeroinitializer, align {align}\n"
+            f"@{symbol} = internal alias {value_type}, getelementptr inbounds ({cell}, "
+            f"ptr addrspace(3) @{symbol}.cell, i32 0, i32 1)"
+        )
+    found = _UNSET.match(line)
+    if found:
+        unset.append(found.group(1))
+        return f"@{found.group(1)} = addrspace(2) global {found.group(2)} zeroinitializer, align 16"
+    return line
+
+
+def _local_name(symbol: str) -> str:
+    """The name at the end of a mangled local variable: ...E5tileA and, if repeated, E5tile_0."""
+    for found in re.finditer(r"E(\d+)", symbol):
+        length = int(found.group(1))
+        name = symbol[found.end() : found.end() + length]
+        rest = symbol[found.end() + length :]
+        if len(name) == length and re.fullmatch(r"(_\d+|__\d+_)?", rest):
+            return name
+    return symbol
+
+
+def _tables(result: Instrumented) -> list[str]:
+    """Addresses that only the linker knows, as arrays that Python reads."""
+    out = [
+        "@umfa_counts = external global [7 x i64], align 8",
+        "@umfa_site = external global i32, align 4",
+    ]
+    for space in (1, 2, 3):
+        out.append(
+            f"declare void @umfa_access_{space}(ptr addrspace({space}), i32, i32, i32) nounwind"
+        )
+    for n, found in result.variables.items():
+        symbols = ", ".join(f"ptr addrspace(3) @{v.symbol}" for v in found)
+        if found:
+            out.append(
+                f"@umfa_variables_{n} = constant [{len(found)} x ptr addrspace(3)] [{symbols}]"
+            )
+    return out

@@ -1,0 +1,223 @@
+"""Turns Metal text into C++ that clang compiles, token by token, keeping every line in its place."""
+
+from __future__ import annotations
+
+import re
+
+from .structure import PACKED, VECTORS, Structure
+from .tokens import matching, matching_angle
+
+_MAKE = "::umfa_backend::make"
+_CAST = "::umfa_backend::cast"
+_NUMBER_SUFFIX = re.compile(r"(?i)^(.*?)(bf|h)$")
+# Names that stay attributes of C++.
+_STANDARD_ATTRIBUTES = {"maybe_unused"}
+
+
+def rewrite(text: str, s: Structure) -> str:
+    """C++ for the Metal text whose structure is ``s``."""
+    edits = [""] * len(s.tokens)
+    for i, token in enumerate(s.tokens):
+        edits[i] = token.text
+    prefix: dict[int, str] = {}
+    _instantiations(s, edits)
+    _attributes(s, edits)
+    _function_constants(s, edits, prefix)
+    _threadgroup_variables(s, edits)
+    _literals(s, edits)
+    _constructors(s, edits)
+    _copies(s, edits, prefix)
+    _limits(s, edits)
+    pieces, at = [], 0
+    for i, token in enumerate(s.tokens):
+        pieces.append(text[at : token.start])
+        pieces.append(prefix.get(i, ""))
+        pieces.append(edits[i])
+        at = token.end
+    pieces.append(text[at:])
+    result = "".join(pieces)
+    return re.sub(r"^#pragma umfa include (\w+)$", r"#include <\1>", result, flags=re.MULTILINE)
+
+
+def _blank(edits: list[str], start: int, end: int) -> None:
+    for i in range(start, end):
+        edits[i] = ""
+
+
+def _instantiations(s: Structure, edits: list[str]) -> None:
+    for start, end, _ in s.instantiations:
+        for i in range(start, end):
+            if s.tokens[i].text == "kernel":
+                edits[i] = ""
+
+
+def _attributes(s: Structure, edits: list[str]) -> None:
+    for start, end, found in s.attributes:
+        if all(a.name in _STANDARD_ATTRIBUTES for a in found):
+            continue
+        is_kernel = any(a.name == "kernel" for a in found)
+        _blank(edits, start, end + 1)
+        instantiation = any(a <= start <= b for a, b, _ in s.instantiations)
+        if is_kernel and not instantiation:
+            edits[start] = "kernel "
+
+
+def _function_constants(s: Structure, edits: list[str], prefix: dict[int, str]) -> None:
+    """Declared here, defined at the very end: the value is known to the optimiser, but not to the
+    compiler, which therefore refuses it where a constant expression is needed."""
+    for c in s.constants:
+        start, end = c.statement
+        _blank(edits, start, end)
+        edits[start] = (
+            f"extern constant {c.type} {c.name}; extern constant bool umfa_defined_{c.name}"
+        )
+    names = {c.name: c for c in s.constants}
+    for i, token in enumerate(s.tokens):
+        if token.text == "is_function_constant_defined" and s.tokens[i + 1].text == "(":
+            close = matching(s.tokens, i + 1)
+            name = s.tokens[close - 1].text
+            if name not in names:
+                raise s.fail(token, "function-constant", f"'{name}' is no function constant")
+            _blank(edits, i, close + 1)
+            edits[i] = f"umfa_defined_{name}"
+
+
+def threadgroup_variables(s: Structure) -> list[tuple[int, int, bool]]:
+    """Declarations of variables in threadgroup memory: first token, the name, has initialiser.
+    Pointers to threadgroup memory are not among them."""
+    found = []
+    for i, token in enumerate(s.tokens):
+        if token.text != "threadgroup" or token.kind != "name":
+            continue
+        k = i - 1
+        while k >= 0 and s.tokens[k].text in ("const", "static", "volatile", "]", "[", ")"):
+            if s.tokens[k].text in ("]", ")"):
+                break
+            k -= 1
+        if k >= 0 and s.tokens[k].text not in (";", "{", "}"):
+            continue
+        name, pointer, end = i, False, i + 1
+        while end < len(s.tokens):
+            text = s.tokens[end].text
+            if text == "<":
+                end = matching_angle(s.tokens, end) or end
+            elif text in ("*", "&"):
+                pointer = True
+            elif text in ("[", "=", ";", ",", "(", "{"):
+                break
+            elif s.tokens[end].kind == "name":
+                name = end
+            end += 1
+        if pointer or s.tokens[end].text == "(":
+            continue
+        initialised = False
+        while end < len(s.tokens) and s.tokens[end].text != ";":
+            text = s.tokens[end].text
+            initialised = initialised or text in ("=", "{")
+            end = matching(s.tokens, end) + 1 if text in "([{" else end + 1
+        found.append((i, name, initialised))
+    return found
+
+
+def _threadgroup_variables(s: Structure, edits: list[str]) -> None:
+    """A variable in threadgroup memory is one for all threads: static, in the eyes of C++."""
+    for first, _, _ in threadgroup_variables(s):
+        if any(x.kind == "kernel" for x in s.scope_of(first)):
+            edits[first] = "static __attribute__((used)) threadgroup"
+
+
+def _literals(s: Structure, edits: list[str]) -> None:
+    for i, token in enumerate(s.tokens):
+        if token.kind != "number" or token.text[:2] in ("0x", "0X") and "p" not in token.text.lower():
+            continue
+        found = _NUMBER_SUFFIX.match(token.text)
+        if found:
+            value, suffix = found.group(1), found.group(2).lower()
+            edits[i] = f"{value}f16" if suffix == "h" else f"((bfloat){value}f)"
+
+
+def _constructors(s: Structure, edits: list[str]) -> None:
+    """T(...), (T)x and static_cast<T>(x) where T is a vector or may become one in a template."""
+    tokens = s.tokens
+    names = {*VECTORS, *PACKED} | s.aliases | s.type_parameters
+    for i, token in enumerate(tokens[:-1]):
+        if token.kind != "name":
+            continue
+        before = tokens[i - 1].text if i else ""
+        if token.text == "static_cast" and tokens[i + 1].text == "<":
+            close = matching_angle(tokens, i + 1)
+            if close is None:
+                continue
+            words = {t.text for t in tokens[i + 2 : close]}
+            if words & (names | {"vec"}) and not words & {"*", "&"}:
+                edits[i] = _MAKE
+            continue
+        end = i
+        if token.text == "vec" and tokens[i + 1].text == "<":
+            close = matching_angle(tokens, i + 1)
+            if close is None:
+                continue
+            end = close
+        elif token.text not in names:
+            continue
+        first = i
+        if before == "::" and i >= 2 and tokens[i - 2].text == "metal":
+            first = i - 2
+            before = tokens[first - 1].text
+        if tokens[end + 1].text == "(" and before not in (".", "->", "::", "operator", "~"):
+            inner = tokens[end + 2].text
+            closing = matching(tokens, end + 1)
+            declares = inner in ("*", "&") and tokens[closing + 1].text in ("[", "(")
+            if not declares:
+                edits[first] = f"{_MAKE}<{edits[first]}"
+                edits[end] += ">"
+        elif tokens[end + 1].text == ")":
+            opening = first - 1
+            if tokens[opening].text == "const":
+                opening -= 1
+            if tokens[opening].text == "(" and _starts_cast(s, opening, end + 1):
+                edits[opening] = _CAST + "<"
+                edits[end + 1] = ">{}->*"
+
+
+def _starts_cast(s: Structure, opening: int, closing: int) -> bool:
+    before, after = s.tokens[opening - 1], s.tokens[closing + 1]
+    if before.kind in ("name", "number") and before.text not in ("return", "case", "else"):
+        return False
+    if before.text in (")", "]", ">"):
+        return False
+    return after.kind in ("name", "number") or after.text in ("(", "-", "*", "&", "!", "~")
+
+
+def _copies(s: Structure, edits: list[str], prefix: dict[int, str]) -> None:
+    """``S s = *p;`` where p points to device memory: clang's copy constructors cannot, Metal's can."""
+    tokens = s.tokens
+    names = s.records | set(PACKED) | {f"{v[:-1]}3" for v in PACKED} | s.aliases | {"float3"}
+    for i, token in enumerate(tokens[:-3]):
+        if token.text not in names or (i and tokens[i - 1].text in ("struct", "class", "union")):
+            continue
+        k = i + 1
+        if tokens[k].text == "<":
+            close = matching_angle(tokens, k)
+            if close is None:
+                continue
+            k = close + 1
+        if not (tokens[k].kind == "name" and tokens[k + 1].text == "="):
+            continue
+        if not any(x.kind in ("function", "kernel") for x in s.scope_of(i)):
+            continue
+        end = k + 2
+        if tokens[end].text == "{":
+            continue
+        while tokens[end].text not in (";", ",", ")"):
+            end = matching(tokens, end) + 1 if tokens[end].text in "([{" else end + 1
+        if tokens[end].text != ";":
+            continue
+        prefix[k + 2] = prefix.get(k + 2, "") + "::umfa_backend::copy("
+        edits[end] = ")" + edits[end]
+
+
+def _limits(s: Structure, edits: list[str]) -> None:
+    for kernel in s.kernels.values():
+        if kernel.max_threads:
+            edits[kernel.body[0]] += f" umfa_check_max_threads({kernel.max_threads});"
