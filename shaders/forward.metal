@@ -23,27 +23,45 @@ constant int mask_kind [[function_constant(1)]];  // 0 none, 1 bool, 2 float, 3 
 constant bool has_mask [[function_constant(2)]];
 constant bool has_alibi [[function_constant(3)]];
 constant bool has_softcap [[function_constant(4)]];
+// Scores are q.k alone, and the scale is positive: they are scaled after the maximum is taken off,
+// so that their size costs no precision.
+constant bool scale_last [[function_constant(5)]];
+constant bool unit_channels [[function_constant(6)]];  // every channel stride is 1
 
 namespace umfa {
 
 constant constexpr float lowest = -1.7e38f;
 constant constexpr float log2_e = 1.44269504f;
 
-/// Elements [0, channels) of row `row`, zero elsewhere: padding is never read, and 0 * NaN never
-/// reaches P V.
+inline int64_t channel_stride(constant OperandStrides& strides) {
+    return unit_channels ? 1 : strides.channel;
+}
+
+/// One element, zero past the last row and column: padding is never read, and 0 * NaN never reaches
+/// P V.
 template <typename M, typename T>
-inline M element(device const T* rows, int64_t stride, int row, int row_count, int column,
-                 int columns) {
-    return row < row_count && column < columns ? M(rows[row * stride + column]) : M(0);
+inline M element(device const T* rows, constant OperandStrides& strides, int row, int row_count,
+                 int column, int columns) {
+    return row < row_count && column < columns
+               ? M(rows[row * strides.row + column * channel_stride(strides)])
+               : M(0);
+}
+
+/// A lane's two elements of a fragment of Q.
+template <typename M, typename T>
+inline void load_query(thread Fragment<M>& fragment, device const T* query,
+                       constant ForwardParams& params, int row, int column) {
+    set(fragment, element<M>(query, params.query, row, params.seqlen_q, column, params.head_dim),
+        element<M>(query, params.query, row, params.seqlen_q, column + 1, params.head_dim));
 }
 
 /// Copies a tile of BK rows into threadgroup memory, zeros past the last row and channel.
 template <typename M, int D, int BK, int THREADS, int ROW, typename T>
-inline void stage(threadgroup M* tile, device const T* rows, int64_t stride, int row_count,
-                  int columns, ushort thread_index) {
+inline void stage(threadgroup M* tile, device const T* rows, constant OperandStrides& strides,
+                  int row_count, int columns, ushort thread_index) {
     for (int i = thread_index; i < BK * D; i += THREADS) {
         const int row = i / D, column = i % D;
-        tile[row * ROW + column] = element<M>(rows, stride, row, row_count, column, columns);
+        tile[row * ROW + column] = element<M>(rows, strides, row, row_count, column, columns);
     }
 }
 
@@ -86,7 +104,9 @@ template <typename T, typename M, int D, int BK, int QF, int SIMDGROUPS>
     value += batch * params.value.batch + head_kv * params.value.head;
     out += batch * params.out.batch + head * params.out.head;
 
-    Fragment<M> q[QF][D / 8];
+    // Q stays in registers where it leaves room for O; else each tile reads it again, from cache.
+    constexpr bool q_stays = D * sizeof(M) <= 512;
+    Fragment<M> q[QF][q_stays ? D / 8 : 1];
     Fragment<float> o[QF][D / 8];
     float maximum[QF], sum[QF];
 #pragma clang loop unroll(full)
@@ -95,17 +115,14 @@ template <typename T, typename M, int D, int BK, int QF, int SIMDGROUPS>
         sum[f] = 0.0f;
 #pragma clang loop unroll(full)
         for (int d = 0; d < D / 8; ++d) {
-            const int row = my_row + f * 8 + at.row, column = d * 8 + at.column;
-            set(q[f][d],
-                element<M>(query, params.query.row, row, seqlen_q, column, params.head_dim),
-                element<M>(query, params.query.row, row, seqlen_q, column + 1, params.head_dim));
+            if (q_stays)
+                load_query(q[f][d], query, params, my_row + f * 8 + at.row, d * 8 + at.column);
             set(o[f][d], 0.0f, 0.0f);
         }
     }
 
     float slope = 0.0f;
-    if (has_alibi)
-        slope = slopes[batch * params.slopes_batch + head * params.slopes_head] * log2_e;
+    if (has_alibi) slope = slopes[batch * params.slopes_batch + head * params.slopes_head] * log2_e;
 
     // Visible ranges grow with the query: the first and last rows bound the threadgroup, and the
     // first and last of a simdgroup tell whether a tile is hidden, whole or mixed for it.
@@ -118,9 +135,9 @@ template <typename T, typename M, int D, int BK, int QF, int SIMDGROUPS>
 
     for (int k0 = tiles_begin; k0 < tiles_end; k0 += BK) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        stage<M, D, BK, THREADS, ROW>(k_tile, key + k0 * params.key.row, params.key.row,
-                                      seqlen_kv - k0, params.head_dim, thread_index);
-        stage<M, D, BK, THREADS, ROW>(v_tile, value + k0 * params.value.row, params.value.row,
+        stage<M, D, BK, THREADS, ROW>(k_tile, key + k0 * params.key.row, params.key, seqlen_kv - k0,
+                                      params.head_dim, thread_index);
+        stage<M, D, BK, THREADS, ROW>(v_tile, value + k0 * params.value.row, params.value,
                                       seqlen_kv - k0, params.head_dim_v, thread_index);
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (my_row >= seqlen_q || some_end <= k0 || some_begin >= k0 + BK) continue;
@@ -137,8 +154,13 @@ template <typename T, typename M, int D, int BK, int QF, int SIMDGROUPS>
                 Fragment<M> b;
                 set(b, k_rows[d * 8], k_rows[d * 8 + ROW]);
 #pragma clang loop unroll(full)
-                for (int f = 0; f < QF; ++f)
-                    simdgroup_multiply_accumulate(s[f][j], q[f][d], b, s[f][j]);
+                for (int f = 0; f < QF; ++f) {
+                    const int resident = q_stays ? d : 0;
+                    if (!q_stays)
+                        load_query(q[f][0], query, params, my_row + f * 8 + at.row,
+                                   d * 8 + at.column);
+                    simdgroup_multiply_accumulate(s[f][j], q[f][resident], b, s[f][j]);
+                }
             }
         }
 
@@ -154,7 +176,8 @@ template <typename T, typename M, int D, int BK, int QF, int SIMDGROUPS>
 #pragma clang loop unroll(full)
                 for (int e = 0; e < 2; ++e) {
                     const int column = k0 + j * 8 + at.column + e;
-                    float x = s[f][j].thread_elements()[e] * params.score_scale;
+                    float x = s[f][j].thread_elements()[e];
+                    if (!scale_last) x *= params.score_scale;
                     if (has_softcap) x = params.softcap * precise::tanh(x);
                     if (has_alibi) x -= slope * abs(float(row + seqlen_kv - seqlen_q - column));
                     if (mixed) x = column >= begin && column < end ? x : lowest;
@@ -169,15 +192,18 @@ template <typename T, typename M, int D, int BK, int QF, int SIMDGROUPS>
                 }
             }
             tile_max = row_max(tile_max);
-            const float correction = fast::exp2(maximum[f] - tile_max);
+            const float unit = scale_last ? params.score_scale : 1.0f;
+            // A row that has seen nothing yet: lowest times a small scale would not vanish.
+            const float correction =
+                maximum[f] > lowest ? fast::exp2((maximum[f] - tile_max) * unit) : 0.0f;
             maximum[f] = tile_max;
             float tile_sum = 0.0f;
 #pragma clang loop unroll(full)
             for (int j = 0; j < BK / 8; ++j) {
                 const float x0 = s[f][j].thread_elements()[0], x1 = s[f][j].thread_elements()[1];
                 // In a row that has seen nothing yet, lowest - lowest would give 1.
-                const float p0 = x0 > lowest ? fast::exp2(x0 - tile_max) : 0.0f;
-                const float p1 = x1 > lowest ? fast::exp2(x1 - tile_max) : 0.0f;
+                const float p0 = x0 > lowest ? fast::exp2((x0 - tile_max) * unit) : 0.0f;
+                const float p1 = x1 > lowest ? fast::exp2((x1 - tile_max) * unit) : 0.0f;
                 tile_sum += p0 + p1;
                 set(p[f][j], M(p0), M(p1));
             }
@@ -214,22 +240,55 @@ template <typename T, typename M, int D, int BK, int QF, int SIMDGROUPS>
             for (int e = 0; e < 2; ++e) {
                 const int column = d * 8 + at.column + e;
                 if (column < params.head_dim_v)
-                    out[row * params.out.row + column] =
+                    out[row * params.out.row + column * channel_stride(params.out)] =
                         T(o[f][d].thread_elements()[e] * inverse);
             }
         }
         if (has_lse && at.column == 0)
             lse[batch * params.lse.batch + head * params.lse.head + row * params.lse.row] =
-                sum[f] > 0.0f ? (maximum[f] + log2(sum[f])) * 0.693147181f
-                              : as_type<float>(0xff800000u);  // -inf, as bits
+                sum[f] > 0.0f
+                    ? (maximum[f] * (scale_last ? params.score_scale : 1.0f) + log2(sum[f])) *
+                          0.693147181f
+                    : as_type<float>(0xff800000u);  // -inf, as bits
     }
 }
 
 }  // namespace umfa
 
-#define UMFA_FORWARD(NAME, T, M, D, BK, QF, SIMDGROUPS)                               \
-    template [[host_name("forward_" NAME)]] [[kernel]] decltype(                      \
-        umfa::forward<T, M, D, BK, QF, SIMDGROUPS>) umfa::forward<T, M, D, BK, QF, SIMDGROUPS>;
+#define UMFA_FORWARD(NAME, T, M, D, BK, QF, SIMDGROUPS)                                          \
+    template [[host_name(NAME)]] [[kernel]] decltype(umfa::forward<T, M, D, BK, QF, SIMDGROUPS>) \
+        umfa::forward<T, M, D, BK, QF, SIMDGROUPS>;
 
-UMFA_FORWARD("f16_d64", half, half, 64, 32, 1, 4)
-UMFA_FORWARD("f16_d128", half, half, 128, 16, 1, 4)
+#ifdef UMFA_KERNEL
+// Compiled from text for one problem: the planner names the kernel and its shape.
+UMFA_FORWARD(UMFA_KERNEL, UMFA_T, UMFA_M, UMFA_D, UMFA_BK, UMFA_QF, UMFA_SIMDGROUPS)
+#else
+// Compiled ahead: every shape that src/metal/tiles.h can ask for.
+#define UMFA_FORWARD_16BIT(NAME, T, D, BK) \
+    UMFA_FORWARD("forward_" NAME "_d" #D "_k" #BK, T, T, D, BK, 1, 4)
+#define UMFA_FORWARD_ALL_16BIT(NAME, T)  \
+    UMFA_FORWARD_16BIT(NAME, T, 32, 32)  \
+    UMFA_FORWARD_16BIT(NAME, T, 64, 32)  \
+    UMFA_FORWARD_16BIT(NAME, T, 80, 32)  \
+    UMFA_FORWARD_16BIT(NAME, T, 96, 32)  \
+    UMFA_FORWARD_16BIT(NAME, T, 128, 16) \
+    UMFA_FORWARD_16BIT(NAME, T, 128, 32) \
+    UMFA_FORWARD_16BIT(NAME, T, 160, 16) \
+    UMFA_FORWARD_16BIT(NAME, T, 192, 16) \
+    UMFA_FORWARD_16BIT(NAME, T, 256, 16)
+#define UMFA_FORWARD_32BIT(NAME, T, D, BK) \
+    UMFA_FORWARD("forward_" NAME "_d" #D "_k" #BK, T, float, D, BK, 1, 4)
+#define UMFA_FORWARD_ALL_32BIT(NAME, T)  \
+    UMFA_FORWARD_32BIT(NAME, T, 32, 32)  \
+    UMFA_FORWARD_32BIT(NAME, T, 64, 32)  \
+    UMFA_FORWARD_32BIT(NAME, T, 80, 16)  \
+    UMFA_FORWARD_32BIT(NAME, T, 96, 16)  \
+    UMFA_FORWARD_32BIT(NAME, T, 128, 16) \
+    UMFA_FORWARD_32BIT(NAME, T, 160, 8)  \
+    UMFA_FORWARD_32BIT(NAME, T, 192, 8)  \
+    UMFA_FORWARD_32BIT(NAME, T, 256, 8)
+UMFA_FORWARD_ALL_16BIT("f16", half)
+UMFA_FORWARD_ALL_16BIT("bf16", bfloat)
+UMFA_FORWARD_ALL_32BIT("bf16_as_f32", bfloat)
+UMFA_FORWARD_ALL_32BIT("f32", float)
+#endif

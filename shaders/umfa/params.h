@@ -8,14 +8,14 @@
 
 namespace umfa {
 
-/// Strides of one operand in elements; the channel stride is 1.
+/// Strides of one operand in elements.
 struct OperandStrides {
-    int64_t batch, head, row;
+    int64_t batch, head, row, channel;
 };
 
 struct ForwardParams {
     OperandStrides query, key, value, out;
-    OperandStrides lse;   // row: stride between queries
+    OperandStrides lse;  // row: stride between queries; channel unused
     int64_t mask_batch, mask_head, mask_row, mask_column;  // 0 where the mask broadcasts
     int64_t slopes_batch, slopes_head;
     int32_t seqlen_q, seqlen_kv;

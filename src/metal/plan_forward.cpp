@@ -28,7 +28,9 @@ enum : uint16_t {
     constant_mask_kind = 1,
     constant_has_mask = 2,
     constant_has_alibi = 3,
-    constant_has_softcap = 4
+    constant_has_softcap = 4,
+    constant_scale_last = 5,
+    constant_unit_channels = 6
 };
 
 struct Kernel {
@@ -79,7 +81,7 @@ int mask_kind(const Problem& problem) {
 }
 
 OperandStrides strides_of(const Operand& operand) {
-    return {operand.stride_batch, operand.stride_head, operand.stride_row};
+    return {operand.stride_batch, operand.stride_head, operand.stride_row, operand.stride_channel};
 }
 
 template <class T>
@@ -96,16 +98,6 @@ Verdict can_plan_forward(const Problem& problem) {
         return {false, "head_dim above " + std::to_string(*std::prev(std::end(forward_head_dims))) +
                            " has no kernel (head_dim=" +
                            std::to_string(std::max(problem.head_dim, problem.head_dim_v)) + ")"};
-    const struct {
-        const Operand& operand;
-        std::string_view name;
-    } inputs[] = {{problem.query, problem.query_name},
-                  {problem.key, problem.key_name},
-                  {problem.value, problem.value_name}};
-    for (const auto& [operand, name] : inputs)
-        if (operand.stride_channel != 1 && operand.view.shape[3] > 1)
-            return {false, "the last stride of " + std::string(name) + " is not 1 (" +
-                               std::to_string(operand.stride_channel) + ")"};
     return {};
 }
 
@@ -131,12 +123,19 @@ LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu) {
                      {"UMFA_SIMDGROUPS", std::to_string(tile.simdgroups)}};
 
     const auto flag = [](bool value) { return value ? 1 : 0; };
+    const bool scale_last =
+        problem.softcap == 0 && !problem.alibi && !problem.mask && problem.softmax_scale > 0;
+    const bool unit_channels =
+        problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
+        problem.value.stride_channel == 1 && problem.out->stride_channel == 1;
     using Type = Constant::Type;
     launch.constants = {{constant_has_lse, Type::boolean, flag(problem.lse.has_value())},
                         {constant_mask_kind, Type::int32, mask_kind(problem)},
                         {constant_has_mask, Type::boolean, flag(problem.mask.has_value())},
                         {constant_has_alibi, Type::boolean, flag(problem.alibi.has_value())},
-                        {constant_has_softcap, Type::boolean, flag(problem.softcap > 0)}};
+                        {constant_has_softcap, Type::boolean, flag(problem.softcap > 0)},
+                        {constant_scale_last, Type::boolean, flag(scale_last)},
+                        {constant_unit_channels, Type::boolean, flag(unit_channels)}};
 
     const auto bind = [&](uint32_t index, Binding::Source source, const TensorView& view) {
         launch.buffers.push_back({index, source, 0, view.byte_offset});

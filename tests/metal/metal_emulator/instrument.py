@@ -66,12 +66,18 @@ class Instrumented:
     unset: list[str] = field(default_factory=list)
 
 
-def type_size(text: str) -> int:
+Types = dict[str, str]  # named structs of a module
+_NAMED_TYPE = re.compile(r"^(%\S+|%\"[^\"]+\") = type (.*)$")
+
+
+def type_size(text: str, named: Types) -> int:
     """Bytes that a value of an IR type occupies when stored. Structs are laid out with padding."""
-    return _layout(text.strip())[0]
+    return _layout(text.strip(), named)[0]
 
 
-def _layout(t: str) -> tuple[int, int]:
+def _layout(t: str, named: Types) -> tuple[int, int]:
+    if t in named:
+        return _layout(named[t], named)
     simple = {"half": 2, "bfloat": 2, "float": 4, "double": 8, "ptr": 8}
     if t in simple:
         return simple[t], simple[t]
@@ -86,15 +92,15 @@ def _layout(t: str) -> tuple[int, int]:
         if t[0] == "<":
             if found.group(2) == "i1":
                 return (n + 7) // 8, 1
-            size = n * _layout(found.group(2))[0]
+            size = n * _layout(found.group(2), named)[0]
             return size, 1 << (size - 1).bit_length()
-        size, alignment = _layout(found.group(2))
+        size, alignment = _layout(found.group(2), named)
         return n * _round_up(size, alignment), alignment
     if t.startswith("{") or t.startswith("<{"):
         packed = t.startswith("<{")
         at, most = 0, 1
         for part in _parts(t.strip("<{}> ") if not packed else t[2:-2].strip()):
-            size, alignment = _layout(part)
+            size, alignment = _layout(part, named)
             alignment = 1 if packed else alignment
             size = _round_up(size, alignment)
             at = _round_up(at, alignment) + size
@@ -182,6 +188,7 @@ class _Sites:
 def instrument(text: str, own_headers: str, checks: bool) -> Instrumented:
     """The IR with checks (or only counts), and what the runtime must know of it."""
     lines = text.split("\n")
+    named = {m.group(1): m.group(2) for line in lines if (m := _NAMED_TYPE.match(line))}
     sites = _Sites(lines, own_headers)
     out: list[str] = []
     result = Instrumented("")
@@ -212,8 +219,10 @@ def instrument(text: str, own_headers: str, checks: bool) -> Instrumented:
                 # The back end's combining functions run once for a simdgroup, not on the GPU.
                 counting = "umfa_backend" not in name
                 entry = int(name[11:]) if re.fullmatch(r"umfa_entry_\d+", name) else None
+            elif line.startswith(("@llvm.used", "@llvm.compiler.used")):
+                continue  # it has kept the variables through the optimiser, and may go
             elif line.startswith("@"):
-                line = _global(line, variables, result.unset)
+                line = _global(line, variables, result.unset, named)
             out.append(line)
             continue
         if line == "}":
@@ -223,7 +232,7 @@ def instrument(text: str, own_headers: str, checks: bool) -> Instrumented:
         debug = _DEBUG.search(line)
         site = sites.number(int(debug.group(1))) if debug else 0
         if "addrspace(" in line:
-            access = _access(line)
+            access = _access(line, named)
             if access is not None:
                 space, pointer, size, flags = access
                 if checks:
@@ -263,7 +272,7 @@ def instrument(text: str, own_headers: str, checks: bool) -> Instrumented:
     return result
 
 
-def _access(line: str) -> tuple[int, str, str, int] | None:
+def _access(line: str, named: Types) -> tuple[int, str, str, int] | None:
     """Space, pointer, bytes and flags of a memory access, or None."""
     found = _ACCESS.match(line)
     if not found:
@@ -292,7 +301,7 @@ def _access(line: str) -> tuple[int, str, str, int] | None:
     if atomic:
         flags |= _ATOMIC
     operand = re.sub(r" (?:monotonic|acquire|release|acq_rel|seq_cst).*$", "", space.group(2))
-    return int(space.group(1)), operand, str(type_size(value_type)), flags
+    return int(space.group(1)), operand, str(type_size(value_type, named)), flags
 
 
 def _value_type(operand: str) -> str:
@@ -303,6 +312,8 @@ def _value_type(operand: str) -> str:
             depth += (c in "<[{(") - (c in ">]})")
             if depth == 0:
                 return operand[: i + 1]
+    if operand.startswith('%"'):
+        return operand[: operand.index('"', 2) + 1]
     return operand.split(" ", 1)[0]
 
 
@@ -328,7 +339,7 @@ def _block_access(rest: str, what: str) -> tuple[int, str, str, int] | None:
     return None
 
 
-def _global(line: str, variables: list[Variable], unset: list[str]) -> str:
+def _global(line: str, variables: list[Variable], unset: list[str], named: Types) -> str:
     """Margins around threadgroup variables; storage for function constants without a value."""
     found = _VARIABLE.match(line)
     if found:
@@ -336,7 +347,7 @@ def _global(line: str, variables: list[Variable], unset: list[str]) -> str:
         value_type = _value_type(definition)
         align = max(int(alignment or 1), _MARGIN)
         cell = f"{{ [{_MARGIN} x i8], {value_type}, [{_MARGIN} x i8] }}"
-        variables.append(Variable(symbol, _local_name(symbol), type_size(value_type)))
+        variables.append(Variable(symbol, _local_name(symbol), type_size(value_type, named)))
         return (
             f"@{symbol}.cell = internal addrspace(3) global {cell} zeroinitializer, align {align}\n"
             f"@{symbol} = internal alias {value_type}, getelementptr inbounds ({cell}, "

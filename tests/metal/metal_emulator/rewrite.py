@@ -120,10 +120,21 @@ def threadgroup_variables(s: Structure) -> list[tuple[int, int, bool]]:
 
 
 def _threadgroup_variables(s: Structure, edits: list[str]) -> None:
-    """A variable in threadgroup memory is one for all threads: static, in the eyes of C++."""
+    """A variable in threadgroup memory is one for all threads: static, in the eyes of C++. The
+    empty initialiser is for structs, whose constructors know no other memory than a thread's."""
     for first, _, _ in threadgroup_variables(s):
-        if any(x.kind == "kernel" for x in s.scope_of(first)):
-            edits[first] = "static __attribute__((used)) threadgroup"
+        if not any(x.kind == "kernel" for x in s.scope_of(first)):
+            continue
+        edits[first] = "static __attribute__((used)) threadgroup"
+        i = first + 1
+        while s.tokens[i].text != ";":
+            text = s.tokens[i].text
+            if text == "<":
+                i = matching_angle(s.tokens, i) or i
+            elif text == ",":
+                edits[i] = " = {},"
+            i = matching(s.tokens, i) + 1 if text in "([{" else i + 1
+        edits[i] = " = {};"
 
 
 def _literals(s: Structure, edits: list[str]) -> None:

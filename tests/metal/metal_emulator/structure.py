@@ -351,6 +351,9 @@ def _read_parameters(s: Structure, start: int, end: int) -> list[Parameter]:
                 parameter.kind = "builtin"
                 parameter.builtin = a.name
         if not parameter.kind:
+            for a in attributes:
+                if a.name not in KNOWN_ATTRIBUTES:
+                    raise s.fail(a.token, "unknown-attribute", f"unknown attribute [[{a.name}]]")
             words = {t.text for t in declaration}
             if not words & {"*", "&"}:
                 raise s.fail(

@@ -9,6 +9,7 @@
 // the runtime compares call sites to find divergence.
 #define UMFA_CONVERGENT __attribute__((convergent, nomerge))
 #define UMFA_INLINE_HEADER inline __attribute__((always_inline))
+#define UMFA_INLINE_CONVERGENT inline __attribute__((always_inline, convergent, nomerge))
 
 extern "C" {
 
@@ -26,19 +27,13 @@ struct umfa_lane_slots {
     unsigned reverse;  // reductions run from the last lane to the first
 };
 
-struct umfa_launch {
-    unsigned threadgroup[3];   // position of this threadgroup in the grid
-    unsigned threadgroups[3];  // grid size in threadgroups
-    unsigned threads[3];       // threads per threadgroup
-};
-
 extern umfa_thread* umfa_self;
 
 typedef void (*umfa_combine)(umfa_lane_slots*);
 
 /// All lanes of the simdgroup meet; the last one to arrive runs `combine` over their slots.
 UMFA_CONVERGENT void umfa_rendezvous(void* slot, umfa_combine combine, unsigned kind);
-/// As umfa_rendezvous, and reports a lane that reads from one that takes no part.
+/// Does not meet, but what all lanes must do alike is compared when they next meet.
 UMFA_CONVERGENT void umfa_converge(const void* pointer, unsigned long stride);
 UMFA_CONVERGENT void umfa_matrix_multiply(void* d, const void* a, const void* b, const void* c,
                                           unsigned types);
@@ -79,7 +74,7 @@ float umfa_fmod(float, float);
 
 namespace umfa_backend {
 
-enum kind : unsigned { any_lanes, all_lanes };
+enum kind : unsigned { any_lanes, all_lanes, barrier, shuffles };
 
 /// Numbers for umfa_launch_value.
 enum launch : unsigned {
@@ -109,7 +104,7 @@ struct slot {
 
 /// combine<T>::run(slots) sees every lane's input and fills every lane's output.
 template <typename Combine, typename T>
-UMFA_INLINE_HEADER T exchange(T value, unsigned source = 0, unsigned kind = any_lanes) {
+UMFA_INLINE_CONVERGENT T exchange(T value, unsigned source = 0, unsigned kind = any_lanes) {
     slot<T> s{value, value, source};
     umfa_rendezvous(&s, &Combine::run, kind);
     return s.out;
@@ -137,8 +132,8 @@ struct shuffle_lanes {
 
 /// The value that lane `source` passes in.
 template <typename T>
-UMFA_INLINE_HEADER T shuffle(T value, unsigned source) {
-    return exchange<shuffle_lanes<T>>(value, source);
+UMFA_INLINE_CONVERGENT T shuffle(T value, unsigned source) {
+    return exchange<shuffle_lanes<T>>(value, source, shuffles);
 }
 
 template <typename T, typename Op>
@@ -160,7 +155,7 @@ struct reduce_lanes {
 };
 
 template <typename Op, typename T>
-UMFA_INLINE_HEADER T reduce(T value) {
+UMFA_INLINE_CONVERGENT T reduce(T value) {
     return exchange<reduce_lanes<T, Op>>(value);
 }
 
@@ -179,7 +174,7 @@ struct scan_lanes {
 };
 
 template <typename Op, bool inclusive, typename T>
-UMFA_INLINE_HEADER T scan(T value) {
+UMFA_INLINE_CONVERGENT T scan(T value) {
     return exchange<scan_lanes<T, Op, inclusive>>(value);
 }
 
@@ -192,6 +187,6 @@ struct first_lane {
     }
 };
 
-UMFA_INLINE_HEADER unsigned first_active_lane() { return exchange<first_lane>(0U); }
+UMFA_INLINE_CONVERGENT unsigned first_active_lane() { return exchange<first_lane>(0U); }
 
 }  // namespace umfa_backend

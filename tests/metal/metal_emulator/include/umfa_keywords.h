@@ -3,7 +3,7 @@
 #pragma once
 
 #define device __attribute__((address_space(1)))
-#define constant __attribute__((address_space(2)))
+#define constant const __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
 #define thread
 // A kernel stays a function of its own: the threadgroup variables are found by its name.

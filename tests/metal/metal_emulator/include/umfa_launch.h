@@ -21,6 +21,7 @@ struct bound {
 };
 template <typename T>
 struct bound<T*> {
+    static constexpr bool writable = !__is_const(T);
     typedef typename remove_qualifiers<T>::type element;
     static T* buffer(unsigned index) {
         return (T*)(unsigned long)umfa_buffer(index, sizeof(T), alignof(element));
@@ -31,6 +32,7 @@ struct bound<T*> {
 };
 template <typename T>
 struct bound<T&> {
+    static constexpr bool writable = !__is_const(T);
     static T& buffer(unsigned index) { return *bound<T*>::buffer(index); }
     static T& threadgroup_memory(unsigned index) { return *bound<T*>::threadgroup_memory(index); }
 };

@@ -104,6 +104,7 @@ constexpr size_t kGuardBytes = 16 * 1024;
 // Every buffer index owns a stretch of addresses far larger than any buffer, with the buffer in its
 // middle: an address tells its index, and no wrong index lands in another buffer.
 constexpr int kBuffers = 31;
+constexpr int kSlots = 32;  // the last stands for arguments whose function constant is false
 constexpr int kSlotBits = 34;
 constexpr uint64_t kSlotBytes = 1ULL << kSlotBits;
 
@@ -123,7 +124,7 @@ struct Fiber {
     uint32_t site;
     uint64_t trail;       // hash of the operations that need convergence but do not meet
     uint32_t trail_site;  // the last of them
-    uint64_t uniform;     // value that must be the same in all lanes of the coming operation
+    uint64_t uniform;     // must be the same in all lanes of the coming operation
     char* memory;
 };
 
@@ -138,6 +139,7 @@ struct Stamps {
 
 struct Simdgroup {
     unsigned first;  // its first thread
+    const Fiber* first_done;  // the lane that returned first
     unsigned size;
     unsigned live;
     unsigned arrived;
@@ -309,28 +311,43 @@ void hand_over(Simdgroup& s) {
 
 Simdgroup& own_simdgroup() { return R.simdgroups[current()->self.simdgroup]; }
 
+[[noreturn]] void fail_trails(const Fiber& a, const Fiber& b) {
+    const Fiber& last = b.trail_site ? b : a;
+    fail("divergent simdgroup operation", last.trail_site,
+         "lanes of one simdgroup came through simdgroup_load or simdgroup_store operations that "
+         "are not the same, or have other pointers or strides: " +
+             thread_text(a) + " was last at " + site_text(a.trail_site) + ", " + thread_text(b) +
+             " at " + site_text(b.trail_site));
+}
+
 void check_trails(Simdgroup& s) {
-    const Fiber* first = nullptr;
+    const Fiber* first = s.first_done;
     for (unsigned i = 0; i < s.ring_size; i++) {
         const Fiber* f = s.ring[i];
         if (f->state == State::done) continue;
         if (first == nullptr) first = f;
-        if (f->trail != first->trail) {
-            fail("divergent simdgroup operation", f->trail_site,
-                 "lanes of one simdgroup came through different simdgroup_load or simdgroup_store "
-                 "operations, or with different pointers or strides: " +
-                     thread_text(*first) + " was last at " + site_text(first->trail_site) + ", " +
-                     thread_text(*f) + " at " + site_text(f->trail_site));
+        if (f->state == State::at_simd || f == current()) {
+            if (s.kind == 3 && f->uniform != current()->uniform)
+                fail("non-uniform shuffle", f->site,
+                     text("%s passes %llu as the lane, mask or delta, %s passes %llu",
+                          thread_text(*f).c_str(), static_cast<unsigned long long>(f->uniform),
+                          thread_text(*current()).c_str(),
+                          static_cast<unsigned long long>(current()->uniform)));
         }
+        if (f->trail != first->trail) fail_trails(*first, *f);
     }
 }
 
 void complete(Simdgroup& s) {
     if (R.d->checks) check_trails(s);
+    if (s.kind == 0) R.counters.simd_operations++;
+    if (s.kind == 3) R.counters.shuffles++;
     if (s.combine != nullptr) {
         R.combining = current();
         s.combine(&s.slots);
     }
+    if (s.kind == 3)
+        for (unsigned i = 0; i < s.ring_size; i++) s.ring[i]->uniform = 0;
     s.arrived = 0;
     s.slots.active = 0;
     for (unsigned i = 0; i < s.ring_size; i++)
@@ -354,13 +371,6 @@ void rendezvous(void* slot, umfa_combine combine, unsigned kind) {
                              site_text(s.ring[i]->site));
             }
         }
-        if (kind == 1 && s.live != kLanes)
-            fail("inactive lanes", umfa_site,
-                 text("this operation needs all 32 lanes of the simdgroup; %u take part", s.live));
-        if (kind == 2 && s.live != s.size)
-            fail("divergent barrier", umfa_site,
-                 text("%u threads of the simdgroup returned before its simdgroup_barrier",
-                      s.size - s.live));
     } else if (umfa_site != s.site || combine != s.combine) {
         const Fiber* other = f;
         for (unsigned i = 0; i < s.ring_size; i++)
@@ -369,6 +379,14 @@ void rendezvous(void* slot, umfa_combine combine, unsigned kind) {
              thread_text(*f) + " is at " + site_text(umfa_site) + " while " +
                  thread_text(*other) + " of the same simdgroup is at " + site_text(other->site));
     }
+    // A lane may have returned since the first of the others arrived.
+    if (kind == 1 && s.live != kLanes)
+        fail("inactive lanes", umfa_site,
+             text("this operation needs all 32 lanes of the simdgroup; %u take part", s.live));
+    if (kind == 2 && s.live != s.size)
+        fail("divergent barrier", umfa_site,
+             text("%u threads of the simdgroup returned before its simdgroup_barrier",
+                  s.size - s.live));
     s.slots.slot[f->self.lane] = slot;
     s.slots.active |= 1U << f->self.lane;
     if (++s.arrived == s.live) {
@@ -408,6 +426,8 @@ void leave_ring(Simdgroup& s, Fiber* f) {
     Fiber* f = current();
     Simdgroup& s = own_simdgroup();
     f->state = State::done;
+    if (s.first_done == nullptr) s.first_done = f;
+    if (R.d->checks && f->trail != s.first_done->trail) fail_trails(*s.first_done, *f);
     if (R.waiting != 0) {
         const Fiber* other = f;
         for (unsigned i = 0; i < R.threads; i++)
@@ -558,7 +578,7 @@ void device_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site, boo
     const uint64_t base = reinterpret_cast<uint64_t>(R.slots);
     const bool write = flags & umfa_access_write;
     const uint64_t index = (p - base) >> kSlotBits;
-    if (p < base || index >= kBuffers) {
+    if (p < base || index >= kSlots) {
         if (is_constant) {
             for (unsigned i = 0; i < R.d->unset_count; i++) {
                 const umfa_unset& u = R.d->unset[i];
@@ -573,6 +593,10 @@ void device_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site, boo
              thread_text(*current()) + (write ? " writes" : " reads") +
                  " through a pointer that belongs to no buffer");
     }
+    if (index == kBuffers)
+        fail("unbound buffer", site,
+             thread_text(*current()) + (write ? " writes" : " reads") +
+                 " an argument whose function constant is false");
     Buffer& b = R.buffers[index];
     const int64_t offset = static_cast<int64_t>(p - reinterpret_cast<uint64_t>(b.data));
     if (!b.bound)
@@ -674,7 +698,6 @@ void umfa_access_3(uint64_t p, uint32_t size, uint32_t flags, uint32_t site) {
 }
 
 void umfa_rendezvous(void* slot, umfa_combine combine, unsigned kind) {
-    R.counters.simd_operations += current()->self.lane == 0;
     rendezvous(slot, combine, kind);
 }
 
@@ -692,9 +715,10 @@ void umfa_converge(const void* pointer, unsigned long stride) {
     if (!R.d->checks) return;
     Fiber* f = current();
     const Simdgroup& s = own_simdgroup();
-    if (s.live != kLanes)
+    if (s.size != kLanes)
         fail("inactive lanes", umfa_site,
-             text("simdgroup matrices need all 32 lanes of the simdgroup; %u take part", s.live));
+             text("simdgroup matrices need all 32 lanes of the simdgroup; this one has %u",
+                  s.size));
     uint64_t h = f->trail ^ umfa_site;
     h = (h ^ reinterpret_cast<uint64_t>(pointer)) * 0x9e3779b97f4a7c15ULL;
     h = (h ^ stride ^ h >> 29) * 0xbf58476d1ce4e5b9ULL;
@@ -704,10 +728,7 @@ void umfa_converge(const void* pointer, unsigned long stride) {
 
 void umfa_check_uniform(unsigned long value) {
     if (!R.d->checks) return;
-    Fiber* f = current();
-    R.counters.shuffles += f->self.lane == 0;
-    f->trail = (f->trail ^ value ^ umfa_site) * 0x9e3779b97f4a7c15ULL;
-    f->trail_site = umfa_site;
+    current()->uniform = value;
 }
 
 void umfa_threadgroup_barrier(unsigned flags) {
@@ -776,7 +797,7 @@ void umfa_check_max_threads(unsigned long limit) {
 void* umfa_buffer(unsigned index, unsigned long element_size, unsigned alignment) {
     (void)element_size;
     (void)alignment;
-    if (index >= kBuffers) return nullptr;
+    if (index >= kBuffers) return R.slots + kSlotBytes * kBuffers + kSlotBytes / 2;
     return R.buffers[index].data;
 }
 
@@ -827,6 +848,15 @@ static inline uint16_t float_to_bfloat(float x) {
     if ((bits & 0x7fffffffU) > 0x7f800000U) return static_cast<uint16_t>(bits >> 16 | 64);
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+// Compilers call this for float to bfloat, and not every system's library has it. The result comes
+// back where any 16-bit float does.
+__attribute__((weak)) _Float16 __truncsfbf2(float x) {
+    const uint16_t bits = float_to_bfloat(x);
+    _Float16 r;
+    memcpy(&r, &bits, 2);
+    return r;
+}
+
 static inline void load_pair(float* to, const void* from, unsigned type) {
     if (type == 2) {
         memcpy(to, from, 8);
@@ -981,7 +1011,7 @@ static char* reserve(size_t bytes) {
 
 static void prepare_memory() {
     if (R.slots == nullptr) {
-        R.slots = reserve(kBuffers * kSlotBytes);
+        R.slots = reserve(kSlots * kSlotBytes);
         if (R.slots == nullptr) abort();
         for (int i = 0; i < kBuffers; i++) R.buffers[i] = Buffer{};
     }
@@ -1070,7 +1100,7 @@ static void run_threadgroup(uint32_t number) {
         f.position[2] = t / d.threads[0] / d.threads[1];
         f.state = State::ready;
         f.site = f.trail_site = 0;
-        f.trail = 0;
+        f.trail = f.uniform = 0;
         start_fiber(f);
     }
     for (unsigned i = 0; i < groups; i++) {
@@ -1078,6 +1108,7 @@ static void run_threadgroup(uint32_t number) {
         s.first = i * kLanes;
         s.size = s.live = std::min(kLanes, R.threads - s.first);
         s.arrived = s.waiting = 0;
+        s.first_done = nullptr;
         s.slots.active = 0;
         s.slots.reverse = d.reverse_reductions;
         s.threadgroup_epoch = R.epoch;

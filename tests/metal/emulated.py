@@ -1,0 +1,130 @@
+"""Plays a LaunchPlan on the emulator: umfa's Metal backend without a Mac, for tests only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from metal_emulator import Counters, Library, Options
+
+from umfa import _ext
+from umfa._frameworks import _numpy
+from umfa._options import make_options
+
+SHADERS = Path(__file__).parents[2] / "shaders"
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass
+class Settings:
+    """How the emulated GPU behaves."""
+
+    family: int = 7
+    cores: int = 8
+    schedule_seed: int = 0
+    options: Options = field(default_factory=Options)
+
+
+settings = Settings()
+counters: list[Counters] = []
+"""Of every dispatch since the last `counting`."""
+
+
+@contextmanager
+def counting() -> Iterator[list[Counters]]:
+    """Collects the counters of the dispatches inside."""
+    counters.clear()
+    yield counters
+
+
+def memory_of(array: Array) -> tuple[Array, int]:
+    """The bytes that an array reaches, as (contiguous uint8 array, offset of its first element)."""
+    low, high = np.lib.array_utils.byte_bounds(array) if array.size else (0, 0)
+    if low == high:
+        return np.zeros(16, np.uint8), 0
+    # A window onto the same memory, not a copy: what the kernel writes must arrive.
+    window = np.asarray(_Memory(low, high - low, array))
+    return window, array.__array_interface__["data"][0] - low
+
+
+class _Memory:
+    """Someone else's bytes at an address, for numpy; keeps their owner alive."""
+
+    def __init__(self, address: int, size: int, owner: Array) -> None:
+        self.owner = owner
+        self.__array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, not owner.flags.writeable),
+            "version": 3,
+        }
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    alibi_slopes: Array | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> tuple[Array, Array]:
+    """`umfa.flash_attn_func(..., return_attn_probs=True)` on the emulated GPU: (out, lse)."""
+    function = "umfa.flash_attn_func"
+    options = make_options(
+        function, ("q", "k", "v"), 0.0, softmax_scale, causal, window_size, softcap, False, True
+    )
+    batch, seqlen_q, nheads, _ = query.shape
+    tensors: dict[str, Any] = {
+        "query": query,
+        "key": key,
+        "value": value,
+        # Poisoned, as recycled memory may be: every element must be written.
+        "out": np.full((batch, seqlen_q, nheads, value.shape[3]), np.nan, query.dtype),
+        "lse": np.full((batch, nheads, seqlen_q), np.nan, np.float32),
+        "alibi_slopes": alibi_slopes,
+    }
+    exported = {
+        name: None if tensor is None else _numpy.export(tensor, function, name)
+        for name, tensor in tensors.items()
+    }
+    plan = _ext.metal_plan_forward(
+        options, settings.family, settings.cores, **{
+            name: exported[name] for name in ("query", "key", "value", "alibi_slopes", "out", "lse")
+        }
+    )  # fmt: skip
+    for launch in plan["launches"]:
+        counters.append(_play(launch, tensors))
+    return tensors["out"], tensors["lse"]
+
+
+def _play(launch: dict[str, Any], tensors: dict[str, Any]) -> Counters:
+    library = Library(
+        SHADERS / launch["source"],
+        include_dirs=[SHADERS],
+        macros=launch["macros"],
+        constants=launch["constants"],
+        options=settings.options,
+    )
+    buffers: dict[int, Any] = {launch["params_index"]: launch["params"]}
+    offsets: dict[int, int] = {}
+    for index, source, _scratch, _byte_offset in launch["buffers"]:
+        tensor = tensors[source]
+        if tensor.dtype == ml_dtypes.bfloat16:
+            tensor = tensor.view(np.uint16)
+        buffers[index], offsets[index] = memory_of(tensor)
+    return library.dispatch(
+        launch["kernel"],
+        threadgroups=launch["grid"],
+        threads=launch["threadgroup"],
+        buffers=buffers,
+        buffer_offsets=offsets,
+        schedule_seed=settings.schedule_seed,
+    )

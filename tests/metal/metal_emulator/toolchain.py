@@ -1,0 +1,175 @@
+"""Finds and calls the compilers: clang out of the ``ziglang`` package, and the system's for the
+runtime and for linking (zig would first build a C++ library for minutes)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import EmulatorError, SourceError
+
+PACKAGE = Path(__file__).resolve().parent
+HEADERS = PACKAGE / "include"
+
+
+@functools.cache
+def clang() -> tuple[str, ...]:
+    """Command of the clang that reads kernels. UMFA_METAL_CLANG overrides it."""
+    if given := os.environ.get("UMFA_METAL_CLANG"):
+        return tuple(given.split())
+    spec = importlib.util.find_spec("ziglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise EmulatorError("the emulator compiles kernels with clang: pip install ziglang")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return (str(folder / ("zig.exe" if os.name == "nt" else "zig")), "clang")
+
+
+@functools.cache
+def system_compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("clang++")
+    if found is None:
+        raise EmulatorError("the emulator links with the system's C++ compiler, and none is here")
+    return found
+
+
+@functools.cache
+def native_flags() -> tuple[str, ...]:
+    """This processor's own instructions: half precision is slow without them."""
+    return ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ()
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of everything but the kernel that decides what is built."""
+    h = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            h.update(file.relative_to(PACKAGE).as_posix().encode())
+            h.update(file.read_bytes())
+    h.update(run([*clang(), "--version"]).encode())
+    h.update(platform.platform().encode())
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        flags = re.search(r"^flags.*$", cpu.read_text(), re.MULTILINE)
+        h.update(flags.group().encode() if flags else b"")
+    return h.hexdigest()
+
+
+def run(command: Sequence[str], text: str | None = None) -> str:
+    """Output of a command; its messages become an exception if it fails."""
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise EmulatorError(f"{' '.join(command[:3])} ... failed:\n{done.stderr}")
+    return done.stdout
+
+
+# Warnings of clang's that are errors in Metal. The first are so whatever they say; a conversion
+# that loses precision is legal from float to half, but not to bfloat.
+_ERRORS = (
+    "-Werror=vla-cxx-extension",
+    "-Werror=return-type",
+    "-Werror=conversion-null",
+    "-Werror=gnu-designator",
+    "-Werror=uninitialized",
+)
+_TO_BFLOAT = re.compile(r"warning: (implicit conversion.* to '(?:metal::)?bfloat'.*)")
+
+
+def compile_kernel(text: str) -> str:
+    """LLVM IR of rewritten Metal text."""
+    command = [
+        *clang(),
+        *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-S", "-emit-llvm", "-o", "-", "-"),
+        *native_flags(),
+        *("-nostdinc", f"-I{HEADERS}", "-include", "metal_types"),
+        *("-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-fno-unwind-tables"),
+        *("-fno-asynchronous-unwind-tables", "-ffp-contract=on", "-fno-lax-vector-conversions"),
+        *("-Xclang", "-ffloat16-excess-precision=none"),
+        *("-Xclang", "-fbfloat16-excess-precision=none"),
+        *("-fno-vectorize", "-fno-slp-vectorize", "-fno-math-errno", "-fno-threadsafe-statics"),
+        # Names of files stay whole, so that those of the emulator's own headers are known.
+        *("-fconvergent-functions", "-fdebug-compilation-dir=."),
+        *("-fno-strict-aliasing", "-fno-caret-diagnostics", "-Wno-everything"),
+        *("-Wimplicit-float-conversion", *_ERRORS),
+    ]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    refused = [
+        f"{line.split(' warning: ')[0]} error: {m.group(1)}"
+        for line in done.stderr.splitlines()
+        if (m := _TO_BFLOAT.search(line))
+    ]
+    if done.returncode != 0:
+        raise SourceError(_metal_words(done.stderr))
+    if refused:
+        raise SourceError("\n".join(refused), ("implicit-bfloat",))
+    return done.stdout
+
+
+def _metal_words(messages: str) -> str:
+    for n, word in ((1, "device"), (2, "constant"), (3, "threadgroup")):
+        messages = messages.replace(f"__attribute__((address_space({n})))", word)
+        messages = messages.replace(f"address space '{n}'", f"address space '{word}'")
+    lines = [x for x in messages.splitlines() if "warning:" not in x]
+    return "\n".join(lines)
+
+
+def preprocess(
+    text: str, name: str, folder: str, include_dirs: Sequence[str], macros: dict[str, str]
+) -> str:
+    """The text with its macros and its own headers, without Metal's."""
+    command = [
+        *clang(),
+        *("-E", "-x", "c++", "-std=c++17", "-undef", "-nostdinc"),
+        f"-I{HEADERS / 'preprocess'}",
+        *([f"-I{folder}"] if folder else []),
+        *(f"-I{d}" for d in include_dirs),
+        *("-D__METAL__=1", "-D__METAL_VERSION__=310", "-D__METAL_MACOS__=1"),
+        *("-D__HAVE_BFLOAT__=1", "-DUMFA_METAL_EMULATOR=1"),
+        *(f"-D{k}={v}" for k, v in macros.items()),
+        *("-fno-caret-diagnostics", "-"),
+    ]
+    quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+    done = subprocess.run(
+        command,
+        input=f'# 1 "{quoted}"\n{text}',
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SourceError(done.stderr)
+    return done.stdout
+
+
+def assemble(ir: Path, output: Path) -> None:
+    """Object file of instrumented IR, which is optimised already."""
+    run(
+        [
+            *clang(),
+            *("-x", "ir", "-O1", "-Xclang", "-disable-llvm-passes", "-fPIC", "-c", str(ir)),
+            *("-Wno-override-module", "-o", str(output)),
+        ]
+    )
+
+
+def compile_runtime(output: Path) -> None:
+    source = PACKAGE / "runtime" / "runtime.cpp"
+    run(
+        [
+            system_compiler(),
+            *("-std=c++20", "-O2", "-fPIC", *native_flags(), "-ffp-contract=fast"),
+            *("-c", str(source), "-o", str(output)),
+        ]
+    )
+
+
+def link(objects: Sequence[Path], output: Path) -> None:
+    run([system_compiler(), "-shared", "-fPIC", *map(str, objects), "-lm", "-o", str(output)])
