@@ -201,9 +201,9 @@ template <typename T, typename M, int D, int BK, int QF, int SIMDGROUPS>
 #pragma clang loop unroll(full)
             for (int j = 0; j < BK / 8; ++j) {
                 const float x0 = s[f][j].thread_elements()[0], x1 = s[f][j].thread_elements()[1];
-                // In a row that has seen nothing yet, lowest - lowest would give 1.
-                const float p0 = x0 > lowest ? fast::exp2((x0 - tile_max) * unit) : 0.0f;
-                const float p1 = x1 > lowest ? fast::exp2((x1 - tile_max) * unit) : 0.0f;
+                // In a row that has seen nothing yet, lowest - lowest would give 1. NaN passes.
+                const float p0 = x0 <= lowest ? 0.0f : fast::exp2((x0 - tile_max) * unit);
+                const float p1 = x1 <= lowest ? 0.0f : fast::exp2((x1 - tile_max) * unit);
                 tile_sum += p0 + p1;
                 set(p[f][j], M(p0), M(p1));
             }
@@ -233,7 +233,7 @@ template <typename T, typename M, int D, int BK, int QF, int SIMDGROUPS>
     for (int f = 0; f < QF; ++f) {
         const int row = my_row + f * 8 + at.row;
         if (row >= seqlen_q) continue;
-        const float inverse = sum[f] > 0.0f ? 1.0f / sum[f] : 0.0f;
+        const float inverse = sum[f] == 0.0f ? 0.0f : 1.0f / sum[f];
 #pragma clang loop unroll(full)
         for (int d = 0; d < D / 8; ++d) {
 #pragma clang loop unroll(full)
@@ -246,10 +246,10 @@ template <typename T, typename M, int D, int BK, int QF, int SIMDGROUPS>
         }
         if (has_lse && at.column == 0)
             lse[batch * params.lse.batch + head * params.lse.head + row * params.lse.row] =
-                sum[f] > 0.0f
-                    ? (maximum[f] * (scale_last ? params.score_scale : 1.0f) + log2(sum[f])) *
-                          0.693147181f
-                    : as_type<float>(0xff800000u);  // -inf, as bits
+                sum[f] == 0.0f
+                    ? as_type<float>(0xff800000u)  // -inf, as bits
+                    : (maximum[f] * (scale_last ? params.score_scale : 1.0f) + log2(sum[f])) *
+                          0.693147181f;
     }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,16 @@ class Case:
     factor: float = 1.0
     seed: int = 0
     label: str = field(default="", compare=False)
+
+    def shrunk(self, limit: float) -> Case:
+        """Itself, or one batch and one group of heads where it takes more than `limit` FLOP."""
+        batch, heads, seqlen_q, seqlen_k, head_dim = self.shape
+        if 4.0 * batch * heads * seqlen_q * seqlen_k * head_dim <= limit:
+            return self
+        group = heads // (self.heads_k or heads)
+        return dataclasses.replace(
+            self, shape=(1, group, seqlen_q, seqlen_k, head_dim), heads_k=1 if group > 1 else None
+        )
 
     def __str__(self) -> str:
         parts = [self.label] if self.label else []

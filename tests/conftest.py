@@ -7,18 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 
-import cases
-import checks
 import frameworks
 import umfa
-from cases import Case
-from checks import Tolerance
-from frameworks import Array, Framework
+from attend import Attend
+from frameworks import Framework
 from umfa import _ext
 
 
@@ -42,65 +37,40 @@ def framework(request: pytest.FixtureRequest) -> Framework:
     return frameworks.load(request.param)
 
 
-class Result(NamedTuple):
-    """What umfa returned, in the caller's framework."""
+@pytest.fixture(params=["cpu", pytest.param("metal-emulated", marks=pytest.mark.metal)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Who computes; see `Attend`. Tests marked ``cpu_only`` never meet the other."""
+    return request.param
 
-    out: Any
-    lse: Any
 
-
-class Attend:
-    """Calls umfa on tensors of one framework and checks what holds for every call.
-
-    All numerical tests go through here, so this is the one place that will learn about backends:
-    the fixture below gets a `backend` parameter, and this class selects it around the call.
-    """
-
-    def __init__(self, framework: Framework) -> None:
-        self.framework = framework
-
-    def __call__(self, query: Any, key: Any, value: Any, **options: Any) -> Result:
-        if isinstance(options.get("alibi_slopes"), np.ndarray):
-            options["alibi_slopes"] = self.framework.tensor(options["alibi_slopes"])
-        out, lse, probabilities = umfa.flash_attn_func(
-            query, key, value, return_attn_probs=True, **options
-        )
-        assert probabilities is None
-        assert isinstance(out, self.framework.array_type)
-        assert isinstance(lse, self.framework.array_type)
-        assert tuple(out.shape) == (*query.shape[:3], value.shape[3])
-        assert tuple(lse.shape) == (query.shape[0], query.shape[2], query.shape[1])
-        assert self.framework.dtype_name(out) == self.framework.dtype_name(query)
-        assert self.framework.dtype_name(lse) == "float32"
-        return Result(out, lse)
-
-    def arrays(self, query: Array, key: Array, value: Array, **options: Any) -> Result:
-        """The same from NumPy arrays to NumPy arrays, by way of the framework."""
-        tensors = (self.framework.tensor(array) for array in (query, key, value))
-        result = self(*tensors, **options)
-        return Result(*map(self.framework.numpy, result))
-
-    def case(
-        self, case: Case, tolerance: Tolerance | None = None, lse_tolerance: Tolerance = checks.LSE
-    ) -> None:
-        """Run a case and compare output and log-sum-exp with the reference."""
-        result = self.arrays(*cases.inputs(case), **cases.options(case))
-        out, lse = cases.expected(case)
-        tolerance = tolerance or checks.BASE[case.dtype]
-        checks.assert_close(result.out.astype(np.float64), out, tolerance, "out")
-        checks.assert_close(result.lse.astype(np.float64), lse, lse_tolerance, "lse")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The emulator takes NumPy arrays: drop its pairs with other frameworks, and CPU-only tests."""
+    dropped = []
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        values = parameters.params if parameters else {}
+        if values.get("backend") != "metal-emulated":
+            continue
+        if values.get("framework", "numpy") != "numpy" or item.get_closest_marker("cpu_only"):
+            dropped.append(item)
+        elif item.get_closest_marker("slow_emulated"):
+            item.add_marker(pytest.mark.slow)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        gone = set(dropped)
+        items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture
-def attend(framework: Framework) -> Attend:
+def attend(framework: Framework, backend: str) -> Attend:
     """umfa on the tensors of `framework`."""
-    return Attend(framework)
+    return Attend(framework, backend)
 
 
 @pytest.fixture
-def attend_numpy() -> Attend:
+def attend_numpy(backend: str) -> Attend:
     """umfa on NumPy arrays, for tests in which the framework does not matter."""
-    return Attend(frameworks.load("numpy"))
+    return Attend(frameworks.load("numpy"), backend)
 
 
 @pytest.fixture(autouse=True)

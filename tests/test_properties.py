@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,10 @@ from checks import BASE, Tolerance, assert_close, assert_same_bits
 from frameworks import DTYPES, Array
 
 if TYPE_CHECKING:
-    from conftest import Attend
+    from attend import Attend
+
+# Four minutes there, most of them compiling kernels for ever new combinations.
+pytestmark = pytest.mark.slow_emulated
 
 PROFILE = settings(
     deadline=None,  # the first call starts threads; a slow machine is no error
@@ -133,6 +137,7 @@ def test_memory_layout_changes_no_bit(problem: Problem, attend_numpy: Attend) ->
     assert_same_bits(bits(of_views.lse), bits(of_copies.lse), "lse")
 
 
+@pytest.mark.cpu_only
 @settings(PROFILE, max_examples=100)
 @given(problem=st.sampled_from(list(DTYPES)).flatmap(problems), data=st.data())
 def test_what_a_row_does_not_see_changes_no_bit(

@@ -18,7 +18,8 @@ from cases import Case, normal
 from checks import BASE, assert_close, assert_same_bits
 
 if TYPE_CHECKING:
-    from conftest import Attend, RunPython
+    from attend import Attend
+    from conftest import RunPython
 
 PRINT_THREADS = """
 import numpy as np, umfa

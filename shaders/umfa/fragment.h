@@ -20,10 +20,17 @@ struct LaneMap {
 };
 
 inline LaneMap lane_map(ushort lane) {
-    const short quad = lane / 4;
     LaneMap at;
+#ifdef UMFA_METAL_EMULATOR
+    // The emulator may lay fragments out otherwise, to catch code that knows the map by itself.
+    (void)lane;
+    at.row = umfa_lane_row();
+    at.column = umfa_lane_column();
+#else
+    const short quad = lane / 4;
     at.row = (quad & 4) + (lane / 2) % 4;
     at.column = (quad & 2) * 2 + (lane % 2) * 2;
+#endif
     return at;
 }
 

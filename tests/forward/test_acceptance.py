@@ -14,7 +14,7 @@ from cases import Case
 from checks import Tolerance
 
 if TYPE_CHECKING:
-    from conftest import Attend
+    from attend import Attend
 
 ODD_SIZES = [
     (10, 3), (10, 80), (8, 2), (9, 2), (23, 2), (24, 2), (25, 2), (192, 77), (192, 80), (93, 32),

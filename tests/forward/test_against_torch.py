@@ -16,7 +16,7 @@ import frameworks
 from cases import Case
 
 if TYPE_CHECKING:
-    from conftest import Attend
+    from attend import Attend
 
 CASES = [
     Case((2, 4, 128, 128, 64), dtype, options=options, seed=seed)

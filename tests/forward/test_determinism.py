@@ -13,7 +13,7 @@ from checks import assert_same_bits
 from umfa import _ext
 
 if TYPE_CHECKING:
-    from conftest import Attend
+    from attend import Attend
 
 CAUSAL = ("causal", True)
 
@@ -26,6 +26,7 @@ CASES = [
 ]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_bits_again_and_with_any_number_of_threads(case: Case, attend_numpy: Attend) -> None:
     arrays, options = cases.inputs(case), cases.options(case)
@@ -78,6 +79,7 @@ COMPACT = [
 ]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.sanitize
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", COMPACT, ids=str)

@@ -15,7 +15,7 @@ from checks import BASE, LSE, assert_close, assert_same_bits
 from umfa import _ext
 
 if TYPE_CHECKING:
-    from conftest import Attend
+    from attend import Attend
 
 ISAS = [name for name, _ in _ext.cpu_isas()]
 
@@ -28,6 +28,7 @@ def isa(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.mark.cpu_only
 @pytest.mark.sanitize
 @pytest.mark.parametrize("exponent", [0, 5, 10, 15, 20, 25])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -43,6 +44,7 @@ def test_huge_scores(causal: bool, exponent: int, isa: str, attend_numpy: Attend
     assert_close(found.lse.astype(np.float64) / np.abs(lse).max(), lse / np.abs(lse).max(), LSE)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.sanitize
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-40, 1e-38, 1e-30, -1e-40, -0.3, 1e4])
 def test_scales_at_the_ends(scale: float, isa: str, attend_numpy: Attend) -> None:
@@ -68,6 +70,7 @@ def test_numbers_that_leave_float32_are_refused(name: str, value: float) -> None
         umfa.flash_attn_func(x, x, x, **{name: value})
 
 
+@pytest.mark.cpu_only
 # Equal values are the worst case: every tile's sum rounds the same way when it is added.
 @pytest.mark.parametrize(
     ("count", "tolerance"), [(2**14, 2e-5), (2**17, 2e-5), (2**25, 5e-3)], ids=str

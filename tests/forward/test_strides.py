@@ -16,7 +16,7 @@ from checks import BASE, assert_close, assert_same_bits
 from frameworks import DTYPES, Array
 
 if TYPE_CHECKING:
-    from conftest import Attend
+    from attend import Attend
 
 BATCH, SEQLEN, HEADS, HEAD_DIM = SHAPE = (2, 96, 3, 64)
 BSHD_FROM_BHSD = (0, 2, 1, 3)
@@ -201,6 +201,7 @@ def test_strided_alibi_slopes(slopes: str, attend: Attend) -> None:
     assert_same_bits(fw.bits(found.out), fw.bits(expected.out))
 
 
+@pytest.mark.cpu_only
 def test_torch_views_that_only_flag_a_negation(attend_numpy: Attend) -> None:
     """The imaginary part of a conjugate is stored un-negated, with a bit that says to negate it."""
     torch = frameworks.load("torch").module
@@ -218,6 +219,7 @@ def umfa_numpy(torch: Any, tensors: list[Any]) -> Array:
     return out.numpy()
 
 
+@pytest.mark.cpu_only
 def test_torch_scalar_batch_strides_are_ignored(attend_numpy: Attend) -> None:
     """An axis of length 1 may carry any stride; it must not be used for anything."""
     torch = frameworks.load("torch").module

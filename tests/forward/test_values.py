@@ -14,7 +14,7 @@ from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 from frameworks import DTYPES
 
 if TYPE_CHECKING:
-    from conftest import Attend
+    from attend import Attend
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 5, 70])

@@ -75,8 +75,13 @@ def attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    mask: Array | None = None,
 ) -> tuple[Array, Array]:
-    """`umfa.flash_attn_func(..., return_attn_probs=True)` on the emulated GPU: (out, lse)."""
+    """`umfa.flash_attn_func(..., return_attn_probs=True)` on the emulated GPU: (out, lse).
+
+    mask: bool or float, broadcast to (batch, nheads, seqlen_q, seqlen_kv). No public function
+    takes one yet, so it is put into the launch here, where the planner would.
+    """
     function = "umfa.flash_attn_func"
     options = make_options(
         function, ("q", "k", "v"), 0.0, softmax_scale, causal, window_size, softcap, False, True
@@ -101,8 +106,24 @@ def attention(
         }
     )  # fmt: skip
     for launch in plan["launches"]:
+        if mask is not None:
+            tensors["mask"] = np.broadcast_to(mask, (batch, nheads, seqlen_q, key.shape[1]))
+            _attach_mask(launch, tensors["mask"])
         counters.append(_play(launch, tensors))
     return tensors["out"], tensors["lse"]
+
+
+_MASK_KINDS = {"bool": 1, "float32": 2, "float16": 3, "bfloat16": 4}
+_MASK_STRIDES = slice(5 * 4 * 8, 5 * 4 * 8 + 4 * 8)  # ForwardParams: after five OperandStrides
+
+
+def _attach_mask(launch: dict[str, Any], mask: Array) -> None:
+    strides = [stride // mask.itemsize for stride in mask.strides]
+    params = bytearray(launch["params"])
+    params[_MASK_STRIDES] = np.array(strides, np.int64).tobytes()
+    launch["params"] = bytes(params)
+    launch["constants"] |= {1: _MASK_KINDS[mask.dtype.name], 2: True, 5: False}
+    launch["buffers"].append((5, "mask", 0, 0))
 
 
 def _play(launch: dict[str, Any], tensors: dict[str, Any]) -> Counters:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from kernels import floats, run
-
+from emulator_kernels import floats, run
 from metal_emulator import Options
 
 BODY = """

@@ -7,8 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from kernels import HEADER, floats, library, run
-
+from emulator_kernels import HEADER, floats, library, run
 from metal_emulator import DispatchError, KernelError, Library, Options, SourceError
 
 
@@ -102,7 +101,8 @@ def test_three_component_vectors_and_packed_ones() -> None:
     run(
         """
         struct Pair { packed_float3 a; float b; };
-        kernel void f(device float3* out [[buffer(0)]], device const packed_float3* in [[buffer(1)]],
+        kernel void f(device float3* out [[buffer(0)]],
+                     device const packed_float3* in [[buffer(1)]],
                       device const Pair* pairs [[buffer(2)]],
                       uint t [[thread_position_in_grid]]) {
             static_assert(sizeof(float3) == 16 && sizeof(packed_float3) == 12, "");
@@ -324,7 +324,8 @@ def test_atomics() -> None:
     total = np.zeros(1, np.float32)
     run(
         """
-        kernel void f(device atomic_uint* counts [[buffer(0)]], device atomic_float* total [[buffer(1)]],
+        kernel void f(device atomic_uint* counts [[buffer(0)]],
+                     device atomic_float* total [[buffer(1)]],
                       uint t [[thread_position_in_grid]], uint i [[thread_index_in_threadgroup]]) {
             threadgroup atomic_int shared;
             if (i == 0) atomic_store_explicit(&shared, 0, memory_order_relaxed);
@@ -428,10 +429,16 @@ def test_structs_includes_and_macros(tmp_path: Path) -> None:
     kernel.write_text(
         HEADER
         + """#include "shared.h"
-        kernel void f(constant Params& params [[buffer(0)]], device const Params* same [[buffer(1)]],
+        kernel void f(constant Params& params [[buffer(0)]],
+                     device const Params* same [[buffer(1)]],
                       device float4* out [[buffer(2)]], uint t [[thread_position_in_grid]]) {
             const Params p = params;
             Params q = same[0];
+            const auto r = *same;
+            auto s = params;
+            float local[2] = {r.scale - s.scale, 0.0f};
+            auto decayed = local;
+            q.shift += decayed[t % 2];
             if (t < p.n) out[t] = half_of(p.scale) + q.shift + float(params.stride);
         }
         """
@@ -507,12 +514,13 @@ def test_compile_error_has_the_line_of_the_source() -> None:
 
 def test_missing_kernel_is_named() -> None:
     made = library("kernel void f(device float* out [[buffer(0)]]) { out[0] = 1.0f; }")
-    with pytest.raises(DispatchError, match="no kernel 'g'.*there are: f"):
+    with pytest.raises(DispatchError, match=r"no kernel 'g'.*there are: f"):
         made.dispatch("g", 1, 1)
 
 
 def test_overlapping_written_buffers_are_refused() -> None:
-    made = library("""kernel void f(device float* a [[buffer(0)]], device const float* b [[buffer(1)]])
+    made = library("""kernel void f(device float* a [[buffer(0)]],
+                 device const float* b [[buffer(1)]])
                       { a[0] = b[1]; }""")
     x = np.zeros(8, np.float32)
     with pytest.raises(DispatchError, match="buffers 0 and 1 overlap"):
@@ -538,3 +546,146 @@ def test_finite_constants_and_limits() -> None:
 
 def test_options_exist() -> None:
     assert Options().checks
+
+
+def test_text_as_others_write_it() -> None:
+    """Idioms of published kernels: qualifiers in any order, unrolled loops, traits, aliases."""
+    out = np.zeros(64, np.float32)
+    x = np.arange(256, dtype=np.float16)
+    run(
+        """
+        #include <metal_simdgroup>
+        #include <metal_simdgroup_matrix>
+        #define STEEL_CONST static constant constexpr const
+        #define STEEL_PRAGMA_UNROLL _Pragma("clang loop unroll(full)")
+        #pragma METAL fp math_mode(safe)
+
+        template <typename T> struct TypeTraits { using vec_t = vec<T, 4>; };
+        template <typename U> struct Limits {
+            STEEL_CONST U max = metal::numeric_limits<U>::max();
+            STEEL_CONST U finite_min = -metal::numeric_limits<U>::max();
+        };
+        struct MaxOp {
+            template <typename T> METAL_FUNC static constexpr T apply(T a, T b) {
+                return metal::max(a, b);
+            }
+        };
+        struct ExpSubOp {
+            template <typename T> METAL_FUNC static constexpr T apply(T a, T b) {
+                return fast::exp2(a - b);
+            }
+        };
+        template <typename T, short kRows, short kCols> struct BaseFrag {
+            typedef metal::vec<T, kRows * kCols / 32> frag_type;
+            METAL_FUNC static constexpr short2 get_coord(
+                ushort lane [[thread_index_in_simdgroup]]) {
+                const short qid = lane / 4;
+                const short fm = (qid & 4) + ((lane / 2) % 4);
+                const short fn = (qid & 2) * 2 + (lane % 2) * 2;
+                return short2{fn, fm};
+            }
+            template <typename SrcPtr>
+            METAL_FUNC static constexpr void load(thread frag_type& dst, SrcPtr src, int ld) {
+                STEEL_PRAGMA_UNROLL
+                for (short j = 0; j < 2; j++) dst[j] = static_cast<T>(src[j * ld]);
+            }
+            template <typename Op>
+            METAL_FUNC static void row_reduce(thread const frag_type& in, thread T* out) {
+                T r = Op::apply(in.x, in.y);
+                r = Op::apply(r, simd_shuffle_xor(r, ushort(1)));
+                r = Op::apply(r, simd_shuffle_xor(r, ushort(8)));
+                out[0] = Op::apply(out[0], r);
+            }
+        };
+        template <typename T, typename AccumType = float>
+        struct Loader {
+            const device T* src;
+            threadgroup T* dst;
+            const short bi;
+            METAL_FUNC Loader(const device T* src_, threadgroup T* dst_, ushort lane)
+                : src(src_ + lane), dst(dst_ + lane), bi(lane) {}
+            METAL_FUNC void load() const thread {
+                using Vec = typename TypeTraits<T>::vec_t;
+                *((threadgroup Vec*)(dst + bi * 3)) = *((const device Vec*)(src + bi * 3));
+            }
+        };
+        template <typename T, int BN = 8, typename AccumType = float>
+        [[kernel, max_total_threads_per_threadgroup(BN * 4)]] void f(
+            const device T* x [[buffer(0)]],
+            device float* out [[buffer(1)]],
+            const constant int64_t& stride [[buffer(2)]],
+            uint simd_lane_id [[thread_index_in_simdgroup]],
+            uint3 tid [[threadgroup_position_in_grid]]) {
+            (void)stride;
+            using Frag = BaseFrag<AccumType, 8, 8>;
+            threadgroup T smem[128];
+            Loader<T> loader(x, smem, ushort(simd_lane_id));
+            loader.load();
+            threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+            const short2 simd_coord = Frag::get_coord(ushort(simd_lane_id));
+            const short sm = simd_coord.y, sn = simd_coord.x;
+            thread typename Frag::frag_type frag;
+            Frag::load(frag, smem + sm * stride + sn, 1);
+            AccumType most[1] = {Limits<AccumType>::finite_min};
+            Frag::template row_reduce<MaxOp>(frag, most);
+            auto e = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+            reinterpret_cast<thread typename Frag::frag_type&>(e.thread_elements()) = frag;
+            AccumType lo[2];
+            for (short i = 0; i < 2; ++i) lo[i] = ExpSubOp::apply(frag[i], most[0]);
+            device auto* target = out + sm * 8 + sn;
+            target[0] = lo[0];
+            target[1] = lo[1] + (T)0;
+        }
+        #define instantiate(name, ...)  \\
+            template [[host_name(name)]] [[kernel]] decltype(f<__VA_ARGS__>) f<__VA_ARGS__>;
+        instantiate("f", half, 8)
+        """,
+        {0: x, 1: out, 2: np.int64(8).tobytes()},
+    )
+    np.testing.assert_allclose(out.reshape(8, 8), 2.0 ** (np.arange(8) - 7.0) * np.ones((8, 1)))
+
+
+def test_quantised_blocks_as_ggml_lays_them_out() -> None:
+    blocks = np.zeros(4, np.dtype([("d", "f2"), ("q", "i1", 32)]))
+    blocks["d"] = [1, 0.5, 2, 4]
+    blocks["q"] = np.arange(128).reshape(4, 32) - 64
+    out = np.zeros(128, np.float32)
+    run(
+        """
+        #define QK 32
+        typedef struct { half d; int8_t qs[QK]; } block_q8_0;
+        typedef struct { int32_t ne00; uint64_t nb01; } args_t;
+        template <typename type4> void dequantize(device const block_q8_0* xb, short il,
+                                                  thread type4& reg) {
+            device const int8_t* qs = ((device const int8_t*)xb->qs);
+            const float d = xb->d;
+            for (int i = 0; i < 4; i++) reg[i] = (qs[i + 4 * il] * d);
+        }
+        typedef decltype(dequantize<half4>) dequantize_t;
+        template <typename q4_t, void (*deq)(device const block_q8_0*, short, thread q4_t&)>
+        kernel void g(constant args_t& args, device const char* src, device char* dst,
+                      threadgroup half* shmem [[threadgroup(0)]],
+                      ushort tiisg [[thread_index_in_simdgroup]],
+                      ushort3 ntg [[threads_per_threadgroup]]) {
+            threadgroup q4_t* so4 = (threadgroup q4_t*)(shmem + 0 * QK);
+            for (short i = tiisg; i < args.ne00 / 4; i += ntg.x) {
+                q4_t tmp;
+                deq((device const block_q8_0*)(src + (i / 8) * args.nb01), i % 8, tmp);
+                so4[i] = (q4_t)tmp;
+            }
+            simdgroup_barrier(mem_flags::mem_threadgroup);
+            device float4* dst4 = (device float4*)dst;
+            for (short i = tiisg; i < args.ne00 / 4; i += ntg.x) dst4[i] = (float4)so4[31 - i];
+        }
+        typedef decltype(g<half4, dequantize<half4>>) g_t;
+        template [[host_name("f")]] kernel g_t g<half4, dequantize<half4>>;
+        """,
+        {
+            0: np.int32([128, 0]).tobytes() + np.uint64(34).tobytes(),
+            1: blocks.view(np.uint8),
+            2: out,
+        },
+        memory={0: 256},
+    )
+    expected = (blocks["q"].astype(np.float32) * blocks["d"][:, None].astype(np.float32)).ravel()
+    np.testing.assert_array_equal(out.reshape(32, 4)[::-1].ravel(), expected)

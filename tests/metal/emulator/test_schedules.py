@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from kernels import floats, library, run
-
+from emulator_kernels import floats, library, run
 from metal_emulator import KernelError, Options
 
 SUM = """kernel void f(device const float* x [[buffer(0)]], device float* out [[buffer(1)]],
@@ -54,7 +53,8 @@ def test_schedules_differ() -> None:
 def test_random_schedules_find_what_one_order_hides() -> None:
     """Threads in order happen to fill the tile before it is read; the values then look right, and
     only the race check or another order shows the bug."""
-    body = """kernel void f(device float* out [[buffer(0)]], uint t [[thread_index_in_threadgroup]]) {
+    body = """kernel void f(device float* out [[buffer(0)]],
+                 uint t [[thread_index_in_threadgroup]]) {
         threadgroup float tile[64];
         tile[t] = float(t);
         simd_sum(1.0f);

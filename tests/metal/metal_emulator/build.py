@@ -47,7 +47,7 @@ def build(
     allow: frozenset[str],
 ) -> Built:
     """Builds a library, or finds it built. Raises SourceError for text that is not Metal."""
-    is_path = isinstance(source, Path) or "\n" not in source and source.endswith(".metal")
+    is_path = isinstance(source, Path) or ("\n" not in source and source.endswith(".metal"))
     text = Path(source).read_text() if is_path else str(source)
     flat = toolchain.preprocess(
         text,
@@ -90,21 +90,20 @@ def _macro(value: Any) -> str:
 def _make(folder: Path, library: Path, notes: Path, code: str, checks: bool) -> None:
     """Builds in a folder of its own and moves the results into place, the notes last: another
     process that does the same meanwhile does no harm."""
-    runtime = _runtime(folder)
+    runtime()  # part of building, so that the first dispatch does not wait for it
     work = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
     try:
         ir = toolchain.compile_kernel(code)
         done = instrument(ir, str(toolchain.HEADERS), checks)
         (work / "kernel.ll").write_text(done.text)
         toolchain.assemble(work / "kernel.ll", work / "kernel.o")
-        toolchain.link([work / "kernel.o", runtime], work / "kernel.so")
+        toolchain.link(work / "kernel.o", work / "kernel.so")
         (work / "notes.json").write_text(
             json.dumps(
                 {
                     "sites": done.sites,
                     "variables": {
-                        k: [(v.name, v.size) for v in found]
-                        for k, found in done.variables.items()
+                        k: [(v.name, v.size) for v in found] for k, found in done.variables.items()
                     },
                     "unset": done.unset,
                 }
@@ -117,11 +116,13 @@ def _make(folder: Path, library: Path, notes: Path, code: str, checks: bool) -> 
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _runtime(folder: Path) -> Path:
-    """The runtime's object file, compiled once."""
-    path = folder / f"runtime-{toolchain.fingerprint()[:32]}.o"
+def runtime() -> Path:
+    """The runtime's shared library, compiled once."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"runtime-{toolchain.fingerprint()[:32]}.so"
     if not path.exists():
-        handle, name = tempfile.mkstemp(suffix=".o", dir=folder)
+        handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         toolchain.compile_runtime(Path(name))
         os.replace(name, path)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from .rewrite import STORAGE
+
 _READ, _WRITE, _ATOMIC = 1 << 12, 1 << 13, 1 << 14
 _MARGIN = 64
 _FUNCTION = re.compile(r"^define .*?@([\w$.]+|\"[^\"]+\")\(")
@@ -96,7 +98,7 @@ def _layout(t: str, named: Types) -> tuple[int, int]:
             return size, 1 << (size - 1).bit_length()
         size, alignment = _layout(found.group(2), named)
         return n * _round_up(size, alignment), alignment
-    if t.startswith("{") or t.startswith("<{"):
+    if t.startswith(("{", "<{")):
         packed = t.startswith("<{")
         at, most = 0, 1
         for part in _parts(t.strip("<{}> ") if not packed else t[2:-2].strip()):
@@ -154,7 +156,7 @@ class _Sites:
 
     def file(self, scope: int) -> str:
         while scope in self.nodes:
-            kind, fields = self.nodes[scope]
+            fields = self.nodes[scope][1]
             if "file" in fields:
                 return self.nodes[int(fields["file"])][1].get("filename", "")
             if "scope" not in fields:
@@ -366,7 +368,8 @@ def _local_name(symbol: str) -> str:
         length = int(found.group(1))
         name = symbol[found.end() : found.end() + length]
         rest = symbol[found.end() + length :]
-        if len(name) == length and re.fullmatch(r"(_\d+|__\d+_)?", rest):
+        name = name.removeprefix(STORAGE)
+        if found.end() + length <= len(symbol) and re.fullmatch(r"(_\d+|__\d+_)?", rest):
             return name
     return symbol
 

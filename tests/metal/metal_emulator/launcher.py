@@ -71,17 +71,13 @@ def _entry(number: int, entry: EntryPoint) -> list[str]:
         type_ = f"umfa_signature_{number}::parameter<{i}>"
         if p.kind == "builtin":
             name = BUILTIN_SYNONYMS.get(p.builtin, p.builtin)
-            arguments.append(
-                f"umfa_backend::launch_value<{type_}>(umfa_backend::{name})"
-            )
+            arguments.append(f"umfa_backend::launch_value<{type_}>(umfa_backend::{name})")
         elif p.kind == "threadgroup":
             arguments.append(f"umfa_backend::bound<{type_}>::threadgroup_memory({p.index})")
         else:
             index = f"({p.condition}) ? {p.index} : {ABSENT_BUFFER}" if p.condition else p.index
             arguments.append(f"umfa_backend::bound<{type_}>::buffer({index})")
-            writable.append(
-                f"(umfa_backend::bound<{type_}>::writable ? 1u << {p.index} : 0u)"
-            )
+            writable.append(f"(umfa_backend::bound<{type_}>::writable ? 1u << {p.index} : 0u)")
     mask = " | ".join(writable) or "0u"
     token = kernel.token
     # Errors in how a kernel's parameters are made point at the kernel.

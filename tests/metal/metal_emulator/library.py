@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .build import Built, build
+from .build import Built, build, runtime
 from .counters import Counters
 from .errors import DispatchError, KernelError
 from .instrument import COUNTS
@@ -43,6 +46,7 @@ class _Binding(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("size", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
         ("misalignment", ctypes.c_uint32),
         ("may_write", ctypes.c_uint32),
     )
@@ -116,6 +120,15 @@ class _Result(ctypes.Structure):
     )
 
 
+# The runtime's state is the process's: one dispatch at a time.
+_running = threading.Lock()
+
+
+@functools.cache
+def _runtime() -> ctypes.CDLL:
+    return ctypes.CDLL(str(runtime()), mode=ctypes.RTLD_GLOBAL)
+
+
 class _Loaded(NamedTuple):
     handle: ctypes.CDLL
     sites: Any
@@ -185,6 +198,7 @@ class Library:
         threadgroup_memory: Mapping[int, int] | None = None,
         schedule_seed: int = 0,
         *,
+        buffer_offsets: Mapping[int, int] | None = None,
         options: Options | None = None,
     ) -> Counters:
         """Runs a kernel to its end.
@@ -203,6 +217,8 @@ class Library:
             Bytes of each ``[[threadgroup(index)]]``.
         schedule_seed
             Zero runs threads and threadgroups in order; other values shuffle both.
+        buffer_offsets
+            Bytes into each buffer at which the kernel's pointer starts, as ``setBuffer:offset:``.
         options
             Instead of the library's, for this run; ``checks`` and ``allow`` stay the library's.
 
@@ -223,6 +239,10 @@ class Library:
         request.threadgroups[:] = _three("threadgroups", threadgroups)
         request.threads[:] = _three("threads", threads)
         keep = self._bind(request, number, buffers or {}, threadgroup_memory or {})
+        for index, offset in (buffer_offsets or {}).items():
+            if index not in (buffers or {}) or not 0 <= offset <= request.buffers[index].size:
+                raise DispatchError(f"buffer {index} has no byte {offset} to start at")
+            request.buffers[index].offset = offset
         variables = self._variables(loaded, number)
         request.sites, request.site_count = loaded.sites, len(self._built.sites)
         request.variables, request.variable_count = variables, len(variables)
@@ -234,20 +254,18 @@ class Library:
         request.reverse_reductions = how.reverse_reductions
         request.permute_lanes = how.permute_lanes
         result = _Result()
-        failed = loaded.handle.umfa_run(ctypes.byref(request), ctypes.byref(result))
+        with _running:
+            failed = _runtime().umfa_run(ctypes.byref(request), ctypes.byref(result))
+            check, error = result.check.decode(), result.error.decode()
         del keep
         if failed:
             file, line = self._built.sites[result.site]
-            raise KernelError(
-                result.check.decode(),
-                kernel,
-                f"{file}:{line}" if file else "",
-                result.error.decode(),
-            )
+            raise KernelError(check, kernel, f"{file}:{line}" if file else "", error)
         return _counters(result, set(buffers or {}))
 
     def _load(self) -> _Loaded:
         if self._loaded is None:
+            _runtime()
             handle = ctypes.CDLL(str(self._built.path))
             sites = (_Site * len(self._built.sites))()
             for entry, (file, line) in zip(sites, self._built.sites, strict=True):
@@ -313,7 +331,7 @@ class Library:
 
 def _refuse_aliases(spans: list[tuple[int, int, int]], writable: int) -> None:
     """Metal takes different arguments for different memory if one of them is written."""
-    for (_, end, a), (start, _, b) in zip(spans, spans[1:], strict=False):
+    for (_, end, a), (start, _, b) in itertools.pairwise(spans):
         if start < end and (writable >> a | writable >> b) & 1:
             raise DispatchError(
                 f"buffers {a} and {b} overlap, and the kernel may write one of them"

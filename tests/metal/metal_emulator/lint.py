@@ -51,7 +51,7 @@ def missing_address_space(s: Structure) -> Iterator[Finding]:
             continue
         after = tokens[i + 1]
         declares = after.kind == "name" or after.text in (")", ">", ",", "*", "&", "[", "(")
-        if not declares or after.text == "(" and tokens[i + 2].text not in ("*", "&"):
+        if not declares or (after.text == "(" and tokens[i + 2].text not in ("*", "&")):
             continue
         words = set()
         while k >= 0 and tokens[k].text not in ("(", ",", ";", "{", "}", "<", "=", ")"):
@@ -75,7 +75,10 @@ def unsuffixed_literal(s: Structure) -> Iterator[Finding]:
             floating = "." in text or re.fullmatch(r"\d+e[+-]?\d+[a-z]*", text) is not None
             suffixed = text.endswith(("f", "h"))
         if floating and not suffixed:
-            yield token, f"the literal {token.text} is a double: write {token.text}f or {token.text}h"
+            yield (
+                token,
+                f"the literal {token.text} is a double: write {token.text}f or {token.text}h",
+            )
 
 
 def threadgroup_variable(s: Structure) -> Iterator[Finding]:
@@ -104,14 +107,15 @@ def program_scope_variable(s: Structure) -> Iterator[Finding]:
             text = tokens[end].text
             if text == "(" and not assigned:
                 call = True
-            if text == "{":
-                if not assigned:
-                    braces = True
-                    break
+            if text == "{" and not assigned:
+                braces = True
+                break
             if text == "=":
                 assigned = True
-            end = matching(tokens, end) + 1 if text in "([{" and end not in s.attribute_at else (
-                s.attribute_at[end] + 1 if end in s.attribute_at else end + 1
+            end = (
+                matching(tokens, end) + 1
+                if text in "([{" and end not in s.attribute_at
+                else (s.attribute_at[end] + 1 if end in s.attribute_at else end + 1)
             )
         words = [t.text for t in tokens[i:end]]
         skipped = {"using", "typedef", "template", "namespace", "struct", "class", "enum", "union"}
@@ -269,9 +273,9 @@ def kernel_argument(s: Structure) -> Iterator[Finding]:
 
 def kernel_call(s: Structure) -> Iterator[Finding]:
     for i, token in enumerate(s.tokens[:-1]):
-        if token.text in s.kernels and s.tokens[i + 1].text == "(" and token.kind == "name":
-            if any(x.kind in ("kernel", "function") for x in s.scope_of(i)):
-                yield token, f"kernel '{token.text}' is called"
+        calls = token.text in s.kernels and token.kind == "name" and s.tokens[i + 1].text == "("
+        if calls and any(x.kind in ("kernel", "function") for x in s.scope_of(i)):
+            yield token, f"kernel '{token.text}' is called"
 
 
 def lambda_expression(s: Structure) -> Iterator[Finding]:
@@ -280,7 +284,11 @@ def lambda_expression(s: Structure) -> Iterator[Finding]:
     for i, token in enumerate(tokens[:-2]):
         if token.text != "[" or i in s.attribute_at or (i - 1) in s.attribute_at:
             continue
-        if tokens[i - 1].text in ("=", "(", ",", "return") and tokens[i + 1].text in ("&", "=", "]"):
+        if tokens[i - 1].text in ("=", "(", ",", "return") and tokens[i + 1].text in (
+            "&",
+            "=",
+            "]",
+        ):
             yield token, "lambdas need Metal 3.2"
 
 

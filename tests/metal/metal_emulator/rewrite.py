@@ -1,4 +1,4 @@
-"""Turns Metal text into C++ that clang compiles, token by token, keeping every line in its place."""
+"""Turns Metal text into C++ for clang, token by token, keeping every line in its place."""
 
 from __future__ import annotations
 
@@ -119,27 +119,42 @@ def threadgroup_variables(s: Structure) -> list[tuple[int, int, bool]]:
     return found
 
 
+STORAGE = "umfa_storage_"
+
+
 def _threadgroup_variables(s: Structure, edits: list[str]) -> None:
     """A variable in threadgroup memory is one for all threads: static, in the eyes of C++. The
-    empty initialiser is for structs, whose constructors know no other memory than a thread's."""
+    empty initialiser is for structs, whose constructors know no other memory than a thread's. The
+    kernel sees a reference: clang would take the alignment of a vector access from the variable
+    itself, and the check for misaligned ones would have nothing to check."""
     for first, _, _ in threadgroup_variables(s):
         if not any(x.kind == "kernel" for x in s.scope_of(first)):
             continue
         edits[first] = "static __attribute__((used)) threadgroup"
-        i = first + 1
-        while s.tokens[i].text != ";":
+        references = ""
+        i, name = first + 1, first
+        while True:
             text = s.tokens[i].text
             if text == "<":
                 i = matching_angle(s.tokens, i) or i
-            elif text == ",":
-                edits[i] = " = {},"
+            elif s.tokens[i].kind == "name":
+                name = i
+            if text in (",", ";"):
+                shown = s.tokens[name].text
+                edits[name] = STORAGE + shown
+                references += f" auto& {shown} = ::umfa_backend::opaque({STORAGE}{shown});"
+                edits[i] = f" = {{}}{text}"
+                if text == ";":
+                    break
             i = matching(s.tokens, i) + 1 if text in "([{" else i + 1
-        edits[i] = " = {};"
+        edits[i] += references
 
 
 def _literals(s: Structure, edits: list[str]) -> None:
     for i, token in enumerate(s.tokens):
-        if token.kind != "number" or token.text[:2] in ("0x", "0X") and "p" not in token.text.lower():
+        if token.kind != "number" or (
+            token.text[:2] in ("0x", "0X") and "p" not in token.text.lower()
+        ):
             continue
         found = _NUMBER_SUFFIX.match(token.text)
         if found:
@@ -201,11 +216,12 @@ def _starts_cast(s: Structure, opening: int, closing: int) -> bool:
 
 
 def _copies(s: Structure, edits: list[str], prefix: dict[int, str]) -> None:
-    """``S s = *p;`` where p points to device memory: clang's copy constructors cannot, Metal's can."""
+    """``S s = *p;`` with p in device memory: clang's copy constructors cannot, Metal's can."""
     tokens = s.tokens
     names = s.records | set(PACKED) | {f"{v[:-1]}3" for v in PACKED} | s.aliases | {"float3"}
     for i, token in enumerate(tokens[:-3]):
-        if token.text not in names or (i and tokens[i - 1].text in ("struct", "class", "union")):
+        declares = token.text in names or token.text == "auto"
+        if not declares or (i and tokens[i - 1].text in ("struct", "class", "union")):
             continue
         k = i + 1
         if tokens[k].text == "<":
@@ -220,12 +236,26 @@ def _copies(s: Structure, edits: list[str], prefix: dict[int, str]) -> None:
         end = k + 2
         if tokens[end].text == "{":
             continue
+        if token.text == "auto" and not _names_an_object(s, end):
+            continue
         while tokens[end].text not in (";", ",", ")"):
             end = matching(tokens, end) + 1 if tokens[end].text in "([{" else end + 1
         if tokens[end].text != ";":
             continue
         prefix[k + 2] = prefix.get(k + 2, "") + "::umfa_backend::copy("
         edits[end] = ")" + edits[end]
+
+
+def _names_an_object(s: Structure, i: int) -> bool:
+    """Whether the initialiser at ``i`` is name;  *name;  or  name[...];  and so may be a struct."""
+    tokens = s.tokens
+    i += tokens[i].text == "*"
+    if tokens[i].kind != "name":
+        return False
+    end = i + 1
+    if tokens[end].text == "[":
+        end = matching(tokens, end) + 1
+    return tokens[end].text == ";"
 
 
 def _limits(s: Structure, edits: list[str]) -> None:

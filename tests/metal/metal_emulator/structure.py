@@ -14,17 +14,60 @@ from dataclasses import dataclass, field
 from .errors import SourceError
 from .tokens import Token, matching, matching_angle, matching_angle_back, spelled, tokenize
 
-SCALARS = (
-    "bool char uchar short ushort int uint long ulong half bfloat float "
-    "int8_t uint8_t int16_t uint16_t int32_t uint32_t int64_t uint64_t size_t ptrdiff_t"
-).split()
-VECTOR_ELEMENTS = "bool char uchar short ushort int uint long ulong half bfloat float".split()
+SCALARS = [
+    "bool",
+    "char",
+    "uchar",
+    "short",
+    "ushort",
+    "int",
+    "uint",
+    "long",
+    "ulong",
+    "half",
+    "bfloat",
+    "float",
+    "int8_t",
+    "uint8_t",
+    "int16_t",
+    "uint16_t",
+    "int32_t",
+    "uint32_t",
+    "int64_t",
+    "uint64_t",
+    "size_t",
+    "ptrdiff_t",
+]
+VECTOR_ELEMENTS = [
+    "bool",
+    "char",
+    "uchar",
+    "short",
+    "ushort",
+    "int",
+    "uint",
+    "long",
+    "ulong",
+    "half",
+    "bfloat",
+    "float",
+]
 VECTORS = [f"{e}{n}" for e in VECTOR_ELEMENTS for n in (2, 3, 4)]
 PACKED = [f"packed_{v}" for v in VECTORS]
 MATRICES = [f"{e}{n}" for e in ("float", "half") for n in ("2x2", "3x3", "4x4", "2x4", "4x2")]
 LIBRARY_TYPES = [
-    *("simdgroup_half8x8 simdgroup_float8x8 simdgroup_bfloat8x8 simdgroup_matrix vec matrix").split(),
-    *("atomic_int atomic_uint atomic_bool atomic_float atomic_ulong atomic").split(),
+    "simdgroup_half8x8",
+    "simdgroup_float8x8",
+    "simdgroup_bfloat8x8",
+    "simdgroup_matrix",
+    "vec",
+    "matrix",
+    "atomic_int",
+    "atomic_uint",
+    "atomic_bool",
+    "atomic_float",
+    "atomic_ulong",
+    "atomic",
 ]
 BUILTIN_ARGUMENTS = {
     "thread_position_in_grid": "position",
@@ -50,8 +93,9 @@ BUILTIN_SYNONYMS = {
 }
 KNOWN_ATTRIBUTES = {
     *BUILTIN_ARGUMENTS,
-    *("buffer threadgroup function_constant host_name kernel max_total_threads_per_threadgroup "
-      "maybe_unused unused clang id user visible stitchable texture sampler").split(),
+    *("buffer", "threadgroup", "function_constant", "host_name", "kernel", "maybe_unused"),
+    *("max_total_threads_per_threadgroup", "unused", "clang", "id", "user", "visible"),
+    *("stitchable", "texture", "sampler"),
 }
 
 
@@ -130,14 +174,15 @@ class Structure:
     instantiations: list[tuple[int, int, str]] = field(default_factory=list)
     constants: list[FunctionConstant] = field(default_factory=list)
     scopes: list[Scope] = field(default_factory=list)
+    around: list[tuple[Scope, ...]] = field(default_factory=list)  # of each token
     records: set[str] = field(default_factory=set)  # struct, class and union names
     aliases: set[str] = field(default_factory=set)
     type_parameters: set[str] = field(default_factory=set)
     attribute_at: dict[int, int] = field(default_factory=dict)
 
-    def scope_of(self, i: int) -> list[Scope]:
+    def scope_of(self, i: int) -> tuple[Scope, ...]:
         """Scopes around token ``i``, outermost first."""
-        return [s for s in self.scopes if s.open < i < s.close]
+        return self.around[i]
 
     def fail(self, token: Token, rule: str, message: str) -> SourceError:
         return SourceError(f"{token.location}: error: {message} [{rule}]", (rule,))
@@ -264,10 +309,15 @@ def _read_kernel(s: Structure, start: int, at: int) -> None:
         i = (close or i) + 1
     while i < len(tokens):
         i = _skip_attributes(s, i)
-        if tokens[i].kind == "name" and tokens[i + 1].text == "(" and tokens[i].text not in (
-            "decltype",
-            "__attribute__",
-            "alignas",
+        if (
+            tokens[i].kind == "name"
+            and tokens[i + 1].text == "("
+            and tokens[i].text
+            not in (
+                "decltype",
+                "__attribute__",
+                "alignas",
+            )
         ):
             break
         if tokens[i].text == "(":
@@ -344,7 +394,9 @@ def _read_parameters(s: Structure, start: int, end: int) -> list[Parameter]:
             if a.name in ("buffer", "threadgroup"):
                 parameter.kind, parameter.index = a.name, _integer(s, a)
                 if not 0 <= parameter.index <= 30:
-                    raise s.fail(a.token, "buffer-index", f"index {parameter.index} is not in 0..30")
+                    raise s.fail(
+                        a.token, "buffer-index", f"index {parameter.index} is not in 0..30"
+                    )
             elif a.name == "function_constant":
                 parameter.condition = a.text
             elif a.name in BUILTIN_ARGUMENTS:
@@ -412,9 +464,7 @@ def _read_instantiation(s: Structure, start: int, end: int) -> None:
 
 def _add_entry(s: Structure, entry: EntryPoint) -> None:
     if entry.host_name in s.entries:
-        raise s.fail(
-            entry.token, "host-name-twice", f"two kernels are named '{entry.host_name}'"
-        )
+        raise s.fail(entry.token, "host-name-twice", f"two kernels are named '{entry.host_name}'")
     s.entries[entry.host_name] = entry
 
 
@@ -422,8 +472,12 @@ def _find_scopes(s: Structure) -> None:
     """Kinds of all braces. Inside of a function everything is a block of it."""
     tokens = s.tokens
     kernel_bodies = {k.body[0]: k.name for k in s.kernels.values()}
-    stack: list[Scope] = []
+    stack: tuple[Scope, ...] = ()
     for i, token in enumerate(tokens):
+        if token.text == "}" and stack:
+            stack[-1].close = i
+            stack = stack[:-1]
+        s.around.append(stack)
         if token.text == "{":
             inside = any(x.kind in ("function", "kernel") for x in stack)
             kind, name = "block", ""
@@ -431,10 +485,8 @@ def _find_scopes(s: Structure) -> None:
                 kind, name = "kernel", kernel_bodies[i]
             elif not inside or _opens_type(s, i):
                 kind, name = _brace_kind(s, i)
-            stack.append(Scope(kind, name, i, len(tokens)))
-            s.scopes.append(stack[-1])
-        elif token.text == "}" and stack:
-            stack.pop().close = i
+            s.scopes.append(Scope(kind, name, i, len(tokens)))
+            stack = (*stack, s.scopes[-1])
 
 
 def _opens_type(s: Structure, i: int) -> bool:

@@ -161,15 +161,19 @@ def assemble(ir: Path, output: Path) -> None:
 
 
 def compile_runtime(output: Path) -> None:
-    source = PACKAGE / "runtime" / "runtime.cpp"
+    """The runtime is a shared library of its own: one set of fibers and of reserved addresses
+    serves all kernels of a process."""
+    sources = sorted((PACKAGE / "runtime").glob("*.cpp"))
     run(
         [
             system_compiler(),
-            *("-std=c++20", "-O2", "-fPIC", *native_flags(), "-ffp-contract=fast"),
-            *("-c", str(source), "-o", str(output)),
+            *("-std=c++20", "-O3", "-fPIC", *native_flags(), "-ffp-contract=fast"),
+            *("-shared", *map(str, sources), "-lm", "-o", str(output)),
         ]
     )
 
 
-def link(objects: Sequence[Path], output: Path) -> None:
-    run([system_compiler(), "-shared", "-fPIC", *map(str, objects), "-lm", "-o", str(output)])
+def link(kernel: Path, output: Path) -> None:
+    """A library of kernels, which finds the runtime among what is loaded already."""
+    later = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
+    run([system_compiler(), "-shared", "-fPIC", str(kernel), *later, "-o", str(output)])

@@ -1,7 +1,7 @@
 // Everything the stand-in Metal headers need from the machine that runs the kernel.
 //
 // This is the CPU back end: a thread of the GPU is a fiber, and the functions below are calls into
-// runtime/runtime.cpp. Another back end (PTX) is another file of this name with the same functions
+// runtime/. Another back end (PTX) is another file of this name with the same functions
 // in namespace umfa_backend; nothing else in this directory may touch a runtime.
 #pragma once
 
@@ -39,7 +39,6 @@ UMFA_CONVERGENT void umfa_matrix_multiply(void* d, const void* a, const void* b,
                                           unsigned types);
 UMFA_CONVERGENT void umfa_threadgroup_barrier(unsigned flags);
 UMFA_CONVERGENT void umfa_simdgroup_barrier(unsigned flags);
-UMFA_CONVERGENT unsigned umfa_active_lanes(void);
 void umfa_inactive_lane(unsigned lane);
 void umfa_check_max_threads(unsigned long limit);
 void umfa_check_uniform(unsigned long value);

@@ -47,6 +47,7 @@ struct umfa_unset {  // a function constant without a value
 struct umfa_binding {
     const void* data;
     uint64_t size;
+    uint64_t offset;        // of what the kernel is given; memory before it stays in reach
     uint32_t misalignment;  // of the caller's address, kept so that misaligned views are seen
     uint32_t may_write;
 };

@@ -1,0 +1,340 @@
+// Buffers and threadgroup memory, and the checks of every access that a kernel reports.
+
+#include <sys/mman.h>
+
+#include <cstring>
+
+#include "state.h"
+
+namespace umfa_runtime {
+
+bool conflicts(uint32_t stamp, uint32_t barrier, uint32_t simd_epoch, uint32_t group, uint32_t t,
+               bool across_groups) {
+    const uint32_t epoch = stamp >> kThreadBits, other = stamp & (kMaxThreads - 1);
+    if (stamp == 0) return false;
+    if (epoch < group) return across_groups;
+    if (epoch < barrier || other == t) return false;
+    return !(other / kLanes == t / kLanes && epoch < simd_epoch);
+}
+
+std::string other_text(uint32_t stamp, bool device_memory) {
+    const uint32_t epoch = stamp >> kThreadBits, other = stamp & (kMaxThreads - 1);
+    if (device_memory && epoch < R.device_group_epoch) {
+        const size_t i = static_cast<size_t>(
+            std::upper_bound(R.group_epochs.begin(), R.group_epochs.end(), epoch) -
+            R.group_epochs.begin() - 1);
+        const uint32_t n = R.group_numbers[i];
+        const unsigned *g = R.d->threadgroups, *t = R.d->threads;
+        return text("thread (%u,%u,%u) of threadgroup (%u,%u,%u)", other % t[0],
+                    other / t[0] % t[1], other / t[0] / t[1], n % g[0], n / g[0] % g[1],
+                    n / g[0] / g[1]);
+    }
+    return thread_text(R.fibers[other]);
+}
+
+struct Where {
+    const char* kind;
+    std::string name;
+    uint64_t offset;
+    bool device_memory;
+};
+
+[[noreturn]] void race(const Where& w, uint32_t stamp, bool write, const char* earlier,
+                       uint32_t site) {
+    fail("data race", site,
+         thread_text(*current()) + (write ? " writes " : " reads ") + w.name +
+             text(" at byte %llu, which ", static_cast<unsigned long long>(w.offset)) +
+             other_text(stamp, w.device_memory) + " " + earlier + " with no barrier between them");
+}
+
+// Who touches memory now, and what barriers order its accesses with earlier ones.
+struct Toucher {
+    uint32_t epoch, barrier, simd_epoch, group, thread;
+    bool device_memory;
+
+    bool conflicts_with(uint32_t stamp) const {
+        return conflicts(stamp, barrier, simd_epoch, group, thread, device_memory);
+    }
+};
+
+// The first stamp that conflicts, as its place, or -1. Bytes touched together mostly carry one stamp.
+template <int kSize>
+inline int first_conflict(const uint32_t* stamps, uint32_t size, const Toucher& by) {
+    const uint32_t n = kSize > 0 ? kSize : size;
+    uint32_t differ = 0;
+    for (uint32_t i = 0; i < n; i++) differ |= stamps[i] ^ stamps[0];
+    if (differ == 0) return by.conflicts_with(stamps[0]) ? 0 : -1;
+    for (uint32_t i = 0; i < n; i++)
+        if (by.conflicts_with(stamps[i])) return static_cast<int>(i);
+    return -1;
+}
+
+template <int kSize, typename Describe>
+inline void track_sized(Stamps& stamps, uint64_t at, uint32_t size, uint32_t flags,
+                        const Toucher& by, const Describe& describe, uint32_t site) {
+    const uint32_t n = kSize > 0 ? kSize : size;
+    const uint32_t own = by.epoch << kThreadBits | by.thread;
+    const bool write = flags & umfa_access_write;
+    uint32_t* w = &stamps.write[at];
+    uint32_t* r = &stamps.read[at];
+    uint32_t* o = &stamps.other_read[at];
+    if (flags & umfa_access_atomic) {
+        if (write)
+            for (uint32_t i = 0; i < n; i++) w[i] = own;
+        return;
+    }
+    int k = first_conflict<kSize>(w, n, by);
+    if (k >= 0) race(describe(at + static_cast<uint64_t>(k)), w[k], write, "wrote", site);
+    if (write) {
+        for (uint32_t* readers : {r, o}) {
+            k = first_conflict<kSize>(readers, n, by);
+            if (k >= 0)
+                race(describe(at + static_cast<uint64_t>(k)), readers[k], true, "read", site);
+        }
+        for (uint32_t i = 0; i < n; i++) w[i] = own;
+    } else {
+        // Two readers are kept, of different threads: a writer conflicts with one of them at least.
+        for (uint32_t i = 0; i < n; i++) {
+            o[i] = (r[i] & (kMaxThreads - 1)) != by.thread ? r[i] : o[i];
+            r[i] = own;
+        }
+    }
+}
+
+template <typename Describe>
+inline void track(Stamps& stamps, uint64_t at, uint32_t size, uint32_t flags, const Toucher& by,
+                  const Describe& describe, uint32_t site) {
+    switch (size) {
+        case 2: return track_sized<2>(stamps, at, size, flags, by, describe, site);
+        case 4: return track_sized<4>(stamps, at, size, flags, by, describe, site);
+        case 8: return track_sized<8>(stamps, at, size, flags, by, describe, site);
+        case 16: return track_sized<16>(stamps, at, size, flags, by, describe, site);
+        default: return track_sized<0>(stamps, at, size, flags, by, describe, site);
+    }
+}
+
+void check_alignment(uint64_t address, uint32_t flags, uint32_t site, const Where& w) {
+    const uint32_t alignment = flags & umfa_access_alignment;
+    if (address & (alignment - 1))
+        fail("misaligned access", site,
+             thread_text(*current()) + ((flags & umfa_access_write) ? " writes " : " reads ") +
+                 w.name +
+                 text(" at byte %lld, which is not a multiple of %u in memory",
+                      static_cast<long long>(w.offset), alignment));
+}
+
+void device_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site, bool is_constant) {
+    const uint64_t base = reinterpret_cast<uint64_t>(R.slots);
+    const bool write = flags & umfa_access_write;
+    const uint64_t index = (p - base) >> kSlotBits;
+    if (p < base || index >= kSlots) {
+        if (is_constant) {
+            for (unsigned i = 0; i < R.d->unset_count; i++) {
+                const umfa_unset& u = R.d->unset[i];
+                if (p == reinterpret_cast<uint64_t>(u.address))
+                    fail("function constant", site,
+                         text("function constant '%s' (index %u) is used but has no value", u.name,
+                              u.index));
+            }
+            return;  // a table of the program
+        }
+        fail("out of bounds", site,
+             thread_text(*current()) + (write ? " writes" : " reads") +
+                 " through a pointer that belongs to no buffer");
+    }
+    if (index == kBuffers)
+        fail("unbound buffer", site,
+             thread_text(*current()) + (write ? " writes" : " reads") +
+                 " an argument whose function constant is false");
+    Buffer& b = R.buffers[index];
+    const int64_t offset = static_cast<int64_t>(p - reinterpret_cast<uint64_t>(b.data));
+    if (!b.bound)
+        fail("unbound buffer", site,
+             thread_text(*current()) + (write ? " writes" : " reads") +
+                 text(" buffer %d, which the dispatch does not bind", static_cast<int>(index)));
+    if (offset < 0 || static_cast<uint64_t>(offset) + size > b.size)
+        fail("out of bounds", site,
+             thread_text(*current()) + (write ? " writes " : " reads ") +
+                 text("%u bytes at byte %lld of buffer %d, which has %llu bytes", size,
+                      static_cast<long long>(offset), static_cast<int>(index),
+                      static_cast<unsigned long long>(b.size)));
+    auto describe = [&](uint64_t at) {
+        return Where{"buffer", text("buffer %d", static_cast<int>(index)), at, true};
+    };
+    if (p & ((flags & umfa_access_alignment) - 1))
+        check_alignment(p, flags, site, describe(static_cast<uint64_t>(offset)));
+    if (write) {
+        b.written = true;
+        R.counters.buffer_written[index] += size;
+    } else {
+        R.counters.buffer_read[index] += size;
+    }
+    if (b.tracked && R.device_epoch < kMaxEpoch) {
+        const Simdgroup& s = own_simdgroup();
+        const Toucher by{R.device_epoch,       R.device_barrier_epoch, s.device_epoch,
+                         R.device_group_epoch, current()->index,       true};
+        track(b.stamps, static_cast<uint64_t>(offset), size, flags, by, describe, site);
+    }
+}
+
+void threadgroup_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site) {
+    Region* g = R.last_region;
+    if (g == nullptr || p - g->begin >= g->size) {
+        g = nullptr;
+        for (Region& candidate : R.regions)
+            if (p - candidate.begin < candidate.size) g = &candidate;
+    }
+    const bool write = flags & umfa_access_write;
+    auto name = [](const Region& region) {
+        return region.name ? text("threadgroup variable '%s'", region.name)
+                           : text("threadgroup memory %d", region.index);
+    };
+    if (g == nullptr || p + size > g->begin + g->size) {
+        // Name the nearest region below, with which the pointer probably began.
+        const Region* near = g;
+        for (const Region& candidate : R.regions)
+            if (near == nullptr ||
+                (candidate.begin <= p && (near->begin > p || candidate.begin > near->begin)))
+                near = &candidate;
+        fail("out of bounds", site,
+             thread_text(*current()) + (write ? " writes " : " reads ") +
+                 (near == nullptr
+                      ? std::string("threadgroup memory that the dispatch did not ask for")
+                      : text("%u bytes at byte %lld of ", size,
+                             static_cast<long long>(p - near->begin)) +
+                            name(*near) +
+                            text(", which has %llu bytes",
+                                 static_cast<unsigned long long>(near->size))));
+    }
+    R.last_region = g;
+    const uint64_t offset = p - g->begin;
+    auto describe = [&](uint64_t at) {
+        return Where{"threadgroup", name(*g), at - g->shadow, false};
+    };
+    if (p & ((flags & umfa_access_alignment) - 1))
+        check_alignment(p, flags, site, describe(g->shadow + offset));
+    if (!write || (flags & umfa_access_atomic && flags & umfa_access_read)) {
+        const uint32_t* w = &R.threadgroup_stamps.write[g->shadow + offset];
+        uint32_t oldest = w[0];
+        for (uint32_t i = 1; i < size; i++) oldest = std::min(oldest, w[i]);
+        for (uint32_t i = 0; i < size && oldest >> kThreadBits < R.group_epoch; i++) {
+            if (w[i] >> kThreadBits < R.group_epoch)
+                fail("uninitialised threadgroup memory", site,
+                     thread_text(*current()) + " reads " + name(*g) +
+                         text(" at byte %llu, which no thread of this threadgroup has written",
+                              static_cast<unsigned long long>(offset + i)));
+        }
+    }
+    const Toucher by{R.epoch,       R.barrier_epoch,  own_simdgroup().threadgroup_epoch,
+                     R.group_epoch, current()->index, false};
+    track(R.threadgroup_stamps, g->shadow + offset, size, flags, by, describe, site);
+}
+
+// Quiet NaNs in every float format, and a large odd integer.
+void poison(char* p, size_t n) { memset(p, 0xff, n); }
+
+char* reserve(size_t bytes) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS;
+#ifdef MAP_NORESERVE
+    flags |= MAP_NORESERVE;
+#endif
+    void* p = mmap(nullptr, bytes, PROT_NONE, flags, -1, 0);
+    return p == MAP_FAILED ? nullptr : static_cast<char*>(p);
+}
+
+bool prepare_memory() {
+    if (R.slots == nullptr) {
+        R.slots = reserve(kSlots * kSlotBytes);
+        if (R.slots == nullptr) return false;
+        for (int i = 0; i < kBuffers; i++) R.buffers[i] = Buffer{};
+    }
+    for (int i = 0; i < kBuffers; i++) {
+        Buffer& b = R.buffers[i];
+        char* middle = R.slots + kSlotBytes * static_cast<uint64_t>(i) + kSlotBytes / 2;
+        const umfa_binding& binding = R.d->buffers[i];
+        b.bound = binding.data != nullptr || binding.size != 0;
+        b.written = false;
+        b.size = binding.size;
+        b.data = middle + binding.misalignment;
+        b.tracked = false;
+        if (!b.bound) continue;
+        const uint64_t needed = (binding.misalignment + binding.size + 65535) & ~65535ULL;
+        if (needed > b.mapped) {
+            mprotect(middle, needed, PROT_READ | PROT_WRITE);
+            b.mapped = needed;
+        }
+        memcpy(b.data, binding.data, binding.size);
+        if (R.d->checks && binding.may_write) {
+            b.tracked = true;
+            b.stamps.resize(binding.size);
+        }
+    }
+    if (R.fibers == nullptr) {
+        R.fibers = static_cast<Fiber*>(calloc(kMaxThreads, sizeof(Fiber)));
+        R.stacks = reserve(kMaxThreads * kStackBytes);
+        if (R.stacks == nullptr) return false;
+    }
+    return true;
+}
+
+bool prepare_threadgroup_memory() {
+    R.regions.clear();
+    R.last_region = nullptr;
+    uint64_t total = 0;
+    for (unsigned i = 0; i < R.d->variable_count; i++) {
+        const umfa_variable& v = R.d->variables[i];
+        R.regions.push_back({reinterpret_cast<uint64_t>(v.address), v.size, v.name, -1,
+                             static_cast<uint32_t>(total)});
+        total += v.size;
+    }
+    uint64_t dynamic = 0;
+    for (int i = 0; i < kBuffers; i++) dynamic += (R.d->threadgroup_bytes[i] + 4095) / 4096 + 2;
+    R.arena.resize(dynamic * 4096);
+    uint64_t at = (reinterpret_cast<uint64_t>(R.arena.data()) + 4095) & ~4095ULL;
+    for (int i = 0; i < kBuffers; i++) {
+        const uint64_t size = R.d->threadgroup_bytes[i];
+        if (size == 0) continue;
+        R.regions.push_back({at, size, nullptr, i, static_cast<uint32_t>(total)});
+        total += size;
+        at += (size + 8191) & ~4095ULL;  // at least a page between two of them
+    }
+    R.counters.threadgroup_memory = total;
+    R.threadgroup_stamps.resize(total);
+    return total <= kMaxThreadgroupBytes;
+}
+
+void poison_threadgroup_memory() {
+    for (const Region& g : R.regions) poison(reinterpret_cast<char*>(g.begin), g.size);
+}
+
+}  // namespace umfa_runtime
+
+using namespace umfa_runtime;
+
+extern "C" {
+
+void umfa_access_1(uint64_t p, uint32_t size, uint32_t flags, uint32_t site) {
+    if (R.running) device_access(p, size, flags, site, false);
+}
+void umfa_access_2(uint64_t p, uint32_t size, uint32_t flags, uint32_t site) {
+    if (R.running) device_access(p, size, flags, site, true);
+}
+void umfa_access_3(uint64_t p, uint32_t size, uint32_t flags, uint32_t site) {
+    if (R.running) threadgroup_access(p, size, flags, site);
+}
+
+void* umfa_buffer(unsigned index, unsigned long element_size, unsigned alignment) {
+    (void)element_size;
+    (void)alignment;
+    if (index >= kBuffers) return R.slots + kSlotBytes * kBuffers + kSlotBytes / 2;
+    return R.buffers[index].data + R.d->buffers[index].offset;
+}
+
+void* umfa_threadgroup_memory(unsigned index) {
+    for (const Region& g : R.regions)
+        if (g.name == nullptr && g.index == static_cast<int>(index))
+            return reinterpret_cast<void*>(g.begin);
+    return nullptr;
+}
+
+}  // extern "C"

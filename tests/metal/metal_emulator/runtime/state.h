@@ -1,0 +1,158 @@
+// All that the parts of the runtime share: threads as fibers, simdgroups, buffers, the dispatch.
+// There is one of each in a process, so one dispatch runs at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "interface.h"
+
+// Stores the caller's stack and goes on with another (switch.cpp).
+extern "C" void umfa_switch(void** from, void* to);
+
+namespace umfa_runtime {
+
+constexpr unsigned kLanes = 32;
+constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxThreadgroupBytes = 32768;
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kGuardBytes = 16 * 1024;
+
+// Every buffer index owns a stretch of addresses far larger than any buffer, with the buffer in its
+// middle: an address tells its index, and no wrong index lands in another buffer.
+constexpr int kBuffers = 31;
+constexpr int kSlots = 32;  // the last stands for arguments whose function constant is false
+constexpr int kSlotBits = 34;
+constexpr uint64_t kSlotBytes = 1ULL << kSlotBits;
+
+// A stamp is an epoch and a thread: who touched a byte last, and since which barrier.
+constexpr uint32_t kThreadBits = 10;
+constexpr uint32_t kMaxEpoch = (1U << (32 - kThreadBits)) - 1;
+
+enum class State : uint8_t { ready, at_simd, at_barrier, done };
+
+struct Simdgroup;
+
+struct Fiber {
+    umfa_thread self;  // first: umfa_self points here
+    unsigned index;    // in the threadgroup, x first
+    unsigned position[3];
+    State state;
+    uint8_t ring;  // place in its simdgroup's ring
+    void* stack;
+    Simdgroup* simdgroup;
+    uint32_t site;
+    uint64_t trail;       // hash of the operations that need convergence but do not meet
+    uint32_t trail_site;  // the last of them
+    uint64_t uniform;     // must be the same in all lanes of the coming operation
+    char* memory;
+};
+
+struct Stamps {
+    std::vector<uint32_t> write, read, other_read;
+    void resize(size_t n) {
+        write.assign(n, 0);
+        read.assign(n, 0);
+        other_read.assign(n, 0);
+    }
+};
+
+struct Simdgroup {
+    unsigned first;           // its first thread
+    const Fiber* first_done;  // the lane that returned first
+    unsigned size;
+    unsigned live;
+    unsigned arrived;
+    unsigned waiting;  // at a threadgroup barrier
+    Fiber* ring[kLanes];
+    unsigned ring_size;
+    umfa_lane_slots slots;
+    uint32_t site;
+    unsigned kind;
+    umfa_combine combine;
+    uint32_t threadgroup_epoch;  // accesses of this simdgroup before this one are ordered
+    uint32_t device_epoch;
+};
+
+struct Buffer {
+    bool bound, written;
+    char* data;
+    uint64_t size;
+    uint64_t mapped;
+    char* mapping;
+    Stamps stamps;
+    bool tracked;
+};
+
+struct Region {  // of threadgroup memory
+    uint64_t begin, size;
+    const char* name;  // null: [[threadgroup(index)]]
+    int index;
+    uint32_t shadow;  // place of its first byte in the stamps
+};
+
+struct Runtime {
+    const umfa_dispatch* d;
+    umfa_counters counters;
+    Fiber* fibers = nullptr;
+    char* stacks = nullptr;
+    std::vector<Simdgroup> simdgroups;
+    void* main_stack;
+    unsigned threads, live;
+    unsigned waiting;  // threads at the threadgroup barrier
+    uint32_t barrier_site;
+    unsigned barrier_flags;
+    umfa_launch_position launch;
+    uint64_t random;
+    char* slots = nullptr;
+    Buffer buffers[kBuffers];
+    std::vector<Region> regions;
+    std::vector<char> arena;
+    uint64_t arena_begin, arena_end;
+    Stamps threadgroup_stamps;
+    Region* last_region;
+    uint32_t epoch, group_epoch, barrier_epoch;                       // threadgroup memory
+    uint32_t device_epoch, device_group_epoch, device_barrier_epoch;  // device memory
+    std::vector<uint32_t> group_epochs;  // device epoch at which each threadgroup began
+    std::vector<uint32_t> group_numbers;
+    std::string error, check;
+    uint32_t error_site;
+    bool failed, running = false;
+    unsigned map_row[kLanes], map_column[kLanes];
+    unsigned current_combine_site;
+    Fiber* combining;
+};
+
+extern Runtime R;
+inline Fiber* current() { return reinterpret_cast<Fiber*>(umfa_self); }
+
+// dispatch.cpp
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string site_text(uint32_t site);
+std::string thread_text(const Fiber& f);
+/// Leaves the dispatch with an error; the fibers are simply not resumed.
+[[noreturn]] void fail(const char* check, uint32_t site, const std::string& what);
+char* reserve(size_t bytes);
+
+// schedule.cpp
+uint64_t next_random();
+void build_ring(Simdgroup& s);
+Fiber* any_ready();
+void start_fiber(Fiber& f);
+void rendezvous(void* slot, umfa_combine combine, unsigned kind);
+inline Simdgroup& own_simdgroup() { return *current()->simdgroup; }
+
+// memory.cpp
+bool prepare_memory();
+bool prepare_threadgroup_memory();
+void poison_threadgroup_memory();
+
+}  // namespace umfa_runtime
+
+extern "C" {
+extern uint32_t umfa_site;  // of the operation that the kernel is about to call
+extern umfa_static_counters umfa_counts;
+}

@@ -1,0 +1,195 @@
+"""The forward kernel under conditions that the shared suite does not vary, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import emulated
+import numpy as np
+import pytest
+from emulated import Settings
+from metal_emulator import Options
+
+import frameworks
+from attend import Attend
+from cases import Case, normal
+from checks import BASE, LSE, assert_close
+
+CASES = [
+    Case((1, 2, 70, 70, 64), "float16", options=(("causal", True),)),
+    Case((1, 2, 45, 100, 40), "bfloat16", heads_k=1, options=(("window_size", (20, 5)),)),
+    Case((1, 2, 33, 65, 128), "float32", alibi="heads", options=(("softcap", 20.0),)),
+    Case((1, 1, 40, 50, 250), "float16", head_dim_v=72),
+    Case((1, 1, 40, 50, 200), "float32", options=(("causal", True),)),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_settings() -> Iterator[None]:
+    before = emulated.settings
+    emulated.settings = Settings()
+    yield
+    emulated.settings = before
+
+
+@pytest.fixture
+def attend() -> Attend:
+    return Attend(frameworks.load("numpy"), "metal-emulated")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_schedule(case: Case, seed: int, attend: Attend) -> None:
+    emulated.settings.schedule_seed = seed
+    attend.case(case)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(permute_lanes=True),
+        Options(reverse_reductions=True),
+        Options(flush_to_zero=True),
+        Options(math_noise=True),
+    ],
+    ids=["permuted lane map", "reversed reductions", "flush to zero", "noisy math"],
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_machine(case: Case, options: Options, attend: Attend) -> None:
+    emulated.settings.options = options
+    attend.case(case)
+
+
+@pytest.mark.parametrize("family", [7, 8, 9, 10])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_family(case: Case, family: int, attend: Attend) -> None:
+    emulated.settings.family = family
+    attend.case(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1, 1, 768, 768, 128), "bfloat16", label="A03"),
+        Case((1, 1, 1536, 1536, 128), "float16", label="A04"),
+        Case((1, 1, 1536, 1536, 128), "bfloat16", label="A04"),
+        pytest.param(
+            Case((1, 1, 4608, 4608, 128), "bfloat16", label="A05"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            Case((1, 1, 4128, 4128, 128), "bfloat16", label="A06"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_image_models(case: Case, attend: Attend) -> None:
+    """FLUX and Z-Image, one head of each."""
+    emulated.settings.family = 9  # bfloat fragments
+    attend.case(case)
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+MASK_SHAPES = [(1, 1, 33, 65), (2, 1, 1, 65), (33, 65), (1, 4, 1, 65), (2, 4, 33, 65)]
+
+
+def masked_reference(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    q, k, v = (x.astype(np.float64) for x in (query, key, value))
+    scores = np.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(q.shape[-1])
+    scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    total = weights.sum(-1, keepdims=True)
+    out = np.einsum("bhij,bjhd->bihd", weights / np.where(total == 0, 1, total), v)
+    with np.errstate(divide="ignore"):
+        lse = (np.log(total) + np.where(np.isfinite(top), top, 0))[..., 0]
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_dense_masks(shape: tuple[int, ...], dtype: str) -> None:
+    """A13, A14: read through broadcast strides; a float mask is added after the scale."""
+    query = normal((2, 33, 4, 64), seed=0)
+    key, value = (normal((2, 65, 4, 64), seed=i) for i in (1, 2))
+    if dtype == "bool":
+        mask = np.random.default_rng(3).random(shape) < 0.7
+        mask[..., 3 : shape[-2] // 2, :] = False  # rows that see nothing, where it has rows
+    else:
+        mask = normal(shape, dtype, seed=3, factor=3)
+        mask[..., 0, 5] = -np.inf
+    out, lse = emulated.attention(query, key, value, mask=mask)
+    wide = mask if dtype == "bool" else mask.astype(np.float64)
+    expected_out, expected_lse = masked_reference(query, key, value, wide)
+    assert_close(out.astype(np.float64), expected_out, BASE["float32"])
+    assert_close(lse.astype(np.float64), expected_lse, LSE, "lse")
+
+
+def test_the_lowest_finite_mask_hides_without_overflow() -> None:
+    """torch.finfo(dtype).min is what many models write for -inf."""
+    query, key, value = (normal((1, 40, 1, 32), seed=i) for i in range(3))
+    mask = np.zeros((1, 1, 40, 40), np.float32)
+    mask[..., 10:] = np.finfo(np.float32).min
+    out, lse = emulated.attention(query, key, value, mask=mask)
+    expected_out, expected_lse = masked_reference(query, key, value, mask == 0)
+    assert_close(out.astype(np.float64), expected_out, BASE["float32"])
+    assert_close(lse.astype(np.float64), expected_lse, LSE, "lse")
+
+
+# ---- cost ----------------------------------------------------------------------------------------
+
+
+def mma_of(case: Case, attend: Attend) -> int:
+    with emulated.counting() as counters:
+        attend.case(case)
+    return sum(c.mma for c in counters)
+
+
+def ideal_mma(visible_scores: int, head_dim: int) -> float:
+    """Two products of 2 * head_dim FLOP for each score that is seen, 1024 FLOP for an MMA."""
+    return visible_scores * 4 * head_dim / 1024
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_causal_costs_its_triangle(head_dim: int, attend: Attend) -> None:
+    case = Case((1, 1, 1024, 1024, head_dim), "float16", options=(("causal", True),))
+    assert mma_of(case, attend) <= 1.10 * ideal_mma(1024 * 1025 // 2, head_dim)
+
+
+def test_a_window_costs_its_band(attend: Attend) -> None:
+    seqlen, left = 4096, 256
+    case = Case((1, 1, seqlen, seqlen, 64), "float16", options=(("window_size", (left, 0)),))
+    seen = sum(min(i, left) + 1 for i in range(seqlen))
+    assert mma_of(case, attend) <= 1.2 * ideal_mma(seen, 64)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_keys_and_values_are_read_once_per_query_tile(dtype: str, attend: Attend) -> None:
+    case = Case((1, 1, 100, 96, 64), dtype)  # 100 queries: 4 tiles of 32
+    with emulated.counting() as counters:
+        attend.case(case)
+    (launch,) = counters
+    once = 96 * 64 * np.dtype(dtype).itemsize
+    assert launch.buffer_bytes_read[1] == launch.buffer_bytes_read[2] == 4 * once
+    assert launch.buffer_bytes_read[0] == 100 * 64 * np.dtype(dtype).itemsize
+    assert launch.buffer_bytes_written[3] == 100 * 64 * np.dtype(dtype).itemsize
+
+
+def test_barriers_per_tile(attend: Attend) -> None:
+    """Two for each tile of keys: before it is overwritten, and before it is read."""
+    with emulated.counting() as counters:
+        attend.case(Case((1, 1, 32, 320, 64), "float16"))
+    assert counters[0].threadgroup_barriers == 2 * 320 // 32
+
+
+def test_counters_do_not_depend_on_the_schedule(attend: Attend) -> None:
+    found = []
+    for seed in (0, 5):
+        emulated.settings = replace(emulated.settings, schedule_seed=seed)
+        with emulated.counting() as counters:
+            attend.case(CASES[0])
+            found.append(list(counters))
+    assert found[0] == found[1]
