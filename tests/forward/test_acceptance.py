@@ -59,8 +59,6 @@ LARGE = [
 ]
 
 
-# All frameworks hand over memory the same way at every size: two are enough for large ones.
-@pytest.mark.parametrize("framework", ["numpy", "torch"], indirect=True)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large(case: Case, attend: Attend) -> None:
     attend.case(case)
