@@ -22,7 +22,7 @@ class Case:
     Parameters
     ----------
     shape
-        (batch, heads, seqlen_q, seqlen_k, head_dim), as `acceptance.md` writes it.
+        (batch, heads, seqlen_q, seqlen_k, head_dim).
     heads_k, head_dim_v
         Only where they differ from `heads`, `head_dim`.
     options

@@ -8,6 +8,8 @@
 namespace umfa {
 namespace {
 
+constexpr double log2_e = 1.4426950408889634;
+
 struct Checker {
     std::string_view function;
 
@@ -262,14 +264,13 @@ Problem Problem::make(const AttentionRequest& request) {
     problem.softmax_scale =
         request.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
     // Kernels compute with float32, and in powers of two: what they are given must fit.
-    constexpr double log2_e = 1.4426950408889634;
-    if (!std::isfinite(static_cast<float>(problem.softmax_scale * log2_e)))
+    if (!std::isfinite(static_cast<float>(problem.score_scale())))
         check.value("softmax_scale is not a number of float32's range",
                     text_of(problem.softmax_scale), "a finite number below 2e38");
     problem.softcap = request.softcap;
-    const bool cap_fits =
-        problem.softcap >= FLT_MIN && std::isfinite(static_cast<float>(problem.softcap * log2_e)) &&
-        std::isfinite(static_cast<float>(problem.softmax_scale / problem.softcap));
+    const bool cap_fits = problem.softcap >= FLT_MIN &&
+                          std::isfinite(static_cast<float>(problem.softcap_log2())) &&
+                          std::isfinite(static_cast<float>(problem.score_scale()));
     if (problem.softcap != 0 && !cap_fits)
         check.value("softcap is out of range", text_of(problem.softcap),
                     "a number > 0 of float32's range, or 0 for none");
@@ -336,6 +337,12 @@ void Problem::set_lse(const TensorView& view) {
     lse = Operand{view, view.strides[0], view.strides[1], view.strides[2], 0};
     wants_lse = true;
 }
+
+double Problem::score_scale() const {
+    return softcap > 0 ? softmax_scale / softcap : softmax_scale * log2_e;
+}
+
+double Problem::softcap_log2() const { return softcap * log2_e; }
 
 uint32_t Problem::features() const {
     uint32_t set = 0;

@@ -167,6 +167,10 @@ struct UMFA_CORE_API Problem {
 
     /// Shape that out must have, in `layout`.
     TensorView out_shape() const;
+    /// Factor on q.k. Kernels use exp2, so it makes scores in units of log2; with softcap on it makes
+    /// the argument of tanh, whose result softcap_log2() brings to units of log2.
+    double score_scale() const;
+    double softcap_log2() const;
     /// Bitwise or of `Feature`s that this problem uses.
     uint32_t features() const;
 };

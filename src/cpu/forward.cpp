@@ -10,8 +10,6 @@
 namespace umfa::cpu {
 namespace {
 
-constexpr double log2_e = 1.4426950408889634;
-
 Rows rows_of(const Operand& operand) {
     return {operand.view.size() ? operand.view.address() : nullptr, operand.stride_batch,
             operand.stride_head, operand.stride_row, operand.stride_channel};
@@ -53,11 +51,9 @@ void run_forward(const Problem& problem) {
     args.head_dim = problem.head_dim;
     args.head_dim_v = problem.head_dim_v;
     args.visible = problem.visible;
-    const bool capped = problem.softcap > 0;
-    const double score_scale = problem.softmax_scale * (capped ? 1 / problem.softcap : log2_e);
-    args.score_scale = static_cast<float>(score_scale);
-    args.score_scale_low = static_cast<float>(score_scale - args.score_scale);
-    if (capped) args.softcap = static_cast<float>(problem.softcap * log2_e);
+    args.score_scale = static_cast<float>(problem.score_scale());
+    args.score_scale_low = static_cast<float>(problem.score_scale() - args.score_scale);
+    args.softcap = static_cast<float>(problem.softcap_log2());
     if (problem.alibi) {
         args.slopes = reinterpret_cast<const float*>(problem.alibi->view.address());
         args.slopes_stride_batch = problem.alibi->stride_batch;

@@ -10,8 +10,6 @@
 namespace umfa::metal {
 namespace {
 
-constexpr double log2_e = 1.4426950408889634;
-
 // Buffer and function constant indices, as shaders/forward.metal declares them.
 enum : uint32_t {
     buffer_query = 0,
@@ -173,10 +171,8 @@ LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu) {
     params.offset = static_cast<int32_t>(problem.visible.offset);
     params.left = static_cast<int32_t>(problem.visible.left);
     params.right = static_cast<int32_t>(problem.visible.right);
-    const bool capped = problem.softcap > 0;
-    params.score_scale =
-        static_cast<float>(problem.softmax_scale * (capped ? 1 / problem.softcap : log2_e));
-    params.softcap = static_cast<float>(problem.softcap * log2_e);
+    params.score_scale = static_cast<float>(problem.score_scale());
+    params.softcap = static_cast<float>(problem.softcap_log2());
     launch.params_index = buffer_params;
     launch.params = bytes_of(params);
 

@@ -19,7 +19,7 @@ struct ForwardTile {
 
 // Live floats per lane: O fragments * D / 4, S fragments * block_kv / 4, P half of S, Q
 // fragments * D / 8 (16-bit operands) or fragments * D / 4, about 20 for addresses. Above about 110
-// an Apple GPU spills or keeps too few simdgroups resident (metal-engineering 3.9: 208 KB a core).
+// an Apple GPU spills or keeps too few simdgroups resident (208 KB of them a core).
 // Threadgroup bytes: 2 * block_kv * (D + 16 bytes); below 20 KB three groups share a core's 60 KB.
 
 /// 16-bit operands on Apple7 and 8: MLX ships 32 queries with 32 keys below D=128 and 16 from there;

@@ -581,6 +581,16 @@ TEST(out_must_not_overlap) {
     WITH(out.dl.data, p.value.dl.data, UMFA_ERROR_VALUE, "overlap");
     WITH(lse.dl.data, p.out.dl.data, UMFA_ERROR_VALUE, "overlap");
     WITH(out.strides[0], 0, UMFA_ERROR_VALUE, "out");
+    {
+        umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+        tensor slopes;
+        make(&slopes, 1, HEADS, 1, 1, 1);
+        options.alibi_slopes = &slopes.dl;
+        slopes.dl.data = p.out.dl.data;
+        CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "out overlaps alibi_slopes");
+        slopes.dl.data = p.lse.dl.data;
+        CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "lse overlaps alibi_slopes");
+    }
 }
 
 TEST(failure_writes_nothing) {
