@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import emulated
 import numpy as np
-import pytest
 
 import cases
 import checks
@@ -14,8 +13,6 @@ import umfa
 from cases import Case
 from checks import Tolerance
 from frameworks import Array, Framework
-
-METAL_HEAD_DIM = 256
 
 
 class Result(NamedTuple):
@@ -39,11 +36,6 @@ class Attend:
 
     def __call__(self, query: Any, key: Any, value: Any, **options: Any) -> Result:
         if self.backend == "metal-emulated":
-            head_dim = max(query.shape[3], value.shape[3])
-            if head_dim > METAL_HEAD_DIM:  # the one refusal that is known: any other is a failure
-                with pytest.raises(umfa.UnsupportedError, match=f"head_dim={head_dim}"):
-                    emulated.attention(query, key, value, **options)
-                pytest.skip(f"no Metal kernel for head dims above {METAL_HEAD_DIM} yet")
             return Result(*emulated.attention(query, key, value, **options))
         if isinstance(options.get("alibi_slopes"), np.ndarray):
             options["alibi_slopes"] = self.framework.tensor(options["alibi_slopes"])

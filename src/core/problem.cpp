@@ -147,6 +147,36 @@ void check_writable(const Checker& check, const Problem& problem, const TensorVi
     check_overlap(check, view, name, problem.key.view, std::string(problem.key_name));
     check_overlap(check, view, name, problem.value.view, std::string(problem.value_name));
     if (problem.alibi) check_overlap(check, view, name, problem.alibi->view, "alibi_slopes");
+    if (problem.mask) check_overlap(check, view, name, problem.mask->view, "attn_mask");
+}
+
+/// The mask as (batch, nheads, seqlen_q, seqlen_kv), with stride 0 where it broadcasts.
+DenseMask broadcast_mask(const Checker& check, const Problem& problem, const TensorView& mask) {
+    const int64_t full[4] = {problem.batch, problem.nheads_q, problem.seqlen_q, problem.seqlen_kv};
+    bool fits = mask.ndim <= 4;
+    DenseMask found{mask};
+    found.view.ndim = 4;
+    for (int i = 3, from = mask.ndim - 1; fits && i >= 0; --i, --from) {
+        const int64_t size = from >= 0 ? mask.shape[from] : 1;
+        fits = size == full[i] || size == 1;
+        found.view.shape[i] = full[i];
+        found.view.strides[i] = size == full[i] && size != 1 ? mask.strides[from] : 0;
+    }
+    if (!fits) {
+        TensorView expected = mask;
+        expected.ndim = 4;
+        for (int i = 0; i < 4; ++i) expected.shape[i] = full[i];
+        check.value("attn_mask has the wrong shape", shape_text(mask),
+                    "a shape that broadcasts to " + shape_text(expected));
+    }
+    if (mask.dtype != DType::b8 && !is_attention_dtype(mask.dtype))
+        check.type("attn_mask has the wrong dtype", name_of(mask.dtype),
+                   "bool, float32, float16 or bfloat16");
+    const TensorView& query = problem.query.view;
+    if (mask.device != query.device || mask.device_id != query.device_id)
+        check.value("attn_mask is on another device", device_text(mask), device_text(query));
+    check_memory(check, mask, "attn_mask");
+    return found;
 }
 
 void check_window(const Checker& check, const char* side, int64_t width) {
@@ -306,6 +336,8 @@ Problem Problem::make(const AttentionRequest& request) {
         problem.alibi =
             Alibi{slopes, per_batch ? slopes.strides[0] : 0, slopes.strides[slopes.ndim - 1]};
     }
+
+    if (request.attn_mask) problem.mask = broadcast_mask(check, problem, *request.attn_mask);
 
     problem.wants_lse = request.wants_lse || request.lse.has_value();
     if (request.out) problem.set_out(*request.out);

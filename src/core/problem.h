@@ -125,6 +125,7 @@ struct AttentionRequest {
     int64_t window_left = -1, window_right = -1;
     double softcap = 0;
     std::optional<TensorView> alibi_slopes;
+    std::optional<TensorView> attn_mask;  // up to 4-D, broadcast from the right
     double dropout_p = 0;
 };
 

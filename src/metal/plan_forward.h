@@ -1,4 +1,4 @@
-// Planner of the full-length forward pass.
+// Planner of the forward pass.
 #pragma once
 
 #include "core/backend.h"
@@ -12,7 +12,9 @@ namespace umfa::metal {
 /// Whether plan_forward can carry the problem out, and if not, why.
 UMFA_CORE_API Verdict can_plan_forward(const Problem& problem);
 
-/// Requires can_plan_forward(problem).yes, and out attached.
+/// Requires can_plan_forward(problem).yes, and out attached. Few queries go to the decode kernel
+/// (plan_decode.h), which splits the keys; the others to the full-length one, which splits the
+/// queries.
 UMFA_CORE_API LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu);
 
 }  // namespace umfa::metal

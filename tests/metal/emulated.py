@@ -76,11 +76,13 @@ def attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     mask: Array | None = None,
+    top_left: bool = False,
 ) -> tuple[Array, Array]:
     """`umfa.flash_attn_func(..., return_attn_probs=True)` on the emulated GPU: (out, lse).
 
-    mask: bool or float, broadcast to (batch, nheads, seqlen_q, seqlen_kv). No public function
-    takes one yet, so it is put into the launch here, where the planner would.
+    mask: bool or float, which broadcasts to (batch, nheads, seqlen_q, seqlen_kv). No public
+    function takes one yet.
+    top_left: `causal` as PyTorch means it: query i sees the keys up to i.
     """
     function = "umfa.flash_attn_func"
     options = make_options(
@@ -95,38 +97,22 @@ def attention(
         "out": np.full((batch, seqlen_q, nheads, value.shape[3]), np.nan, query.dtype),
         "lse": np.full((batch, nheads, seqlen_q), np.nan, np.float32),
         "alibi_slopes": alibi_slopes,
+        "attn_mask": mask,
     }
     exported = {
         name: None if tensor is None else _numpy.export(tensor, function, name)
         for name, tensor in tensors.items()
     }
     plan = _ext.metal_plan_forward(
-        options, settings.family, settings.cores, **{
-            name: exported[name] for name in ("query", "key", "value", "alibi_slopes", "out", "lse")
-        }
-    )  # fmt: skip
+        options, settings.family, settings.cores, **exported, top_left=top_left
+    )
+    scratch = [np.full(size, 0xFF, np.uint8) for size in plan["scratch_bytes"]]  # NaN
     for launch in plan["launches"]:
-        if mask is not None:
-            tensors["mask"] = np.broadcast_to(mask, (batch, nheads, seqlen_q, key.shape[1]))
-            _attach_mask(launch, tensors["mask"])
-        counters.append(_play(launch, tensors))
+        counters.append(_play(launch, tensors, scratch))
     return tensors["out"], tensors["lse"]
 
 
-_MASK_KINDS = {"bool": 1, "float32": 2, "float16": 3, "bfloat16": 4}
-_MASK_STRIDES = slice(5 * 4 * 8, 5 * 4 * 8 + 4 * 8)  # ForwardParams: after five OperandStrides
-
-
-def _attach_mask(launch: dict[str, Any], mask: Array) -> None:
-    strides = [stride // mask.itemsize for stride in mask.strides]
-    params = bytearray(launch["params"])
-    params[_MASK_STRIDES] = np.array(strides, np.int64).tobytes()
-    launch["params"] = bytes(params)
-    launch["constants"] |= {1: _MASK_KINDS[mask.dtype.name], 2: True, 5: False}
-    launch["buffers"].append((5, "mask", 0, 0))
-
-
-def _play(launch: dict[str, Any], tensors: dict[str, Any]) -> Counters:
+def _play(launch: dict[str, Any], tensors: dict[str, Any], scratch: list[Array]) -> Counters:
     library = Library(
         SHADERS / launch["source"],
         include_dirs=[SHADERS],
@@ -136,8 +122,11 @@ def _play(launch: dict[str, Any], tensors: dict[str, Any]) -> Counters:
     )
     buffers: dict[int, Any] = {launch["params_index"]: launch["params"]}
     offsets: dict[int, int] = {}
-    for index, source, _scratch, _byte_offset in launch["buffers"]:
-        tensor = tensors[source]
+    for index, source, piece, byte_offset in launch["buffers"]:
+        if source == "scratch":
+            buffers[index], offsets[index] = scratch[piece], byte_offset
+            continue
+        tensor = tensors["attn_mask" if source == "mask" else source]
         if tensor.dtype == ml_dtypes.bfloat16:
             tensor = tensor.view(np.uint16)
         buffers[index], offsets[index] = memory_of(tensor)

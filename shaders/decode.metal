@@ -1,0 +1,391 @@
+// Decode: attention of few queries (a token, or a few speculated ones) over many keys, where time
+// goes into reading K and V. The keys are split among threadgroups, and `decode_merge` merges what
+// they found (flash-decoding, Dao et al. 2023).
+//
+// The rows of one threadgroup are all queries of all query heads that share a key head, so K and V
+// are read once for the whole group. They go straight from device memory into fragments, 16 bytes a
+// lane: nothing says that fragment d must hold channels 8 d to 8 d + 7. A product over channels is
+// the same in any order that Q and K agree on, and the columns of O may lie in any order that the
+// store knows. The order chosen is the one in which a lane's elements of all fragments are
+// neighbours in memory.
+//
+// Each simdgroup goes through every SIMDGROUPS-th run of 8 keys, alone; they merge at the end.
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+#include <metal_stdlib>
+
+#include "umfa/decode_shapes.h"
+#include "umfa/fragment.h"
+#include "umfa/operand.h"
+#include "umfa/params.h"
+#include "umfa/scores.h"
+#include "umfa/softmax.h"
+#include "umfa/visible.h"
+
+using namespace metal;
+
+// Several threadgroups share a row's keys: what this one finds is only a part.
+constant bool is_split [[function_constant(UMFA_CONSTANT_IS_SPLIT)]];
+
+namespace umfa {
+
+/// How a lane's `per_lane` channels of a row are cut into chunks of up to 16 bytes; `lanes` lanes
+/// hold the row. Chunk i of lane n starts at channel (i * lanes + n) * chunk.
+template <typename T>
+constexpr int chunk_of(int per_lane) {
+    return per_lane % (16 / int(sizeof(T))) == 0  ? 16 / int(sizeof(T))
+           : per_lane % (8 / int(sizeof(T))) == 0 ? 8 / int(sizeof(T))
+                                                  : 4 / int(sizeof(T));
+}
+
+/// Channel that fragment d of Q and K has in its row or column `place` (0 to 7).
+template <typename T, int D>
+inline int key_channel(int d, int place) {
+    constexpr int CHUNK = chunk_of<T>(D / 8);
+    return (d / CHUNK * 8 + place) * CHUNK + d % CHUNK;
+}
+
+/// Channel that fragment d of V and O has in its column.
+template <typename T, int DV>
+inline int value_channel(int d, int column) {
+    constexpr int CHUNK = chunk_of<T>(DV / 4);
+    const int nth = d * 2 + column % 2;  // of this lane's channels
+    return (nth / CHUNK * 4 + column / 2) * CHUNK + nth % CHUNK;
+}
+
+/// A lane's elements of one row, chunk by chunk.
+template <int PER_LANE, int LANES, typename M, typename T>
+inline void load_chunks(thread M (&elements)[PER_LANE], device const T* rows,
+                        constant OperandStrides& strides, int row, int row_count, int lane,
+                        int columns) {
+    constexpr int CHUNK = chunk_of<T>(PER_LANE);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < PER_LANE / CHUNK; ++i) {
+        M chunk[CHUNK];
+        load_elements<CHUNK>(chunk, rows, strides, row, row_count, (i * LANES + lane) * CHUNK,
+                             columns);
+#pragma clang loop unroll(full)
+        for (int e = 0; e < CHUNK; ++e) elements[i * CHUNK + e] = chunk[e];
+    }
+}
+
+/// Takes in what another simdgroup, or another part of the keys, found of the same row.
+inline void merge(thread SoftmaxRow& row, float other_reference, float other_sum,
+                  thread float& mine, thread float& theirs) {
+    const float reference = max(row.reference, other_reference);
+    mine = row.reference <= lowest ? 0.0f : fast::exp2(row.reference - reference);
+    theirs = other_reference <= lowest ? 0.0f : fast::exp2(other_reference - reference);
+    row.reference = reference;
+    row.sum = row.sum * mine + other_sum * theirs;
+}
+
+template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
+[[kernel]] void decode(
+    device const T* query [[buffer(UMFA_BUFFER_QUERY)]],
+    device const T* key [[buffer(UMFA_BUFFER_KEY)]],
+    device const T* value [[buffer(UMFA_BUFFER_VALUE)]], device T* out [[buffer(UMFA_BUFFER_OUT)]],
+    device float* lse [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
+    device const uchar* mask [[buffer(UMFA_BUFFER_MASK), function_constant(has_mask)]],
+    device const float* slopes [[buffer(UMFA_BUFFER_SLOPES), function_constant(has_alibi)]],
+    constant DecodeParams& decode_params [[buffer(UMFA_BUFFER_PARAMS)]],
+    device float* partial_out [[buffer(UMFA_BUFFER_PARTIAL_OUT), function_constant(is_split)]],
+    device float2* partial_state [[buffer(UMFA_BUFFER_PARTIAL_STATE), function_constant(is_split)]],
+    uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+    constexpr int DF = D / 8, DVF = DV / 8;  // fragments
+    threadgroup float2 merged_out[SIMDGROUPS / 2 * QF * DVF * 32];
+    threadgroup float2 merged_state[SIMDGROUPS / 2 * QF * 32];
+    // Q stays in registers where it leaves room for O; else in threadgroup memory, in lane order.
+    constexpr bool Q_STAYS = D * sizeof(M) <= 512;
+    threadgroup float2 parked_q[Q_STAYS ? 1 : QF * DF * 32];
+
+    constant ForwardParams& params = decode_params.forward;
+    const LaneMap at = lane_map(lane);
+    const int split = group.x, batch = group.z;
+    const int row_count = params.group * params.seqlen_q;  // of this key head
+    const int row_blocks = (row_count + 8 * QF - 1) / (8 * QF);
+    const int head_kv = group.y / row_blocks, first_row = group.y % row_blocks * (8 * QF);
+
+    key += batch * params.key.batch + head_kv * params.key.head;
+    value += batch * params.value.batch + head_kv * params.value.head;
+
+    Fragment<M> q[QF][Q_STAYS ? DF : 1];
+    Fragment<float> o[QF][DVF];
+    SoftmaxRow softmax[QF];
+    ScoreRow rows[QF];
+    int heads[QF];
+#pragma clang loop unroll(full)
+    for (int f = 0; f < QF; ++f) {
+        // Row n is query n % seqlen_q of the group's head n / seqlen_q. Those past the end repeat
+        // the last one and are not stored.
+        const int n = min(first_row + f * 8 + at.row, row_count - 1);
+        heads[f] = head_kv * params.group + n / params.seqlen_q;
+        start(softmax[f]);
+        rows[f] = score_row(params, slopes, batch, heads[f], n % params.seqlen_q);
+        device const T* of_head = query + batch * params.query.batch + heads[f] * params.query.head;
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DF; ++d) {
+            if (!Q_STAYS && d % SIMDGROUPS != int(simdgroup)) continue;
+            const M first = element<M>(of_head, params.query, rows[f].row, params.seqlen_q,
+                                       key_channel<T, D>(d, at.column), params.head_dim);
+            const M second = element<M>(of_head, params.query, rows[f].row, params.seqlen_q,
+                                        key_channel<T, D>(d, at.column + 1), params.head_dim);
+            if (Q_STAYS)
+                set(q[f][Q_STAYS ? d : 0], first, second);
+            else
+                parked_q[(f * DF + d) * 32 + lane] = float2(float(first), float(second));
+        }
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
+    }
+
+    if (!Q_STAYS) threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    const Visible<int> visible = {params.seqlen_kv, params.offset, params.left, params.right};
+    const int begin = decode_params.first_key + split * decode_params.keys_per_split;
+    const int end = min(begin + decode_params.keys_per_split, decode_params.last_key);
+    const int last_query = params.seqlen_q - 1;
+    const int all_begin = visible_begin(visible, last_query), all_end = visible_end(visible, 0);
+    const float unit = scale_last ? params.score_scale : 1.0f;
+
+    for (int k0 = begin + int(simdgroup) * 8; k0 < end; k0 += 8 * SIMDGROUPS) {
+        // B(channel, key) of K takes two keys a lane, B(key, channel) of V one.
+        M k0_row[DF], k1_row[DF], v_row[2 * DVF];
+        load_chunks<DF, 8>(k0_row, key, params.key, k0 + at.column, end, at.row, params.head_dim);
+        load_chunks<DF, 8>(k1_row, key, params.key, k0 + at.column + 1, end, at.row,
+                           params.head_dim);
+        load_chunks<2 * DVF, 4>(v_row, value, params.value, k0 + at.row, end, at.column / 2,
+                                params.head_dim_v);
+
+        Fragment<float> s[QF];
+#pragma clang loop unroll(full)
+        for (int f = 0; f < QF; ++f) set(s[f], 0.0f, 0.0f);
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DF; ++d) {
+            Fragment<M> b;
+            set(b, k0_row[d], k1_row[d]);
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f) {
+                if (!Q_STAYS) {
+                    const float2 parked = parked_q[(f * DF + d) * 32 + lane];
+                    set(q[f][0], M(parked.x), M(parked.y));
+                }
+                simdgroup_multiply_accumulate(s[f], q[f][Q_STAYS ? d : 0], b, s[f]);
+            }
+        }
+
+        // A split may end inside a run, so its own end bounds what is seen too.
+        const bool mixed = all_begin > k0 || min(all_end, end) < k0 + 8;
+        const bool hides = mixed || has_mask;
+        Fragment<M> p[QF];
+#pragma clang loop unroll(full)
+        for (int f = 0; f < QF; ++f) {
+            int from = 0, to = 0;
+            if (mixed) {
+                from = visible_begin(visible, rows[f].row);
+                to = min(visible_end(visible, rows[f].row), end);
+            }
+            float x[2];
+#pragma clang loop unroll(full)
+            for (int e = 0; e < 2; ++e)
+                x[e] = score(s[f].thread_elements()[e], rows[f], k0 + at.column + e, mixed, from,
+                             to, params, mask);
+            const float top = max(x[0], x[1]);
+            if (must_follow(softmax[f], top, unit)) {
+                const float factor = follow(softmax[f], top, unit);
+#pragma clang loop unroll(full)
+                for (int d = 0; d < DVF; ++d)
+                    set(o[f][d], o[f][d].thread_elements()[0] * factor,
+                        o[f][d].thread_elements()[1] * factor);
+            }
+            const float p0 = weight(x[0], softmax[f], unit, hides);
+            const float p1 = weight(x[1], softmax[f], unit, hides);
+            softmax[f].sum += p0 + p1;
+            set(p[f], M(p0), M(p1));
+        }
+
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DVF; ++d) {
+            Fragment<M> b;
+            set(b, v_row[2 * d], v_row[2 * d + 1]);
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f) simdgroup_multiply_accumulate(o[f][d], p[f], b, o[f][d]);
+        }
+    }
+
+    // The upper half of the simdgroups hands over to the lower half, until one is left.
+#pragma clang loop unroll(full)
+    for (int f = 0; f < QF; ++f) softmax[f].sum = total(softmax[f]);
+#pragma clang loop unroll(full)
+    for (int half_count = SIMDGROUPS / 2; half_count > 0; half_count /= 2) {
+        const int slot = simdgroup % half_count;
+        threadgroup float2* their_out = merged_out + slot * (QF * DVF * 32) + lane;
+        threadgroup float2* their_state = merged_state + slot * (QF * 32) + lane;
+        if (int(simdgroup) >= half_count && int(simdgroup) < 2 * half_count) {
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f) {
+                their_state[f * 32] = float2(softmax[f].reference, softmax[f].sum);
+#pragma clang loop unroll(full)
+                for (int d = 0; d < DVF; ++d)
+                    their_out[(f * DVF + d) * 32] =
+                        float2(o[f][d].thread_elements()[0], o[f][d].thread_elements()[1]);
+            }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (int(simdgroup) < half_count) {
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f) {
+                const float2 state = their_state[f * 32];
+                float mine, theirs;
+                merge(softmax[f], state.x, state.y, mine, theirs);
+#pragma clang loop unroll(full)
+                for (int d = 0; d < DVF; ++d) {
+                    const float2 other = their_out[(f * DVF + d) * 32];
+                    set(o[f][d], o[f][d].thread_elements()[0] * mine + other.x * theirs,
+                        o[f][d].thread_elements()[1] * mine + other.y * theirs);
+                }
+            }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    if (simdgroup != 0) return;
+
+#pragma clang loop unroll(full)
+    for (int f = 0; f < QF; ++f) {
+        if (first_row + f * 8 + at.row >= row_count) continue;
+        const int row = rows[f].row;
+        if (is_split) {
+            const int64_t heads_q = decode_params.heads;
+            const int64_t to =
+                ((batch * heads_q + heads[f]) * params.seqlen_q + row) * decode_params.splits +
+                split;
+#pragma clang loop unroll(full)
+            for (int d = 0; d < DVF; ++d) {
+#pragma clang loop unroll(full)
+                for (int e = 0; e < 2; ++e) {
+                    const int column = value_channel<T, DV>(d, at.column + e);
+                    if (column < params.head_dim_v)
+                        partial_out[to * params.head_dim_v + column] = o[f][d].thread_elements()[e];
+                }
+            }
+            if (at.column == 0) partial_state[to] = float2(softmax[f].reference, softmax[f].sum);
+            continue;
+        }
+        const float sum = softmax[f].sum, inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        device T* to =
+            out + batch * params.out.batch + heads[f] * params.out.head + row * params.out.row;
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DVF; ++d) {
+#pragma clang loop unroll(full)
+            for (int e = 0; e < 2; ++e) {
+                const int column = value_channel<T, DV>(d, at.column + e);
+                if (column < params.head_dim_v)
+                    to[column * channel_stride(params.out)] =
+                        T(o[f][d].thread_elements()[e] * inverse);
+            }
+        }
+        if (has_lse && at.column == 0)
+            lse[batch * params.lse.batch + heads[f] * params.lse.head + row * params.lse.row] =
+                log_sum_exp(softmax[f].reference, sum);
+    }
+}
+
+/// One threadgroup merges one row: its simdgroups take every SIMDGROUPS-th split, its lanes the
+/// channels, and the parts are added in a fixed order.
+template <typename T, int SIMDGROUPS, int PER_LANE>
+[[kernel]] void decode_merge(device const float* partial_out [[buffer(UMFA_BUFFER_PARTIAL_OUT)]],
+                             device const float2* partial_state
+                             [[buffer(UMFA_BUFFER_PARTIAL_STATE)]],
+                             device T* out [[buffer(UMFA_BUFFER_OUT)]],
+                             device float* lse
+                             [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
+                             constant MergeParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
+                             uint3 group [[threadgroup_position_in_grid]],
+                             uint simdgroup [[simdgroup_index_in_threadgroup]],
+                             uint lane [[thread_index_in_simdgroup]]) {
+    threadgroup float parts[SIMDGROUPS * PER_LANE * 32];
+    threadgroup float2 states[SIMDGROUPS];
+
+    const int row = group.x, head = group.y, batch = group.z;
+    const int64_t from =
+        ((int64_t(batch) * params.heads + head) * params.seqlen_q + row) * params.splits;
+    SoftmaxRow softmax;
+    start(softmax);
+    float o[PER_LANE] = {};
+    for (int split = simdgroup; split < params.splits; split += SIMDGROUPS) {
+        const float2 state = partial_state[from + split];
+        float mine, theirs;
+        merge(softmax, state.x, state.y, mine, theirs);
+#pragma clang loop unroll(full)
+        for (int i = 0; i < PER_LANE; ++i) {
+            const int column = i * 32 + lane;
+            const float other = column < params.head_dim_v
+                                    ? partial_out[(from + split) * params.head_dim_v + column]
+                                    : 0.0f;
+            o[i] = o[i] * mine + other * theirs;
+        }
+    }
+#pragma clang loop unroll(full)
+    for (int i = 0; i < PER_LANE; ++i) parts[(simdgroup * PER_LANE + i) * 32 + lane] = o[i];
+    if (lane == 0) states[simdgroup] = float2(softmax.reference, softmax.sum);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (simdgroup != 0) return;
+
+    for (int other = 1; other < SIMDGROUPS; ++other) {
+        const float2 state = states[other];
+        float mine, theirs;
+        merge(softmax, state.x, state.y, mine, theirs);
+#pragma clang loop unroll(full)
+        for (int i = 0; i < PER_LANE; ++i)
+            o[i] = o[i] * mine + parts[(other * PER_LANE + i) * 32 + lane] * theirs;
+    }
+    const float inverse = softmax.sum == 0.0f ? 0.0f : 1.0f / softmax.sum;
+    device T* to = out + batch * params.out.batch + head * params.out.head + row * params.out.row;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < PER_LANE; ++i) {
+        const int column = i * 32 + lane;
+        if (column < params.head_dim_v) to[column * params.out.channel] = T(o[i] * inverse);
+    }
+    if (has_lse && lane == 0)
+        lse[batch * params.lse.batch + head * params.lse.head + row * params.lse.row] =
+            log_sum_exp(softmax.reference, softmax.sum);
+}
+
+}  // namespace umfa
+
+#define UMFA_DECODE(NAME, ...) \
+    template [[host_name(      \
+        NAME)]] [[kernel]] decltype(umfa::decode<__VA_ARGS__>) umfa::decode<__VA_ARGS__>;
+#define UMFA_MERGE(NAME, ...)                                                         \
+    template [[host_name(NAME)]] [[kernel]] decltype(umfa::decode_merge<__VA_ARGS__>) \
+        umfa::decode_merge<__VA_ARGS__>;
+
+#ifdef UMFA_KERNEL
+// Compiled from text for one problem: the planner names the kernel and its shape.
+#ifdef UMFA_MERGES
+UMFA_MERGE(UMFA_KERNEL, UMFA_T, UMFA_SHAPE)
+#else
+UMFA_DECODE(UMFA_KERNEL, UMFA_T, UMFA_M, UMFA_SHAPE)
+#endif
+#else
+// Compiled ahead: every shape that the planner can ask for.
+#define UMFA_NAME(TYPE, D, DV, QF) "decode_" TYPE "_d" #D "_v" #DV "_q" #QF
+#define UMFA_F16(D, DV, QF, SIMDGROUPS) \
+    UMFA_DECODE(UMFA_NAME("f16", D, DV, QF), half, half, D, DV, QF, SIMDGROUPS)
+#define UMFA_BF16(D, DV, QF, SIMDGROUPS) \
+    UMFA_DECODE(UMFA_NAME("bf16", D, DV, QF), bfloat, bfloat, D, DV, QF, SIMDGROUPS)
+#define UMFA_F32(D, DV, QF, SIMDGROUPS) \
+    UMFA_DECODE(UMFA_NAME("f32", D, DV, QF), float, float, D, DV, QF, SIMDGROUPS)
+#define UMFA_BF16_AS_F32(D, DV, QF, SIMDGROUPS) \
+    UMFA_DECODE(UMFA_NAME("bf16_as_f32", D, DV, QF), bfloat, float, D, DV, QF, SIMDGROUPS)
+UMFA_DECODE_SHAPES(UMFA_F16)
+UMFA_DECODE_SHAPES(UMFA_BF16)
+UMFA_DECODE_SHAPES(UMFA_F32)
+UMFA_DECODE_SHAPES(UMFA_BF16_AS_F32)
+UMFA_MERGE("decode_merge_f16_d128", half, 8, 4)
+UMFA_MERGE("decode_merge_f16_d256", half, 8, 8)
+UMFA_MERGE("decode_merge_bf16_d128", bfloat, 8, 4)
+UMFA_MERGE("decode_merge_bf16_d256", bfloat, 8, 8)
+UMFA_MERGE("decode_merge_f32_d128", float, 8, 4)
+UMFA_MERGE("decode_merge_f32_d256", float, 8, 8)
+#endif

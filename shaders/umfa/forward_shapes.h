@@ -1,0 +1,56 @@
+// Tile shapes of the forward kernel: the one list from which forward.metal instantiates kernels and
+// the planner (src/metal/plan_forward.cpp) picks them.
+//
+// UMFA_FORWARD_SHAPES_16(X) and _32(X) are lists of
+//     X(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FIRST, LAST)
+// for fragments of 16 and of 32 bits, in which the planner takes the first row that holds the head
+// dims and the GPU's family:
+//
+//   D, DV       channels of Q and K, and of V: smaller tensors are padded with zeros in the kernel
+//   BK          keys per tile
+//   QF          8-row fragments of queries per simdgroup
+//   SIMDGROUPS  per threadgroup
+//   SPLIT       simdgroups that share the channels of one block of rows
+//   ONE_TILE    V takes the place of K in threadgroup memory, for two more barriers a tile
+//   FIRST, LAST Apple GPU families: 7 = M1, 8 = M2, 9 = M3 and M4, 10 = M5
+//
+// What decides:
+// * Registers. Live floats per lane: O takes QF * DV / SPLIT / 4, S and P QF * BK * 3 / 8, Q
+//   QF * D / SPLIT / 8 (16-bit fragments) or / 4, addresses about 20. Above about 110 an Apple GPU
+//   spills or keeps too few simdgroups resident (208 KB of them a core).
+// * Threadgroup memory. (D + DV) * BK elements and 16 bytes a row, 32 KB at most; below 20 KB three
+//   threadgroups share a core's 60 KB.
+// * Traffic. Each fragment of K and V read from threadgroup memory serves QF products.
+#pragma once
+
+// 16 bits: half; bfloat from Apple9 on.
+// Up to D = 96 two fragments of queries fit the registers (D = 64: 32 + 24 + 16 + 20) and halve the
+// threadgroup traffic. At D = 128 Apple7 and 8 take 16 keys: 32 measured 0.71x there (mlx-mfa, M1),
+// for want of registers; on Apple9 registers and threadgroup memory are one pool, and 32 keys fit
+// (mlx-mfa selects the same on M3). 192/128 is the shape of DeepSeek's MLA.
+#define UMFA_FORWARD_SHAPES_16(X)          \
+    X(32, 32, 32, 2, 4, 1, false, 7, 10)   \
+    X(64, 64, 32, 2, 4, 1, false, 7, 10)   \
+    X(80, 80, 32, 1, 4, 1, false, 7, 10)   \
+    X(96, 96, 32, 1, 4, 1, false, 7, 10)   \
+    X(128, 128, 16, 1, 4, 1, false, 7, 8)  \
+    X(128, 128, 32, 1, 4, 1, false, 9, 10) \
+    X(160, 160, 16, 1, 4, 1, false, 7, 10) \
+    X(192, 128, 16, 1, 4, 1, false, 7, 10) \
+    X(192, 192, 16, 1, 4, 1, false, 7, 10) \
+    X(256, 256, 16, 1, 4, 1, false, 7, 10) \
+    X(512, 512, 16, 1, 4, 2, true, 7, 10)
+
+// 32 bits: float, and bfloat as float before Apple9, where bfloat arithmetic is emulated.
+// Twice the bytes: from D = 160 simdgroups share the channels, or Q would not fit the registers.
+#define UMFA_FORWARD_SHAPES_32(X)          \
+    X(32, 32, 32, 1, 4, 1, false, 7, 10)   \
+    X(64, 64, 32, 1, 4, 1, false, 7, 10)   \
+    X(80, 80, 16, 1, 4, 1, false, 7, 10)   \
+    X(96, 96, 16, 1, 4, 1, false, 7, 10)   \
+    X(128, 128, 16, 1, 4, 1, false, 7, 10) \
+    X(160, 160, 8, 1, 4, 2, false, 7, 10)  \
+    X(192, 128, 8, 1, 4, 2, false, 7, 10)  \
+    X(192, 192, 8, 1, 4, 2, false, 7, 10)  \
+    X(256, 256, 8, 1, 4, 2, false, 7, 10)  \
+    X(512, 512, 8, 1, 8, 4, true, 7, 10)

@@ -1,0 +1,32 @@
+// Buffer and function constant indices of the kernels: one list for the shaders and the planner.
+//
+// Macros, since Metal's attributes and the host's switch statements both take them.
+#pragma once
+
+#define UMFA_BUFFER_QUERY 0
+#define UMFA_BUFFER_KEY 1
+#define UMFA_BUFFER_VALUE 2
+#define UMFA_BUFFER_OUT 3
+#define UMFA_BUFFER_LSE 4
+#define UMFA_BUFFER_MASK 5
+#define UMFA_BUFFER_SLOPES 6
+#define UMFA_BUFFER_PARAMS 7
+#define UMFA_BUFFER_PARTIAL_OUT 8    // split-KV: what each split found
+#define UMFA_BUFFER_PARTIAL_STATE 9  // and its (reference, sum)
+
+#define UMFA_CONSTANT_HAS_LSE 0
+#define UMFA_CONSTANT_MASK_KIND 1
+#define UMFA_CONSTANT_HAS_MASK 2
+#define UMFA_CONSTANT_HAS_ALIBI 3
+#define UMFA_CONSTANT_HAS_SOFTCAP 4
+#define UMFA_CONSTANT_SCALE_LAST 5
+#define UMFA_CONSTANT_UNIT_CHANNELS 6
+#define UMFA_CONSTANT_WIDE_LOADS 7
+#define UMFA_CONSTANT_IS_SPLIT 8
+
+// Values of mask_kind.
+#define UMFA_MASK_NONE 0
+#define UMFA_MASK_BOOL 1
+#define UMFA_MASK_F32 2
+#define UMFA_MASK_F16 3
+#define UMFA_MASK_BF16 4

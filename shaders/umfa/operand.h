@@ -1,0 +1,108 @@
+// Reading the operands of attention: single elements, and 16 bytes at a time where the planner has
+// seen that every row is aligned for it.
+#pragma once
+
+#include <metal_stdlib>
+
+#include "umfa/indices.h"
+#include "umfa/params.h"
+
+constant bool unit_channels
+    [[function_constant(UMFA_CONSTANT_UNIT_CHANNELS)]];  // every channel stride is 1
+// Rows of K and V start on 16 bytes and their channels come in whole 16 bytes.
+constant bool wide_loads [[function_constant(UMFA_CONSTANT_WIDE_LOADS)]];
+
+namespace umfa {
+
+using namespace metal;
+
+inline int64_t channel_stride(constant OperandStrides& strides) {
+    return unit_channels ? 1 : strides.channel;
+}
+
+/// One element, zero past the last row and column: padding is never read, and 0 * NaN never reaches
+/// P V.
+template <typename M, typename T>
+inline M element(device const T* rows, constant OperandStrides& strides, int row, int row_count,
+                 int column, int columns) {
+    return row < row_count && column < columns
+               ? M(rows[row * strides.row + column * channel_stride(strides)])
+               : M(0);
+}
+
+// The first or second 16-bit element of four bytes, or the 32-bit one, in the type of the fragments.
+template <typename M, typename T>
+struct Unpack;
+template <>
+struct Unpack<half, half> {
+    static half get(uint bits, bool second) {
+        const half2 pair = as_type<half2>(bits);
+        return second ? pair.y : pair.x;
+    }
+};
+template <>
+struct Unpack<bfloat, bfloat> {
+    static bfloat get(uint bits, bool second) {
+        return as_type<bfloat>(ushort(second ? bits >> 16 : bits));
+    }
+};
+template <>
+struct Unpack<float, bfloat> {
+    static float get(uint bits, bool second) {
+        return as_type<float>(second ? bits & 0xffff0000u : bits << 16);
+    }
+};
+template <>
+struct Unpack<float, float> {
+    static float get(uint bits, bool) { return as_type<float>(bits); }
+};
+
+/// Reads 1, 2 or 4 words of 4 bytes at once.
+template <int WORDS>
+struct Words;
+template <>
+struct Words<1> {
+    static void load(thread uint (&words)[1], device const void* at) {
+        words[0] = *reinterpret_cast<device const uint*>(at);
+    }
+};
+template <>
+struct Words<2> {
+    static void load(thread uint (&words)[2], device const void* at) {
+        const uint2 v = *reinterpret_cast<device const uint2*>(at);
+        words[0] = v.x;
+        words[1] = v.y;
+    }
+};
+template <>
+struct Words<4> {
+    static void load(thread uint (&words)[4], device const void* at) {
+        const uint4 v = *reinterpret_cast<device const uint4*>(at);
+        words[0] = v.x;
+        words[1] = v.y;
+        words[2] = v.z;
+        words[3] = v.w;
+    }
+};
+
+/// N neighbours of one row, which take 4, 8 or 16 bytes; zeros past the last row and channel.
+template <int N, typename M, typename T>
+inline void load_elements(thread M (&elements)[N], device const T* rows,
+                          constant OperandStrides& strides, int row, int row_count, int column,
+                          int columns) {
+    if (wide_loads) {
+        constexpr int PER_WORD = 4 / sizeof(T), WORDS = N / PER_WORD;
+        uint words[WORDS] = {};
+        if (row < row_count && column < columns)
+            Words<WORDS>::load(words, rows + row * strides.row + column);
+#pragma clang loop unroll(full)
+        for (int i = 0; i < N; ++i)
+            elements[i] = Unpack<M, T>::get(words[i / PER_WORD], i % PER_WORD != 0);
+    } else {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < N; ++i)
+            elements[i] = element<M>(rows, strides, row, row_count, column + i, columns);
+    }
+}
+
+}  // namespace umfa

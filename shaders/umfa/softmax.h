@@ -1,0 +1,61 @@
+// Online softmax over tiles of keys (Milakov & Gimelshein 2018; Dao et al. 2022), one row of an 8x8
+// fragment at a time, in exp2.
+#pragma once
+
+#include "umfa/fragment.h"
+#include "umfa/scores.h"
+
+namespace umfa {
+
+/// Exponents are taken relative to `reference`, which need not be the maximum: as long as no score
+/// is more than `slack` above it nothing overflows, so it follows the maximum only in such steps.
+/// A tile then costs one comparison a lane instead of an exchange between lanes and a pass over O:
+/// after the first tile, standard normal scores never move it again. 2^8 leaves half's 65504 and
+/// the sum of 2^31 keys in float far away.
+struct SoftmaxRow {
+    float reference;  // in units of log2; `lowest` before anything was seen
+    float sum;        // this lane's share
+};
+
+constant constexpr float slack = 8.0f;
+
+inline void start(thread SoftmaxRow& row) {
+    row.reference = lowest;
+    row.sum = 0.0f;
+}
+
+/// Moves the reference where the largest score `top` of this lane's row asks for it. Returns the
+/// factor on everything summed so far: exactly 1 in a row that did not ask, whoever else did.
+inline float follow(thread SoftmaxRow& row, float top, float unit) {
+    const float largest = row_max(top);
+    const float scaled = largest <= lowest ? lowest : largest * unit;
+    if (!(scaled > row.reference + slack)) return 1.0f;
+    // A row that has seen nothing yet has nothing to rescale, and lowest is not to compute with.
+    const float factor = row.reference <= lowest ? 0.0f : fast::exp2(row.reference - scaled);
+    row.reference = scaled;
+    row.sum *= factor;
+    return factor;
+}
+
+/// Whether any row of the simdgroup must `follow`. All lanes get the same answer.
+inline bool must_follow(thread const SoftmaxRow& row, float top, float unit) {
+    return simd_any(top * unit > row.reference + slack);
+}
+
+/// exp2 of a score relative to the reference. `hides`: the tile may hold scores that are `lowest`.
+/// NaN passes.
+inline float weight(float x, thread const SoftmaxRow& row, float unit, bool hides) {
+    const float w = fast::exp2(fma(x, unit, -row.reference));
+    return hides && x <= lowest ? 0.0f : w;
+}
+
+/// Sum over the row's lanes.
+inline float total(thread const SoftmaxRow& row) { return row_sum(row.sum); }
+
+/// Natural log-sum-exp of a row with this total.
+inline float log_sum_exp(float reference, float total) {
+    return total == 0.0f ? as_type<float>(0xff800000u)  // -inf, as bits
+                         : (reference + log2(total)) * ln_2;
+}
+
+}  // namespace umfa

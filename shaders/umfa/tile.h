@@ -1,0 +1,71 @@
+// Tiles of K and V in threadgroup memory.
+#pragma once
+
+#include "umfa/fragment.h"
+#include "umfa/operand.h"
+
+namespace umfa {
+
+/// Elements from one row of a tile to the next: 16 bytes of padding, so that the rows of a fragment
+/// lie in different banks.
+template <typename M>
+constexpr int tile_row(int columns) {
+    return columns + 16 / int(sizeof(M));
+}
+
+/// Words of 16 bytes that a tile takes; declared in these, it is aligned for them.
+template <typename M>
+constexpr int tile_words(int rows, int columns) {
+    return rows * tile_row<M>(columns) * int(sizeof(M)) / 16;
+}
+
+// 16 bytes of T as M, in threadgroup memory.
+template <typename M, typename T>
+struct Store;
+template <typename T>
+struct Store<T, T> {
+    static void words(threadgroup T* to, uint4 v) { *reinterpret_cast<threadgroup uint4*>(to) = v; }
+};
+template <>
+struct Store<float, bfloat> {
+    static void words(threadgroup float* to, uint4 v) {
+        const uint4 low = v << 16, high = v & 0xffff0000u;
+        threadgroup uint4* at = reinterpret_cast<threadgroup uint4*>(to);
+        at[0] = uint4(low.x, high.x, low.y, high.y);
+        at[1] = uint4(low.z, high.z, low.w, high.w);
+    }
+};
+
+/// Copies ROWS rows of D channels into threadgroup memory, zeros past the last row and channel.
+template <typename M, int D, int ROWS, int THREADS, typename T>
+inline void stage(threadgroup M* tile, device const T* rows, constant OperandStrides& strides,
+                  int row_count, int columns, ushort thread_index) {
+    constexpr int ROW = tile_row<M>(D);
+    if (wide_loads) {
+        constexpr int N = 16 / sizeof(T), STEPS = (ROWS * D / N + THREADS - 1) / THREADS;
+        uint4 words[STEPS];
+        // All loads are under way before the first is stored.
+#pragma clang loop unroll(full)
+        for (int step = 0; step < STEPS; ++step) {
+            const int i = step * THREADS + thread_index, row = i / (D / N),
+                      column = i % (D / N) * N;
+            words[step] = uint4(0u);
+            if (row < ROWS && row < row_count && column < columns)
+                words[step] =
+                    *reinterpret_cast<device const uint4*>(rows + row * strides.row + column);
+        }
+#pragma clang loop unroll(full)
+        for (int step = 0; step < STEPS; ++step) {
+            const int i = step * THREADS + thread_index, row = i / (D / N),
+                      column = i % (D / N) * N;
+            if (row < ROWS) Store<M, T>::words(tile + row * ROW + column, words[step]);
+        }
+    } else {
+        for (int i = thread_index; i < ROWS * D; i += THREADS) {
+            const int row = i / D, column = i % D;
+            tile[row * ROW + column] = element<M>(rows, strides, row, row_count, column, columns);
+        }
+    }
+}
+
+}  // namespace umfa

@@ -1,0 +1,147 @@
+#include "metal/plan_decode.h"
+
+#include <algorithm>
+
+#include "metal/plan_parts.h"
+#include "umfa/decode_shapes.h"
+#include "umfa/indices.h"
+
+namespace umfa::metal {
+namespace {
+
+struct Shape {
+    int d, dv, qf, simdgroups;
+};
+#define UMFA_ROW(...) {__VA_ARGS__},
+constexpr Shape shapes[] = {UMFA_DECODE_SHAPES(UMFA_ROW)};
+#undef UMFA_ROW
+
+/// Beyond, tiles of the full-length kernel are filled well enough (MLX and PyTorch draw the line at
+/// the same length).
+constexpr int64_t max_queries = 8;
+/// Threadgroups that keep a core's memory pipeline busy: four of 128 threads, at about 100 registers
+/// a lane, are what its 208 KB of registers hold.
+constexpr int64_t threadgroups_per_core = 4;
+/// Below, writing and merging the partial results costs more than the longer loop.
+constexpr int64_t min_keys_per_split = 128;
+/// Simdgroups of a threadgroup that merges: each takes every eighth split.
+constexpr int merge_simdgroups = 8;
+
+const Shape* shape_of(const Problem& problem, int64_t rows) {
+    const Shape* found = nullptr;
+    for (const Shape& shape : shapes) {
+        if (shape.d < problem.head_dim || shape.dv < problem.head_dim_v) continue;
+        if (found && (shape.d != found->d || shape.dv != found->dv)) break;
+        found = &shape;
+        if (8 * shape.qf >= rows) break;
+    }
+    return found;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t rows_of(const Problem& problem) {
+    return problem.nheads_q / std::max<int64_t>(problem.nheads_kv, 1) * problem.seqlen_q;
+}
+
+}  // namespace
+
+bool is_decode(const Problem& problem) {
+    return problem.seqlen_q <= max_queries && shape_of(problem, rows_of(problem));
+}
+
+LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
+    const ElementType type = element_type(problem.query.view.dtype, gpu);
+    const int64_t rows = rows_of(problem);
+    const Shape& shape = *shape_of(problem, rows);
+    const int64_t row_blocks = ceil_div(rows, 8 * shape.qf);
+
+    // The keys that any query sees, in equal pieces of whole rounds of the simdgroups.
+    const int64_t first = visible_begin(problem.visible, int64_t{0});
+    const int64_t last = std::max(first, visible_end(problem.visible, problem.seqlen_q - 1)),
+                  keys = last - first;
+    const int64_t groups = problem.batch * problem.nheads_kv * row_blocks;
+    const int64_t wanted = ceil_div(gpu.cores * threadgroups_per_core, groups);
+    const int64_t round = 8 * shape.simdgroups;
+    const int64_t keys_per_split = std::max(
+        round,
+        ceil_div(ceil_div(keys, std::clamp<int64_t>(keys / min_keys_per_split, 1, wanted)), round) *
+            round);
+    const int64_t splits = std::max<int64_t>(1, ceil_div(keys, keys_per_split));
+
+    DecodeParams params{};
+    params.forward = forward_params(problem);
+    params.first_key = static_cast<int32_t>(first);
+    params.last_key = static_cast<int32_t>(last);
+    params.keys_per_split = static_cast<int32_t>(keys_per_split);
+    params.splits = static_cast<int32_t>(splits);
+    params.heads = static_cast<int32_t>(problem.nheads_q);
+
+    LaunchPlan plan;
+    KernelLaunch decode;
+    decode.kernel = std::string("decode_") + type.name + "_d" + std::to_string(shape.d) + "_v" +
+                    std::to_string(shape.dv) + "_q" + std::to_string(shape.qf);
+    decode.source = "decode.metal";
+    decode.macros = {{"UMFA_KERNEL", "\"" + decode.kernel + "\""},
+                     {"UMFA_T", type.storage},
+                     {"UMFA_M", type.operand},
+                     {"UMFA_SHAPE", list_of(shape.d, shape.dv, shape.qf, shape.simdgroups)}};
+    add_constants(decode, problem);
+    add_constant(decode, UMFA_CONSTANT_IS_SPLIT, splits > 1);
+    bind_inputs(decode, problem);
+    bind_outputs(decode, problem);
+    set_params(decode, UMFA_BUFFER_PARAMS, params);
+    decode.grid = {static_cast<uint32_t>(splits),
+                   static_cast<uint32_t>(problem.nheads_kv * row_blocks),
+                   static_cast<uint32_t>(problem.batch)};
+    decode.threadgroup = {static_cast<uint32_t>(32 * shape.simdgroups), 1, 1};
+    // As decode.metal declares it: O and state of half of the simdgroups, and Q where it is large.
+    const int q_bytes = shape.d * type.operand_bytes <= 512 ? 8 : shape.qf * shape.d / 8 * 32 * 8;
+    decode.threadgroup_bytes = static_cast<uint32_t>(
+        shape.simdgroups / 2 * shape.qf * (shape.dv / 8 + 1) * 32 * 8 + q_bytes);
+    if (splits == 1) {
+        plan.launches.push_back(std::move(decode));
+        return plan;
+    }
+
+    const uint64_t partial_rows =
+        static_cast<uint64_t>(problem.batch * problem.nheads_q * problem.seqlen_q * splits);
+    plan.scratch_bytes = {partial_rows * static_cast<uint64_t>(problem.head_dim_v) * sizeof(float),
+                          partial_rows * 2 * sizeof(float)};
+    bind_scratch(decode, UMFA_BUFFER_PARTIAL_OUT, 0);
+    bind_scratch(decode, UMFA_BUFFER_PARTIAL_STATE, 1);
+    plan.launches.push_back(std::move(decode));
+
+    MergeParams merge_params{};
+    merge_params.out = params.forward.out;
+    merge_params.lse = params.forward.lse;
+    merge_params.heads = params.heads;
+    merge_params.seqlen_q = params.forward.seqlen_q;
+    merge_params.head_dim_v = params.forward.head_dim_v;
+    merge_params.splits = params.splits;
+
+    const ElementType stored = element_type(problem.query.view.dtype, {Family::apple10});
+    const int channels = problem.head_dim_v <= 128 ? 128 : 256;
+    KernelLaunch merge;
+    merge.kernel = std::string("decode_merge_") + stored.name + "_d" + std::to_string(channels);
+    merge.source = "decode.metal";
+    merge.macros = {{"UMFA_KERNEL", "\"" + merge.kernel + "\""},
+                    {"UMFA_MERGES", "1"},
+                    {"UMFA_T", stored.storage},
+                    {"UMFA_SHAPE", list_of(merge_simdgroups, channels / 32)}};
+    add_constants(merge, problem);
+    add_constant(merge, UMFA_CONSTANT_IS_SPLIT, true);
+    bind_outputs(merge, problem);
+    bind_scratch(merge, UMFA_BUFFER_PARTIAL_OUT, 0);
+    bind_scratch(merge, UMFA_BUFFER_PARTIAL_STATE, 1);
+    set_params(merge, UMFA_BUFFER_PARAMS, merge_params);
+    merge.grid = {static_cast<uint32_t>(problem.seqlen_q), static_cast<uint32_t>(problem.nheads_q),
+                  static_cast<uint32_t>(problem.batch)};
+    merge.threadgroup = {32 * merge_simdgroups, 1, 1};
+    merge.threadgroup_bytes =
+        static_cast<uint32_t>(merge_simdgroups * (channels * sizeof(float) + 2 * sizeof(float)));
+    plan.launches.push_back(std::move(merge));
+    return plan;
+}
+
+}  // namespace umfa::metal

@@ -1,0 +1,125 @@
+#include "metal/plan_parts.h"
+
+#include "umfa/indices.h"
+
+namespace umfa::metal {
+namespace {
+
+int mask_kind(const Problem& problem) {
+    if (!problem.mask) return UMFA_MASK_NONE;
+    switch (problem.mask->view.dtype) {
+        case DType::b8: return UMFA_MASK_BOOL;
+        case DType::f32: return UMFA_MASK_F32;
+        case DType::f16: return UMFA_MASK_F16;
+        default: return UMFA_MASK_BF16;
+    }
+}
+
+/// Every row starts on 16 bytes and holds whole 16 bytes. Metal buffers start on a page, and host
+/// memory is bound as the pages around it, so its address counts.
+bool rows_are_wide(const Operand& operand, int64_t channels) {
+    const TensorView& view = operand.view;
+    const int64_t wide = 16 / (bits_of(view.dtype) / 8);
+    const uint64_t start =
+        view.device == Device::cpu ? reinterpret_cast<uint64_t>(view.address()) : view.byte_offset;
+    return start % 16 == 0 && channels % wide == 0 && operand.stride_channel == 1 &&
+           operand.stride_row % wide == 0 && operand.stride_head % wide == 0 &&
+           operand.stride_batch % wide == 0;
+}
+
+void bind(KernelLaunch& launch, uint32_t index, Binding::Source source, const TensorView& view) {
+    launch.buffers.push_back({index, source, 0, view.byte_offset});
+}
+
+}  // namespace
+
+ElementType element_type(DType dtype, const Capabilities& gpu) {
+    switch (dtype) {
+        case DType::f16: return {"half", "half", "f16", 2};
+        case DType::bf16:
+            if (gpu.native_bfloat()) return {"bfloat", "bfloat", "bf16", 2};
+            return {"bfloat", "float", "bf16_as_f32", 4};
+        default: return {"float", "float", "f32", 4};
+    }
+}
+
+OperandStrides strides_of(const Operand& operand) {
+    return {operand.stride_batch, operand.stride_head, operand.stride_row, operand.stride_channel};
+}
+
+ForwardParams forward_params(const Problem& problem) {
+    ForwardParams params{};
+    params.query = strides_of(problem.query);
+    params.key = strides_of(problem.key);
+    params.value = strides_of(problem.value);
+    params.out = strides_of(*problem.out);
+    if (problem.lse) params.lse = strides_of(*problem.lse);
+    if (problem.mask) {
+        const int64_t* strides = problem.mask->view.strides;
+        params.mask_batch = strides[0];
+        params.mask_head = strides[1];
+        params.mask_row = strides[2];
+        params.mask_column = strides[3];
+    }
+    if (problem.alibi) {
+        params.slopes_batch = problem.alibi->stride_batch;
+        params.slopes_head = problem.alibi->stride_head;
+    }
+    params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
+    params.seqlen_kv = static_cast<int32_t>(problem.seqlen_kv);
+    params.head_dim = static_cast<int32_t>(problem.head_dim);
+    params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
+    params.group = static_cast<int32_t>(problem.nheads_q / problem.nheads_kv);
+    params.offset = static_cast<int32_t>(problem.visible.offset);
+    params.left = static_cast<int32_t>(problem.visible.left);
+    params.right = static_cast<int32_t>(problem.visible.right);
+    params.score_scale = static_cast<float>(problem.score_scale());
+    params.softcap = static_cast<float>(problem.softcap_log2());
+    return params;
+}
+
+bool wide_loads(const Problem& problem) {
+    return rows_are_wide(problem.key, problem.head_dim) &&
+           rows_are_wide(problem.value, problem.head_dim_v);
+}
+
+void add_constant(KernelLaunch& launch, uint16_t index, bool value) {
+    launch.constants.push_back({index, Constant::Type::boolean, value ? 1 : 0});
+}
+
+void add_constants(KernelLaunch& launch, const Problem& problem) {
+    const bool scale_last =
+        problem.softcap == 0 && !problem.alibi && !problem.mask && problem.softmax_scale > 0;
+    const bool unit_channels =
+        problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
+        problem.value.stride_channel == 1 && problem.out->stride_channel == 1;
+    add_constant(launch, UMFA_CONSTANT_HAS_LSE, problem.lse.has_value());
+    launch.constants.push_back(
+        {UMFA_CONSTANT_MASK_KIND, Constant::Type::int32, mask_kind(problem)});
+    add_constant(launch, UMFA_CONSTANT_HAS_MASK, problem.mask.has_value());
+    add_constant(launch, UMFA_CONSTANT_HAS_ALIBI, problem.alibi.has_value());
+    add_constant(launch, UMFA_CONSTANT_HAS_SOFTCAP, problem.softcap > 0);
+    add_constant(launch, UMFA_CONSTANT_SCALE_LAST, scale_last);
+    add_constant(launch, UMFA_CONSTANT_UNIT_CHANNELS, unit_channels);
+    add_constant(launch, UMFA_CONSTANT_WIDE_LOADS, wide_loads(problem));
+}
+
+void bind_inputs(KernelLaunch& launch, const Problem& problem) {
+    using Source = Binding::Source;
+    bind(launch, UMFA_BUFFER_QUERY, Source::query, problem.query.view);
+    bind(launch, UMFA_BUFFER_KEY, Source::key, problem.key.view);
+    bind(launch, UMFA_BUFFER_VALUE, Source::value, problem.value.view);
+    if (problem.mask) bind(launch, UMFA_BUFFER_MASK, Source::mask, problem.mask->view);
+    if (problem.alibi) bind(launch, UMFA_BUFFER_SLOPES, Source::alibi_slopes, problem.alibi->view);
+}
+
+void bind_outputs(KernelLaunch& launch, const Problem& problem) {
+    bind(launch, UMFA_BUFFER_OUT, Binding::Source::out, problem.out->view);
+    if (problem.lse) bind(launch, UMFA_BUFFER_LSE, Binding::Source::lse, problem.lse->view);
+}
+
+void bind_scratch(KernelLaunch& launch, uint32_t index, uint32_t piece) {
+    launch.buffers.push_back({index, Binding::Source::scratch, piece, 0});
+}
+
+}  // namespace umfa::metal

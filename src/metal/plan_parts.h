@@ -1,0 +1,60 @@
+// What every planner shares: how a Problem's tensors, options and numbers reach a kernel.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/problem.h"
+#include "metal/capabilities.h"
+#include "metal/launch_plan.h"
+#include "umfa/params.h"
+
+namespace umfa::metal {
+
+/// How a dtype is spelled in MSL, and in kernel names.
+struct ElementType {
+    const char* storage;  // of the tensors' elements
+    const char* operand;  // of the fragments
+    const char* name;
+    int operand_bytes;
+};
+ElementType element_type(DType dtype, const Capabilities& gpu);
+
+OperandStrides strides_of(const Operand& operand);
+ForwardParams forward_params(const Problem& problem);
+
+/// Whether the kernel may read K and V 16 bytes at a time.
+bool wide_loads(const Problem& problem);
+
+/// Adds the function constants of scores.h and operand.h.
+void add_constants(KernelLaunch& launch, const Problem& problem);
+void add_constant(KernelLaunch& launch, uint16_t index, bool value);
+/// Binds query, key, value, and of mask and slopes those there are.
+void bind_inputs(KernelLaunch& launch, const Problem& problem);
+/// Binds out, and lse where it is there.
+void bind_outputs(KernelLaunch& launch, const Problem& problem);
+void bind_scratch(KernelLaunch& launch, uint32_t index, uint32_t piece);
+
+template <class T>
+void set_params(KernelLaunch& launch, uint32_t index, const T& value) {
+    launch.params_index = index;
+    launch.params.resize(sizeof value);
+    std::memcpy(launch.params.data(), &value, sizeof value);
+}
+
+/// "192, 128, 16, true": the values of template parameters, for a macro.
+template <class... T>
+std::string list_of(T... values) {
+    std::string text;
+    const auto add = [&](auto value) {
+        if (!text.empty()) text += ", ";
+        if constexpr (std::is_same_v<decltype(value), bool>)
+            text += value ? "true" : "false";
+        else
+            text += std::to_string(value);
+    };
+    (add(values), ...);
+    return text;
+}
+
+}  // namespace umfa::metal
