@@ -46,6 +46,11 @@ def native_flags() -> tuple[str, ...]:
     return ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ()
 
 
+def kernel_flags() -> tuple[str, ...]:
+    """Without the processor's instructions for bfloat, which flush subnormals in any mode."""
+    return (*native_flags(), "-mno-avx512bf16", "-mno-avxneconvert") if native_flags() else ()
+
+
 @functools.cache
 def fingerprint() -> str:
     """Of everything but the kernel that decides what is built."""
@@ -88,7 +93,7 @@ def compile_kernel(text: str) -> str:
     command = [
         *clang(),
         *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-S", "-emit-llvm", "-o", "-", "-"),
-        *native_flags(),
+        *kernel_flags(),
         *("-nostdinc", f"-I{HEADERS}", "-include", "metal_types"),
         *("-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-fno-unwind-tables"),
         *("-fno-asynchronous-unwind-tables", "-ffp-contract=on", "-fno-lax-vector-conversions"),
