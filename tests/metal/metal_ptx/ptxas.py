@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .compile import Ptx
+from .translate import Ptx
 
 _KERNEL = re.compile(
     r"Function properties for (\w+)\s*\n"
