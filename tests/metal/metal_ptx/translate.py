@@ -18,7 +18,7 @@ from metal_emulator.rewrite import rewrite
 
 from .entries import Entry, entries
 from .ir import for_nvptx
-from .peephole import cancel_transposes
+from .peephole import improve
 
 PACKAGE = Path(__file__).resolve().parent
 _TARGET = (
@@ -119,7 +119,7 @@ def _compile(code: str, threads: int | None) -> str:
         ],
     )
     optimised = _clang_ir(for_nvptx(unoptimised, threads), "-O3", "-emit-llvm")
-    text = _clang_ir(cancel_transposes(optimised), "-O3", "-Xclang", "-disable-llvm-passes")
+    text = _clang_ir(improve(optimised), "-O3", "-Xclang", "-disable-llvm-passes")
     missing = _UNDEFINED.findall(text)
     if missing:
         raise SourceError(f"without a value or a definition: {', '.join(missing)}", ("undefined",))

@@ -142,15 +142,16 @@ UMFA_INLINE_CONVERGENT Pair transpose(Pair x) {
 
 typedef float float_pair __attribute__((ext_vector_type(2)));
 
-// The upper half of the 16x8 product is of a matrix of zeros.
+// The other half of the 16x8 product is of a matrix of zeros, and what it is added to is left unset:
+// nobody reads it, and setting it would cost as much as the product. peephole.py knows this text.
 #define UMFA_MULTIPLY_16BIT(name, type)                                            \
     UMFA_INLINE_CONVERGENT float_pair name(unsigned a, unsigned b, float_pair c) { \
         float d0, d1, unused0, unused1;                                            \
-        asm("mma.sync.aligned.m16n8k8.row.col.f32." type "." type                  \
+        asm("{ .reg .f32 z; mma.sync.aligned.m16n8k8.row.col.f32." type "." type   \
             ".f32 "                                                                \
-            "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %9};"                  \
+            "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, z, z}; }"                  \
             : "=f"(d0), "=f"(d1), "=f"(unused0), "=f"(unused1)                     \
-            : "r"(a), "r"(0), "r"(b), "f"(c[0]), "f"(c[1]), "f"(0.0f));            \
+            : "r"(a), "r"(0), "r"(b), "f"(c[0]), "f"(c[1]));                       \
         return float_pair{d0, d1};                                                 \
     }
 UMFA_MULTIPLY_16BIT(multiply_half, "f16")
@@ -159,7 +160,7 @@ UMFA_MULTIPLY_16BIT(multiply_bfloat, "bf16")
 
 UMFA_INLINE_HEADER float to_tf32(float x) {
     float r;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=f"(r) : "f"(x));
+    [[clang::noconvergent]] asm("cvt.rna.tf32.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
 /// The sum over k takes columns of A and rows of B in any order, if both in the same: Apple's 2t is

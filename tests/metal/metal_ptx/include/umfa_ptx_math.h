@@ -238,11 +238,11 @@ UMFA_MATH float fmod(float x, float y) {
 
 #ifdef __NVPTX__
 // Not volatile: functions of their argument alone.
-#define UMFA_SPECIAL_FUNCTION(name, instruction)        \
-    UMFA_MATH float umfa_special_##name(float x) {      \
-        float y;                                        \
-        asm(instruction " %0, %1;" : "=f"(y) : "f"(x)); \
-        return y;                                       \
+#define UMFA_SPECIAL_FUNCTION(name, instruction)                                \
+    UMFA_MATH float umfa_special_##name(float x) {                              \
+        float y;                                                                \
+        [[clang::noconvergent]] asm(instruction " %0, %1;" : "=f"(y) : "f"(x)); \
+        return y;                                                               \
     }
 UMFA_SPECIAL_FUNCTION(exp2, "ex2.approx.ftz.f32")
 UMFA_SPECIAL_FUNCTION(log2, "lg2.approx.f32")
