@@ -47,19 +47,8 @@ def build(
     allow: frozenset[str],
 ) -> Built:
     """Builds a library, or finds it built. Raises SourceError for text that is not Metal."""
-    is_path = isinstance(source, Path) or ("\n" not in source and source.endswith(".metal"))
-    text = Path(source).read_text() if is_path else str(source)
-    flat = toolchain.preprocess(
-        text,
-        str(source) if is_path else "<source>",
-        str(Path(source).resolve().parent) if is_path else "",
-        [str(d) for d in include_dirs],
-        {k: _macro(v) for k, v in macros.items()},
-    )
-    declared = structure.read(flat)
-    lint.check(declared, allow)
-    entries = launcher(declared, constants)
-    code = rewrite(flat, declared) + entries
+    flat, declared = read(source, include_dirs, macros, allow)
+    code = rewrite(flat, declared) + launcher(declared, constants)
     key = hashlib.sha256(
         "\0".join([toolchain.fingerprint(), code, str(checks)]).encode()
     ).hexdigest()[:32]
@@ -83,6 +72,27 @@ def build(
     )
 
 
+def read(
+    source: str | Path,
+    include_dirs: Sequence[str | Path],
+    macros: Mapping[str, Any],
+    allow: frozenset[str],
+) -> tuple[str, structure.Structure]:
+    """The preprocessed text, and what it declares, checked by the linter."""
+    is_path = isinstance(source, Path) or ("\n" not in source and source.endswith(".metal"))
+    text = Path(source).read_text() if is_path else str(source)
+    flat = toolchain.preprocess(
+        text,
+        str(source) if is_path else "<source>",
+        str(Path(source).resolve().parent) if is_path else "",
+        [str(d) for d in include_dirs],
+        {k: _macro(v) for k, v in macros.items()},
+    )
+    declared = structure.read(flat)
+    lint.check(declared, allow)
+    return flat, declared
+
+
 def _macro(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
@@ -94,7 +104,7 @@ def _make(folder: Path, library: Path, notes: Path, code: str, checks: bool) -> 
     work = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
     try:
         ir = toolchain.compile_kernel(code)
-        done = instrument(ir, str(toolchain.HEADERS), checks)
+        done = instrument(ir, (str(toolchain.HEADERS), str(toolchain.BACKEND)), checks)
         (work / "kernel.ll").write_text(done.text)
         toolchain.assemble(work / "kernel.ll", work / "kernel.o")
         toolchain.link(work / "kernel.o", work / "kernel.so")

@@ -139,7 +139,7 @@ class _Sites:
     """Places in the source, numbered. Inlined code is told apart by the whole chain of calls, but
     shown as the innermost place that is not in the emulator's own headers."""
 
-    def __init__(self, lines: list[str], own_headers: str) -> None:
+    def __init__(self, lines: list[str], own_headers: tuple[str, ...]) -> None:
         self.nodes: dict[int, tuple[str, dict[str, str]]] = {}
         for line in lines:
             found = _METADATA.match(line)
@@ -187,7 +187,7 @@ class _Sites:
         return number
 
 
-def instrument(text: str, own_headers: str, checks: bool) -> Instrumented:
+def instrument(text: str, own_headers: tuple[str, ...], checks: bool) -> Instrumented:
     """The IR with checks (or only counts), and what the runtime must know of it."""
     lines = text.split("\n")
     named = {m.group(1): m.group(2) for line in lines if (m := _NAMED_TYPE.match(line))}

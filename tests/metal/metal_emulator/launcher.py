@@ -17,10 +17,15 @@ ABSENT_BUFFER = 31  # no index of Metal's: the runtime reports its use
 def launcher(s: Structure, constants: Mapping[int, Any]) -> str:
     """Text to append to the library: definitions of the function constants, and the entries."""
     lines = ["", '# 1 "<launcher>"', "#include <umfa_launch.h>"]
-    lines += [_definition(c, constants) for c in s.constants]
+    lines += definitions(s, constants)
     for i, entry in enumerate(s.entries.values()):
         lines += _entry(i, entry)
     return "\n".join(lines) + "\n"
+
+
+def definitions(s: Structure, constants: Mapping[int, Any]) -> list[str]:
+    """The function constants' values, as far as they are given."""
+    return [_definition(c, constants) for c in s.constants]
 
 
 def _definition(c: FunctionConstant, constants: Mapping[int, Any]) -> str:

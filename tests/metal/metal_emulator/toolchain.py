@@ -18,6 +18,7 @@ from .errors import EmulatorError, SourceError
 
 PACKAGE = Path(__file__).resolve().parent
 HEADERS = PACKAGE / "include"
+BACKEND = PACKAGE / "backend"
 
 
 @functools.cache
@@ -89,19 +90,28 @@ _TO_BFLOAT = re.compile(r"warning: (implicit conversion.* to '(?:metal::)?bfloat
 
 
 def compile_kernel(text: str) -> str:
-    """LLVM IR of rewritten Metal text."""
+    """LLVM IR of rewritten Metal text, for this machine."""
+    return compile_language(
+        text,
+        [
+            *("-O2", "-g1", "-fPIC", *kernel_flags(), f"-I{HEADERS}", f"-I{BACKEND}"),
+            # Names of files stay whole, so that those of the emulator's own headers are known.
+            *("-fno-vectorize", "-fno-slp-vectorize", "-fdebug-compilation-dir=."),
+        ],
+    )
+
+
+def compile_language(text: str, flags: Sequence[str]) -> str:
+    """LLVM IR of rewritten Metal text. The flags choose the target and where headers are found."""
     command = [
         *clang(),
-        *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-S", "-emit-llvm", "-o", "-", "-"),
-        *kernel_flags(),
-        *("-nostdinc", f"-I{HEADERS}", "-include", "metal_types"),
+        *("-x", "c++", "-std=c++17", "-S", "-emit-llvm", "-o", "-", "-"),
+        *("-nostdinc", *flags, "-include", "metal_types"),
         *("-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-fno-unwind-tables"),
         *("-fno-asynchronous-unwind-tables", "-ffp-contract=on", "-fno-lax-vector-conversions"),
         *("-Xclang", "-ffloat16-excess-precision=none"),
         *("-Xclang", "-fbfloat16-excess-precision=none"),
-        *("-fno-vectorize", "-fno-slp-vectorize", "-fno-math-errno", "-fno-threadsafe-statics"),
-        # Names of files stay whole, so that those of the emulator's own headers are known.
-        *("-fconvergent-functions", "-fdebug-compilation-dir=."),
+        *("-fno-math-errno", "-fno-threadsafe-statics", "-fconvergent-functions"),
         *("-fno-strict-aliasing", "-fno-caret-diagnostics", "-Wno-everything"),
         *("-Wimplicit-float-conversion", *_ERRORS),
     ]

@@ -6,8 +6,7 @@
 #define constant const __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
 #define thread
-// A kernel stays a function of its own: the threadgroup variables are found by its name.
-#define kernel __attribute__((noinline))
+#define kernel UMFA_KERNEL  // the back end's
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;

@@ -1,19 +1,9 @@
 // Turns what a dispatch binds into a kernel's arguments, by their C++ types.
 #pragma once
 #include "metal_types"
+#include "umfa_signature.h"
 
 namespace umfa_backend {
-
-template <typename F>
-struct signature {
-    static_assert(sizeof(F) == 0, "a kernel returns void");
-};
-template <typename... A>
-struct signature<void(A...)> {
-    static constexpr int size = sizeof...(A);
-    template <int i>
-    using parameter = __type_pack_element<i, A...>;
-};
 
 template <typename T>
 struct bound {

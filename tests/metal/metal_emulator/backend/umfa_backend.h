@@ -1,9 +1,13 @@
 // Everything the stand-in Metal headers need from the machine that runs the kernel.
 //
 // This is the CPU back end: a thread of the GPU is a fiber, and the functions below are calls into
-// runtime/. Another back end (PTX) is another file of this name with the same functions
-// in namespace umfa_backend; nothing else in this directory may touch a runtime.
+// runtime/. Another back end (tests/metal/metal_ptx) is another file of this name with the same
+// functions, found by the order of include folders; the headers know no runtime but through it.
 #pragma once
+#include "umfa_keywords.h"
+
+// A kernel stays a function of its own: the threadgroup variables are found by its name.
+#define UMFA_KERNEL __attribute__((noinline))
 
 // convergent and nomerge keep the optimiser from cloning or joining these calls across branches:
 // the runtime compares call sites to find divergence.
@@ -135,6 +139,11 @@ UMFA_INLINE_CONVERGENT T shuffle(T value, unsigned source) {
     return exchange<shuffle_lanes<T>>(value, source, shuffles);
 }
 
+template <typename T>
+UMFA_INLINE_CONVERGENT T shuffle_xor(T value, unsigned mask) {
+    return shuffle(value, lane() ^ mask);
+}
+
 template <typename T, typename Op>
 struct reduce_lanes {
     static void run(umfa_lane_slots* slots) {
@@ -187,5 +196,63 @@ struct first_lane {
 };
 
 UMFA_INLINE_CONVERGENT unsigned first_active_lane() { return exchange<first_lane>(0U); }
+
+template <typename T>
+struct matrix_pair {
+    typedef T type __attribute__((ext_vector_type(2)));
+    typedef type unaligned __attribute__((aligned(sizeof(T))));
+};
+
+// Each lane moves its own two elements, so bounds and races are seen lane by lane. Rows that lie as
+// in memory move as one pair, which needs no more alignment than its elements do. A read-modify-
+// write is indivisible since fibers give way only at rendezvous; both parts are marked atomic, which
+// is how the checks know them.
+#define UMFA_MEMORY(space)                                                                         \
+    template <typename T>                                                                          \
+    UMFA_INLINE_CONVERGENT typename matrix_pair<T>::type matrix_load(                              \
+        const space T* source, unsigned long elements_per_row, bool transpose) {                   \
+        const unsigned long row = matrix_row(), column = matrix_column();                          \
+        if (transpose) {                                                                           \
+            const space T* p = source + column * elements_per_row + row;                           \
+            return typename matrix_pair<T>::type{p[0], p[elements_per_row]};                       \
+        }                                                                                          \
+        typedef typename matrix_pair<T>::unaligned pair;                                           \
+        return *(const space pair*)(source + row * elements_per_row + column);                     \
+    }                                                                                              \
+    template <typename T>                                                                          \
+    UMFA_INLINE_CONVERGENT void matrix_store(typename matrix_pair<T>::type value, space T* target, \
+                                             unsigned long elements_per_row, bool transpose) {     \
+        const unsigned long row = matrix_row(), column = matrix_column();                          \
+        if (transpose) {                                                                           \
+            space T* p = target + column * elements_per_row + row;                                 \
+            p[0] = value[0];                                                                       \
+            p[elements_per_row] = value[1];                                                        \
+        } else {                                                                                   \
+            typedef typename matrix_pair<T>::unaligned pair;                                       \
+            *(space pair*)(target + row * elements_per_row + column) = value;                      \
+        }                                                                                          \
+    }                                                                                              \
+    template <typename T>                                                                          \
+    UMFA_INLINE_HEADER T atomic_exchange(volatile space T* object, T x) {                          \
+        const T old = __atomic_load_n(object, __ATOMIC_RELAXED);                                   \
+        __atomic_store_n(object, x, __ATOMIC_RELAXED);                                             \
+        return old;                                                                                \
+    }                                                                                              \
+    template <typename T>                                                                          \
+    UMFA_INLINE_HEADER T atomic_compare_exchange(volatile space T* object, T expected,             \
+                                                 T desired) {                                      \
+        const T old = __atomic_load_n(object, __ATOMIC_RELAXED);                                   \
+        if (old == expected) __atomic_store_n(object, desired, __ATOMIC_RELAXED);                  \
+        return old;                                                                                \
+    }                                                                                              \
+    template <typename Op, typename T, typename Bits>                                              \
+    UMFA_INLINE_HEADER T atomic_fetch(volatile space Bits* object, T x) {                          \
+        const T old = __builtin_bit_cast(T, __atomic_load_n(object, __ATOMIC_RELAXED));            \
+        __atomic_store_n(object, __builtin_bit_cast(Bits, Op::apply(old, x)), __ATOMIC_RELAXED);   \
+        return old;                                                                                \
+    }
+UMFA_MEMORY(device)
+UMFA_MEMORY(threadgroup)
+#undef UMFA_MEMORY
 
 }  // namespace umfa_backend

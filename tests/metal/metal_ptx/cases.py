@@ -1,0 +1,188 @@
+"""The problems that a bundle holds: which are checked, which are timed.
+
+Only the standard library: this module is read both where bundles are built and where they run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem, and the GPU that the planner is to plan for."""
+
+    batch: int = 1
+    heads: int = 2
+    heads_k: int = 0  # 0: as heads
+    seqlen_q: int = 128
+    seqlen_k: int = 0  # 0: as seqlen_q
+    head_dim: int = 64
+    head_dim_v: int = 0  # 0: as head_dim
+    dtype: str = "float16"
+    layout: str = "bshd"  # see placement.py
+    causal: str = ""  # "lower_right" or "upper_left"
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    scale: float = 0.0  # 0: head_dim ** -0.5
+    alibi: bool = False
+    mask: str = ""  # its dtype
+    mask_varies: tuple[bool, bool, bool, bool] = (True, True, True, True)  # else broadcast
+    lse: bool = True
+    family: int = 9
+    cores: int = 40
+    label: str = ""
+    compared_with: str = ""  # of a timed case: label of the one that its ratio is to
+
+    def __post_init__(self) -> None:
+        for name, other in (
+            ("heads_k", self.heads),
+            ("seqlen_k", self.seqlen_q),
+            ("head_dim_v", self.head_dim),
+        ):
+            if not getattr(self, name):
+                object.__setattr__(self, name, other)
+
+    @property
+    def name(self) -> str:
+        """What distinguishes it: shape first, then every field that is not the default."""
+        shape = (
+            f"b{self.batch}h{self.heads}q{self.seqlen_q}k{self.seqlen_k}d{self.head_dim}"
+            f"-{self.dtype}-apple{self.family}"
+        )
+        skipped = {"batch", "heads", "seqlen_q", "seqlen_k", "head_dim", "dtype", "family", "cores"}
+        defaults = Case(
+            heads=self.heads, seqlen_q=self.seqlen_q, head_dim=self.head_dim, batch=self.batch
+        )
+        parts = [self.label] if self.label else []
+        parts.append(shape)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in {*skipped, "label", "compared_with"} or value == getattr(defaults, f.name):
+                continue
+            if isinstance(value, tuple):
+                value = "_".join(str(int(x)) for x in value)
+            parts.append(f.name if value is True else f"{f.name}_{value}")
+        return "-".join(parts)
+
+    @property
+    def small(self) -> bool:
+        """Whether the sanitizers, which slow a kernel down hundredfold, may have it."""
+        return max(self.seqlen_q, self.seqlen_k) <= 320 and self.batch * self.heads <= 8
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def read(plain: dict[str, Any]) -> Case:
+        """The case that `plain` wrote, perhaps by way of JSON."""
+        return Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+
+
+HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 320, 512)
+
+
+def _checks() -> list[Case]:
+    found = []
+    for head_dim in HEAD_DIMS:
+        for dtype in ("float16", "bfloat16", "float32"):
+            base = Case(seqlen_q=100, seqlen_k=133, head_dim=head_dim, dtype=dtype)
+            found.append(base)
+            # Where the tile tables differ: bfloat fragments and larger tiles from Apple9 on.
+            if head_dim in (64, 128, 256):
+                found.append(replace(base, family=7, causal="lower_right"))
+    for dtype in ("float16", "float32"):
+        base = Case(seqlen_q=130, seqlen_k=200, heads=4, heads_k=2, dtype=dtype)
+        found += [
+            replace(base, causal="lower_right"),
+            replace(base, causal="upper_left"),
+            replace(
+                base, seqlen_q=200, seqlen_k=130, causal="lower_right"
+            ),  # rows that see nothing
+            replace(base, window=(40, 10)),
+            replace(base, window=(16, 0), causal="lower_right", batch=2),
+            replace(base, softcap=15.0, causal="lower_right"),
+            replace(base, alibi=True, causal="lower_right"),
+            replace(base, scale=-0.3),
+            replace(base, head_dim=96, head_dim_v=40),
+            replace(base, head_dim=40, head_dim_v=128),
+            replace(base, layout="bhsd", batch=2),
+            replace(base, layout="packed"),
+            replace(base, layout="odd"),
+            replace(base, layout="channels"),
+            replace(base, mask="bool"),
+            replace(base, mask="bool", mask_varies=(False, False, False, True)),
+            replace(base, mask=dtype, causal="lower_right"),
+            replace(base, mask="float32", mask_varies=(False, True, True, True), softcap=9.0),
+        ]
+    # Few queries, many keys: the decode kernel, its splits and their merge.
+    for dtype in ("float16", "bfloat16", "float32"):
+        for head_dim in (64, 128, 256):
+            base = Case(
+                heads=8, heads_k=2, seqlen_q=1, seqlen_k=300, head_dim=head_dim, dtype=dtype
+            )
+            found.append(base)
+            found.append(replace(base, seqlen_k=3000, batch=2, cores=132))
+    decode = Case(heads=8, heads_k=2, seqlen_q=1, seqlen_k=300, cores=132)
+    found += [
+        replace(decode, seqlen_q=4, causal="lower_right"),
+        replace(decode, head_dim=512),
+        replace(decode, head_dim=80, head_dim_v=48),
+        replace(decode, window=(100, 0), causal="lower_right"),
+        replace(decode, alibi=True),
+        replace(decode, softcap=20.0),
+        replace(decode, mask="bool", mask_varies=(True, False, False, True)),
+        replace(decode, layout="bhsd", batch=1),
+        replace(decode, layout="odd"),
+        replace(decode, family=7, dtype="bfloat16"),
+        replace(decode, seqlen_k=20000, causal="lower_right"),
+    ]
+    # Larger ones, many tiles long.
+    for dtype in ("float16", "bfloat16", "float32"):
+        found += [
+            Case(heads=8, seqlen_q=1024, head_dim=128, dtype=dtype, causal="lower_right"),
+            Case(heads=8, heads_k=2, seqlen_q=1000, seqlen_k=2049, dtype=dtype, window=(256, 256)),
+        ]
+    return list(dict.fromkeys(found))
+
+
+def _timings() -> list[Case]:
+    base = Case(batch=4, heads=16, seqlen_q=4096, lse=False, cores=132)
+    long = replace(base, batch=1, heads=16, seqlen_q=16384, seqlen_k=16384, head_dim=128)
+    decode = Case(
+        heads=32, heads_k=8, seqlen_q=1, seqlen_k=16384, head_dim=128, lse=False, cores=132
+    )
+    found = []
+    for head_dim in (64, 128):
+        full = replace(
+            base, seqlen_k=4096, head_dim=head_dim, head_dim_v=head_dim, label=f"f16-d{head_dim}"
+        )
+        found += [
+            full,
+            replace(
+                full,
+                causal="lower_right",
+                label=f"{full.label}-causal",
+                compared_with=full.label,
+            ),
+        ]
+    found += [
+        replace(found[2], dtype="bfloat16", label="bf16-d128", compared_with="f16-d128"),
+        replace(long, head_dim_v=128, label="long"),
+        replace(
+            long,
+            head_dim_v=128,
+            window=(511, 0),
+            causal="lower_right",
+            label="long-window512",
+            compared_with="long",
+        ),
+        replace(decode, label="decode-b1"),
+        replace(decode, batch=8, label="decode-b8"),
+    ]
+    return found
+
+
+CHECKS = _checks()
+TIMINGS = _timings()

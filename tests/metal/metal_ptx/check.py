@@ -1,0 +1,81 @@
+"""Runs cases on fresh random inputs and compares them with float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy as np
+
+from . import reference
+from .cases import Case
+from .device import Prepared, upload
+from .inputs import Array, random_buffers, widen
+from .placement import placements
+
+# |difference| <= atol + rtol * |expected|, as tests/checks.py has them for every backend.
+TOLERANCES = {"float32": (2e-5, 1e-5), "float16": (1e-3, 1e-3), "bfloat16": (5e-3, 8e-3)}
+LSE_TOLERANCE = (2e-5, 0.0)
+# Beyond this many multiplications the reference is computed on the GPU.
+_LARGE = 1 << 27
+
+
+def check(
+    folder: Path, described: dict[str, Any], seed: int, *, sanitized: str = ""
+) -> dict[str, Any]:
+    """One row of the table: what was compared, how far off it is, whether that is allowed."""
+    case = Case.read(described["case"])
+    buffers = random_buffers(case, np.random.default_rng(seed))
+    prepared = Prepared(
+        folder,
+        described,
+        {name: upload(buffer) for name, buffer in buffers.items()},
+        poisoned=sanitized != "initcheck",
+    )
+    prepared.play()
+    results = prepared.results()
+    places = placements(case)
+    tensors: dict[str, Any] = {}
+    for name, buffer in buffers.items():
+        view = places[name].view(buffer)
+        dtype = places[name].dtype
+        tensors[name] = view.astype(bool) if dtype == "bool" else widen(view, dtype)
+    expected_out, expected_lse = _expected(case, tensors, bool(sanitized))
+    row: dict[str, Any] = {"name": described["name"], "ok": True}
+    for name, expected, (atol, rtol) in (
+        ("out", expected_out, TOLERANCES[case.dtype]),
+        ("lse", expected_lse, LSE_TOLERANCE),
+    ):
+        if name in results:
+            found = widen(results[name], places[name].dtype)
+            row |= _compare(name, found, expected, atol, rtol)
+            row["ok"] = row["ok"] and row[f"{name}_worst"] <= 1
+    return row
+
+
+def _expected(case: Case, tensors: dict[str, Any], on_host: bool) -> tuple[Array, Array]:
+    work = case.batch * case.heads * case.seqlen_q * case.seqlen_k * case.head_dim
+    if on_host or work < _LARGE:
+        out, lse = reference.attention(case, tensors)
+        return out, lse
+    moved = {name: cupy.asarray(x) for name, x in tensors.items()}
+    out, lse = reference.attention(case, moved, cupy)
+    return cupy.asnumpy(out), cupy.asnumpy(lse)
+
+
+def _compare(
+    name: str, found: Array, expected: Array, atol: float, rtol: float
+) -> dict[str, float]:
+    """The error as a share of what is allowed, the largest, and relative to the norm."""
+    same = found == expected  # infinities among them
+    with np.errstate(invalid="ignore"):
+        error = np.where(same, 0.0, np.abs(found - expected))
+        allowed = atol + rtol * np.abs(np.where(same, 0.0, expected))
+    error = np.where(np.isfinite(error), error, np.inf)  # NaN agrees with nothing
+    norm = float(np.linalg.norm(np.where(np.isfinite(expected), expected, 0.0)))
+    return {
+        f"{name}_worst": float((error / allowed).max(initial=0.0)),
+        f"{name}_error": float(error.max(initial=0.0)),
+        f"{name}_relative": float(np.linalg.norm(error)) / (norm or 1.0),
+    }

@@ -1,0 +1,60 @@
+"""Random inputs of a case, and conversions that NumPy lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .cases import Case
+from .placement import STORAGE, Placement, placements
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def to_bfloat16(x: Array) -> Array:
+    """float32 as bits of bfloat16, rounded to nearest even. No NaN among them."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(x: Array) -> Array:
+    return (np.ascontiguousarray(x).astype(np.uint32) << 16).view(np.float32)
+
+
+def store(x: Array, dtype: str) -> Array:
+    """float32 numbers as `dtype` is kept in a buffer."""
+    return to_bfloat16(x) if dtype == "bfloat16" else x.astype(STORAGE[dtype])
+
+
+def widen(x: Array, dtype: str) -> Array:
+    """What is kept in a buffer, as float64."""
+    return (from_bfloat16(x) if dtype == "bfloat16" else x).astype(np.float64)
+
+
+def poison(place: Placement) -> Array:
+    """A buffer full of NaN."""
+    return np.full(place.size * place.item_bytes, 0xFF, np.uint8).view(STORAGE[place.dtype])
+
+
+def random_buffers(case: Case, rng: np.random.Generator) -> dict[str, Array]:
+    """Buffers of every input. What lies between a tensor's elements is NaN: it must not be read."""
+    found = {}
+    for name, place in placements(case).items():
+        if name in ("out", "lse"):
+            continue
+        buffer = poison(place)
+        view = place.view(buffer)
+        if name == "alibi_slopes":
+            view[...] = np.exp2(-rng.uniform(1, 8, place.shape))
+        elif place.dtype == "bool":
+            view[...] = rng.random(place.shape) < 0.7
+            if place.shape[2] > 3:
+                view[:, :, 2] = 0  # a row that sees nothing
+        else:
+            values = rng.standard_normal(place.shape, np.float32)
+            if name == "mask":
+                values[rng.random(place.shape) < 0.1] = -np.inf
+            view[...] = store(values, place.dtype)
+        found[name] = buffer
+    return found

@@ -1,0 +1,82 @@
+"""Where the tensors of a case lie: shapes, strides and sizes, the same for planner and runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cases import Case
+
+ITEM_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+STORAGE = {"bool": np.uint8, "float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A view of a buffer of its own. Numbers of elements, not bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+    size: int  # of the buffer
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    def view(self, buffer: np.ndarray) -> np.ndarray:
+        """The tensor in its buffer."""
+        strides = tuple(s * buffer.itemsize for s in self.strides)
+        return np.lib.stride_tricks.as_strided(buffer[self.start :], self.shape, strides)
+
+
+def placements(case: Case) -> dict[str, Placement]:
+    """By the names that a plan's bindings use."""
+    c = case
+    found = {
+        "query": _tensor(c, c.seqlen_q, c.heads, c.head_dim, 0),
+        "key": _tensor(c, c.seqlen_k, c.heads_k, c.head_dim, 1),
+        "value": _tensor(c, c.seqlen_k, c.heads_k, c.head_dim_v, 2),
+        "out": _tensor(c, c.seqlen_q, c.heads, c.head_dim_v, 0),
+    }
+    if c.lse:
+        found["lse"] = _contiguous("float32", (c.batch, c.heads, c.seqlen_q))
+    if c.alibi:
+        found["alibi_slopes"] = _contiguous("float32", (c.batch, c.heads))
+    if c.mask:
+        full = (c.batch, c.heads, c.seqlen_q, c.seqlen_k)
+        shape = tuple(n if v else 1 for n, v in zip(full, c.mask_varies, strict=True))
+        found["mask"] = _contiguous(c.mask, shape)
+    return found
+
+
+def _contiguous(dtype: str, shape: tuple[int, ...]) -> Placement:
+    strides, size = [], 1
+    for n in reversed(shape):
+        strides.append(size)
+        size *= n
+    return Placement(dtype, shape, tuple(reversed(strides)), 0, size)
+
+
+def _tensor(c: Case, rows: int, heads: int, columns: int, which: int) -> Placement:
+    """(batch, rows, heads, columns), laid out as the case says."""
+    shape = (c.batch, rows, heads, columns)
+    plain = _contiguous(c.dtype, shape)
+    if c.layout == "bshd":
+        return plain
+    if c.layout == "bhsd":  # another order in memory
+        strides = (rows * heads * columns, columns, rows * columns, 1)
+        return Placement(c.dtype, shape, strides, 0, plain.size)
+    if c.layout == "packed":  # one of three in each row, as in a (B, S, 3, H, D) tensor
+        row = 3 * heads * columns
+        strides = (rows * row, row, columns, 1)
+        return Placement(c.dtype, shape, strides, which * heads * columns, c.batch * rows * row)
+    if c.layout == "odd":  # nothing aligned: one element in, rows an odd number of elements long
+        row = heads * columns + 1 - heads * columns % 2
+        return Placement(c.dtype, shape, (rows * row, row, columns, 1), 1, 1 + c.batch * rows * row)
+    if c.layout == "channels":  # every other element
+        strides = tuple(2 * s for s in plain.strides)
+        return Placement(c.dtype, shape, strides, 0, 2 * plain.size)
+    raise ValueError(f"layout {c.layout!r} is unknown")

@@ -1,0 +1,67 @@
+"""What ptxas makes of PTX: registers, spills, stack and shared memory of each kernel."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .translate import Ptx
+
+_KERNEL = re.compile(
+    r"Function properties for (\w+)\s*\n"
+    r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s*\n"
+    r".*?Used (\d+) registers(.*)"
+)
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel, per thread but for ``shared``, which is a threadgroup's."""
+
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+
+
+def find_ptxas() -> str | None:
+    """The assembler of CUDA's toolkit, if it is on the path."""
+    return shutil.which("ptxas")
+
+
+def assemble(ptx: Ptx, output: Path, arch: str = "sm_90") -> str:
+    """Writes machine code; returns what ptxas says of it. Raises ValueError if it is no PTX."""
+    tool = find_ptxas()
+    if tool is None:
+        raise FileNotFoundError("ptxas is not on the path")
+    done = subprocess.run(
+        [tool, f"-arch={arch}", "-v", "-o", str(output), "-"],
+        input=ptx.text,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ValueError(f"ptxas refused:\n{done.stderr}")
+    return done.stderr
+
+
+def ptxas_report(ptx: Ptx, arch: str = "sm_90") -> dict[str, Resources]:
+    """Resources of each kernel by host name."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = assemble(ptx, Path(folder) / "kernels.cubin", arch)
+    by_symbol = {}
+    for symbol, stack, stored, loaded, registers, rest in _KERNEL.findall(said):
+        shared = _SHARED.search(rest)
+        by_symbol[symbol] = Resources(
+            int(registers),
+            int(stored) + int(loaded),
+            int(stack),
+            int(shared.group(1)) if shared else 0,
+        )
+    return {name: by_symbol[entry.symbol] for name, entry in ptx.kernels.items()}
