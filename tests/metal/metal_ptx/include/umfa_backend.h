@@ -178,9 +178,11 @@ UMFA_INLINE_CONVERGENT float_pair multiply_tf32(float_pair a, float_pair b, floa
 /// float as the sum of two tf32; what is left out of a product is below 2^-21 of it.
 struct split {
     float_pair high, low;
-    UMFA_INLINE_HEADER explicit split(float_pair x)
-        : high{to_tf32(x[0]), to_tf32(x[1])},
-          low{to_tf32(x[0] - high[0]), to_tf32(x[1] - high[1])} {}
+    UMFA_INLINE_HEADER explicit split(float_pair x) {
+        // Not as initialisers of the members: clang fills a vector with the first of them there.
+        high = float_pair{to_tf32(x[0]), to_tf32(x[1])};
+        low = float_pair{to_tf32(x[0] - high[0]), to_tf32(x[1] - high[1])};
+    }
 };
 /// half and bfloat are tf32 already, and have no low part.
 UMFA_INLINE_CONVERGENT float_pair multiply_float(float_pair a, bool a_exact, float_pair b,
@@ -223,12 +225,6 @@ UMFA_INLINE_HEADER void narrow(void* pair, float_pair x, unsigned type) {
         typedef typename matrix_pair<T>::type pair;                                                \
         if ((unsigned long)p % sizeof(pair) == 0) return *(const space pair*)p;                    \
         return pair{p[0], p[1]};                                                                   \
-    }                                                                                              \
-    template <typename T>                                                                          \
-    UMFA_INLINE_CONVERGENT typename matrix_pair<T>::type matrix_load(                              \
-        const space T* source, unsigned long elements_per_row, bool transposed) {                  \
-        const auto pair = load_pair(source + matrix_row() * elements_per_row + matrix_column());   \
-        return transposed ? transpose(pair) : pair;                                                \
     }                                                                                              \
     template <typename T>                                                                          \
     UMFA_INLINE_CONVERGENT void matrix_store(typename matrix_pair<T>::type value, space T* target, \
@@ -278,6 +274,39 @@ struct is_atomic_add {
 UMFA_MEMORY(device)
 UMFA_MEMORY(threadgroup)
 #undef UMFA_MEMORY
+
+template <typename T>
+UMFA_INLINE_CONVERGENT
+    typename matrix_pair<T>::type matrix_load(const device T* source,
+                                              unsigned long elements_per_row, bool transposed) {
+    const auto pair = load_pair(source + matrix_row() * elements_per_row + matrix_column());
+    return transposed ? transpose(pair) : pair;
+}
+
+/// Most matrices that are loaded as they lie in threadgroup memory are B operands, which are wanted
+/// transposed: ldmatrix does that on the way, where rows are aligned to 16 bytes, and peephole.py
+/// takes away the two transposes that follow.
+template <typename T>
+UMFA_INLINE_CONVERGENT typename matrix_pair<T>::type matrix_load(const threadgroup T* source,
+                                                                 unsigned long elements_per_row,
+                                                                 bool transposed) {
+    typedef typename matrix_pair<T>::type pair;
+    if (sizeof(T) == 2 && !transposed && (unsigned long)source % 16 == 0 &&
+        elements_per_row % 8 == 0) {
+        const threadgroup T* row = source + (hardware_lane() & 7) * elements_per_row;
+        unsigned loaded;
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                     : "=r"(loaded)
+                     : "r"((unsigned)(unsigned long)row)
+                     : "memory");
+        const unsigned back = transpose_16bit(loaded);
+        pair found{};
+        __builtin_memcpy(&found, &back, sizeof(back));
+        return found;
+    }
+    const pair found = load_pair(source + matrix_row() * elements_per_row + matrix_column());
+    return transposed ? transpose(found) : found;
+}
 
 }  // namespace umfa_backend
 
