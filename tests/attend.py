@@ -26,8 +26,8 @@ class Attend:
     """Calls umfa on tensors of one framework and checks what holds for every call.
 
     All numerical tests go through here, so this is the one place that knows about backends: "cpu"
-    is the public function; "metal-emulated" plays the Metal backend's plan on the emulator, which
-    is no part of umfa and takes NumPy arrays only.
+    is the public function; the others play the Metal backend's plan on the emulator, which is no
+    part of umfa and takes NumPy arrays only.
     """
 
     def __init__(self, framework: Framework, backend: str = "cpu") -> None:
@@ -35,7 +35,7 @@ class Attend:
         self.backend = backend
 
     def __call__(self, query: Any, key: Any, value: Any, **options: Any) -> Result:
-        if self.backend == "metal-emulated":
+        if self.backend != "cpu":
             return Result(*emulated.attention(query, key, value, **options))
         if isinstance(options.get("alibi_slopes"), np.ndarray):
             options["alibi_slopes"] = self.framework.tensor(options["alibi_slopes"])
@@ -65,7 +65,7 @@ class Attend:
         On the emulator, batch and heads shrink to one group where the case is large: it runs at
         about 0.4 GFLOP/s. Lengths and head dims never do.
         """
-        if self.backend == "metal-emulated":
+        if self.backend != "cpu":
             case = case.shrunk(limit=5e8)
         result = self.arrays(*cases.inputs(case), **cases.options(case))
         out, lse = cases.expected(case)
