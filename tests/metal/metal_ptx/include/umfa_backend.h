@@ -158,6 +158,8 @@ UMFA_MULTIPLY_16BIT(multiply_half, "f16")
 UMFA_MULTIPLY_16BIT(multiply_bfloat, "bf16")
 #undef UMFA_MULTIPLY_16BIT
 
+/// By value: clang takes the bits of x[1] to be those of x[0].
+UMFA_INLINE_HEADER unsigned bits_of(float x) { return __builtin_bit_cast(unsigned, x); }
 UMFA_INLINE_HEADER float to_tf32(float x) {
     float r;
     [[clang::noconvergent]] asm("cvt.rna.tf32.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -170,17 +172,19 @@ UMFA_INLINE_CONVERGENT float_pair multiply_tf32(float_pair a, float_pair b, floa
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %6, %5, %6}, {%7, %8}, {%9, %10, %11, %11};"
         : "=f"(d0), "=f"(d1), "=f"(unused0), "=f"(unused1)
-        : "r"(__builtin_bit_cast(unsigned, a[0])), "r"(__builtin_bit_cast(unsigned, a[1])), "r"(0),
-          "r"(__builtin_bit_cast(unsigned, b[0])), "r"(__builtin_bit_cast(unsigned, b[1])),
+        : "r"(bits_of(a[0])), "r"(bits_of(a[1])), "r"(0), "r"(bits_of(b[0])), "r"(bits_of(b[1])),
           "f"(c[0]), "f"(c[1]), "f"(0.0f));
     return float_pair{d0, d1};
 }
 /// float as the sum of two tf32; what is left out of a product is below 2^-21 of it.
 struct split {
     float_pair high, low;
-    UMFA_INLINE_HEADER explicit split(float_pair x)
-        : high{to_tf32(x[0]), to_tf32(x[1])},
-          low{to_tf32(x[0] - high[0]), to_tf32(x[1] - high[1])} {}
+    UMFA_INLINE_HEADER explicit split(float_pair x) {
+        for (int i = 0; i < 2; i++) {
+            high[i] = to_tf32(x[i]);
+            low[i] = to_tf32(x[i] - high[i]);
+        }
+    }
 };
 /// half and bfloat are tf32 already, and have no low part.
 UMFA_INLINE_CONVERGENT float_pair multiply_float(float_pair a, bool a_exact, float_pair b,
