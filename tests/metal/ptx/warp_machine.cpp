@@ -77,18 +77,27 @@ void transpose(umfa_lane_slots* slots) {
 
 struct Loaded {
     const char* row;  // that this lane points to
-    uint16_t out[2];
+    uint16_t out[4][2];
 };
-template <bool transposed>
-void load_matrix(umfa_lane_slots* slots) {
+/// Lane n points to row n % 8 of matrix n / 8.
+template <unsigned count, bool transposed>
+void load_matrices(umfa_lane_slots* slots) {
     uint16_t matrix[8][8];
-    for (unsigned r = 0; r < 8; r++) memcpy(matrix[r], of<Loaded>(slots, r).row, 16);
-    for (unsigned n = 0; n < 32; n++) {
-        for (unsigned i = 0; i < 2; i++) {
-            const unsigned a = group(n), b = 2 * in_group(n) + i;
-            of<Loaded>(slots, n).out[i] = transposed ? matrix[b][a] : matrix[a][b];
+    for (unsigned m = 0; m < count; m++) {
+        for (unsigned r = 0; r < 8; r++) memcpy(matrix[r], of<Loaded>(slots, 8 * m + r).row, 16);
+        for (unsigned n = 0; n < 32; n++) {
+            for (unsigned i = 0; i < 2; i++) {
+                const unsigned a = group(n), b = 2 * in_group(n) + i;
+                of<Loaded>(slots, n).out[m][i] = transposed ? matrix[b][a] : matrix[a][b];
+            }
         }
     }
+}
+template <unsigned count, bool transposed>
+__m128i load(const char* row) {
+    Loaded m{row, {}};
+    umfa_rendezvous(&m, load_matrices<count, transposed>, 1);
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(m.out));
 }
 
 enum Type { f16, bf16, tf32 };
@@ -184,20 +193,14 @@ uint32_t nv_movmatrix(uint32_t x) {
     memcpy(&x, m.out, 4);
     return x;
 }
-uint32_t nv_ldmatrix(const char* row) {
-    Loaded m{row, {}};
-    umfa_rendezvous(&m, load_matrix<false>, 1);
-    uint32_t x;
-    memcpy(&x, m.out, 4);
-    return x;
+uint32_t nv_ldmatrix_x1(const char* row) {
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(load<1, false>(row)));
 }
-uint32_t nv_ldmatrix_trans(const char* row) {
-    Loaded m{row, {}};
-    umfa_rendezvous(&m, load_matrix<true>, 1);
-    uint32_t x;
-    memcpy(&x, m.out, 4);
-    return x;
+uint32_t nv_ldmatrix_x1_trans(const char* row) {
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(load<1, true>(row)));
 }
+__m128i nv_ldmatrix_x4(const char* row) { return load<4, false>(row); }
+__m128i nv_ldmatrix_x4_trans(const char* row) { return load<4, true>(row); }
 
 // One for each shape of operands that the back end writes: k, and whether both halves of rows count.
 #define UMFA_PRODUCTS(type)                                                                        \

@@ -44,8 +44,10 @@ _SIMPLE = {
 _INTRINSICS = {
     "llvm.nvvm.barrier.cta.sync.aligned.all": "nv_barrier",
     "llvm.nvvm.bar.warp.sync": "nv_warp_barrier",
-    "llvm.nvvm.ldmatrix.sync.aligned.m8n8.x1.trans.b16.p3": "nv_ldmatrix_trans",
-    "llvm.nvvm.ldmatrix.sync.aligned.m8n8.x1.b16.p3": "nv_ldmatrix",
+    **{
+        f"llvm.nvvm.ldmatrix.sync.aligned.m8n8.{x}.b16.p3": f"nv_ldmatrix_{x.replace('.', '_')}"
+        for x in ("x1", "x1.trans", "x4", "x4.trans")
+    },
 }
 _MEETS = ("nv_shfl", "nv_barrier", "nv_warp", "nv_movmatrix", "nv_ldmatrix", "nv_mma", "nv_redux")
 
@@ -83,11 +85,13 @@ def for_this_machine(ir: str) -> str:
             type_ = "<4 x float>" if found.group(2) == _FOUR else found.group(2)
             called[name] = type_
             line = f"{line[: found.start()]}{found.group(1)}{type_} @{name}({line[found.end() :]}"
+        # C returns a vector in one register, but four values otherwise than LLVM does.
         line = re.sub(
-            r"extractvalue \{ float, float, float, float \} (%[\w.]+), (\d)",
-            r"extractelement <4 x float> \1, i32 \2",
+            r"extractvalue \{ (float|i32), \1, \1, \1 \} (%[\w.]+), (\d)",
+            r"extractelement <4 x \1> \2, i32 \3",
             line,
         )
+        line = line.replace("{ i32, i32, i32, i32 } @llvm.nvvm.ldm", "<4 x i32> @llvm.nvvm.ldm")
         for intrinsic, name in _INTRINSICS.items():
             line = line.replace(f"@{intrinsic}(", f"@{name}(")
         line = re.sub(r"@llvm\.nvvm\.([\w.]+)", lambda m: f"@nv_{m[1].replace('.', '_')}", line)

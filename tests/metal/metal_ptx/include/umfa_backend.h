@@ -218,9 +218,39 @@ UMFA_INLINE_HEADER void narrow(void* pair, float_pair x, unsigned type) {
 
 // ---- memory -------------------------------------------------------------------------------------
 
+/// Of 8 rows of 16 bytes, of which lane n points to row n % 8. LLVM's own intrinsics.
+unsigned load_matrix(const threadgroup void* row) __asm__(
+    "llvm.nvvm.ldmatrix.sync.aligned.m8n8.x1.b16.p3");
+unsigned load_transposed(const threadgroup void* row) __asm__(
+    "llvm.nvvm.ldmatrix.sync.aligned.m8n8.x1.trans.b16.p3");
+
+/// By ldmatrix, if the compiler knows that the rows are aligned for it. Followed by a movmatrix,
+/// which goes where a B operand would transpose the matrix back, and else by the load's transposing
+/// itself (shared_loads.py).
+template <typename T>
+UMFA_INLINE_CONVERGENT bool load_rows(const threadgroup T* source, unsigned long elements_per_row,
+                                      bool transposed, unsigned& pair) {
+    if (sizeof(T) != 2) return false;
+    const threadgroup T* row = source + (hardware_lane() & 7) * elements_per_row;
+    const unsigned long beyond = (unsigned long)row % 16;
+    if (!__builtin_constant_p(beyond) || beyond != 0) return false;
+    pair = transpose_16bit(transposed ? load_matrix(row) : load_transposed(row));
+    return true;
+}
+template <typename T>
+UMFA_INLINE_HEADER bool load_rows(const device T*, unsigned long, bool, unsigned&) {
+    return false;
+}
+
 // A pair moves as one word where its address allows, which LLVM mostly knows (threadgroup variables
 // are aligned to 16 bytes) and the kernel otherwise asks. Transposed matrices are loaded as they lie
 // and then transposed, which costs nothing where a B operand would transpose them back.
+template <typename Pair>
+UMFA_INLINE_HEADER Pair words_as(unsigned word) {
+    Pair pair{};
+    __builtin_memcpy(&pair, &word, sizeof word);
+    return pair;
+}
 #define UMFA_MEMORY(space)                                                                         \
     template <typename T>                                                                          \
     UMFA_INLINE_HEADER typename matrix_pair<T>::type load_pair(const space T* p) {                 \
@@ -231,6 +261,9 @@ UMFA_INLINE_HEADER void narrow(void* pair, float_pair x, unsigned type) {
     template <typename T>                                                                          \
     UMFA_INLINE_CONVERGENT typename matrix_pair<T>::type matrix_load(                              \
         const space T* source, unsigned long elements_per_row, bool transposed) {                  \
+        unsigned rows;                                                                             \
+        if (load_rows(source, elements_per_row, transposed, rows))                                 \
+            return words_as<typename matrix_pair<T>::type>(rows);                                  \
         const auto pair = load_pair(source + matrix_row() * elements_per_row + matrix_column());   \
         return transposed ? transpose(pair) : pair;                                                \
     }                                                                                              \
