@@ -176,20 +176,21 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 
         // A split may end inside a run, so its own end bounds what is seen too.
         const bool mixed = all_begin > k0 || min(all_end, end) < k0 + 8;
-        const bool hides = mixed || has_mask;
         Fragment<M> p[QF];
 #pragma clang loop unroll(full)
         for (int f = 0; f < QF; ++f) {
-            int from = 0, to = 0;
-            if (mixed) {
-                from = visible_begin(visible, rows[f].row);
-                to = min(visible_end(visible, rows[f].row), end);
-            }
             float x[2];
 #pragma clang loop unroll(full)
-            for (int e = 0; e < 2; ++e)
-                x[e] = score(s[f].thread_elements()[e], rows[f], k0 + at.column + e, mixed, from,
-                             to, params, mask);
+            for (int e = 0; e < 2; ++e) {
+                const int column = k0 + at.column + e;
+                x[e] = biased(s[f].thread_elements()[e], rows[f], column, params);
+                if (mixed) {
+                    const int from = visible_begin(visible, rows[f].row);
+                    const int to = min(visible_end(visible, rows[f].row), end);
+                    if (column < from || column >= to) x[e] = lowest;
+                }
+                if (has_mask) x[e] = masked(x[e], rows[f], column, params, mask);
+            }
             const float top = max(x[0], x[1]);
             if (must_follow(softmax[f], top, unit)) {
                 const float factor = follow(softmax[f], top, unit);
@@ -198,8 +199,9 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
                     set(o[f][d], o[f][d].thread_elements()[0] * factor,
                         o[f][d].thread_elements()[1] * factor);
             }
-            const float p0 = weight(x[0], softmax[f], unit, hides);
-            const float p1 = weight(x[1], softmax[f], unit, hides);
+            const float relative_to = base(softmax[f]);
+            const float p0 = weight(x[0], unit, relative_to);
+            const float p1 = weight(x[1], unit, relative_to);
             softmax[f].sum += p0 + p1;
             set(p[f], M(p0), M(p1));
         }
@@ -304,42 +306,47 @@ template <typename T, int SIMDGROUPS, int PER_LANE>
                              uint simdgroup [[simdgroup_index_in_threadgroup]],
                              uint lane [[thread_index_in_simdgroup]]) {
     threadgroup float parts[SIMDGROUPS * PER_LANE * 32];
-    threadgroup float2 states[SIMDGROUPS];
+    threadgroup float sums[SIMDGROUPS];
 
     const int row = group.x, head = group.y, batch = group.z;
     const int64_t from =
         ((int64_t(batch) * params.heads + head) * params.seqlen_q + row) * params.splits;
-    SoftmaxRow softmax;
-    start(softmax);
-    float o[PER_LANE] = {};
+    partial_out += from * params.head_dim_v;
+    partial_state += from;
+
+    // The common reference first, so that the parts can be read side by side, none waiting for
+    // another.
+    float reference = lowest;
+    for (int split = lane; split < params.splits; split += 32)
+        reference = max(reference, partial_state[split].x);
+    reference = simd_max(reference);
+
+    float o[PER_LANE] = {}, sum = 0.0f;
+#pragma clang loop unroll_count(4)
     for (int split = simdgroup; split < params.splits; split += SIMDGROUPS) {
-        const float2 state = partial_state[from + split];
-        float mine, theirs;
-        merge(softmax, state.x, state.y, mine, theirs);
+        const float2 state = partial_state[split];
+        const float factor = state.x <= lowest ? 0.0f : fast::exp2(state.x - reference);
+        sum += state.y * factor;
 #pragma clang loop unroll(full)
         for (int i = 0; i < PER_LANE; ++i) {
             const int column = i * 32 + lane;
-            const float other = column < params.head_dim_v
-                                    ? partial_out[(from + split) * params.head_dim_v + column]
-                                    : 0.0f;
-            o[i] = o[i] * mine + other * theirs;
+            if (column < params.head_dim_v)
+                o[i] += partial_out[int64_t(split) * params.head_dim_v + column] * factor;
         }
     }
 #pragma clang loop unroll(full)
     for (int i = 0; i < PER_LANE; ++i) parts[(simdgroup * PER_LANE + i) * 32 + lane] = o[i];
-    if (lane == 0) states[simdgroup] = float2(softmax.reference, softmax.sum);
+    if (lane == 0) sums[simdgroup] = sum;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (simdgroup != 0) return;
 
-    for (int other = 1; other < SIMDGROUPS; ++other) {
-        const float2 state = states[other];
-        float mine, theirs;
-        merge(softmax, state.x, state.y, mine, theirs);
 #pragma clang loop unroll(full)
-        for (int i = 0; i < PER_LANE; ++i)
-            o[i] = o[i] * mine + parts[(other * PER_LANE + i) * 32 + lane] * theirs;
+    for (int other = 1; other < SIMDGROUPS; ++other) {
+        sum += sums[other];
+#pragma clang loop unroll(full)
+        for (int i = 0; i < PER_LANE; ++i) o[i] += parts[(other * PER_LANE + i) * 32 + lane];
     }
-    const float inverse = softmax.sum == 0.0f ? 0.0f : 1.0f / softmax.sum;
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     device T* to = out + batch * params.out.batch + head * params.out.head + row * params.out.row;
 #pragma clang loop unroll(full)
     for (int i = 0; i < PER_LANE; ++i) {
@@ -348,7 +355,7 @@ template <typename T, int SIMDGROUPS, int PER_LANE>
     }
     if (has_lse && lane == 0)
         lse[batch * params.lse.batch + head * params.lse.head + row * params.lse.row] =
-            log_sum_exp(softmax.reference, softmax.sum);
+            log_sum_exp(reference, sum);
 }
 
 }  // namespace umfa

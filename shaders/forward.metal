@@ -146,27 +146,36 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         if (!sees) continue;
 
         const bool mixed = all_begin > k0 || all_end < k0 + BK;
-        const bool hides = mixed || has_mask;
         Fragment<M> p[QF][KF];
 #pragma clang loop unroll(full)
         for (int f = 0; f < QF; ++f) {
-            int begin = 0, end = 0;
-            if (mixed) {
-                begin = visible_begin(visible, rows[f].row);
-                end = visible_end(visible, rows[f].row);
+#pragma clang loop unroll(full)
+            for (int i = 0; i < BK / 4; ++i) {
+                const int column = k0 + i / 2 * 8 + at.column + i % 2;
+                s[f][i / 2].thread_elements()[i % 2] =
+                    biased(s[f][i / 2].thread_elements()[i % 2], rows[f], column, params);
+            }
+            if (mixed) {  // few tiles are: worth a branch, and the passes are short
+                const int begin = visible_begin(visible, rows[f].row);
+                const int end = visible_end(visible, rows[f].row);
+#pragma clang loop unroll(full)
+                for (int i = 0; i < BK / 4; ++i) {
+                    const int column = k0 + i / 2 * 8 + at.column + i % 2;
+                    if (column < begin || column >= end)
+                        s[f][i / 2].thread_elements()[i % 2] = lowest;
+                }
+            }
+            if (has_mask) {
+#pragma clang loop unroll(full)
+                for (int i = 0; i < BK / 4; ++i) {
+                    const int column = k0 + i / 2 * 8 + at.column + i % 2;
+                    s[f][i / 2].thread_elements()[i % 2] =
+                        masked(s[f][i / 2].thread_elements()[i % 2], rows[f], column, params, mask);
+                }
             }
             float top = lowest;
 #pragma clang loop unroll(full)
-            for (int j = 0; j < KF; ++j) {
-#pragma clang loop unroll(full)
-                for (int e = 0; e < 2; ++e) {
-                    const float x =
-                        score(s[f][j].thread_elements()[e], rows[f], k0 + j * 8 + at.column + e,
-                              mixed, begin, end, params, mask);
-                    s[f][j].thread_elements()[e] = x;
-                    top = max(top, x);
-                }
-            }
+            for (int i = 0; i < BK / 4; ++i) top = max(top, s[f][i / 2].thread_elements()[i % 2]);
             if (must_follow(softmax[f], top, unit)) {
                 const float factor = follow(softmax[f], top, unit);
 #pragma clang loop unroll(full)
@@ -174,10 +183,11 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
                     set(o[f][d], o[f][d].thread_elements()[0] * factor,
                         o[f][d].thread_elements()[1] * factor);
             }
+            const float relative_to = base(softmax[f]);
 #pragma clang loop unroll(full)
             for (int j = 0; j < KF; ++j) {
-                const float p0 = weight(s[f][j].thread_elements()[0], softmax[f], unit, hides);
-                const float p1 = weight(s[f][j].thread_elements()[1], softmax[f], unit, hides);
+                const float p0 = weight(s[f][j].thread_elements()[0], unit, relative_to);
+                const float p1 = weight(s[f][j].thread_elements()[1], unit, relative_to);
                 softmax[f].sum += p0 + p1;
                 set(p[f][j], M(p0), M(p1));
             }

@@ -29,6 +29,7 @@ def attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     r"""Compute softmax attention and its log-sum-exp, head by head.
 
@@ -42,6 +43,8 @@ def attention(
                   \quad\text{if softcap} > 0 \\
         s_{ij} &\leftarrow s_{ij} - \mathrm{slope} \cdot |p_i - j|
                   \quad\text{if alibi\_slopes is given} \\
+        s_{ij} &\leftarrow s_{ij} + \mathrm{mask}_{ij}
+                  \quad\text{if a mask of numbers is given} \\
         s_{ij} &\leftarrow -\infty \quad\text{if row } i \text{ does not see key } j \\
         \mathrm{lse}_i &= \log \sum_j e^{s_{ij}} \\
         o_i &= \sum_j e^{s_{ij} - \mathrm{lse}_i} \, v_j
@@ -65,6 +68,8 @@ def attention(
     softcap : float
         0 turns it off.
     alibi_slopes : array (heads,) or (batch, heads), optional
+    mask : array that broadcasts to (batch, heads, seqlen_q, seqlen_k), optional
+        bool: row `i` sees key `j` only where it is true. Numbers: added to the scores.
 
     Returns
     -------
@@ -82,6 +87,14 @@ def attention(
     if alibi_slopes is not None:
         slopes = np.broadcast_to(np.asarray(alibi_slopes, dtype=np.float64), (batch, heads))
 
+    shown, bias = None, None
+    if mask is not None:
+        full = (batch, heads, seqlen_q, seqlen_k)
+        shown = np.broadcast_to(np.asarray(mask), full)
+        if shown.dtype != bool:
+            bias = np.broadcast_to(np.asarray(mask).astype(np.float64), full)
+            shown = ~np.isneginf(bias)
+
     out = np.zeros((batch, seqlen_q, heads, head_dim_v))
     lse = np.full((batch, heads, seqlen_q), -np.inf)
     for b, h in np.ndindex(batch, heads):
@@ -96,6 +109,10 @@ def attention(
             if slopes[b, h] != 0.0:
                 distance = np.abs(positions[:, None] - np.arange(seqlen_k)[None, :])
                 scores -= slopes[b, h] * distance
+            if bias is not None:
+                scores = scores + bias[b, h, rows]
+            if shown is not None:
+                sees = sees & shown[b, h, rows]
             out[b, rows, h], lse[b, h, rows] = softmax_times(scores, sees, value[b, :, h_k])
     return out, lse
 

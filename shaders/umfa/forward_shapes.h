@@ -27,7 +27,8 @@
 // Up to D = 96 two fragments of queries fit the registers (D = 64: 32 + 24 + 16 + 20) and halve the
 // threadgroup traffic. At D = 128 Apple7 and 8 take 16 keys: 32 measured 0.71x there (mlx-mfa, M1),
 // for want of registers; on Apple9 registers and threadgroup memory are one pool, and 32 keys fit
-// (mlx-mfa selects the same on M3). 192/128 is the shape of DeepSeek's MLA.
+// (mlx-mfa selects the same on M3). Apple10 as Apple9: its matrix units are reached through Metal 4's
+// matmul2d alone, and simdgroup matrices run as before. 192/128 is the shape of DeepSeek's MLA.
 #define UMFA_FORWARD_SHAPES_16(X)          \
     X(32, 32, 32, 2, 4, 1, false, 7, 10)   \
     X(64, 64, 32, 2, 4, 1, false, 7, 10)   \

@@ -13,16 +13,16 @@ constant int mask_kind [[function_constant(UMFA_CONSTANT_MASK_KIND)]];
 constant bool has_mask [[function_constant(UMFA_CONSTANT_HAS_MASK)]];
 constant bool has_alibi [[function_constant(UMFA_CONSTANT_HAS_ALIBI)]];
 constant bool has_softcap [[function_constant(UMFA_CONSTANT_HAS_SOFTCAP)]];
-// Scores are q.k alone, and the scale is positive: it can wait for the exponent, where it costs
-// nothing.
+// Scores are q.k alone, and the scale lies between 1e-30 and 1: it can wait for the exponent, where
+// it costs nothing.
 constant bool scale_last [[function_constant(UMFA_CONSTANT_SCALE_LAST)]];
 
 namespace umfa {
 
 using namespace metal;
 
-// Stands for -inf, which Metal leaves undefined under fast math. No real score comes near, so it is
-// compared with and never computed with.
+// Stands for -inf, which Metal leaves undefined under fast math. No real score comes near. Times a
+// scale that waits it is still far below all of them, so that exp2 gives 0.
 constant constexpr float lowest = -1.7e38f;
 constant constexpr float log2_e = 1.44269504f;
 constant constexpr float ln_2 = 0.693147181f;
@@ -62,20 +62,24 @@ inline float mask_at(device const uchar* mask, int64_t at) {
     return as_type<uint>(bias) == 0xff800000u || bias < lowest / 2 ? lowest : bias * log2_e;
 }
 
-/// What the softmax sees of x = q.k: with `scale_last` x itself, else units of log2. `begin` and
-/// `end` bound the keys that the row sees; `mixed` tells that they may cut this tile.
-inline float score(float x, thread const ScoreRow& row, int column, bool mixed, int begin, int end,
-                   constant ForwardParams& params, device const uchar* mask) {
+/// x = q.k with all that depends on positions alone: with `scale_last` x itself, else in units of
+/// log2.
+inline float biased(float x, thread const ScoreRow& row, int column,
+                    constant ForwardParams& params) {
     if (!scale_last) x *= params.score_scale;
     if (has_softcap) x = params.softcap * precise::tanh(x);
     if (has_alibi)
         x -= row.slope * abs(float(row.row + params.seqlen_kv - params.seqlen_q - column));
-    if (mixed) x = column >= begin && column < end ? x : lowest;
-    if (has_mask && (!mixed || (column >= begin && column < end))) {
-        const float bias = mask_at(mask, row.mask + column * params.mask_column);
-        x = bias == lowest ? lowest : x + bias;
-    }
     return x;
+}
+
+/// A score with the mask added. Hidden keys stay hidden, and their mask is not read: it may lie past
+/// the end.
+inline float masked(float x, thread const ScoreRow& row, int column, constant ForwardParams& params,
+                    device const uchar* mask) {
+    if (x <= lowest) return lowest;
+    const float bias = mask_at(mask, row.mask + column * params.mask_column);
+    return bias == lowest ? lowest : x + bias;
 }
 
 }  // namespace umfa

@@ -42,12 +42,14 @@ inline bool must_follow(thread const SoftmaxRow& row, float top, float unit) {
     return simd_any(top * unit > row.reference + slack);
 }
 
-/// exp2 of a score relative to the reference. `hides`: the tile may hold scores that are `lowest`.
-/// NaN passes.
-inline float weight(float x, thread const SoftmaxRow& row, float unit, bool hides) {
-    const float w = fast::exp2(fma(x, unit, -row.reference));
-    return hides && x <= lowest ? 0.0f : w;
+/// What exponents are relative to. Before anything was seen all scores are `lowest`, of which
+/// relative to 0 nothing is left.
+inline float base(thread const SoftmaxRow& row) {
+    return row.reference <= lowest ? 0.0f : row.reference;
 }
+
+/// exp2 of a score relative to the base. NaN passes.
+inline float weight(float x, float unit, float base) { return fast::exp2(fma(x, unit, -base)); }
 
 /// Sum over the row's lanes.
 inline float total(thread const SoftmaxRow& row) { return row_sum(row.sum); }

@@ -169,9 +169,12 @@ DenseMask broadcast_mask(const Checker& check, const Problem& problem, const Ten
         check.value("attn_mask has the wrong shape", shape_text(mask),
                     "a shape that broadcasts to " + shape_text(expected));
     }
-    if (mask.dtype != DType::b8 && !is_attention_dtype(mask.dtype))
-        check.type("attn_mask has the wrong dtype", name_of(mask.dtype),
-                   "bool, float32, float16 or bfloat16");
+    if (mask.dtype != DType::b8 && !is_attention_dtype(mask.dtype)) {
+        const char *what = "attn_mask has the wrong dtype",
+                   *expected = "bool, float32, float16 or bfloat16";
+        if (is_other_float(mask.dtype)) check.unsupported(what, name_of(mask.dtype), expected);
+        check.type(what, name_of(mask.dtype), expected);
+    }
     const TensorView& query = problem.query.view;
     if (mask.device != query.device || mask.device_id != query.device_id)
         check.value("attn_mask is on another device", device_text(mask), device_text(query));

@@ -19,9 +19,10 @@ constexpr Shape shapes[] = {UMFA_DECODE_SHAPES(UMFA_ROW)};
 /// Beyond, tiles of the full-length kernel are filled well enough (MLX and PyTorch draw the line at
 /// the same length).
 constexpr int64_t max_queries = 8;
-/// Threadgroups that keep a core's memory pipeline busy: four of 128 threads, at about 100 registers
-/// a lane, are what its 208 KB of registers hold.
-constexpr int64_t threadgroups_per_core = 4;
+/// Threadgroups that a core holds at once: three of 128 threads, at about 120 registers a lane, fill
+/// its 208 KB of registers. A fourth would only wait for one of them (H100, 16k keys, 32/8 heads: 44
+/// us with four for each of its multiprocessors, which hold three as well).
+constexpr int64_t threadgroups_per_core = 3;
 /// Below, writing and merging the partial results costs more than the longer loop.
 constexpr int64_t min_keys_per_split = 128;
 /// Simdgroups of a threadgroup that merges: each takes every eighth split.
@@ -61,7 +62,7 @@ LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
     const int64_t last = std::max(first, visible_end(problem.visible, problem.seqlen_q - 1)),
                   keys = last - first;
     const int64_t groups = problem.batch * problem.nheads_kv * row_blocks;
-    const int64_t wanted = ceil_div(gpu.cores * threadgroups_per_core, groups);
+    const int64_t wanted = std::max<int64_t>(gpu.cores * threadgroups_per_core / groups, 1);
     const int64_t round = 8 * shape.simdgroups;
     const int64_t keys_per_split = std::max(
         round,
@@ -139,7 +140,7 @@ LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
                   static_cast<uint32_t>(problem.batch)};
     merge.threadgroup = {32 * merge_simdgroups, 1, 1};
     merge.threadgroup_bytes =
-        static_cast<uint32_t>(merge_simdgroups * (channels * sizeof(float) + 2 * sizeof(float)));
+        static_cast<uint32_t>(merge_simdgroups * (channels + 1) * sizeof(float));
     plan.launches.push_back(std::move(merge));
     return plan;
 }

@@ -88,8 +88,8 @@ void add_constant(KernelLaunch& launch, uint16_t index, bool value) {
 }
 
 void add_constants(KernelLaunch& launch, const Problem& problem) {
-    const bool scale_last =
-        problem.softcap == 0 && !problem.alibi && !problem.mask && problem.softmax_scale > 0;
+    const bool scale_last = problem.softcap == 0 && !problem.alibi && !problem.mask &&
+                            problem.score_scale() >= 1e-30 && problem.score_scale() <= 1;
     const bool unit_channels =
         problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
         problem.value.stride_channel == 1 && problem.out->stride_channel == 1;

@@ -53,8 +53,12 @@ LARGE = [
     Case((2, 8, 1023, 1023, 64), "float16", label="A07"),
     Case((2, 8, 1025, 1025, 64), "float16", label="A07"),
     Case((1, 8, 4096, 77, 40), "float16", label="A08"),
-    Case((1, 1, 4096, 4096, 512), "float16", label="A10"),
-    Case((1, 1, 4096, 4096, 512), "float32", label="A10"),
+    pytest.param(
+        Case((1, 1, 4096, 4096, 512), "float16", label="A10"), marks=pytest.mark.slow_emulated
+    ),
+    pytest.param(
+        Case((1, 1, 4096, 4096, 512), "float32", label="A10"), marks=pytest.mark.slow_emulated
+    ),
     Case((1, 32, 2048, 2048, 128), "bfloat16", heads_k=8, options=(CAUSAL,), label="A19"),
 ]
 

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from metal_emulator import Counters, Library, Options
 
+import reference
 from umfa import _ext
 from umfa._frameworks import _numpy
 from umfa._options import make_options
@@ -33,6 +34,8 @@ class Settings:
 settings = Settings()
 counters: list[Counters] = []
 """Of every dispatch since the last `counting`."""
+last_plan: dict[str, Any] = {}
+"""The plan that `attention` played last."""
 
 
 @contextmanager
@@ -76,13 +79,11 @@ def attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     mask: Array | None = None,
-    top_left: bool = False,
+    alignment: reference.Alignment = "lower_right",
 ) -> tuple[Array, Array]:
     """`umfa.flash_attn_func(..., return_attn_probs=True)` on the emulated GPU: (out, lse).
 
-    mask: bool or float, which broadcasts to (batch, nheads, seqlen_q, seqlen_kv). No public
-    function takes one yet.
-    top_left: `causal` as PyTorch means it: query i sees the keys up to i.
+    mask, alignment: as `reference.attention` takes them. No public function does yet.
     """
     function = "umfa.flash_attn_func"
     options = make_options(
@@ -104,8 +105,10 @@ def attention(
         for name, tensor in tensors.items()
     }
     plan = _ext.metal_plan_forward(
-        options, settings.family, settings.cores, **exported, top_left=top_left
+        options, settings.family, settings.cores, **exported, top_left=alignment == "upper_left"
     )
+    last_plan.clear()
+    last_plan.update(plan)
     scratch = [np.full(size, 0xFF, np.uint8) for size in plan["scratch_bytes"]]  # NaN
     for launch in plan["launches"]:
         counters.append(_play(launch, tensors, scratch))

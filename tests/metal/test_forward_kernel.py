@@ -12,11 +12,15 @@ from emulated import Settings
 from metal_emulator import Options
 
 import frameworks
+import reference
 from attend import Attend
 from cases import Case, normal
-from checks import BASE, LSE, assert_close
+from checks import BASE, LSE, Tolerance, assert_close
 
 CASES = [
+    Case((1, 1, 40, 60, 300), "float16", options=(("causal", True),)),
+    Case((1, 1, 40, 30, 512), "float32"),
+    Case((1, 1, 40, 50, 192), "bfloat16", head_dim_v=128),
     Case((1, 2, 70, 70, 64), "float16", options=(("causal", True),)),
     Case((1, 2, 45, 100, 40), "bfloat16", heads_k=1, options=(("window_size", (20, 5)),)),
     Case((1, 2, 33, 65, 128), "float32", alibi="heads", options=(("softcap", 20.0),)),
@@ -94,21 +98,6 @@ def test_image_models(case: Case, attend: Attend) -> None:
 MASK_SHAPES = [(1, 1, 33, 65), (2, 1, 1, 65), (33, 65), (1, 4, 1, 65), (2, 4, 33, 65)]
 
 
-def masked_reference(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    q, k, v = (x.astype(np.float64) for x in (query, key, value))
-    scores = np.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(q.shape[-1])
-    scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
-    top = scores.max(-1, keepdims=True)
-    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
-    total = weights.sum(-1, keepdims=True)
-    out = np.einsum("bhij,bjhd->bihd", weights / np.where(total == 0, 1, total), v)
-    with np.errstate(divide="ignore"):
-        lse = (np.log(total) + np.where(np.isfinite(top), top, 0))[..., 0]
-    return out, lse
-
-
 @pytest.mark.parametrize("dtype", ["bool", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_dense_masks(shape: tuple[int, ...], dtype: str) -> None:
@@ -122,8 +111,7 @@ def test_dense_masks(shape: tuple[int, ...], dtype: str) -> None:
         mask = normal(shape, dtype, seed=3, factor=3)
         mask[..., 0, 5] = -np.inf
     out, lse = emulated.attention(query, key, value, mask=mask)
-    wide = mask if dtype == "bool" else mask.astype(np.float64)
-    expected_out, expected_lse = masked_reference(query, key, value, wide)
+    expected_out, expected_lse = reference.attention(query, key, value, mask=mask)
     assert_close(out.astype(np.float64), expected_out, BASE["float32"])
     assert_close(lse.astype(np.float64), expected_lse, LSE, "lse")
 
@@ -134,9 +122,64 @@ def test_the_lowest_finite_mask_hides_without_overflow() -> None:
     mask = np.zeros((1, 1, 40, 40), np.float32)
     mask[..., 10:] = np.finfo(np.float32).min
     out, lse = emulated.attention(query, key, value, mask=mask)
-    expected_out, expected_lse = masked_reference(query, key, value, mask == 0)
+    expected_out, expected_lse = reference.attention(query, key, value, mask=mask == 0)
     assert_close(out.astype(np.float64), expected_out, BASE["float32"])
     assert_close(lse.astype(np.float64), expected_lse, LSE, "lse")
+
+
+def test_a_bias_for_every_pair_of_positions() -> None:
+    """A12: T5, whose scale is 1 and whose bias is as large as the scores."""
+    query, key, value = (normal((1, 512, 2, 64), "bfloat16", seed=i) for i in range(3))
+    query = (query.astype(np.float32) / 8).astype(query.dtype)
+    mask = normal((1, 2, 512, 512), "bfloat16", seed=3, factor=3)
+    emulated.settings.family = 9
+    out, lse = emulated.attention(query, key, value, mask=mask, softmax_scale=1.0)
+    expected_out, expected_lse = reference.attention(
+        query, key, value, mask=mask, softmax_scale=1.0
+    )
+    assert_close(out.astype(np.float64), expected_out, Tolerance(1e-2, 8e-3))
+    assert_close(lse.astype(np.float64), expected_lse, LSE, "lse")
+
+
+def test_key_padding() -> None:
+    """A09: PixArt, a bool mask of keys, read in place."""
+    query = normal((2, 1024, 1, 72), "float16", seed=0)
+    key, value = (normal((2, 300, 1, 72), "float16", seed=i) for i in (1, 2))
+    mask = np.ones((2, 1, 1, 300), bool)
+    mask[0, ..., 120:] = False
+    mask[1, ..., 77:] = False
+    with emulated.counting() as counters:
+        out, lse = emulated.attention(query, key, value, mask=mask)
+    expected_out, expected_lse = reference.attention(query, key, value, mask=mask)
+    assert_close(out.astype(np.float64), expected_out, BASE["float16"])
+    assert_close(lse.astype(np.float64), expected_lse, LSE, "lse")
+    assert counters[0].buffer_bytes_read[5] > 0  # the mask itself, 600 bytes of memory
+
+
+@pytest.mark.parametrize("alignment", ["lower_right", "upper_left"])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(16, 128), (128, 16), (4, 100), (100, 100)])
+def test_causal_alignments(seqlen_q: int, seqlen_k: int, alignment: str, attend: Attend) -> None:
+    """A16: flash-attn's and PyTorch's."""
+    options = (("causal", True), ("alignment", alignment))
+    attend.case(Case((1, 4, seqlen_q, seqlen_k, 64), "float32", options=options))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("seqlen_q", [96, 5])
+def test_the_future_does_not_leak(seqlen_q: int, dtype: str) -> None:
+    """A15: changing K and V at j leaves every bit of the rows before j."""
+    emulated.settings.family = 9
+    query = normal((1, seqlen_q, 4, 64), dtype, seed=0)
+    key, value = (normal((1, 96, 4, 64), dtype, seed=i) for i in (1, 2))
+    before = emulated.attention(query, key, value, causal=True)
+    for j in (95, 92, 91):
+        key[0, j], value[0, j] = (normal((4, 64), dtype, seed=10 + j, factor=9) for _ in range(2))
+        after = emulated.attention(query, key, value, causal=True)
+        kept = j - (96 - seqlen_q)
+        for one, other in zip(before, after, strict=True):
+            rows = (slice(None), slice(0, kept)) if one.ndim == 4 else (..., slice(0, kept))
+            assert one[rows].tobytes() == other[rows].tobytes()
+        assert before[0].tobytes() != after[0].tobytes()
 
 
 # ---- cost ----------------------------------------------------------------------------------------
@@ -168,12 +211,13 @@ def test_a_window_costs_its_band(attend: Attend) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_keys_and_values_are_read_once_per_query_tile(dtype: str, attend: Attend) -> None:
-    case = Case((1, 1, 100, 96, 64), dtype)  # 100 queries: 4 tiles of 32
+    case = Case((1, 1, 100, 96, 64), dtype)
+    rows = {"float16": 64, "float32": 32}[dtype]  # of a threadgroup
     with emulated.counting() as counters:
         attend.case(case)
     (launch,) = counters
     once = 96 * 64 * np.dtype(dtype).itemsize
-    assert launch.buffer_bytes_read[1] == launch.buffer_bytes_read[2] == 4 * once
+    assert launch.buffer_bytes_read[1] == launch.buffer_bytes_read[2] == -(-100 // rows) * once
     assert launch.buffer_bytes_read[0] == 100 * 64 * np.dtype(dtype).itemsize
     assert launch.buffer_bytes_written[3] == 100 * 64 * np.dtype(dtype).itemsize
 

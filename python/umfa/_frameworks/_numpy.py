@@ -32,7 +32,7 @@ def export(tensor: Any, function: str, argument: str) -> Any:
     # Types registered by ml_dtypes refuse DLPack; their kind is 'V', or 'f' for some.
     if dtype.name == "bfloat16":
         return _ext.as_bfloat16(tensor.view(np.uint16), tensor)
-    if dtype.name.startswith(("float8", "float6", "float4")):
+    if dtype.name.startswith(("float8_", "float6_", "float4_")):
         raise UnsupportedError(
             message(function, f"{argument} has the wrong dtype", dtype.name, expected)
         )

@@ -47,6 +47,11 @@ def native_flags() -> tuple[str, ...]:
     return ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ()
 
 
+def kernel_flags() -> tuple[str, ...]:
+    """Without the processor's instructions for bfloat, which flush subnormals in any mode."""
+    return (*native_flags(), "-mno-avx512bf16", "-mno-avxneconvert") if native_flags() else ()
+
+
 @functools.cache
 def fingerprint() -> str:
     """Of everything but the kernel that decides what is built."""
@@ -89,7 +94,7 @@ def compile_kernel(text: str) -> str:
     return compile_language(
         text,
         [
-            *("-O2", "-g1", "-fPIC", *native_flags(), f"-I{HEADERS}", f"-I{BACKEND}"),
+            *("-O2", "-g1", "-fPIC", *kernel_flags(), f"-I{HEADERS}", f"-I{BACKEND}"),
             # Names of files stay whole, so that those of the emulator's own headers are known.
             *("-fno-vectorize", "-fno-slp-vectorize", "-fdebug-compilation-dir=."),
         ],

@@ -158,8 +158,8 @@ UMFA_MULTIPLY_16BIT(multiply_half, "f16")
 UMFA_MULTIPLY_16BIT(multiply_bfloat, "bf16")
 #undef UMFA_MULTIPLY_16BIT
 
-/// By value: clang takes the bits of x[1] to be those of x[0].
-UMFA_INLINE_HEADER unsigned bits_of(float x) { return __builtin_bit_cast(unsigned, x); }
+/// By value: of an element of a vector, __builtin_bit_cast takes the first whichever was meant.
+UMFA_INLINE_HEADER unsigned bits(float x) { return __builtin_bit_cast(unsigned, x); }
 UMFA_INLINE_HEADER float to_tf32(float x) {
     float r;
     [[clang::noconvergent]] asm("cvt.rna.tf32.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -172,8 +172,8 @@ UMFA_INLINE_CONVERGENT float_pair multiply_tf32(float_pair a, float_pair b, floa
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %6, %5, %6}, {%7, %8}, {%9, %10, %11, %11};"
         : "=f"(d0), "=f"(d1), "=f"(unused0), "=f"(unused1)
-        : "r"(bits_of(a[0])), "r"(bits_of(a[1])), "r"(0), "r"(bits_of(b[0])), "r"(bits_of(b[1])),
-          "f"(c[0]), "f"(c[1]), "f"(0.0f));
+        : "r"(bits(a[0])), "r"(bits(a[1])), "r"(0), "r"(bits(b[0])), "r"(bits(b[1])), "f"(c[0]),
+          "f"(c[1]), "f"(0.0f));
     return float_pair{d0, d1};
 }
 /// float as the sum of two tf32; what is left out of a product is below 2^-21 of it.
