@@ -65,7 +65,7 @@ def _entry(number: int, entry: EntryPoint, threads: Extents | None) -> tuple[lis
             offsets.append(f"unsigned offset_{i}")
             threadgroup.append(p.index)
             arguments.append(
-                f"{bound}::value(({bound}::pointer)(umfa_threadgroup_memory + offset_{i}))"
+                f"{bound}::value(({bound}::pointer)(umfa_dynamic_memory + offset_{i}))"
             )
         else:
             # Metal takes different arguments for different memory if one of them is written.

@@ -13,6 +13,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from .shared_loads import DECLARATIONS, THREAD, four_at_a_time, transposed_by_loads
+
 _FUNCTION = re.compile(r"^define .*?^\}$", re.MULTILINE | re.DOTALL)
 _VALUE = re.compile(r"%[\w.]+")
 _CALL = r"^\s*(%[\w.]+) = (?:tail )?call (?:noundef )?"
@@ -29,19 +31,26 @@ _EXTRACT = re.compile(
     r"^\s*(%[\w.]+) = extractvalue \{ float, float, float, float \} (%[\w.]+), (\d)$"
 )
 _MOVABLE = re.compile(r"^\s*%[\w.]+ = (?:insertelement|extractelement|bitcast|fmul|fadd|select) ")
+_DECLARATIONS = [(re.findall(r"@([\w.]+)", x)[0], x) for x in DECLARATIONS.splitlines(True)] + [
+    (THREAD, f"declare i32 @{THREAD}()\n")
+]
 _LABEL = re.compile(r"^[\w.$\"-]+:|^\}")
 
 
 def improve(ir: str) -> str:
     """The optimised IR of a library with fewer matrix operations."""
-    return _FUNCTION.sub(lambda m: _in_function(m.group()), ir)
+    improved = _FUNCTION.sub(lambda m: _in_function(m.group()), ir)
+    declared = set(re.findall(r"^declare .*?@([\w.]+)\(", improved, re.MULTILINE))
+    wanted = [x for x in _DECLARATIONS if x[0] in improved and x[0] not in declared]
+    return improved + "".join(text for _, text in wanted)
 
 
 def _in_function(text: str) -> str:
-    lines = _without_double_transposes(text.split("\n"))
-    if any(_MMA.match(line) for line in lines):
-        lines = _merged(_with_names(lines))
-    return "\n".join(lines)
+    if "movmatrix" not in text and "mma.sync" not in text:
+        return text
+    lines = _without_double_transposes(_with_names(text.split("\n")))
+    lines = _merged(transposed_by_loads(lines, _TRANSPOSE))
+    return "\n".join(four_at_a_time(lines))
 
 
 def _with_names(lines: list[str]) -> list[str]:

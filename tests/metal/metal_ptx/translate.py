@@ -73,11 +73,7 @@ def compile(
     SourceError
         The text is not Metal, or uses a function constant that was given no value.
     """
-    flat, declared = read(source, include_dirs, macros or {}, allow)
-    size = None if threads is None else _three(threads)
-    appended, made = entries(declared, constants or {}, size)
-    code = rewrite(flat, declared) + appended
-    count = None if size is None else size[0] * size[1] * size[2]
+    code, made, count = as_cpp(source, include_dirs, macros, constants, threads, allow)
     key = hashlib.sha256("\0".join([_fingerprint(), code, str(count)]).encode()).hexdigest()[:32]
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +82,22 @@ def compile(
         _write(cached, _compile(code, count))
     text = cached.read_text()
     return Ptx(text, {e.host_name: e for e in made}, count, _shared(text, made))
+
+
+def as_cpp(
+    source: str | Path,
+    include_dirs: Sequence[str | Path] = (),
+    macros: Mapping[str, Any] | None = None,
+    constants: Mapping[int, Any] | None = None,
+    threads: int | Sequence[int] | None = None,
+    allow: frozenset[str] = frozenset(),
+) -> tuple[str, list[Entry], int | None]:
+    """C++ for the source, the entries in it, and the number of threads if that is known."""
+    flat, declared = read(source, include_dirs, macros or {}, allow)
+    size = None if threads is None else _three(threads)
+    appended, made = entries(declared, constants or {}, size)
+    count = None if size is None else size[0] * size[1] * size[2]
+    return rewrite(flat, declared) + appended, made, count
 
 
 def _three(threads: int | Sequence[int]) -> tuple[int, int, int]:
@@ -108,7 +120,8 @@ def _write(path: Path, text: str) -> None:
     os.replace(name, path)
 
 
-def _compile(code: str, threads: int | None) -> str:
+def as_ir(code: str, threads: int | None) -> str:
+    """LLVM IR of the C++, optimised for NVPTX: all but the making of PTX is done."""
     unoptimised = toolchain.compile_language(
         code,
         [
@@ -118,8 +131,11 @@ def _compile(code: str, threads: int | None) -> str:
             f"-I{PACKAGE / 'include'}",
         ],
     )
-    optimised = _clang_ir(for_nvptx(unoptimised, threads), "-O3", "-emit-llvm")
-    text = _clang_ir(improve(optimised), "-O3", "-Xclang", "-disable-llvm-passes")
+    return improve(_clang_ir(for_nvptx(unoptimised, threads), "-O3", "-emit-llvm"))
+
+
+def _compile(code: str, threads: int | None) -> str:
+    text = _clang_ir(as_ir(code, threads), "-O3", "-Xclang", "-disable-llvm-passes")
     missing = _UNDEFINED.findall(text)
     if missing:
         raise SourceError(f"without a value or a definition: {', '.join(missing)}", ("undefined",))

@@ -160,7 +160,6 @@ UMFA_MULTIPLY_16BIT(multiply_bfloat, "bf16")
 
 /// By value: of an element of a vector, __builtin_bit_cast takes the first whichever was meant.
 UMFA_INLINE_HEADER unsigned bits(float x) { return __builtin_bit_cast(unsigned, x); }
-
 UMFA_INLINE_HEADER float to_tf32(float x) {
     float r;
     [[clang::noconvergent]] asm("cvt.rna.tf32.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -180,9 +179,12 @@ UMFA_INLINE_CONVERGENT float_pair multiply_tf32(float_pair a, float_pair b, floa
 /// float as the sum of two tf32; what is left out of a product is below 2^-21 of it.
 struct split {
     float_pair high, low;
-    UMFA_INLINE_HEADER explicit split(float_pair x)
-        : high{to_tf32(x[0]), to_tf32(x[1])},
-          low{to_tf32(x[0] - high[0]), to_tf32(x[1] - high[1])} {}
+    UMFA_INLINE_HEADER explicit split(float_pair x) {
+        for (int i = 0; i < 2; i++) {
+            high[i] = to_tf32(x[i]);
+            low[i] = to_tf32(x[i] - high[i]);
+        }
+    }
 };
 /// half and bfloat are tf32 already, and have no low part.
 UMFA_INLINE_CONVERGENT float_pair multiply_float(float_pair a, bool a_exact, float_pair b,
@@ -216,15 +218,54 @@ UMFA_INLINE_HEADER void narrow(void* pair, float_pair x, unsigned type) {
 
 // ---- memory -------------------------------------------------------------------------------------
 
+/// Of 8 rows of 16 bytes, of which lane n points to row n % 8. LLVM's own intrinsics.
+unsigned load_matrix(const threadgroup void* row) __asm__(
+    "llvm.nvvm.ldmatrix.sync.aligned.m8n8.x1.b16.p3");
+unsigned load_transposed(const threadgroup void* row) __asm__(
+    "llvm.nvvm.ldmatrix.sync.aligned.m8n8.x1.trans.b16.p3");
+
+/// By ldmatrix, if the compiler knows that the rows are aligned for it. Followed by a movmatrix,
+/// which goes where a B operand would transpose the matrix back, and else by the load's transposing
+/// itself (shared_loads.py).
+template <typename T>
+UMFA_INLINE_CONVERGENT bool load_rows(const threadgroup T* source, unsigned long elements_per_row,
+                                      bool transposed, unsigned& pair) {
+    if (sizeof(T) != 2) return false;
+    const threadgroup T* row = source + (hardware_lane() & 7) * elements_per_row;
+    const unsigned long beyond = (unsigned long)row % 16;
+    if (!__builtin_constant_p(beyond) || beyond != 0) return false;
+    pair = transpose_16bit(transposed ? load_matrix(row) : load_transposed(row));
+    return true;
+}
+template <typename T>
+UMFA_INLINE_HEADER bool load_rows(const device T*, unsigned long, bool, unsigned&) {
+    return false;
+}
+
 // A pair moves as one word where its address allows, which LLVM mostly knows (threadgroup variables
 // are aligned to 16 bytes) and the kernel otherwise asks. Transposed matrices are loaded as they lie
 // and then transposed, which costs nothing where a B operand would transpose them back.
+template <typename Pair>
+UMFA_INLINE_HEADER Pair words_as(unsigned word) {
+    Pair pair{};
+    __builtin_memcpy(&pair, &word, sizeof word);
+    return pair;
+}
 #define UMFA_MEMORY(space)                                                                         \
     template <typename T>                                                                          \
     UMFA_INLINE_HEADER typename matrix_pair<T>::type load_pair(const space T* p) {                 \
         typedef typename matrix_pair<T>::type pair;                                                \
         if ((unsigned long)p % sizeof(pair) == 0) return *(const space pair*)p;                    \
         return pair{p[0], p[1]};                                                                   \
+    }                                                                                              \
+    template <typename T>                                                                          \
+    UMFA_INLINE_CONVERGENT typename matrix_pair<T>::type matrix_load(                              \
+        const space T* source, unsigned long elements_per_row, bool transposed) {                  \
+        unsigned rows;                                                                             \
+        if (load_rows(source, elements_per_row, transposed, rows))                                 \
+            return words_as<typename matrix_pair<T>::type>(rows);                                  \
+        const auto pair = load_pair(source + matrix_row() * elements_per_row + matrix_column());   \
+        return transposed ? transpose(pair) : pair;                                                \
     }                                                                                              \
     template <typename T>                                                                          \
     UMFA_INLINE_CONVERGENT void matrix_store(typename matrix_pair<T>::type value, space T* target, \
@@ -274,39 +315,6 @@ struct is_atomic_add {
 UMFA_MEMORY(device)
 UMFA_MEMORY(threadgroup)
 #undef UMFA_MEMORY
-
-template <typename T>
-UMFA_INLINE_CONVERGENT
-    typename matrix_pair<T>::type matrix_load(const device T* source,
-                                              unsigned long elements_per_row, bool transposed) {
-    const auto pair = load_pair(source + matrix_row() * elements_per_row + matrix_column());
-    return transposed ? transpose(pair) : pair;
-}
-
-/// Most matrices that are loaded as they lie in threadgroup memory are B operands, which are wanted
-/// transposed: ldmatrix does that on the way, where rows are aligned to 16 bytes, and peephole.py
-/// takes away the two transposes that follow.
-template <typename T>
-UMFA_INLINE_CONVERGENT typename matrix_pair<T>::type matrix_load(const threadgroup T* source,
-                                                                 unsigned long elements_per_row,
-                                                                 bool transposed) {
-    typedef typename matrix_pair<T>::type pair;
-    if (sizeof(T) == 2 && !transposed && (unsigned long)source % 16 == 0 &&
-        elements_per_row % 8 == 0) {
-        const threadgroup T* row = source + (hardware_lane() & 7) * elements_per_row;
-        unsigned loaded;
-        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-                     : "=r"(loaded)
-                     : "r"((unsigned)(unsigned long)row)
-                     : "memory");
-        const unsigned back = transpose_16bit(loaded);
-        pair found{};
-        __builtin_memcpy(&found, &back, sizeof(back));
-        return found;
-    }
-    const pair found = load_pair(source + matrix_row() * elements_per_row + matrix_column());
-    return transposed ? transpose(found) : found;
-}
 
 }  // namespace umfa_backend
 

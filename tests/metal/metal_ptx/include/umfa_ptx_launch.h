@@ -81,4 +81,4 @@ UMFA_INLINE_HEADER T launch_value(unsigned what, extents threads) {
 }  // namespace umfa_backend
 
 /// Memory of the [[threadgroup(n)]] parameters, one after the other.
-extern __attribute__((aligned(16))) threadgroup unsigned char umfa_threadgroup_memory[];
+extern __attribute__((aligned(16))) threadgroup unsigned char umfa_dynamic_memory[];

@@ -1,0 +1,149 @@
+"""The bundle, and its runner on a stand-in for the GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fake_cupy
+import numpy as np
+import pytest
+from metal_ptx import __main__ as command
+from metal_ptx import bundle
+from metal_ptx.cases import CHECKS, TIMINGS, Case
+from metal_ptx.planner import plan
+
+if TYPE_CHECKING:
+    from conftest import RunPython
+
+
+SMALL = Case(heads=4, heads_k=2, seqlen_q=40, seqlen_k=70, causal="lower_right")
+PLAYED = [
+    SMALL,
+    replace(SMALL, dtype="bfloat16", layout="packed", head_dim=80, head_dim_v=48),
+    replace(SMALL, dtype="float32", layout="odd", alibi=True, softcap=9.0, causal="upper_left"),
+    replace(SMALL, layout="bhsd", batch=2, window=(16, 4), causal=""),
+    replace(
+        SMALL, layout="channels", head_dim=128, mask="bool", mask_varies=(True, False, True, True)
+    ),
+    replace(SMALL, mask="float16", seqlen_q=80, head_dim=256),
+    replace(SMALL, dtype="bfloat16", family=7, lse=False, scale=-0.2),
+    replace(SMALL, seqlen_q=1, seqlen_k=900, heads=8, cores=132),
+    replace(SMALL, seqlen_q=3, seqlen_k=200, dtype="float32", head_dim=72),
+    replace(SMALL, head_dim=512, dtype="bfloat16"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("bundle")
+    bundle.build(made, PLAYED, TIMINGS[:1])
+    return made
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = {
+        bundle._identity(launch): launch for case in PLAYED for launch in plan(case)["launches"]
+    }
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy.module(launches, bundle.SHADERS))
+    for name in ("device", "check"):
+        monkeypatch.delitem(sys.modules, f"metal_ptx.{name}", raising=False)
+    fake_cupy.Memory.made.clear()
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_every_played_case_agrees_with_float64(folder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    assert command.main(["run", str(folder), "--check", "--json", str(report)]) == 0
+    rows = json.loads(report.read_text())["checks"]
+    assert [row["name"] for row in rows] == [case.name for case in PLAYED]
+    assert all(memory.guards_hold() for memory in fake_cupy.Memory.made)
+    assert any(len(d["launches"]) == 2 for d in described(folder))  # a decode and its merge
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_a_wrong_kernel_is_found(folder: Path, tmp_path: Path) -> None:
+    """Parameters that say one key fewer: the check must not pass."""
+    text = (folder / "cases.json").read_text()
+    (tmp_path / "kernels").symlink_to(folder / "kernels")
+    wrong = json.loads(text)
+    launch = wrong["cases"][0]["launches"][0]
+    params = np.frombuffer(bytes.fromhex(launch["params"]), np.int32).copy()
+    at = np.flatnonzero(params == SMALL.seqlen_k)
+    assert len(at) >= 1
+    params[at[-1]] -= 1
+    launch["params"] = params.tobytes().hex()
+    (tmp_path / "cases.json").write_text(json.dumps(wrong))
+    only = f"^{SMALL.name}$"
+    assert command.main(["run", str(tmp_path), "--check", "--only", only]) == 1
+
+
+def described(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "cases.json").read_text())["cases"]
+    return found
+
+
+def test_runner_needs_neither_umfa_nor_the_emulator(run_python: RunPython) -> None:
+    """The machine with the GPU has NumPy and CuPy."""
+    done = run_python(
+        """
+import sys, types
+sys.path.insert(0, sys.argv[1])
+for absent in ("umfa", "ml_dtypes", "metal_emulator", "ziglang"):
+    sys.modules[absent] = None  # importing it raises
+cupy = types.ModuleType("cupy")
+cupy.cuda = types.SimpleNamespace(set_allocator=lambda allocator: None)
+sys.modules["cupy"] = cupy
+import metal_ptx
+from metal_ptx import __main__, check, device, sanitize, timing
+""",
+        str(Path(command.__file__).parents[1]),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_are_unique() -> None:
+    names = [case.name for case in CHECKS + TIMINGS]
+    assert len(set(names)) == len(names)
+
+
+def test_cases_survive_json() -> None:
+    for case in CHECKS + TIMINGS:
+        assert Case.read(json.loads(json.dumps(case.plain()))) == case
+
+
+def test_timed_ratios_have_their_base() -> None:
+    labels = [case.label for case in TIMINGS]
+    for case in TIMINGS:
+        assert not case.compared_with or case.compared_with in labels[: labels.index(case.label)]
+
+
+def test_reference_agrees_with_the_suite() -> None:
+    """The runner's reference is the one that all backends are compared with."""
+    from metal_ptx import inputs, placement
+    from metal_ptx import reference as runner
+
+    import reference as suite
+
+    for case in PLAYED:
+        if case.mask:
+            continue
+        buffers = inputs.random_buffers(case, np.random.default_rng(1))
+        places = placement.placements(case)
+        tensors = {n: inputs.widen(places[n].view(b), places[n].dtype) for n, b in buffers.items()}
+        out, lse = runner.attention(case, tensors)
+        expected_out, expected_lse = suite.attention(
+            tensors["query"], tensors["key"], tensors["value"],
+            softmax_scale=case.scale or None, causal=bool(case.causal),
+            alignment="upper_left" if case.causal == "upper_left" else "lower_right",
+            window_size=case.window, softcap=case.softcap,
+            alibi_slopes=tensors.get("alibi_slopes"),
+        )  # fmt: skip
+        if case.causal == "upper_left" and case.alibi:
+            continue  # the suite counts ALiBi's distance from the alignment
+        np.testing.assert_allclose(out, expected_out, atol=1e-12)
+        np.testing.assert_allclose(lse, expected_lse, atol=1e-12)

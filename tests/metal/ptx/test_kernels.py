@@ -1,0 +1,170 @@
+"""Every kernel of every plan compiles to PTX, and to what a GPU runs well."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import replace
+
+import pytest
+from metal_ptx.cases import Case
+from metal_ptx.ptxas import Resources, find_ptxas, ptxas_report
+from metal_ptx.translate import Ptx
+from ptx_kernels import Launch, compile_all, launches_of
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
+DTYPES = ("float16", "bfloat16", "float32")
+
+FORWARD = [
+    Case(seqlen_q=100, head_dim=d, dtype=t, family=f, lse=False)
+    for d in HEAD_DIMS
+    for t in DTYPES
+    for f in (7, 9)
+]
+DECODE = [
+    Case(seqlen_q=1, seqlen_k=20000, heads=8, heads_k=2, head_dim=d, dtype=t, family=f, lse=False)
+    for d in HEAD_DIMS
+    for t in DTYPES
+    for f in (7, 9)
+]
+
+needs_ptxas = pytest.mark.skipif(find_ptxas() is None, reason="ptxas is not installed")
+
+
+@functools.cache
+def kernels() -> list[tuple[Launch, Ptx]]:
+    launches = launches_of(FORWARD + DECODE)
+    return list(zip(launches, compile_all(launches), strict=True))
+
+
+def test_every_kernel_compiles() -> None:
+    names = [launch["kernel"] for launch, _ in kernels()]
+    assert {n.split("_")[0] for n in names} == {"forward", "decode"}
+    for launch, ptx in kernels():
+        assert list(ptx.kernels) == [launch["kernel"]]
+        entry = ptx.kernels[launch["kernel"]]
+        assert f".entry {entry.symbol}(" in ptx.text
+        assert f".maxntid {launch['threadgroup'][0]}" in ptx.text
+        bound = {index for index, *_ in launch["buffers"]} | {launch["params_index"]}
+        assert bound <= set(entry.buffers)
+
+
+def test_threadgroup_memory_is_what_the_plan_says() -> None:
+    """But for variables of one element, which stand where a shape needs none, and fall away."""
+    for launch, ptx in kernels():
+        unused = launch["threadgroup_bytes"] - ptx.shared[launch["kernel"]]
+        assert unused in (0, 8, 16, 24), launch["kernel"]
+
+
+def text_of(case: Case) -> str:
+    """PTX of the first launch of a case."""
+    (ptx,) = compile_all(launches_of([case])[:1])
+    return ptx.text
+
+
+PLAIN = Case(seqlen_q=4096, head_dim=128, lse=False)
+
+
+def count(text: str, instruction: str) -> int:
+    return len(re.findall(rf"^\s*(?:\{{ \.reg \.f32 z; )?{instruction}", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("case", "fragments"),
+    [
+        # A simdgroup takes 8 queries and 32 keys: 4 x 16 fragments of K and as many of V.
+        (PLAIN, 4 * 16),
+        # 16 queries: two rows of fragments in one instruction.
+        (replace(PLAIN, head_dim=64, head_dim_v=64), 4 * 8),
+        (replace(PLAIN, dtype="bfloat16"), 4 * 16),
+    ],
+    ids=["d128", "d64", "bfloat"],
+)
+def test_matrix_instructions(case: Case, fragments: int) -> None:
+    """Products in steps of 16 channels or keys, fragments loaded by fours, and no movmatrix: K is
+    wanted as it lies, and V is transposed by its load."""
+    text = text_of(case)
+    assert count(text, r"mma\.sync\.aligned\.m16n8k16") == 2 * fragments // 2
+    assert count(text, r"mma\.sync\.aligned\.m16n8k8\.") == 0
+    assert count(text, r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared") == fragments // 4
+    assert count(text, r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared") == fragments // 4
+    assert count(text, r"ldmatrix\.sync\.aligned\.m8n8\.x1") == 0
+    assert count(text, r"movmatrix") == 0
+
+
+def test_products_of_floats_are_three_of_tf32() -> None:
+    text = text_of(replace(PLAIN, dtype="float32"))  # 16 keys a tile
+    assert count(text, r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32") == 3 * 2 * (2 * 16)
+    assert count(text, r"movmatrix") == 2 * (2 * 16)  # of V, in two halves
+
+
+def test_tiles_are_staged_sixteen_bytes_at_a_time() -> None:
+    text = text_of(PLAIN)
+    assert count(text, r"(?:@%p\d+ )?ld\.global\.(?:nc\.)?v4\.b32") >= 8
+    assert count(text, r"st\.shared\.v4\.b32") >= 8
+    assert count(text, r"st\.shared\.b16") == 0
+
+
+def test_function_constants_fold() -> None:
+    """What a problem does not use is not in the code."""
+    plain, capped = text_of(PLAIN), text_of(replace(PLAIN, softcap=5.0))
+    masked = text_of(replace(PLAIN, mask="float32"))
+    name = re.compile(r"has_(?:mask|alibi|softcap|lse)")
+    assert not any(name.search(re.sub(r"\.entry.*", "", t)) for t in (plain, capped, masked))
+    assert ".extern .global" not in plain
+    mask_parameter = re.compile(r"ld\.param\.b64\s+%rd\d+, \[\w+_param_5\]")
+    assert mask_parameter.search(masked)
+    assert not mask_parameter.search(plain)
+    assert count(capped, r"div\.rn\.f32") > count(plain, r"div\.rn\.f32")  # tanh's
+
+
+def test_nothing_is_left_in_local_memory() -> None:
+    """Arrays of fragments became registers: none is indexed at run time."""
+    for launch, ptx in kernels():
+        assert ".local" not in ptx.text, launch["kernel"]
+
+
+# Registers and spilled bytes, for sm_90 and threadgroups of 128, with room for other versions: what
+# ptxas 13.0 uses is in the package's README.
+COMMON = {
+    (64, "float16"): (160, 0),
+    (64, "bfloat16"): (160, 0),
+    (64, "float32"): (168, 32),
+    (128, "float16"): (192, 0),
+    (128, "bfloat16"): (192, 0),
+    (128, "float32"): (224, 0),
+}
+DECODES = {(64, "float16"): (112, 0), (128, "float16"): (176, 0), (128, "bfloat16"): (176, 0)}
+
+
+def resources(case: Case) -> Resources:
+    (ptx,) = compile_all(launches_of([case])[:1])
+    return next(iter(ptxas_report(ptx).values()))
+
+
+@needs_ptxas
+@pytest.mark.parametrize(("head_dim", "dtype"), COMMON, ids=str)
+def test_forward_registers(head_dim: int, dtype: str) -> None:
+    found = resources(replace(PLAIN, head_dim=head_dim, head_dim_v=head_dim, dtype=dtype))
+    registers, spilled = COMMON[head_dim, dtype]
+    assert found.registers <= registers
+    assert found.spilled <= spilled
+
+
+@needs_ptxas
+@pytest.mark.parametrize(("head_dim", "dtype"), DECODES, ids=str)
+def test_decode_registers(head_dim: int, dtype: str) -> None:
+    case = Case(
+        seqlen_q=1, seqlen_k=300, heads=8, heads_k=2, head_dim=head_dim, dtype=dtype, lse=False
+    )
+    found = resources(case)
+    registers, spilled = DECODES[head_dim, dtype]
+    assert found.registers <= registers
+    assert found.spilled <= spilled
+
+
+@needs_ptxas
+def test_ptxas_counts_the_threadgroup_memory_alike() -> None:
+    for launch in launches_of([PLAIN, replace(PLAIN, dtype="float32")]):
+        (ptx,) = compile_all([launch])
+        assert ptxas_report(ptx)[launch["kernel"]].shared == ptx.shared[launch["kernel"]]
