@@ -124,13 +124,15 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 #pragma clang loop unroll(full)
         for (int i = 0; i < QF * KF; ++i) set(s[i / KF][i % KF], 0.0f, 0.0f);
         if (sees) {
+            threadgroup const M* k_part = k_tile + part * DF * 8;
+            // Channels outside: the products that follow each other add to different scores, none
+            // waits for another.
 #pragma clang loop unroll(full)
-            for (int j = 0; j < KF; ++j) {
-                threadgroup const M* k_rows = k_tile + j * 8 * K_ROW + part * DF * 8;
+            for (int d = 0; d < DF; ++d) {
 #pragma clang loop unroll(full)
-                for (int d = 0; d < DF; ++d) {
+                for (int j = 0; j < KF; ++j) {
                     Fragment<M> b;
-                    simdgroup_load(b, k_rows + d * 8, K_ROW, ulong2(0, 0), true);
+                    simdgroup_load(b, k_part + j * 8 * K_ROW + d * 8, K_ROW, ulong2(0, 0), true);
 #pragma clang loop unroll(full)
                     for (int f = 0; f < QF; ++f)
                         simdgroup_multiply_accumulate(s[f][j], q[f][d], b, s[f][j]);

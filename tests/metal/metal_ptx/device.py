@@ -52,26 +52,23 @@ class Prepared:
         inputs: dict[str, Any],
         poisoned: bool = True,
     ) -> None:
-        """`inputs` are memory of the GPU. Not `poisoned`: what the kernels must write stays
-        uninitialised, for initcheck to see it read."""
+        """`inputs` are memory of the GPU. Outputs hold NaN at first: they may have gaps between
+        their rows, and every element must be written. Not `poisoned`: scratch stays uninitialised,
+        for initcheck to see it read."""
         self.case = Case.read(described["case"])
         self.places = placements(self.case)
         self.memory = dict(inputs)
         for name in ("out", "lse"):
             if name in self.places:
-                self.memory[name] = self._fresh(poison(self.places[name]), poisoned)
+                self.memory[name] = upload(poison(self.places[name]))
         self.scratch = [
-            self._fresh(np.full(max(size, 1), 0xFF, np.uint8), poisoned)
+            upload(np.full(max(size, 1), 0xFF, np.uint8)) if poisoned else cupy.cuda.alloc(size)
             for size in described["scratch_bytes"]
         ]
         self.launches: list[tuple[Any, tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = []
         self.keep: list[Any] = []
         for launch in described["launches"]:
             self._bind(folder, launch)
-
-    @staticmethod
-    def _fresh(data: Array, poisoned: bool) -> Any:
-        return upload(data) if poisoned else cupy.cuda.alloc(data.nbytes)
 
     def _bind(self, folder: Path, launch: dict[str, Any]) -> None:
         params = upload(np.frombuffer(bytes.fromhex(launch["params"]), np.uint8))

@@ -17,6 +17,11 @@ _VISIBLE = re.compile(
 _ENTRY = re.compile(r"^(define .*?ptx_kernel .*?)( \{)$", re.MULTILINE)
 
 
+# Threads that a multiprocessor should hold at once: what is left of its registers for one of them
+# is 128. ptxas.py asks for fewer where that is too little.
+RESIDENT_THREADS = 512
+
+
 def for_nvptx(text: str, threads: int | None) -> str:
     """The unoptimised IR of a library, made fit for NVPTX.
 
@@ -31,5 +36,6 @@ def for_nvptx(text: str, threads: int | None) -> str:
     text = re.sub(r"\b(?:linkonce_odr|weak_odr)\b", "internal", text)
     text = _SHARED.sub(r"\1 undef\2, align 16", text)
     if threads is not None:
-        text = _ENTRY.sub(rf'\1 "nvvm.maxntid"="{threads}"\2', text)
+        blocks = -(-RESIDENT_THREADS // threads)
+        text = _ENTRY.sub(rf'\1 "nvvm.maxntid"="{threads}" "nvvm.minctasm"="{blocks}"\2', text)
     return text
