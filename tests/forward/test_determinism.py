@@ -41,7 +41,12 @@ def test_same_bits_again_and_with_any_number_of_threads(case: Case, attend_numpy
                 assert_same_bits(a.view(bits), b.view(bits), f"{name}, {threads} threads")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Into how many parts a GPU splits the keys of few queries depends on how many heads there are.
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.cpu_only) if c.shape[2] == 1 else c for c in CASES],
+    ids=str,
+)
 def test_heads_and_batches_do_not_depend_on_company(case: Case, attend_numpy: Attend) -> None:
     """One head computed alone has the bits it has among others."""
     (query, key, value), options = cases.inputs(case), cases.options(case)
