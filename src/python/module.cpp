@@ -62,9 +62,14 @@ using AnyArray = nb::ndarray<nb::array_api>;
 
 /// An MTLBuffer, and how to let go of it.
 struct MetalMemory {
-    void* buffer;
-    void (*deallocate)(void*);
+    MetalMemory(const Backend& backend, size_t bytes)
+        : buffer(backend.allocate(bytes, "umfa._ext.empty")), deallocate(backend.deallocate) {}
     ~MetalMemory() { deallocate(buffer); }
+    MetalMemory(const MetalMemory&) = delete;
+    MetalMemory& operator=(const MetalMemory&) = delete;
+
+    void* const buffer;
+    void (*const deallocate)(void*);
 };
 
 /// Runs `body` with the GIL released.
@@ -150,12 +155,11 @@ AnyArray empty(const std::vector<int64_t>& shape, const std::string& dtype,
     const size_t bytes = (count * (type.bits / 8u) + 64) / 64 * 64;
     if (device == "metal") {
         const Backend& backend = backend_of(Device::metal, "umfa._ext.empty");
-        auto release = std::make_unique<MetalMemory>(
-            MetalMemory{backend.allocate(bytes, "umfa._ext.empty"), backend.deallocate});
-        MetalMemory* held = release.get();
-        nb::capsule owner(held, [](void* p) noexcept { delete static_cast<MetalMemory*>(p); });
-        release.release();
-        return AnyArray(held->buffer, sizes.size(), sizes.data(), owner, nullptr, type,
+        auto memory = std::make_unique<MetalMemory>(backend, bytes);
+        nb::capsule owner(memory.get(),
+                          [](void* p) noexcept { delete static_cast<MetalMemory*>(p); });
+        void* buffer = memory.release()->buffer;
+        return AnyArray(buffer, sizes.size(), sizes.data(), owner, nullptr, type,
                         nb::device::metal::value, 0);
     }
     void* memory = std::aligned_alloc(64, bytes);

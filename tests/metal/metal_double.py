@@ -320,16 +320,14 @@ class Double:
         """After `skip` times, the operation fails `count` times."""
         self.library.umfa_double_fault(FAULTS.index(kind), skip, count, value)
 
-    def live(self) -> tuple[int, str]:
+    def live(self, patience: float = 5) -> tuple[int, str]:
         """Objects that live, and which, after umfa has let go of what it keeps between calls.
 
         The queue's thread lets go of a command buffer a moment after the waiting call goes on.
         """
         self.library.umfa_double_release()
-        patience = time.monotonic() + 5
-        while (found := _text(self.library.umfa_double_live))[0] > 0:
-            if time.monotonic() > patience:
-                break
+        end = time.monotonic() + patience
+        while (found := _text(self.library.umfa_double_live))[0] > 0 and time.monotonic() < end:
             time.sleep(0.001)
         return found
 

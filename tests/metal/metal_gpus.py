@@ -69,3 +69,26 @@ class Emulator(Gpu):
             changed = np.flatnonzero(after[index] != before[index])
             if changed.size:
                 memory(bound)[changed] = after[index][changed]
+
+
+class Recorder(Gpu):
+    """Computes nothing: remembers what it was asked to, and fills what it is told to."""
+
+    def __init__(self) -> None:
+        self.prepared: list[Kernel] = []
+        self.dispatches: list[Kernel] = []
+
+    def prepare(self, kernel: Kernel) -> int:
+        self.prepared.append(kernel)
+        return 8192
+
+    def run(self, kernel: Kernel) -> None:
+        self.dispatches.append(kernel)
+
+    def addresses(self) -> dict[int, int]:
+        """Where each buffer of the last dispatch began, by index."""
+        return {
+            index: bound.data + bound.offset
+            for index, bound in self.dispatches[-1].buffers.items()
+            if not bound.is_bytes
+        }
