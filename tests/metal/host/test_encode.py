@@ -23,12 +23,16 @@ COMPLETED, NOT_ENQUEUED = 4, 0
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-@pytest.fixture
-def library() -> ctypes.CDLL:
+def c_library() -> ctypes.CDLL:
     found = ctypes.CDLL(umfa.get_library())
     found.umfa_last_error.restype = ctypes.c_char_p
     found.umfa_attention_forward_encode.argtypes = [ctypes.c_void_p] * 7
     return found
+
+
+@pytest.fixture
+def library() -> ctypes.CDLL:
+    return c_library()
 
 
 class Commands:
