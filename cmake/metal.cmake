@@ -91,8 +91,8 @@ if(umfa_metal STREQUAL "DOUBLE")
     -I${PROJECT_SOURCE_DIR}/src -I${PROJECT_SOURCE_DIR}/shaders -I${PROJECT_SOURCE_DIR}/include -I${double})
   if(UMFA_SANITIZE)
     # The runtime that is linked in is that of the C++ compiler, which lacks this clang's newest hooks.
-    list(APPEND flags -fsanitize=${UMFA_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer
-      -mllvm -tsan-instrument-memintrinsics=0)
+    list(APPEND flags -fsanitize=${UMFA_SANITIZE} -fno-sanitize=function -fno-sanitize-recover=all
+      -fno-omit-frame-pointer -mllvm -tsan-instrument-memintrinsics=0)
   endif()
   set(objc_flags -x objective-c++ -fobjc-runtime=macosx-13.0 -fblocks -fno-constant-cfstrings
     -fconstant-string-class=NSConstantString -I${double}/include -I${double}/linux)
@@ -115,4 +115,9 @@ if(umfa_metal STREQUAL "DOUBLE")
     target_sources(libumfa PRIVATE ${object})
   endforeach()
   target_compile_definitions(libumfa PRIVATE UMFA_HAS_METAL)
+
+  # cmake --build ... --target double_stress, for the sanitizers.
+  add_executable(double_stress EXCLUDE_FROM_ALL ${PROJECT_SOURCE_DIR}/tests/metal/host/stress.cpp)
+  target_include_directories(double_stress PRIVATE ${double})
+  target_link_libraries(double_stress PRIVATE libumfa Threads::Threads)
 endif()

@@ -373,7 +373,10 @@ extern "C" {
 
 void* umfa_double_new_buffer(uint64_t length) {
     id<MTLDevice> device = MTLCreateSystemDefaultDevice();
-    void* buffer = [device newBufferWithLength:length options:MTLResourceStorageModeShared];
+    // The test's own memory: faults are for umfa, rules for everyone.
+    void* buffer = length > 0
+                       ? (void*)[UMFABuffer newOn:device length:length]
+                       : [device newBufferWithLength:length options:MTLResourceStorageModeShared];
     [device release];
     return buffer;
 }
