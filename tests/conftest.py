@@ -53,7 +53,7 @@ def framework(request: pytest.FixtureRequest) -> Framework:
         "cpu",
         pytest.param("metal-emulated", marks=pytest.mark.metal),
         pytest.param("metal-permuted", marks=pytest.mark.metal),
-        pytest.param("metal", marks=pytest.mark.metal),
+        pytest.param("metal", marks=[pytest.mark.metal, pytest.mark.gpu]),
     ]
 )
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -109,14 +109,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         backend = values.get("backend", "cpu")
         if backend == "cpu":
             continue
+        on_gpu = backend == "metal" and GPU_IS_REAL
         frameworks_of = _HOST_FRAMEWORKS if backend == "metal" else {"numpy"}
         if (
-            values.get("framework", "numpy") not in frameworks_of
+            (not on_gpu and values.get("framework", "numpy") not in frameworks_of)
             or item.get_closest_marker("cpu_only")
             or (backend == "metal-permuted" and item.path.name != "test_acceptance.py")
         ):
             dropped.append(item)
-        elif backend == "metal" and GPU_IS_REAL:
+        elif on_gpu:
             continue
         elif not EMULATOR_RUNS_HERE:
             item.add_marker(pytest.mark.skip(reason=EMULATOR_REASON))
