@@ -18,7 +18,6 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import nanobind
 from metal_emulator.build import cache_folder
 
 ROOT = Path(__file__).parents[3]
@@ -40,12 +39,18 @@ HOST = (
     *("-x", "objective-c++", "-fobjc-arc", f"-I{HEADERS}"),
     *("-Wunguarded-availability-new", "-Wobjc-method-access"),
 )
-EXTENSION = (
-    *CXX,
-    *("-DNB_BACKEND_MODULE=nanobind_backend", "-DNB_BACKEND_PYPI=nanobind-backend"),
-    *("-DPy_LIMITED_API=0x030A0000", "-fno-strict-aliasing", "-Wno-unused-const-variable"),
-    *("-isystem", sysconfig.get_path("include"), "-isystem", nanobind.include_dir()),
-)
+
+
+def extension_flags() -> tuple[str, ...]:
+    """Those of nanobind_add_module(... BACKEND_MODULE nanobind_backend)."""
+    import nanobind  # a build requirement, which those who only test need not have
+
+    return (
+        *CXX,
+        *("-DNB_BACKEND_MODULE=nanobind_backend", "-DNB_BACKEND_PYPI=nanobind-backend"),
+        *("-DPy_LIMITED_API=0x030A0000", "-fno-strict-aliasing", "-Wno-unused-const-variable"),
+        *("-isystem", sysconfig.get_path("include"), "-isystem", nanobind.include_dir()),
+    )
 
 
 def zig(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -128,9 +133,8 @@ def build(work: Path) -> tuple[Path, Path]:
             *(f"-F{STUBS / 'frameworks'}", f"-L{STUBS / 'lib'}"),
             *("-framework", "Metal", "-framework", "Foundation", "-lobjc"),
         )
-        door = list(
-            pool.map(one, enumerate(((s, EXTENSION) for s in extension_sources()), len(jobs)))
-        )
+        flags = extension_flags()
+        door = list(pool.map(one, enumerate(((s, flags) for s in extension_sources()), len(jobs))))
     extension = link(
         work / "_ext.abi3.so",
         [*door, library],

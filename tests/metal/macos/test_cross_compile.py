@@ -61,6 +61,7 @@ def test_with_a_check_newer_methods_compile(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    pytest.importorskip("nanobind")
     return cross.build(tmp_path_factory.mktemp("macos"))
 
 
