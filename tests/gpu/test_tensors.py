@@ -75,15 +75,15 @@ def test_torch_on_mps_is_not_for_the_cpu(torch: Any) -> None:
         umfa.flash_attn_func(q, q, q, backend="cpu")
 
 
-@pytest.mark.parametrize("backend", ["auto", "metal", "cpu"])
-def test_mlx(backend: str) -> None:
+@pytest.mark.parametrize("choice", ["auto", "metal", "cpu"])
+def test_mlx(choice: str) -> None:
     mx = pytest.importorskip("mlx.core")
     q, k, v = (mx.array(a) * 1 for a in arrays())  # lazy until umfa asks
     before = umfa.stats()
-    out = umfa.flash_attn_func(q, k, v, backend=backend)
+    out = umfa.flash_attn_func(q, k, v, backend=choice)
     assert isinstance(out, mx.array)
     assert umfa.stats().tensors_copied == before.tensors_copied
-    assert (umfa.stats().cpu_calls > before.cpu_calls) == (backend == "cpu")
+    assert (umfa.stats().cpu_calls > before.cpu_calls) == (choice == "cpu")
     close(np.array(out), reference.attention(*arrays())[0], "float32")
 
 
