@@ -23,6 +23,8 @@ from umfa import _ext
 METAL = Path(__file__).parent / "metal"
 # Its fibers switch stacks in assembly, of which only this has been run.
 EMULATOR_RUNS_HERE = sys.platform == "linux" and platform.machine() == "x86_64"
+# On a Mac the suite's "metal" is the Mac's own.
+GPU_IS_REAL = sys.platform == "darwin"
 EMULATOR_REASON = "the emulator of Metal has only been run on Linux x86-64"
 
 
@@ -51,6 +53,7 @@ def framework(request: pytest.FixtureRequest) -> Framework:
         "cpu",
         pytest.param("metal-emulated", marks=pytest.mark.metal),
         pytest.param("metal-permuted", marks=pytest.mark.metal),
+        pytest.param("metal", marks=[pytest.mark.metal, pytest.mark.gpu]),
     ]
 )
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -59,6 +62,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     Each test on the emulator has a schedule of its own, the same in every run. "metal-permuted" has
     another map of lanes to matrix elements too, and meets the acceptance set only.
     """
+    if request.param == "metal" and not GPU_IS_REAL:
+        import metal_double  # builds the host: only for tests that need it
+        import metal_gpus
+
+        with metal_double.machine(metal_gpus.Emulator()):
+            yield request.param
+        return
     before = emulated.settings
     emulated.settings = emulated.Settings(
         schedule_seed=zlib.crc32(request.node.nodeid.encode()) | 1,
@@ -68,8 +78,27 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     emulated.settings = before
 
 
+# What runs through the host by default; the rest of the suite does with -m slow, where its kernels
+# are the same as those of "metal-emulated".
+_HOST_BY_DEFAULT = {
+    "test_a20_bhsd_memory_seen_as_bshd",
+    "test_a21_slices_of_packed_qkv",
+    "test_alibi",
+    "test_negative_strides",
+    "test_no_keys",
+    "test_no_queries",
+    "test_small",
+    "test_value_has_its_own_head_dim",
+}
+_HOST_FRAMEWORKS = {"numpy", "torch"}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The emulator takes NumPy arrays: drop its pairs with other frameworks, and CPU-only tests."""
+    """Drop pairs that make no sense, and CPU-only tests on other backends.
+
+    The emulator takes NumPy arrays. The host takes those of all frameworks in the same way, by
+    DLPack: one beside NumPy shows it.
+    """
     dropped = []
     for item in items:
         emulates = METAL in item.path.parents and item.path.name != "test_plan_forward.py"
@@ -77,18 +106,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=EMULATOR_REASON))
         parameters = getattr(item, "callspec", None)
         values = parameters.params if parameters else {}
-        if values.get("backend", "cpu") == "cpu":
+        backend = values.get("backend", "cpu")
+        if backend == "cpu":
             continue
+        on_gpu = backend == "metal" and GPU_IS_REAL
+        frameworks_of = _HOST_FRAMEWORKS if backend == "metal" else {"numpy"}
         if (
-            values.get("framework", "numpy") != "numpy"
+            (not on_gpu and values.get("framework", "numpy") not in frameworks_of)
             or item.get_closest_marker("cpu_only")
-            or (values["backend"] == "metal-permuted" and item.path.name != "test_acceptance.py")
+            or (backend == "metal-permuted" and item.path.name != "test_acceptance.py")
         ):
             dropped.append(item)
+        elif on_gpu:
+            continue
         elif not EMULATOR_RUNS_HERE:
             item.add_marker(pytest.mark.skip(reason=EMULATOR_REASON))
         elif item.get_closest_marker("slow_emulated"):
             item.add_marker(pytest.mark.slow)
+        elif backend == "metal":
+            name = getattr(item, "originalname", "")
+            if name not in _HOST_BY_DEFAULT or values.get("framework", "numpy") != "numpy":
+                item.add_marker(pytest.mark.slow)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         gone = set(dropped)

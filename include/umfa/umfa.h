@@ -27,7 +27,8 @@ typedef enum umfa_status {
     UMFA_ERROR_TYPE = 2,          /* an argument has the wrong dtype */
     UMFA_ERROR_UNSUPPORTED = 3,   /* sound, but umfa cannot do it (yet) */
     UMFA_ERROR_OUT_OF_MEMORY = 4, /* an allocation failed */
-    UMFA_ERROR_INTERNAL = 5       /* a bug in umfa */
+    UMFA_ERROR_INTERNAL = 5,      /* a bug in umfa */
+    UMFA_ERROR_DEVICE = 6         /* a GPU or its driver failed; the next call starts afresh */
 } umfa_status;
 
 typedef enum umfa_layout {
@@ -89,6 +90,21 @@ typedef struct umfa_attention_options {
 UMFA_API umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
                                             const DLTensor* value, DLTensor* out, DLTensor* lse,
                                             const umfa_attention_options* options);
+
+/* The same, recorded in a Metal command buffer of the caller's and neither committed nor waited
+ * for: out holds the result when the command buffer has completed.
+ *
+ * metal_command_buffer: an id<MTLCommandBuffer> of the default device, not committed, with no encoder
+ *   open. umfa opens an encoder of its own and ends it.
+ * The tensors: usually on kDLMetal (data is the id<MTLBuffer>, which the command buffer retains).
+ *   Those in host memory must stay there until the command buffer has completed, and are refused
+ *   where Metal cannot map them.
+ * options->backend: UMFA_BACKEND_AUTO or UMFA_BACKEND_METAL. */
+UMFA_API umfa_status umfa_attention_forward_encode(void* metal_command_buffer,
+                                                   const DLTensor* query, const DLTensor* key,
+                                                   const DLTensor* value, DLTensor* out,
+                                                   DLTensor* lse,
+                                                   const umfa_attention_options* options);
 
 /* What the last failing call on this thread had to say, "[function] what; got ...; expected ...".
  * Never NULL; valid until the next failing call on this thread. */

@@ -20,6 +20,7 @@ from ._options import integer
 
 __all__ = [
     "BackendInfo",
+    "Stats",
     "UnsupportedError",
     "backends",
     "can_run",
@@ -30,6 +31,7 @@ __all__ = [
     "get_library",
     "get_num_threads",
     "set_num_threads",
+    "stats",
 ]
 
 __version__: str = _ext.version()
@@ -46,6 +48,44 @@ class BackendInfo(NamedTuple):
     available: bool
     reason: str
     """Why it is not available; empty when it is."""
+    device: str = ""
+    """The GPU that it would use, in words."""
+
+
+class Stats(NamedTuple):
+    """What umfa has done in this process so far; see `stats`."""
+
+    cpu_calls: int
+    """Calls that the CPU backend carried out."""
+    metal_calls: int
+    """Calls that the Metal backend carried out, or recorded in a caller's command buffer."""
+    tensors_in_place: int
+    """Tensors that Metal calls read or wrote where they are."""
+    tensors_copied: int
+    """Tensors that Metal could not map, so that a copy was made for the GPU."""
+    bytes_copied: int
+    """The size of those copies."""
+    pipelines: int
+    """Kernels made ready for the GPU: each once for each combination of options."""
+    pipelines_from_text: int
+    """Of them, those compiled from Metal text in this process."""
+    command_buffers: int
+    """Command buffers that umfa committed."""
+    queues_replaced: int
+    """Command queues given up because the GPU had failed."""
+    gpu_seconds: float
+    """Time that the GPU spent on umfa's command buffers, by its own clock."""
+
+
+def stats() -> Stats:
+    """Counts of what umfa has done; they only grow, so take two to learn of a call.
+
+    >>> before = umfa.stats()
+    >>> out = umfa.flash_attn_func(q, k, v)
+    >>> umfa.stats().tensors_copied - before.tensors_copied
+    0
+    """
+    return Stats(**_ext.stats())
 
 
 def backends() -> list[BackendInfo]:

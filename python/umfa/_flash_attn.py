@@ -22,6 +22,8 @@ def flash_attn_func(
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    backend: str = "auto",
 ) -> Any:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
 
@@ -55,6 +57,10 @@ def flash_attn_func(
         Accepted for compatibility: every result is deterministic.
     return_attn_probs : bool
         Also return the log-sum-exp of the scores.
+    backend : {"auto", "metal", "cpu"}
+        Who computes. "auto" takes the Apple GPU where there is one, for tensors that it owns and
+        for work on CPU tensors that is large enough to be worth the way. The others insist: what
+        such a backend cannot do is refused, never done elsewhere. See `umfa.backends`.
 
     Returns
     -------
@@ -91,6 +97,7 @@ def flash_attn_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
+        backend,
     )
 
 
@@ -104,6 +111,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    backend: str = "auto",
 ) -> Any:
     """`flash_attn_func` on query, key and value stacked in one tensor.
 
@@ -127,6 +136,7 @@ def flash_attn_qkvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
+        backend,
     )
 
 
@@ -141,6 +151,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    backend: str = "auto",
 ) -> Any:
     """`flash_attn_func` on key and value stacked in one tensor.
 
@@ -165,6 +177,7 @@ def flash_attn_kvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
+        backend,
     )
 
 
@@ -180,6 +193,8 @@ def can_run(
     alibi_slopes: Any = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    backend: str = "auto",
 ) -> tuple[bool, str]:
     """Whether `flash_attn_func` would accept these arguments, and if not, why.
 
@@ -205,15 +220,16 @@ def can_run(
             softcap,
             deterministic,
             return_attn_probs,
+            backend,
         )
         return _ext.attention_can_run(
             options,
-            framework.export(q, function, "q"),
-            framework.export(k, function, "k"),
-            framework.export(v, function, "v"),
+            framework.export(q, function, "q", backend),
+            framework.export(k, function, "k", backend),
+            framework.export(v, function, "v", backend),
             None
             if alibi_slopes is None
-            else framework.export(alibi_slopes, function, "alibi_slopes"),
+            else framework.export(alibi_slopes, function, "alibi_slopes", backend),
         )
     except (ValueError, TypeError, UnsupportedError) as error:
         return False, str(error)
@@ -252,6 +268,7 @@ def _attention(
     alibi_slopes: Any,
     deterministic: Any,
     return_attn_probs: Any,
+    backend: Any,
 ) -> Any:
     """Every public function ends here. `tensors`: query, key, value under the caller's names."""
     framework = framework_of(
@@ -268,18 +285,19 @@ def _attention(
         softcap,
         deterministic,
         return_attn_probs,
+        backend,
     )
 
     def compute(query: Any, key: Any, value: Any, *slopes: Any) -> tuple[Any, ...]:
         def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-            return framework.allocate(query, shape, dtype)
+            return framework.allocate(query, shape, dtype, backend)
 
         out, lse = _ext.attention_forward(
             options,
-            framework.export(query, function, query_name),
-            framework.export(key, function, key_name),
-            framework.export(value, function, value_name),
-            framework.export(slopes[0], function, "alibi_slopes") if slopes else None,
+            framework.export(query, function, query_name, backend),
+            framework.export(key, function, key_name, backend),
+            framework.export(value, function, value_name, backend),
+            framework.export(slopes[0], function, "alibi_slopes", backend) if slopes else None,
             allocate,
         )
         return (framework.finish(out), *(() if lse is None else (framework.finish(lse),)))

@@ -72,6 +72,19 @@ def _window(function: str, window_size: Any) -> tuple[int, int]:
     )
 
 
+def _backend(function: str, backend: Any) -> str:
+    if not isinstance(backend, str):
+        raise TypeError(
+            message(
+                function,
+                "backend is not a string",
+                reprlib.repr(backend),
+                "'auto', 'metal' or 'cpu'",
+            )
+        )
+    return backend
+
+
 def make_options(
     function: str,
     names: tuple[str, str, str],
@@ -82,7 +95,7 @@ def make_options(
     softcap: Any,
     deterministic: Any,
     return_attn_probs: Any,
-    backend: str = "auto",
+    backend: Any = "auto",
 ) -> _ext.Options:
     """The options of one call; raises TypeError or ValueError naming the offending value.
 
@@ -102,5 +115,5 @@ def make_options(
         softcap=_number(function, "softcap", softcap),
         dropout_p=_number(function, "dropout_p", dropout_p),
         return_lse=_flag(function, "return_attn_probs", return_attn_probs),
-        backend=backend,
+        backend=_backend(function, backend),
     )

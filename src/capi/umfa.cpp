@@ -4,6 +4,7 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <string_view>
 
 #include "core/dispatch.h"
 #include "core/dlpack_view.h"
@@ -21,6 +22,7 @@ umfa_status status_of(ErrorKind kind) {
         case ErrorKind::type: return UMFA_ERROR_TYPE;
         case ErrorKind::unsupported: return UMFA_ERROR_UNSUPPORTED;
         case ErrorKind::memory: return UMFA_ERROR_OUT_OF_MEMORY;
+        case ErrorKind::device: return UMFA_ERROR_DEVICE;
         case ErrorKind::internal: break;
     }
     return UMFA_ERROR_INTERNAL;
@@ -73,48 +75,73 @@ int checked_enum(int32_t value, int32_t last, const char* name, const char* func
     return value;
 }
 
+struct Call {
+    Problem problem;
+    const char* backend;
+};
+
+/// The arguments that every attention function shares. `function` outlives the problem.
+Call read_call(const char* function, const DLTensor* query, const DLTensor* key,
+               const DLTensor* value, DLTensor* out, DLTensor* lse,
+               const umfa_attention_options* options_or_null) {
+    const auto view = [&](const DLTensor* tensor, const char* name) {
+        if (!tensor)
+            fail(ErrorKind::value, function, std::string(name) + " is missing", "NULL",
+                 "a DLTensor");
+        return view_of(*tensor, function, name);
+    };
+    const umfa_attention_options options = read_options(options_or_null, function);
+    static constexpr Layout layouts[] = {Layout::bshd, Layout::bhsd};
+    static constexpr Causal causals[] = {Causal::none, Causal::bottom_right, Causal::top_left};
+    static constexpr const char* backend_names[] = {"auto", "cpu", "metal"};
+
+    if (options.reserved != 0)
+        fail(ErrorKind::value, function, "options->reserved is set",
+             std::to_string(options.reserved), "0");
+
+    AttentionRequest request;
+    request.function = function;
+    request.layout = layouts[checked_enum(options.layout, 1, "options->layout", function)];
+    request.causal = causals[checked_enum(options.causal, 2, "options->causal", function)];
+    request.query = view(query, "query");
+    request.key = view(key, "key");
+    request.value = view(value, "value");
+    request.out = view(out, "out");
+    if (lse) request.lse = view(lse, "lse");
+    if (options.softmax_scale != 0) request.softmax_scale = options.softmax_scale;
+    request.window_left = options.window_left;
+    request.window_right = options.window_right;
+    request.softcap = options.softcap;
+    if (options.alibi_slopes) request.alibi_slopes = view(options.alibi_slopes, "alibi_slopes");
+    return {Problem::make(request),
+            backend_names[checked_enum(options.backend, 2, "options->backend", function)]};
+}
+
 }  // namespace
 
 extern "C" {
 
 umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
                                    const DLTensor* value, DLTensor* out, DLTensor* lse,
-                                   const umfa_attention_options* options_or_null) {
+                                   const umfa_attention_options* options) {
     return guarded([&] {
-        static constexpr const char* function = "umfa_attention_forward";
-        const auto view = [&](const DLTensor* tensor, const char* name) {
-            if (!tensor)
-                fail(ErrorKind::value, function, std::string(name) + " is missing", "NULL",
-                     "a DLTensor");
-            return view_of(*tensor, function, name);
-        };
-        const umfa_attention_options options = read_options(options_or_null, function);
-        static constexpr Layout layouts[] = {Layout::bshd, Layout::bhsd};
-        static constexpr Causal causals[] = {Causal::none, Causal::bottom_right, Causal::top_left};
-        static constexpr const char* backend_names[] = {"auto", "cpu", "metal"};
+        const Call call = read_call("umfa_attention_forward", query, key, value, out, lse, options);
+        forward(route(call.problem, call.backend), call.problem);
+    });
+}
 
-        if (options.reserved != 0)
-            fail(ErrorKind::value, function, "options->reserved is set",
-                 std::to_string(options.reserved), "0");
-
-        AttentionRequest request;
-        request.function = function;
-        request.layout = layouts[checked_enum(options.layout, 1, "options->layout", function)];
-        request.causal = causals[checked_enum(options.causal, 2, "options->causal", function)];
-        request.query = view(query, "query");
-        request.key = view(key, "key");
-        request.value = view(value, "value");
-        request.out = view(out, "out");
-        if (lse) request.lse = view(lse, "lse");
-        if (options.softmax_scale != 0) request.softmax_scale = options.softmax_scale;
-        request.window_left = options.window_left;
-        request.window_right = options.window_right;
-        request.softcap = options.softcap;
-        if (options.alibi_slopes) request.alibi_slopes = view(options.alibi_slopes, "alibi_slopes");
-        const Problem problem = Problem::make(request);
-        route(problem,
-              backend_names[checked_enum(options.backend, 2, "options->backend", function)])
-            .forward(problem);
+umfa_status umfa_attention_forward_encode(void* metal_command_buffer, const DLTensor* query,
+                                          const DLTensor* key, const DLTensor* value, DLTensor* out,
+                                          DLTensor* lse, const umfa_attention_options* options) {
+    return guarded([&] {
+        static constexpr const char* function = "umfa_attention_forward_encode";
+        if (!metal_command_buffer)
+            fail(ErrorKind::value, function, "metal_command_buffer is missing", "NULL",
+                 "an id<MTLCommandBuffer> that is not committed");
+        const Call call = read_call(function, query, key, value, out, lse, options);
+        encode_forward(call.problem,
+                       std::string_view(call.backend) == "auto" ? "metal" : call.backend,
+                       metal_command_buffer);
     });
 }
 

@@ -1,20 +1,33 @@
 #include "core/dispatch.h"
 
+#include <atomic>
+
 #include "core/error.h"
+#include "core/stats.h"
 
 namespace umfa {
 namespace {
 
+#ifdef UMFA_HAS_METAL
+const Backend& built_in_metal = metal::backend;
+#else
 // The Metal backend has its place in the routing; this build carries no code for it.
 Verdict metal_available() { return {false, "this build of umfa has no Metal backend"}; }
 bool metal_can_see(Device) { return true; }
 void metal_forward(const Problem& problem) {
     fail(ErrorKind::internal, problem.function, "the Metal backend was called", "metal", "cpu");
 }
-const Backend metal_backend{"metal", 0, metal_available, metal_can_see, metal_forward};
+const Backend built_in_metal{"metal", 0,       metal_available, metal_can_see,
+                             nullptr, nullptr, metal_forward};
+#endif
 
-// In order of preference.
-const Backend* const all_backends[] = {&metal_backend, &cpu::backend};
+std::atomic<const Backend*> metal_backend{&built_in_metal};
+
+struct Backends {
+    const Backend* in_order_of_preference[2] = {metal_backend.load(), &cpu::backend};
+    auto begin() const { return std::begin(in_order_of_preference); }
+    auto end() const { return std::end(in_order_of_preference); }
+};
 
 Verdict verdict_of(const Backend& backend, const Problem& problem) {
     Verdict verdict = backend.available();
@@ -28,24 +41,37 @@ Verdict verdict_of(const Backend& backend, const Problem& problem) {
             reason += " (dropout_p=" + text_of(problem.dropout->p) + ")";
         return {false, reason};
     }
+    if (backend.can_forward) verdict = backend.can_forward(problem);
     return verdict;
 }
 
 /// The backend that will run the problem, or nullptr with every candidate's reason.
 const Backend* choose(const Problem& problem, std::string_view name, std::string& reason) {
     bool known = false;
-    for (const Backend* backend : all_backends) {
+    const Backend* possible = nullptr;  // can, though it may not be worth its start
+    for (const Backend* backend : Backends{}) {
         if (name != "auto" && name != backend->name) continue;
         known = true;
         const Verdict verdict = verdict_of(*backend, problem);
-        if (verdict.yes) return backend;
+        if (verdict.yes) {
+            const bool chosen = name != "auto" || !backend->worthwhile ||
+                                problem.query.view.device != Device::cpu ||
+                                backend->worthwhile(problem);
+            if (chosen) return backend;
+            if (!possible) possible = backend;
+            continue;
+        }
         if (!reason.empty()) reason += "; ";
         reason += std::string(backend->name) + ": " + verdict.reason;
     }
     if (!known)
         fail(ErrorKind::value, problem.function, "backend is unknown",
              "'" + std::string(name) + "'", "'auto', 'cpu' or 'metal'");
-    return nullptr;
+    return possible;
+}
+
+void count_call(const Backend& backend) {
+    ++(&backend == &cpu::backend ? stats().cpu_calls : stats().metal_calls);
 }
 
 }  // namespace
@@ -63,16 +89,52 @@ const Backend& route(const Problem& problem, std::string_view name) {
          "what one of the backends supports");
 }
 
+void forward(const Backend& backend, const Problem& problem) {
+    backend.forward(problem);
+    count_call(backend);
+}
+
+void encode_forward(const Problem& problem, std::string_view name, void* stream) {
+    const Backend& backend = route(problem, name);
+    if (!backend.encode_forward)
+        fail(ErrorKind::unsupported, problem.function, "this backend has no streams", backend.name,
+             "'metal'");
+    backend.encode_forward(problem, stream);
+    count_call(backend);
+}
+
+const Backend& backend_of(Device device, std::string_view function) {
+    std::string reasons;
+    for (const Backend* backend : Backends{}) {
+        if (!backend->can_see(device) || (device != Device::cpu && !backend->allocate)) continue;
+        const Verdict verdict = backend->available();
+        if (verdict.yes) return *backend;
+        reasons = std::string(backend->name) + ": " + verdict.reason;
+    }
+    fail(ErrorKind::unsupported, function, "no backend has memory there",
+         reasons.empty() ? "no backend" : reasons, "a device that this build of umfa can use");
+}
+
+void set_metal_backend(const Backend* backend) {
+    metal_backend = backend ? backend : &built_in_metal;
+}
+
+Stats& stats() {
+    static Stats counts;
+    return counts;
+}
+
 std::vector<BackendInfo> backends() {
     std::vector<BackendInfo> list;
-    for (const Backend* backend : all_backends) {
+    for (const Backend* backend : Backends{}) {
         Verdict verdict;
         try {
             verdict = backend->available();
         } catch (const Error& error) {  // an environment variable that makes no sense, say
             verdict = {false, error.what()};
         }
-        list.push_back({backend->name, verdict.yes, std::move(verdict.reason)});
+        std::string device = verdict.yes && backend->describe ? backend->describe() : "";
+        list.push_back({backend->name, verdict.yes, std::move(verdict.reason), std::move(device)});
     }
     return list;
 }

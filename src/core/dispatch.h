@@ -17,11 +17,26 @@ UMFA_CORE_API Verdict can_run(const Problem& problem, std::string_view name);
 /// The backend for the problem. Throws `Error` with can_run's reason when there is none.
 UMFA_CORE_API const Backend& route(const Problem& problem, std::string_view name);
 
+/// What a call is to be carried out by: `backend.forward`, and the calls counted.
+UMFA_CORE_API void forward(const Backend& backend, const Problem& problem);
+
+/// Records the call in a caller's stream on the device of `name`, a backend that has streams.
+/// Throws `Error` when it has none, or cannot run the problem.
+UMFA_CORE_API void encode_forward(const Problem& problem, std::string_view name, void* stream);
+
+/// The backend that can see `device`, for memory on it. Throws `Error` when there is none.
+UMFA_CORE_API const Backend& backend_of(Device device, std::string_view function);
+
 struct BackendInfo {
     std::string name;
     bool available;
     std::string reason;  // why not; empty when available
+    std::string device;  // in words, where the backend has one of its own
 };
 UMFA_CORE_API std::vector<BackendInfo> backends();
+
+/// Puts a Metal backend that another library brings into the routing; null takes it out again. For
+/// the tests, whose Metal is a double, in a library of its own.
+UMFA_CORE_API void set_metal_backend(const Backend* backend);
 
 }  // namespace umfa

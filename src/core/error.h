@@ -14,6 +14,7 @@ enum class ErrorKind {
     type,         // the caller passed something of the wrong type       -> TypeError
     unsupported,  // the request is sound, umfa cannot do it (yet)       -> umfa.UnsupportedError
     memory,       // an allocation failed                                -> MemoryError
+    device,       // a GPU or its driver failed                          -> RuntimeError
     internal,     // a bug in umfa                                       -> RuntimeError
 };
 

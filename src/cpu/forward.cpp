@@ -86,7 +86,8 @@ Verdict available() {
 
 }  // namespace
 
-const Backend backend{"cpu", forward_features, available,
-                      [](Device device) { return device == Device::cpu; }, run_forward};
+const Backend backend{
+    "cpu",   forward_features, available,  [](Device device) { return device == Device::cpu; },
+    nullptr, nullptr,          run_forward};
 
 }  // namespace umfa::cpu

@@ -25,7 +25,7 @@ constexpr int64_t max_queries = 8;
 constexpr int64_t threadgroups_per_core = 3;
 /// Below, writing and merging the partial results costs more than the longer loop.
 constexpr int64_t min_keys_per_split = 128;
-/// Simdgroups of a threadgroup that merges: each takes every eighth split.
+/// Simdgroups of a threadgroup that merges; each takes every eighth split.
 constexpr int merge_simdgroups = 8;
 
 const Shape* shape_of(const Problem& problem, int64_t rows) {
@@ -54,7 +54,9 @@ bool is_decode(const Problem& problem) {
 LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
     const ElementType type = element_type(problem.query.view.dtype, gpu);
     const int64_t rows = rows_of(problem);
-    const Shape& shape = *shape_of(problem, rows);
+    const Shape& usual = *shape_of(problem, rows);
+    Shape shape = usual;
+    shape.simdgroups = fitting_simdgroups(shape.simdgroups, 2, gpu);
     const int64_t row_blocks = ceil_div(rows, 8 * shape.qf);
 
     // The keys that any query sees, in equal pieces of whole rounds of the simdgroups.
@@ -81,7 +83,8 @@ LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
     LaunchPlan plan;
     KernelLaunch decode;
     decode.kernel = std::string("decode_") + type.name + "_d" + std::to_string(shape.d) + "_v" +
-                    std::to_string(shape.dv) + "_q" + std::to_string(shape.qf);
+                    std::to_string(shape.dv) + "_q" + std::to_string(shape.qf) +
+                    fitted_suffix(shape.simdgroups, usual.simdgroups);
     decode.source = "decode.metal";
     decode.macros = {{"UMFA_KERNEL", "\"" + decode.kernel + "\""},
                      {"UMFA_T", type.storage},
@@ -123,13 +126,15 @@ LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
 
     const ElementType stored = element_type(problem.query.view.dtype, {Family::apple10});
     const int channels = problem.head_dim_v <= 128 ? 128 : 256;
+    const int simdgroups = fitting_simdgroups(merge_simdgroups, 1, gpu);
     KernelLaunch merge;
-    merge.kernel = std::string("decode_merge_") + stored.name + "_d" + std::to_string(channels);
+    merge.kernel = std::string("decode_merge_") + stored.name + "_d" + std::to_string(channels) +
+                   fitted_suffix(simdgroups, merge_simdgroups);
     merge.source = "decode.metal";
     merge.macros = {{"UMFA_KERNEL", "\"" + merge.kernel + "\""},
                     {"UMFA_MERGES", "1"},
                     {"UMFA_T", stored.storage},
-                    {"UMFA_SHAPE", list_of(merge_simdgroups, channels / 32)}};
+                    {"UMFA_SHAPE", list_of(simdgroups, channels / 32)}};
     add_constants(merge, problem);
     add_constant(merge, UMFA_CONSTANT_IS_SPLIT, true);
     bind_outputs(merge, problem);
@@ -138,9 +143,9 @@ LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
     set_params(merge, UMFA_BUFFER_PARAMS, merge_params);
     merge.grid = {static_cast<uint32_t>(problem.seqlen_q), static_cast<uint32_t>(problem.nheads_q),
                   static_cast<uint32_t>(problem.batch)};
-    merge.threadgroup = {32 * merge_simdgroups, 1, 1};
+    merge.threadgroup = {static_cast<uint32_t>(32 * simdgroups), 1, 1};
     merge.threadgroup_bytes =
-        static_cast<uint32_t>(merge_simdgroups * (channels + 1) * sizeof(float));
+        static_cast<uint32_t>(simdgroups * (channels + 1) * sizeof(float));
     plan.launches.push_back(std::move(merge));
     return plan;
 }

@@ -55,31 +55,34 @@ LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu) {
 
     const ElementType type = element_type(problem.query.view.dtype, gpu);
     const int family = static_cast<int>(gpu.family);
-    const Shape* shape = type.operand_bytes == 2 ? first_fit(shapes_16, problem, family)
+    const Shape* usual = type.operand_bytes == 2 ? first_fit(shapes_16, problem, family)
                                                  : first_fit(shapes_32, problem, family);
-    if (!shape)
+    if (!usual)
         fail(ErrorKind::internal, problem.function, "no tile shape",
              std::to_string(std::max(problem.head_dim, problem.head_dim_v)),
              "one in forward_shapes.h for every head_dim");
-    const int block_q = 8 * shape->qf * shape->simdgroups / shape->split;
+    Shape shape = *usual;
+    shape.simdgroups = fitting_simdgroups(shape.simdgroups, shape.split, gpu);
+    const int block_q = 8 * shape.qf * shape.simdgroups / shape.split;
 
     KernelLaunch launch;
-    launch.kernel = std::string("forward_") + type.name + "_d" + std::to_string(shape->d) + "_v" +
-                    std::to_string(shape->dv) + "_k" + std::to_string(shape->bk);
+    launch.kernel = std::string("forward_") + type.name + "_d" + std::to_string(shape.d) + "_v" +
+                    std::to_string(shape.dv) + "_k" + std::to_string(shape.bk) +
+                    fitted_suffix(shape.simdgroups, usual->simdgroups);
     launch.source = "forward.metal";
     launch.macros = {{"UMFA_KERNEL", "\"" + launch.kernel + "\""},
                      {"UMFA_T", type.storage},
                      {"UMFA_M", type.operand},
-                     {"UMFA_SHAPE", list_of(shape->d, shape->dv, shape->bk, shape->qf,
-                                            shape->simdgroups, shape->split, shape->one_tile)}};
+                     {"UMFA_SHAPE", list_of(shape.d, shape.dv, shape.bk, shape.qf, shape.simdgroups,
+                                            shape.split, shape.one_tile)}};
     add_constants(launch, problem);
     bind_inputs(launch, problem);
     bind_outputs(launch, problem);
     set_params(launch, UMFA_BUFFER_PARAMS, forward_params(problem));
     launch.grid = {static_cast<uint32_t>((problem.seqlen_q + block_q - 1) / block_q),
                    static_cast<uint32_t>(problem.nheads_q), static_cast<uint32_t>(problem.batch)};
-    launch.threadgroup = {static_cast<uint32_t>(32 * shape->simdgroups), 1, 1};
-    launch.threadgroup_bytes = threadgroup_bytes(*shape, type.operand_bytes);
+    launch.threadgroup = {static_cast<uint32_t>(32 * shape.simdgroups), 1, 1};
+    launch.threadgroup_bytes = threadgroup_bytes(shape, type.operand_bytes);
     plan.launches.push_back(std::move(launch));
     return plan;
 }

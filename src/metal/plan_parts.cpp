@@ -122,4 +122,16 @@ void bind_scratch(KernelLaunch& launch, uint32_t index, uint32_t piece) {
     launch.buffers.push_back({index, Binding::Source::scratch, piece, 0});
 }
 
+int fitting_simdgroups(int usual, int smallest, const Capabilities& gpu) {
+    int simdgroups = usual;
+    while (simdgroups % 2 == 0 && simdgroups / 2 >= smallest &&
+           32u * static_cast<uint32_t>(simdgroups) > gpu.max_threads)
+        simdgroups /= 2;
+    return simdgroups;
+}
+
+std::string fitted_suffix(int simdgroups, int usual) {
+    return simdgroups == usual ? "" : "_s" + std::to_string(simdgroups);
+}
+
 }  // namespace umfa::metal

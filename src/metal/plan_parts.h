@@ -35,6 +35,13 @@ void bind_inputs(KernelLaunch& launch, const Problem& problem);
 void bind_outputs(KernelLaunch& launch, const Problem& problem);
 void bind_scratch(KernelLaunch& launch, uint32_t index, uint32_t piece);
 
+/// Simdgroups of a threadgroup: `usual`, or half of them and half again (down to `smallest`) while
+/// they are more threads than the GPU's pipelines take. How many those are shows when a pipeline is
+/// built, since they fall with the registers it needs: the executor then plans again.
+int fitting_simdgroups(int usual, int smallest, const Capabilities& gpu);
+/// What the name of a kernel with fewer simdgroups than usual ends with; else nothing.
+std::string fitted_suffix(int simdgroups, int usual);
+
 template <class T>
 void set_params(KernelLaunch& launch, uint32_t index, const T& value) {
     launch.params_index = index;

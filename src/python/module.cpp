@@ -12,14 +12,17 @@
 
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <new>
 
 #include "core/dispatch.h"
 #include "core/dlpack_view.h"
 #include "core/error.h"
+#include "core/stats.h"
 #include "cpu/features.h"
 #include "cpu/isa/select.h"
 #include "cpu/thread_pool.h"
+#include "metal/shaders.h"
 #include "python/door.h"
 #include "umfa/umfa.h"
 
@@ -56,6 +59,18 @@ struct dtype_traits<Float16> {
 namespace {
 
 using AnyArray = nb::ndarray<nb::array_api>;
+
+/// An MTLBuffer, and how to let go of it.
+struct MetalMemory {
+    MetalMemory(const Backend& backend, size_t bytes)
+        : buffer(backend.allocate(bytes, "umfa._ext.empty")), deallocate(backend.deallocate) {}
+    ~MetalMemory() { deallocate(buffer); }
+    MetalMemory(const MetalMemory&) = delete;
+    MetalMemory& operator=(const MetalMemory&) = delete;
+
+    void* const buffer;
+    void (*const deallocate)(void*);
+};
 
 /// Runs `body` with the GIL released.
 ///
@@ -103,7 +118,7 @@ nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle
         lse_array = import<nb::ndarray<>>(lse[0], options.function, "softmax_lse");
         problem.set_lse(lse_array.view);
     }
-    without_gil([&] { backend.forward(problem); });
+    without_gil([&] { forward(backend, problem); });
     return nb::make_tuple(out[1], lse.is_none() ? nb::object(lse) : nb::object(lse[1]));
 }
 
@@ -117,8 +132,10 @@ std::pair<bool, std::string> attention_can_run(const Options& options, nb::handl
     return {verdict.yes, verdict.reason};
 }
 
-/// Uninitialised memory for frameworks whose own arrays cannot be written in place.
-AnyArray empty(const std::vector<int64_t>& shape, const std::string& dtype) {
+/// Uninitialised memory for frameworks whose own arrays cannot be written in place: of the CPU, or
+/// an MTLBuffer.
+AnyArray empty(const std::vector<int64_t>& shape, const std::string& dtype,
+               const std::string& device) {
     size_t count = 1;
     std::vector<size_t> sizes;
     for (const int64_t size : shape) {
@@ -132,8 +149,19 @@ AnyArray empty(const std::vector<int64_t>& shape, const std::string& dtype) {
     if (type.bits == 0)
         fail(ErrorKind::internal, "umfa._ext.empty", "dtype is unknown", dtype,
              "float32, float16 or bfloat16");
+    if (device != "cpu" && device != "metal")
+        fail(ErrorKind::internal, "umfa._ext.empty", "device is unknown", device, "cpu or metal");
     // 64-byte alignment lets XLA take the memory over without a copy.
     const size_t bytes = (count * (type.bits / 8u) + 64) / 64 * 64;
+    if (device == "metal") {
+        const Backend& backend = backend_of(Device::metal, "umfa._ext.empty");
+        auto memory = std::make_unique<MetalMemory>(backend, bytes);
+        nb::capsule owner(memory.get(),
+                          [](void* p) noexcept { delete static_cast<MetalMemory*>(p); });
+        void* buffer = memory.release()->buffer;
+        return AnyArray(buffer, sizes.size(), sizes.data(), owner, nullptr, type,
+                        nb::device::metal::value, 0);
+    }
     void* memory = std::aligned_alloc(64, bytes);
     if (!memory) throw std::bad_alloc();
     nb::capsule owner(memory, [](void* p) noexcept { std::free(p); });
@@ -176,6 +204,7 @@ void translate(const std::exception_ptr& pointer, void*) {
             case ErrorKind::type: type = PyExc_TypeError; break;
             case ErrorKind::unsupported: type = unsupported_error; break;
             case ErrorKind::memory: type = PyExc_MemoryError; break;
+            case ErrorKind::device:
             case ErrorKind::internal: break;
         }
         PyErr_SetString(type, error.what());
@@ -234,9 +263,10 @@ NB_MODULE(_ext, m) {
           nb::sig("def attention_can_run(options: Options, query: object, key: object, "
                   "value: object, alibi_slopes: object | None) -> tuple[bool, str]"),
           "The routing's verdict on the same call, and its reason.");
-    m.def("empty", &empty, "shape"_a, "dtype"_a,
-          nb::sig("def empty(shape: collections.abc.Sequence[int], dtype: str) -> typing.Any"),
-          "An uninitialised array that speaks DLPack.");
+    m.def("empty", &empty, "shape"_a, "dtype"_a, "device"_a = "cpu",
+          nb::sig("def empty(shape: collections.abc.Sequence[int], dtype: str, "
+                  "device: str = 'cpu') -> typing.Any"),
+          "An uninitialised array that speaks DLPack, on 'cpu' or 'metal'.");
     m.def("as_bfloat16", &as_bfloat16, "bits"_a, "owner"_a,
           nb::sig("def as_bfloat16(bits: object, owner: object) -> typing.Any"),
           "The same memory as a bfloat16 array that speaks DLPack; keeps `owner` alive.");
@@ -246,12 +276,41 @@ NB_MODULE(_ext, m) {
     m.def(
         "backends",
         [] {
-            std::vector<std::tuple<std::string, bool, std::string>> list;
+            std::vector<std::tuple<std::string, bool, std::string, std::string>> list;
             for (BackendInfo& info : backends())
-                list.emplace_back(std::move(info.name), info.available, std::move(info.reason));
+                list.emplace_back(std::move(info.name), info.available, std::move(info.reason),
+                                  std::move(info.device));
             return list;
         },
-        "(name, available, why not) of every backend.");
+        "(name, available, why not, device) of every backend.");
+    m.def(
+        "stats",
+        [] {
+            const Stats& counts = stats();
+            nb::dict result;
+            result["cpu_calls"] = counts.cpu_calls.load();
+            result["metal_calls"] = counts.metal_calls.load();
+            result["tensors_in_place"] = counts.tensors_in_place.load();
+            result["tensors_copied"] = counts.tensors_copied.load();
+            result["bytes_copied"] = counts.bytes_copied.load();
+            result["pipelines"] = counts.pipelines.load();
+            result["pipelines_from_text"] = counts.pipelines_from_text.load();
+            result["command_buffers"] = counts.command_buffers.load();
+            result["queues_replaced"] = counts.queues_replaced.load();
+            result["gpu_seconds"] = static_cast<double>(counts.gpu_nanoseconds.load()) * 1e-9;
+            return result;
+        },
+        nb::sig("def stats() -> dict[str, typing.Any]"), "What umfa has done so far, by name.");
+    m.def(
+        "shader_text",
+        [](const std::string& file) {
+            const std::string_view text = metal::shader_text(file);
+            if (text.empty())
+                fail(ErrorKind::value, "umfa._ext.shader_text", "no such file is embedded", file,
+                     "a file of shaders/, e.g. 'forward.metal'");
+            return std::string(text);
+        },
+        "file"_a, "The Metal text of a shader with its own headers put in.");
     m.def("cpu_features", &cpu::features, "Instruction set extensions of this CPU.");
     m.def("cpu_isa", &cpu::isa_in_use, "Instruction set whose kernels run.");
     m.def("cpu_isas", &cpu::isa_list, "(name, usable on this CPU) of every kernel set built in.");

@@ -93,7 +93,9 @@ TAIL = {
 def test_signatures_are_those_of_flash_attn(function: Any, tensors: list[str]) -> None:
     """Libraries look at the names and pass some arguments by position: both are the interface."""
     assert inspect.isfunction(function), "transformers introspects real Python functions only"
-    parameters = inspect.signature(function).parameters
+    parameters = dict(inspect.signature(function).parameters)
+    # umfa's own option comes by keyword only, and so never in the way.
+    assert parameters.pop("backend").kind is inspect.Parameter.KEYWORD_ONLY
     assert list(parameters) == [*tensors, *TAIL]
     for name, parameter in parameters.items():
         assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,18 @@ from umfa._frameworks import _numpy
 from umfa._options import make_options
 
 SHADERS = Path(__file__).parents[2] / "shaders"
+
+
+def _load_embed() -> Any:
+    spec = importlib.util.spec_from_file_location("embed_shaders", SHADERS / "embed.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+embed = _load_embed()
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -117,8 +130,7 @@ def attention(
 
 def _play(launch: dict[str, Any], tensors: dict[str, Any], scratch: list[Array]) -> Counters:
     library = Library(
-        SHADERS / launch["source"],
-        include_dirs=[SHADERS],
+        embed.flatten(launch["source"]),  # as umfa carries it, so that both share the cache
         macros=launch["macros"],
         constants=launch["constants"],
         options=settings.options,

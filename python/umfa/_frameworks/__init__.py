@@ -15,11 +15,16 @@ from .._errors import message
 class Framework(Protocol):
     """What umfa needs to know about one framework's tensors. Each module here is one."""
 
-    def export(self, tensor: Any, function: str, argument: str) -> Any:
-        """A DLPack object on the tensor's memory; raises if reading it would not be right."""
+    def export(self, tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
+        """A DLPack object on the tensor's memory, which holds its value; raises if it cannot.
 
-    def allocate(self, like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-        """(DLPack object to write to, handle for `finish`), on the device of `like`."""
+        `backend` matters where a framework can show the same memory as the CPU's and as the GPU's.
+        """
+
+    def allocate(
+        self, like: Any, shape: tuple[int, ...], dtype: str, backend: str = "auto"
+    ) -> tuple[Any, Any]:
+        """(DLPack object to write to, handle for `finish`), on the device of `export(like)`."""
 
     def finish(self, handle: Any) -> Any:
         """The caller's tensor, once the memory has been written."""

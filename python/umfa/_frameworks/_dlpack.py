@@ -8,8 +8,10 @@ from typing import Any
 from .. import _ext
 from .._errors import message
 
+METAL = 8  # DLPack's code of the device
 
-def export(tensor: Any, function: str, argument: str) -> Any:
+
+def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
     # Asked for here, not by the binding: a capsule that the producer keeps must be marked as used,
     # and what the producer raises must reach the caller.
     try:
@@ -23,8 +25,10 @@ def export(tensor: Any, function: str, argument: str) -> Any:
         ) from error
 
 
-def allocate(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-    memory = _ext.empty(shape, dtype)
+def allocate(
+    like: Any, shape: tuple[int, ...], dtype: str, backend: str = "auto"
+) -> tuple[Any, Any]:
+    memory = _ext.empty(shape, dtype, "metal" if like.__dlpack_device__()[0] == METAL else "cpu")
     namespace = getattr(like, "__array_namespace__", None)
     return memory, (memory, None if namespace is None else namespace())
 

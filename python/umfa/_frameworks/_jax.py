@@ -11,7 +11,7 @@ from .. import _ext
 from .._errors import UnsupportedError, message
 
 
-def export(tensor: Any, function: str, argument: str) -> Any:
+def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
     if isinstance(tensor, jax.core.Tracer):
         raise UnsupportedError(
             message(
@@ -37,7 +37,9 @@ def export(tensor: Any, function: str, argument: str) -> Any:
     return tensor.block_until_ready()
 
 
-def allocate(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+def allocate(
+    like: Any, shape: tuple[int, ...], dtype: str, backend: str = "auto"
+) -> tuple[Any, Any]:
     # jax arrays are immutable: the result is written outside and taken over without a copy.
     memory = _ext.empty(shape, dtype)
     return memory, (memory, like.sharding)

@@ -9,9 +9,17 @@ import mlx.core as mx
 
 from .. import _ext
 from .._errors import UnsupportedError, message
+from ._dlpack import METAL
 
 
-def export(tensor: Any, function: str, argument: str) -> Any:
+def _on_gpu(tensor: Any, backend: str) -> bool:
+    """Whether umfa is to have the array as a Metal buffer."""
+    if backend == "cpu" or tensor.__dlpack_device__()[0] != METAL:
+        return False
+    return any(name == "metal" and available for name, available, *_ in _ext.backends())
+
+
+def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
     try:
         mx.eval(tensor)
     except (RuntimeError, ValueError) as error:
@@ -25,12 +33,15 @@ def export(tensor: Any, function: str, argument: str) -> Any:
                 "an array with a value; call it outside the transform",
             )
         ) from None
-    # On a Mac, mlx offers its unified memory as Metal; the CPU view is asked for by name.
-    return tensor.__dlpack__(dl_device=(1, 0))
+    # eval() has waited: umfa's own queue may read. On a Mac, mlx offers its unified memory as
+    # Metal; the CPU view is asked for by name.
+    return tensor.__dlpack__() if _on_gpu(tensor, backend) else tensor.__dlpack__(dl_device=(1, 0))
 
 
-def allocate(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-    memory = _ext.empty(shape, dtype)
+def allocate(
+    like: Any, shape: tuple[int, ...], dtype: str, backend: str = "auto"
+) -> tuple[Any, Any]:
+    memory = _ext.empty(shape, dtype, "metal" if _on_gpu(like, backend) else "cpu")
     return memory, memory
 
 

@@ -13,7 +13,7 @@ from .._errors import UnsupportedError, message
 _EXPECTED = "float32, float16 or ml_dtypes.bfloat16"
 
 
-def export(tensor: Any, function: str, argument: str) -> Any:
+def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
     dtype = tensor.dtype
     expected = "float32" if argument == "alibi_slopes" else _EXPECTED
     if isinstance(tensor, np.ma.MaskedArray):
@@ -54,7 +54,9 @@ def export(tensor: Any, function: str, argument: str) -> Any:
     return tensor
 
 
-def allocate(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+def allocate(
+    like: Any, shape: tuple[int, ...], dtype: str, backend: str = "auto"
+) -> tuple[Any, Any]:
     array = np.empty(shape, like.dtype if dtype == like.dtype.name else dtype)
     return export(array, "umfa", "out"), array
 

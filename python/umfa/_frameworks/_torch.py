@@ -13,7 +13,7 @@ from .._errors import UnsupportedError, message
 _forward_ad: Any = forward_ad  # its functions carry no annotations
 
 
-def export(tensor: Any, function: str, argument: str) -> Any:
+def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
     _check_plain(tensor, function, argument)
     if tensor.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(
@@ -33,6 +33,10 @@ def export(tensor: Any, function: str, argument: str) -> Any:
                 "a tensor without tangent",
             )
         )
+    if tensor.device.type == "mps":
+        # DLPack knows no Metal streams: what torch has queued must be done before umfa's own queue
+        # reads it. The way back needs nothing, since the call waits.
+        torch.mps.synchronize()
     # Lazily negated or conjugated views export the memory without the minus sign.
     return tensor.detach().resolve_conj().resolve_neg()
 
@@ -83,7 +87,9 @@ def _check_plain(tensor: Any, function: str, argument: str) -> None:
         )
 
 
-def allocate(like: Any, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+def allocate(
+    like: Any, shape: tuple[int, ...], dtype: str, backend: str = "auto"
+) -> tuple[Any, Any]:
     tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     return tensor, tensor
 

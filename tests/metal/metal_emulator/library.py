@@ -189,6 +189,11 @@ class Library:
         """Names that `dispatch` takes."""
         return tuple(self._built.structure.entries)
 
+    def static_threadgroup_bytes(self, kernel: str) -> int:
+        """Threadgroup memory that a kernel declares, as a pipeline would tell."""
+        number = list(self.kernels).index(kernel)
+        return sum(size for _, size in self._built.variables.get(number, []))
+
     def dispatch(
         self,
         kernel: str,

@@ -1,0 +1,67 @@
+// The Metal backend, as the routing sees it.
+#include "core/error.h"
+#import "metal/autorelease.h"
+#import "metal/context.h"
+#import "metal/executor.h"
+#include "metal/host.h"
+#include "metal/plan_forward.h"
+
+namespace umfa::metal {
+namespace {
+
+/// Below this many FLOP a call on host memory stays on the CPU unless "metal" is asked for. Committing
+/// a command buffer and waiting for it costs a fraction of a millisecond, in which the CPU kernels do
+/// about this much. An estimate: it has not been measured on Apple hardware.
+constexpr double worthwhile_flop = 2e7;
+
+bool worthwhile(const Problem& problem) {
+    const double pairs =
+        static_cast<double>(problem.batch) * static_cast<double>(problem.nheads_q) *
+        static_cast<double>(problem.seqlen_q) * static_cast<double>(problem.seqlen_kv);
+    const double flop = 2.0 * pairs * static_cast<double>(problem.head_dim + problem.head_dim_v);
+    return (problem.causal ? flop / 2 : flop) >= worthwhile_flop;
+}
+
+void* allocate(uint64_t bytes, std::string_view function) {
+    const AutoreleasePool pool;
+    const std::shared_ptr<Context> context = Context::current(function);
+    id<MTLBuffer> buffer = [context->gpu().device newBufferWithLength:bytes
+                                                              options:MTLResourceStorageModeShared];
+    if (!buffer)
+        fail(ErrorKind::memory, function, "no memory for a Metal buffer",
+             std::to_string(bytes) + " bytes", "a smaller tensor");
+    return (__bridge_retained void*)buffer;
+}
+
+void deallocate(void* memory) {
+    const AutoreleasePool pool;
+    id<MTLBuffer> buffer = (__bridge_transfer id<MTLBuffer>)memory;
+    (void)buffer;
+}
+
+std::string describe_device() {
+    const AutoreleasePool pool;
+    return describe(Context::current("umfa.backends")->gpu());
+}
+
+constexpr uint32_t features = bit(Feature::causal) | bit(Feature::window) | bit(Feature::softcap) |
+                              bit(Feature::alibi) | bit(Feature::lse) | bit(Feature::gqa) |
+                              bit(Feature::mask);
+
+}  // namespace
+
+const Backend backend{"metal",
+                      features,
+                      Context::available,
+                      [](Device) { return true; },  // host memory is the GPU's too
+                      can_plan_forward,
+                      worthwhile,
+                      forward,
+                      encode_forward,
+                      allocate,
+                      deallocate,
+                      describe_device};
+
+void release() { Context::release(); }
+
+}  // namespace umfa::metal

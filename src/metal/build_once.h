@@ -1,0 +1,41 @@
+// A map whose values are expensive to make: each is made once, by the first that asks, while others
+// who want the same wait, and those who want another do not.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+
+namespace umfa::metal {
+
+template <class Value>
+class BuildOnce {
+public:
+    /// The value of `key`; `build()` makes it. When that throws, nothing is kept.
+    template <class Build>
+    Value get(const std::string& key, Build&& build) {
+        std::shared_ptr<Entry> entry;
+        {
+            const std::lock_guard guard(lock_);
+            std::shared_ptr<Entry>& place = entries_[key];
+            if (!place) place = std::make_shared<Entry>();
+            entry = place;
+        }
+        const std::lock_guard guard(entry->lock);
+        if (!entry->value) entry->value = std::forward<Build>(build)();
+        return *entry->value;
+    }
+
+private:
+    struct Entry {
+        std::mutex lock;
+        std::optional<Value> value;
+    };
+    std::mutex lock_;
+    std::map<std::string, std::shared_ptr<Entry>> entries_;
+};
+
+}  // namespace umfa::metal

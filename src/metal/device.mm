@@ -1,0 +1,85 @@
+#import "metal/device.h"
+
+#include <cstdio>
+#include <string_view>
+
+#import "metal/text.h"
+
+namespace umfa::metal {
+namespace {
+
+std::optional<Family> family_of(id<MTLDevice> device) {
+    constexpr struct {
+        MTLGPUFamily metal;
+        Family family;
+    } known[] = {{MTLGPUFamilyApple10, Family::apple10},
+                 {MTLGPUFamilyApple9, Family::apple9},
+                 {MTLGPUFamilyApple8, Family::apple8},
+                 {MTLGPUFamilyApple7, Family::apple7}};
+    for (const auto& entry : known)
+        if ([device supportsFamily:entry.metal]) return entry.family;
+    return std::nullopt;
+}
+
+/// GPU cores of a chip by its name: those of its largest variant. Metal does not tell, and the I/O
+/// registry, which does, would be one more framework. Only how far work is split depends on it.
+int cores_of(std::string_view name) {
+    constexpr struct {
+        std::string_view chip;
+        int plain, pro, max, ultra;
+    } chips[] = {{"M1", 8, 16, 32, 64},
+                 {"M2", 10, 19, 38, 76},
+                 {"M3", 10, 18, 40, 80},
+                 {"M4", 10, 20, 40, 80},
+                 {"M5", 10, 20, 40, 80}};
+    for (const auto& entry : chips) {
+        if (name.find(entry.chip) == std::string_view::npos) continue;
+        if (name.find("Ultra") != std::string_view::npos) return entry.ultra;
+        if (name.find("Max") != std::string_view::npos) return entry.max;
+        if (name.find("Pro") != std::string_view::npos) return entry.pro;
+        return entry.plain;
+    }
+    return Capabilities{}.cores;
+}
+
+}  // namespace
+
+std::optional<Gpu> open_gpu(std::string& reason) {
+    id<MTLDevice> device = MTLCreateSystemDefaultDevice();
+    if (!device) {
+        reason = "no Metal device";
+        return std::nullopt;
+    }
+    Gpu gpu;
+    gpu.device = device;
+    gpu.name = text_of(device.name);
+    gpu.architecture = text_of(device.architecture.name);
+    const std::optional<Family> family = family_of(device);
+    if (!family) {
+        reason = gpu.name + " is older than GPU family Apple7 (M1), whose matrix operations umfa "
+                            "uses, or a virtual machine's";
+        return std::nullopt;
+    }
+    if (!device.hasUnifiedMemory) {
+        reason = gpu.name + " does not share the CPU's memory";
+        return std::nullopt;
+    }
+    gpu.capabilities.family = *family;
+    gpu.capabilities.cores = cores_of(gpu.name);
+    gpu.capabilities.max_threadgroup_bytes =
+        static_cast<uint32_t>(device.maxThreadgroupMemoryLength);
+    gpu.capabilities.max_threads = static_cast<uint32_t>(device.maxThreadsPerThreadgroup.width);
+    gpu.max_buffer_bytes = device.maxBufferLength;
+    gpu.memory_bytes = device.recommendedMaxWorkingSetSize;
+    return gpu;
+}
+
+std::string describe(const Gpu& gpu) {
+    char text[64];
+    std::snprintf(text, sizeof text, "Apple%d, %d cores assumed, %.1f GiB for the GPU",
+                  static_cast<int>(gpu.capabilities.family), gpu.capabilities.cores,
+                  static_cast<double>(gpu.memory_bytes) / (1u << 30));
+    return gpu.name + " (" + gpu.architecture + ", " + text + ")";
+}
+
+}  // namespace umfa::metal

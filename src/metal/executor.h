@@ -1,0 +1,11 @@
+// Plays LaunchPlans: on umfa's own queue, or into a command buffer of the caller's.
+#pragma once
+
+#include "core/problem.h"
+
+namespace umfa::metal {
+
+void forward(const Problem& problem);
+void encode_forward(const Problem& problem, void* command_buffer);
+
+}  // namespace umfa::metal

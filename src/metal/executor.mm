@@ -1,0 +1,166 @@
+#import "metal/executor.h"
+
+#include <memory>
+#include <vector>
+
+#include "core/stats.h"
+#import "metal/autorelease.h"
+#import "metal/buffers.h"
+#import "metal/context.h"
+#import "metal/plan_forward.h"
+#import "metal/text.h"
+
+namespace umfa::metal {
+namespace {
+
+/// setBytes takes less than 4 KB.
+constexpr size_t max_params_bytes = 4096;
+
+/// A plan, with a pipeline for each of its launches.
+struct Work {
+    LaunchPlan plan;
+    std::vector<Pipeline> pipelines;
+};
+
+/// Plans, and builds the pipelines. How many threads a pipeline takes shows only when it is built,
+/// since it falls with the registers that Apple's compiler spends: a plan that asks for more is made
+/// again for fewer.
+Work prepare(Context& context, const Problem& problem) {
+    Capabilities gpu = context.gpu().capabilities;
+    for (;;) {
+        Work work{plan_forward(problem, gpu), {}};
+        bool fits = true;
+        for (const KernelLaunch& launch : work.plan.launches) {
+            const Pipeline pipeline =
+                context.pipelines().get(context.gpu(), launch, problem.function);
+            if (launch.params.size() >= max_params_bytes)
+                fail(ErrorKind::internal, problem.function, "a kernel's parameters are too many",
+                     std::to_string(launch.params.size()) + " bytes", "less than 4096");
+            if (pipeline.threadgroup_bytes > gpu.max_threadgroup_bytes)
+                fail(ErrorKind::unsupported, problem.function,
+                     "the kernel " + launch.kernel + " needs more threadgroup memory than there is",
+                     std::to_string(pipeline.threadgroup_bytes) + " bytes",
+                     "at most " + std::to_string(gpu.max_threadgroup_bytes));
+            const uint32_t threads =
+                launch.threadgroup.x * launch.threadgroup.y * launch.threadgroup.z;
+            if (threads > pipeline.max_threads) {
+                if (gpu.max_threads <= pipeline.max_threads)
+                    fail(ErrorKind::unsupported, problem.function,
+                         "the kernel " + launch.kernel + " has no tile small enough for this GPU",
+                         std::to_string(threads) + " threads",
+                         "at most " + std::to_string(pipeline.max_threads));
+                gpu.max_threads = pipeline.max_threads;
+                fits = false;
+                break;
+            }
+            work.pipelines.push_back(pipeline);
+        }
+        if (fits) return work;
+    }
+}
+
+using Leases = std::vector<ScratchPool::Lease>;
+
+Leases take_scratch(Context& context, const Work& work, std::string_view caller) {
+    Leases leases;
+    for (const uint64_t bytes : work.plan.scratch_bytes)
+        leases.push_back(context.scratch().take(context.gpu().device, bytes, caller));
+    return leases;
+}
+
+/// Ends the encoder also when an exception leaves: Metal aborts where one is still open.
+class Encoder {
+public:
+    Encoder(id<MTLCommandBuffer> commands, std::string_view caller)
+        : encoder_([commands computeCommandEncoderWithDispatchType:MTLDispatchTypeConcurrent]) {
+        if (!encoder_)
+            fail(ErrorKind::device, caller, "Metal made no command encoder", "nil",
+                 "a command buffer with no other encoder open");
+    }
+    ~Encoder() { [encoder_ endEncoding]; }
+    Encoder(const Encoder&) = delete;
+    Encoder& operator=(const Encoder&) = delete;
+    id<MTLComputeCommandEncoder> get() const { return encoder_; }
+
+private:
+    id<MTLComputeCommandEncoder> encoder_;
+};
+
+MTLSize metal_size(const Size3& size) { return MTLSizeMake(size.x, size.y, size.z); }
+
+void encode(const Work& work, const Operands& operands, const Leases& scratch,
+            id<MTLCommandBuffer> commands, std::string_view caller) {
+    const Encoder owner(commands, caller);
+    id<MTLComputeCommandEncoder> encoder = owner.get();
+    for (size_t i = 0; i < work.plan.launches.size(); ++i) {
+        const KernelLaunch& launch = work.plan.launches[i];
+        // Launches see what those before them wrote, whatever kind of encoder this is.
+        if (i > 0) [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
+        [encoder setComputePipelineState:work.pipelines[i].state];
+        for (const Binding& binding : launch.buffers) {
+            const Operands::Bound bound =
+                binding.source == Binding::Source::scratch
+                    ? Operands::Bound{scratch[binding.scratch].buffer(), binding.byte_offset}
+                    : operands.bound(binding);
+            [encoder setBuffer:bound.buffer offset:bound.offset atIndex:binding.index];
+        }
+        [encoder setBytes:launch.params.data()
+                   length:launch.params.size()
+                  atIndex:launch.params_index];
+        [encoder dispatchThreadgroups:metal_size(launch.grid)
+                threadsPerThreadgroup:metal_size(launch.threadgroup)];
+    }
+}
+
+}  // namespace
+
+void forward(const Problem& problem) {
+    const AutoreleasePool pool;
+    const std::shared_ptr<Context> context = Context::current(problem.function);
+    const Work work = prepare(*context, problem);
+    if (work.plan.launches.empty()) return;
+    const Operands operands(problem, context->gpu(), Operands::Copies::allowed);
+    const Leases scratch = take_scratch(*context, work, problem.function);
+
+    id<MTLCommandQueue> queue = context->queue(problem.function);
+    id<MTLCommandBuffer> commands = [queue commandBuffer];
+    if (!commands)
+        fail(ErrorKind::device, problem.function, "Metal made no command buffer", "nil",
+             "a queue that takes work");
+    encode(work, operands, scratch, commands, problem.function);
+    [commands commit];
+    ++stats().command_buffers;
+    [commands waitUntilCompleted];
+    if (commands.status != MTLCommandBufferStatusCompleted) {
+        context->replace_queue(queue);
+        fail_command_buffer(problem.function, commands.error);
+    }
+    stats().gpu_nanoseconds +=
+        static_cast<uint64_t>((commands.GPUEndTime - commands.GPUStartTime) * 1e9);
+    operands.copy_back();
+}
+
+void encode_forward(const Problem& problem, void* command_buffer) {
+    const AutoreleasePool pool;
+    const std::shared_ptr<Context> context = Context::current(problem.function);
+    id<MTLCommandBuffer> commands = (__bridge id<MTLCommandBuffer>)command_buffer;
+    if (![commands.device isEqual:context->gpu().device])
+        fail(ErrorKind::value, problem.function, "the command buffer is of another Metal device",
+             text_of(commands.device.name), context->gpu().name);
+    if (commands.status != MTLCommandBufferStatusNotEnqueued &&
+        commands.status != MTLCommandBufferStatusEnqueued)
+        fail(ErrorKind::value, problem.function, "the command buffer is already committed",
+             "status " + std::to_string(commands.status), "one that takes more work");
+    const Work work = prepare(*context, problem);
+    if (work.plan.launches.empty()) return;
+    const Operands operands(problem, context->gpu(), Operands::Copies::refused);
+    // The command buffer retains the buffers it uses; scratch must not reach another call before.
+    const auto scratch = std::make_shared<Leases>(take_scratch(*context, work, problem.function));
+    encode(work, operands, *scratch, commands, problem.function);
+    if (!scratch->empty())
+        [commands addCompletedHandler:^(id<MTLCommandBuffer>) {
+          scratch->clear();
+        }];
+}
+
+}  // namespace umfa::metal

@@ -1,0 +1,48 @@
+#import "metal/pipelines.h"
+
+#include "core/stats.h"
+#import "metal/text.h"
+
+namespace umfa::metal {
+namespace {
+
+std::string key_of(const KernelLaunch& launch) {
+    std::string key = launch.kernel;
+    for (const auto& [macro, value] : launch.macros) key += "\n" + macro + "=" + value;
+    for (const Constant& constant : launch.constants)
+        key += "\n" + std::to_string(constant.index) + ":" + std::to_string(constant.value);
+    return key;
+}
+
+Pipeline build(Libraries& libraries, const Gpu& gpu, const KernelLaunch& launch,
+               std::string_view caller) {
+    const Libraries::Function found = libraries.function_of(gpu, launch, caller);
+    MTLComputePipelineDescriptor* descriptor = [MTLComputePipelineDescriptor new];
+    descriptor.label = ns_string(launch.kernel);
+    descriptor.computeFunction = found.function;
+    descriptor.threadGroupSizeIsMultipleOfThreadExecutionWidth = YES;
+    NSError* error = nil;
+    id<MTLComputePipelineState> state =
+        [gpu.device newComputePipelineStateWithDescriptor:descriptor
+                                                  options:MTLPipelineOptionNone
+                                               reflection:nil
+                                                    error:&error];
+    if (!state)
+        fail(ErrorKind::device, caller, "Metal could not build the kernel " + launch.kernel,
+             text_of(error), "a pipeline; report this as a bug");
+    if (state.threadExecutionWidth != 32)
+        fail(ErrorKind::unsupported, caller, "this GPU's simdgroups have another size",
+             std::to_string(state.threadExecutionWidth), "32 threads");
+    ++stats().pipelines;
+    if (found.from_text) ++stats().pipelines_from_text;
+    return {state, static_cast<uint32_t>(state.maxTotalThreadsPerThreadgroup),
+            static_cast<uint32_t>(state.staticThreadgroupMemoryLength)};
+}
+
+}  // namespace
+
+Pipeline PipelineCache::get(const Gpu& gpu, const KernelLaunch& launch, std::string_view caller) {
+    return pipelines_.get(key_of(launch), [&] { return build(libraries_, gpu, launch, caller); });
+}
+
+}  // namespace umfa::metal

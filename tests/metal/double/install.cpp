@@ -1,0 +1,13 @@
+// Puts the real Metal backend, on top of the double, into the routing of the libumfa that is loaded.
+#include "core/dispatch.h"
+#include "metal/host.h"
+#include "runtime/double.h"
+
+extern "C" {
+
+void umfa_double_install(int32_t on) {
+    umfa::set_metal_backend(on != 0 ? &umfa::metal::backend : nullptr);
+}
+
+void umfa_double_release(void) { umfa::metal::release(); }
+}

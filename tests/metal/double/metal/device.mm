@@ -1,0 +1,267 @@
+// Double of MTLDevice, and of what it compiles: libraries, functions, pipelines.
+#include "../doubles.h"
+
+#include <unistd.h>
+
+using namespace metal_double;
+
+namespace {
+
+void set_error(NSError** error, NSString* domain, NSInteger code, const char* text) {
+    if (error) *error = [NSError umfaErrorWithDomain:domain code:code text:text];
+}
+
+}  // namespace
+
+@implementation MTLArchitecture {
+    NSString* _name;
+}
++ (MTLArchitecture*)umfaNamed:(const char*)name {
+    MTLArchitecture* architecture = [MTLArchitecture new];
+    architecture->_name = [[NSString stringWithUTF8String:name] retain];
+    return [architecture autorelease];
+}
+- (void)dealloc {
+    [_name release];
+    [super dealloc];
+}
+- (NSString*)name {
+    return [[_name retain] autorelease];
+}
+@end
+
+@implementation MTLCompileOptions {
+    BOOL _math_given;
+}
+@synthesize languageVersion = _languageVersion, mathMode = _mathMode,
+            fastMathEnabled = _fastMathEnabled, preprocessorMacros = _preprocessorMacros;
+- (void)setMathMode:(MTLMathMode)mode {
+    _mathMode = mode;
+    _math_given = YES;
+}
+- (void)setFastMathEnabled:(BOOL)enabled {
+    _fastMathEnabled = enabled;
+    _math_given = YES;
+}
+- (BOOL)umfaMathGiven {
+    return _math_given;
+}
+- (void)dealloc {
+    [_preprocessorMacros release];
+    [super dealloc];
+}
+@end
+
+@implementation MTLFunctionConstantValues {
+@public
+    std::map<uint32_t, Kernel::Constant> _values;
+}
+- (void)setConstantValue:(const void*)value type:(MTLDataType)type atIndex:(NSUInteger)index {
+    Kernel::Constant constant{static_cast<uint32_t>(type), 0};
+    if (type == MTLDataTypeBool)
+        constant.value = *(const uint8_t*)value;
+    else if (type == MTLDataTypeInt)
+        constant.value = *(const int32_t*)value;
+    else
+        violation("setConstantValue: a data type that the double does not know");
+    if (index > 65535) violation("setConstantValue: index above 65535");
+    _values[static_cast<uint32_t>(index)] = constant;
+}
+@end
+
+@implementation MTLComputePipelineDescriptor
+@synthesize label = _label, computeFunction = _computeFunction,
+            threadGroupSizeIsMultipleOfThreadExecutionWidth = _multiple;
+- (void)dealloc {
+    [_label release];
+    [_computeFunction release];
+    [super dealloc];
+}
+@end
+
+@implementation UMFAFunction
+- (NSString*)name {
+    return [NSString stringWithUTF8String:kernel.name.c_str()];
+}
+@end
+
+@implementation UMFAPipeline
+- (NSUInteger)maxTotalThreadsPerThreadgroup {
+    return max_threads;
+}
+- (NSUInteger)threadExecutionWidth {
+    return 32;
+}
+- (NSUInteger)staticThreadgroupMemoryLength {
+    return static_bytes;
+}
+@end
+
+@interface UMFALibrary : NSObject <MTLLibrary> {
+@public
+    std::string source;
+    std::vector<std::pair<std::string, std::string>> macros;
+}
+@end
+
+@implementation UMFALibrary
+- (id<MTLFunction>)newFunctionWithName:(NSString*)name
+                        constantValues:(MTLFunctionConstantValues*)values
+                                 error:(NSError**)error {
+    if (fault(UMFA_FAULT_FUNCTION)) {
+        set_error(error, @"MTLLibraryErrorDomain", 5, "injected: no such function");
+        return nil;
+    }
+    // A library made ahead holds what its text instantiates; one made from text for a kernel, that.
+    const std::string quoted = std::string("\"") + name.UTF8String + "\"";
+    bool holds = macros.empty();
+    for (const auto& [key, value] : macros) holds = holds || value == quoted;
+    if (!holds) {
+        set_error(error, @"MTLLibraryErrorDomain", 5, "the library has no such function");
+        return nil;
+    }
+    UMFAFunction* function = [UMFAFunction new];
+    function->kernel.source = source;
+    function->kernel.macros = macros;
+    function->kernel.name = name.UTF8String;
+    function->kernel.constants = values->_values;
+    uint64_t ignored = 0;
+    std::string reason;
+    if (!prepare(function->kernel, ignored, reason)) {
+        set_error(error, @"MTLLibraryErrorDomain", 5, reason.c_str());
+        [function release];
+        return nil;
+    }
+    return function;
+}
+@end
+
+@interface UMFADevice : NSObject <MTLDevice> {
+@public
+    Machine machine;
+}
+@end
+
+@implementation UMFADevice
+- (NSString*)name {
+    return [NSString stringWithUTF8String:machine.name.c_str()];
+}
+- (MTLArchitecture*)architecture {
+    return [MTLArchitecture umfaNamed:machine.architecture.c_str()];
+}
+- (uint64_t)registryID {
+    return 4294967296 + static_cast<uint64_t>(machine.family);
+}
+// One GPU, however often it is asked for.
+- (BOOL)isEqual:(id)object {
+    return [object isKindOfClass:[UMFADevice class]];
+}
+- (BOOL)hasUnifiedMemory {
+    return YES;
+}
+- (uint64_t)recommendedMaxWorkingSetSize {
+    return uint64_t{6} << 30;
+}
+- (NSUInteger)maxBufferLength {
+    return NSUInteger{4} << 30;
+}
+- (NSUInteger)maxThreadgroupMemoryLength {
+    return 32768;
+}
+- (MTLSize)maxThreadsPerThreadgroup {
+    return MTLSizeMake(1024, 1024, 1024);
+}
+- (BOOL)supportsFamily:(MTLGPUFamily)family {
+    return family >= 1001 && family <= 1000 + machine.family;
+}
+- (id<MTLCommandQueue>)newCommandQueue {
+    return fault(UMFA_FAULT_QUEUE) ? nil : [UMFAQueue newOn:self];
+}
+- (id<MTLBuffer>)newBufferWithLength:(NSUInteger)length options:(MTLResourceOptions)options {
+    if (length == 0) violation("newBufferWithLength: zero bytes");
+    if (options != MTLResourceStorageModeShared && options != MTLResourceStorageModePrivate)
+        violation("newBufferWithLength: options that the double does not know");
+    if (length == 0 || length > self.maxBufferLength || fault(UMFA_FAULT_BUFFER)) return nil;
+    return [UMFABuffer newOn:self length:length];
+}
+- (id<MTLBuffer>)newBufferWithBytesNoCopy:(void*)pointer
+                                   length:(NSUInteger)length
+                                  options:(MTLResourceOptions)options
+                              deallocator:(void (^)(void*, NSUInteger))deallocator {
+    const auto page = static_cast<NSUInteger>(getpagesize());
+    if (reinterpret_cast<uintptr_t>(pointer) % page != 0 || length % page != 0 || length == 0) {
+        violation("newBufferWithBytesNoCopy: pointer or length is not a multiple of the page");
+        return nil;
+    }
+    if (options != MTLResourceStorageModeShared)
+        violation("newBufferWithBytesNoCopy: storage is not shared");
+    if (length > self.maxBufferLength || fault(UMFA_FAULT_NO_COPY)) return nil;
+    return [UMFABuffer newOn:self wrapping:pointer length:length deallocator:deallocator];
+}
+- (id<MTLLibrary>)newLibraryWithData:(dispatch_data_t)data error:(NSError**)error {
+    if (fault(UMFA_FAULT_LIBRARY)) {
+        set_error(error, @"MTLLibraryErrorDomain", 1, "injected: not a metallib");
+        return nil;
+    }
+    // The double's metallib is the flattened text: its functions are compiled when they are asked
+    // for.
+    UMFALibrary* library = [UMFALibrary new];
+    library->source = [data umfaText];
+    return library;
+}
+- (id<MTLLibrary>)newLibraryWithSource:(NSString*)source
+                               options:(MTLCompileOptions*)options
+                                 error:(NSError**)error {
+    // What Apple's defaults are depends on the system: every choice must be made.
+    if (options.languageVersion != MTLLanguageVersion3_1)
+        violation("newLibraryWithSource: languageVersion is not 3.1");
+    if (![options umfaMathGiven]) violation("newLibraryWithSource: no math mode is chosen");
+    if (fault(UMFA_FAULT_LIBRARY)) {
+        set_error(error, @"MTLLibraryErrorDomain", 3,
+                  "injected: program_source:1:1: error: expected unqualified-id");
+        return nil;
+    }
+    UMFALibrary* library = [UMFALibrary new];
+    library->source = source.UTF8String;
+    [(NSMutableDictionary*)options.preprocessorMacros umfaCopyInto:&library->macros];
+    return library;
+}
+- (id<MTLComputePipelineState>)
+    newComputePipelineStateWithDescriptor:(MTLComputePipelineDescriptor*)descriptor
+                                  options:(MTLPipelineOption)options
+                               reflection:(MTLComputePipelineReflection**)reflection
+                                    error:(NSError**)error {
+    if (!descriptor.computeFunction) violation("newComputePipelineState: no function");
+    if (options != MTLPipelineOptionNone || reflection)
+        violation("newComputePipelineState: options that the double does not know");
+    if (fault(UMFA_FAULT_PIPELINE)) {
+        set_error(error, @"AGXMetal", 3, "injected: compiler encountered an internal error");
+        return nil;
+    }
+    UMFAPipeline* pipeline = [UMFAPipeline new];
+    pipeline->kernel = ((UMFAFunction*)descriptor.computeFunction)->kernel;
+    uint64_t bytes = 0;
+    std::string reason;
+    if (!prepare(pipeline->kernel, bytes, reason)) {
+        set_error(error, @"AGXMetal", 3, reason.c_str());
+        [pipeline release];
+        return nil;
+    }
+    int64_t limit = 0;
+    pipeline->max_threads = static_cast<NSUInteger>(machine.max_threads);
+    if (fault(UMFA_FAULT_PIPELINE_THREADS, &limit))
+        pipeline->max_threads = static_cast<NSUInteger>(limit);
+    pipeline->static_bytes = bytes;
+    if (fault(UMFA_FAULT_PIPELINE_MEMORY, &limit))
+        pipeline->static_bytes = static_cast<NSUInteger>(limit);
+    return pipeline;
+}
+@end
+
+extern "C" id<MTLDevice> MTLCreateSystemDefaultDevice(void) {
+    const Machine machine = metal_double::machine();
+    if (!machine.present) return nil;
+    UMFADevice* device = [UMFADevice new];
+    device->machine = machine;
+    return device;
+}

@@ -1,0 +1,38 @@
+"""Tests of the Objective-C++ host on the double of Metal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import metal_double
+import pytest
+from metal_double import Double
+from metal_gpus import Emulator, Recorder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs no emulator, whose fibers sanitizers do not understand, is for them too."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and "emulated" not in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.sanitize)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def double(recorder: Recorder) -> Iterator[Double]:
+    """An Apple GPU that records; afterwards nothing may be alive, and nothing misused."""
+    with metal_double.machine(recorder) as machine:
+        yield machine
+
+
+@pytest.fixture
+def emulated() -> Iterator[Double]:
+    """An Apple GPU that computes."""
+    with metal_double.machine(Emulator()) as machine:
+        yield machine

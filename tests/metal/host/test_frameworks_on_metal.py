@@ -1,0 +1,81 @@
+"""What the façade does with tensors of torch and mlx that are on an Apple GPU.
+
+Neither can have such tensors here: stand-ins say what theirs would, and record what they are asked.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from metal_double import Double
+from metal_tensors import MetalTensor, to_numpy
+
+import umfa
+from umfa._frameworks import _dlpack
+
+
+def test_torch_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from umfa._frameworks import _torch
+
+    waits = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(_torch, "_check_plain", lambda *_: None)
+    tensor = SimpleNamespace(
+        requires_grad=False,
+        device=SimpleNamespace(type="mps"),
+        detach=lambda: SimpleNamespace(
+            resolve_conj=lambda: SimpleNamespace(resolve_neg=lambda: "exported")
+        ),
+    )
+    assert _torch.export(tensor, "f", "q") == "exported"
+    assert waits == [1]
+    _torch.export(torch.zeros(2), "f", "q")
+    assert waits == [1], "the CPU's tensors wait for nothing"
+
+
+class MlxArray(MetalTensor):
+    """An mlx array on a Mac: Metal's, unless the CPU's view is asked for."""
+
+    def __dlpack__(self, *, dl_device: Any = None, **_: Any) -> Any:
+        return "the CPU's view" if dl_device == (1, 0) else super().__dlpack__()
+
+
+@pytest.fixture
+def mlx(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("mlx.core")
+    from umfa._frameworks import _mlx
+
+    stand_in = SimpleNamespace(eval=lambda *_: None, from_dlpack=lambda memory: memory)
+    monkeypatch.setattr(_mlx, "mx", stand_in)
+    return _mlx
+
+
+@pytest.mark.parametrize("choice", ["auto", "metal", "cpu"])
+def test_mlx_shows_the_memory_that_the_backend_reads(choice: str, double: Double, mlx: Any) -> None:
+    array = MlxArray(double, np.zeros((1, 4, 2, 16), np.float32))
+    exported = mlx.export(array, "f", "q", choice)
+    memory, handle = mlx.allocate(array, (1, 4, 2, 16), "float32", choice)
+    assert (exported == "the CPU's view") == (choice == "cpu")
+    assert memory.__dlpack_device__()[0] == (1 if choice == "cpu" else _dlpack.METAL)
+    assert mlx.finish(handle) is memory
+
+
+def test_mlx_without_a_metal_backend_is_the_cpus(double: Double, mlx: Any) -> None:
+    array = MlxArray(double, np.zeros((1, 4, 2, 16), np.float32))
+    double.set_machine(present=False)
+    assert mlx.export(array, "f", "q") == "the CPU's view"
+    assert mlx.allocate(array, (1,), "float32")[0].__dlpack_device__()[0] == 1
+
+
+def test_results_on_metal_outlive_their_inputs(double: Double) -> None:
+    q = MetalTensor(double, np.zeros((1, 4, 2, 16), np.float32))
+    out = umfa.flash_attn_func(q, q, q)
+    del q
+    assert to_numpy(double, out).shape == (1, 4, 2, 16)
+    assert double.live(patience=0.05)[0] == 2, "the result's buffer, and its device"
+    del out
+    assert double.live()[0] == 0

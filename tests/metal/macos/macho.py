@@ -1,0 +1,79 @@
+"""Just enough of Mach-O to see what a 64-bit image needs, and which selectors it sends."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_MAGIC = 0xFEEDFACF
+_SEGMENT, _SYMTAB, _LOAD_DYLIB, _SIGNATURE, _BUILD_VERSION = 0x19, 0x2, 0xC, 0x1D, 0x32
+_UNDEFINED_TYPE, _TYPE_MASK, _EXTERNAL, _STAB = 0x0, 0x0E, 0x01, 0xE0
+DYNAMIC_LOOKUP = "looked up when loaded"
+
+
+@dataclass
+class Image:
+    """A library, or an object file, where `libraries` is empty."""
+
+    arm64: bool
+    libraries: list[str] = field(default_factory=list)
+    minimum_macos: str = ""
+    signed: bool = False
+    undefined: dict[str, set[str]] = field(default_factory=dict)
+    """Symbols by the library that has them."""
+    selectors: set[str] = field(default_factory=set)
+
+
+def read(path: Path) -> Image:
+    data = path.read_bytes()
+    magic, cpu, _, _, commands, _, _, _ = struct.unpack_from("<8I", data)
+    if magic != _MAGIC:
+        raise ValueError(f"{path} is no 64-bit Mach-O file")
+    image = Image(arm64=cpu == 0x0100000C)
+    at, symtab = 32, None
+    for _ in range(commands):
+        command, size = struct.unpack_from("<2I", data, at)
+        if command == _LOAD_DYLIB:
+            image.libraries.append(_string(data, at + struct.unpack_from("<I", data, at + 8)[0]))
+        elif command == _BUILD_VERSION:
+            version = struct.unpack_from("<I", data, at + 12)[0]
+            image.minimum_macos = f"{version >> 16}.{version >> 8 & 255}"
+        elif command == _SIGNATURE:
+            image.signed = True
+        elif command == _SYMTAB:
+            symtab = struct.unpack_from("<4I", data, at + 8)
+        elif command == _SEGMENT:
+            image.selectors |= _selectors(data, at)
+        at += size
+    if symtab:
+        _read_symbols(data, image, *symtab)
+    return image
+
+
+def _string(data: bytes, at: int) -> str:
+    return data[at : data.index(b"\0", at)].decode()
+
+
+def _selectors(data: bytes, at: int) -> set[str]:
+    found: set[str] = set()
+    for i in range(struct.unpack_from("<I", data, at + 64)[0]):
+        section = at + 72 + 80 * i
+        if data[section : section + 16].rstrip(b"\0") == b"__objc_methname":
+            size, offset = struct.unpack_from("<QI", data, section + 40)
+            found |= set(filter(None, data[offset : offset + size].decode().split("\0")))
+    return found
+
+
+def _read_symbols(
+    data: bytes, image: Image, offset: int, count: int, strings: int, _size: int
+) -> None:
+    for i in range(count):
+        name, kind, _, description, _ = struct.unpack_from("<IBBHQ", data, offset + 16 * i)
+        if kind & _STAB or kind & _TYPE_MASK != _UNDEFINED_TYPE or not kind & _EXTERNAL:
+            continue
+        ordinal = description >> 8
+        # 0, 254 and 255 stand for no certain library.
+        certain = 0 < ordinal <= len(image.libraries)
+        library = image.libraries[ordinal - 1] if certain else DYNAMIC_LOOKUP
+        image.undefined.setdefault(library, set()).add(_string(data, strings + name))

@@ -1,0 +1,121 @@
+"""umfa for arm64 macOS, compiled and linked here: nothing is run, and much would be refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import cross
+import macho
+import pytest
+
+METAL = "/System/Library/Frameworks/Metal.framework/Versions/A/Metal"
+FOUNDATION = "/System/Library/Frameworks/Foundation.framework/Versions/C/Foundation"
+SYSTEM, OBJC = "/usr/lib/libSystem.B.dylib", "/usr/lib/libobjc.A.dylib"
+
+
+def compile_text(text: str, folder: Path) -> Path:
+    source = folder / "text.mm"
+    source.write_text("#import <Metal/Metal.h>\n" + text)
+    return cross.compile_one(source, folder / "text.o", *cross.CORE, *cross.HOST)
+
+
+@pytest.mark.parametrize("source", cross.host_sources(), ids=lambda p: p.name)
+def test_the_host_compiles_for_macos(source: Path, tmp_path: Path) -> None:
+    image = macho.read(cross.compile_one(source, tmp_path / "host.o", *cross.CORE, *cross.HOST))
+    assert image.arm64
+    assert image.minimum_macos == cross.FLOOR
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "void f(id<MTLDevice> d) { [d newBufferWithLenght:1 options:0]; }",
+            "no known instance method for selector 'newBufferWithLenght:options:'",
+        ),
+        (
+            "void f(MTLCompileOptions* o) { o.mathMode = MTLMathModeSafe; }",
+            "'setMathMode:' is only available on macOS 15.0 or newer",
+        ),
+        (
+            "void f(id<MTLDevice> d) { id<MTLBuffer> b = d.name; }",
+            "incompatible|cannot initialize",
+        ),
+    ],
+    ids=["misspelt", "too new", "wrong type"],
+)
+def test_what_the_compiler_refuses(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(cross.CompileError, match=message):
+        compile_text(text, tmp_path)
+
+
+def test_with_a_check_newer_methods_compile(tmp_path: Path) -> None:
+    compile_text(
+        "void f(MTLCompileOptions* o) { if (@available(macOS 15.0, *)) o.mathMode = "
+        "MTLMathModeSafe; }",
+        tmp_path,
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    pytest.importorskip("nanobind")
+    return cross.build(tmp_path_factory.mktemp("macos"))
+
+
+@pytest.mark.slow
+def test_libumfa_needs_metal_and_nothing_strange(built: tuple[Path, Path]) -> None:
+    image = macho.read(built[0])
+    assert image.arm64
+    assert image.signed
+    assert image.minimum_macos == cross.FLOOR
+    assert set(image.libraries) == {METAL, FOUNDATION, SYSTEM, OBJC}
+    assert set(image.undefined) <= {METAL, FOUNDATION, SYSTEM, OBJC}
+    assert "_MTLCreateSystemDefaultDevice" in image.undefined[METAL]
+
+
+@pytest.mark.slow
+def test_the_extension_needs_python_and_libumfa(built: tuple[Path, Path]) -> None:
+    image = macho.read(built[1])
+    assert set(image.libraries) == {"@rpath/libumfa.dylib", SYSTEM}
+    assert set(image.undefined) <= {"@rpath/libumfa.dylib", SYSTEM, macho.DYNAMIC_LOOKUP}
+    foreign = [
+        name
+        for name in image.undefined[macho.DYNAMIC_LOOKUP]
+        if not name.startswith(("_Py", "__Py"))
+    ]
+    assert not foreign
+
+
+@pytest.mark.slow
+def test_a_symbol_that_is_not_on_the_list_does_not_link(tmp_path: Path) -> None:
+    source = compile_text(
+        'extern "C" id MTLCopyAllDevices(void); extern "C" void* f(void);'
+        "void* f(void) { return (__bridge void*)MTLCopyAllDevices(); }",
+        tmp_path,
+    )
+    with pytest.raises(cross.CompileError, match="undefined symbol: _MTLCopyAllDevices"):
+        cross.link(
+            tmp_path / "text.dylib",
+            [source],
+            *(f"-F{cross.STUBS / 'frameworks'}", f"-L{cross.STUBS / 'lib'}"),
+            *("-framework", "Metal", "-framework", "Foundation", "-lobjc"),
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [("abi3audit", "--strict", "--report"), ("check-wheel-contents",)],
+    ids=lambda c: c[0],
+)
+def test_the_wheel_passes(
+    command: tuple[str, ...], built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed (pip install '.[ci]')")
+    wheel = cross.wheel(tmp_path, *built)
+    done = subprocess.run([*command, str(wheel)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

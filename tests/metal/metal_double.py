@@ -1,0 +1,367 @@
+"""umfa's real Objective-C++ host on Linux: built against the double of Metal, loaded, and driven.
+
+`load` compiles ``src/metal/*.mm``, unchanged, and ``tests/metal/double`` with the clang of PyPI's
+``ziglang`` into one library, links it with the installed libumfa, and keeps it in the emulator's
+cache. Where umfa itself was built with ``UMFA_METAL=DOUBLE``, that is used.
+
+Between `machine` and its end there is an Apple GPU in this process, as far as umfa can tell.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metal_emulator import toolchain
+from metal_emulator.build import cache_folder
+
+import umfa
+
+ROOT = Path(__file__).parents[2]
+DOUBLE = Path(__file__).parent / "double"
+HOST = ROOT / "src" / "metal"
+
+COMPILE = (
+    *("-std=c++20", "-g", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
+    *(f"-I{ROOT / folder}" for folder in ("src", "shaders", "include")),
+    f"-I{DOUBLE}",
+)
+OBJECTIVE_C = (
+    *("-x", "objective-c++", "-fobjc-runtime=macosx-13.0", "-fblocks", "-fno-constant-cfstrings"),
+    "-fconstant-string-class=NSConstantString",
+    *(f"-I{DOUBLE / folder}" for folder in ("include", "linux")),
+)
+ARC = ("-fobjc-arc",)
+
+
+def clang() -> tuple[str, ...]:
+    """The C++ driver of the emulator's clang, on the system's headers."""
+    zig = Path(toolchain.clang()[0])
+    return (*toolchain.clang(), "--driver-mode=g++", "-resource-dir", str(zig.parent / "lib"))
+
+
+def sources() -> list[Path]:
+    return sorted([*HOST.glob("*.mm"), *DOUBLE.rglob("*.mm"), *DOUBLE.rglob("*.cpp")])
+
+
+def flags_of(source: Path) -> tuple[str, ...]:
+    if source.suffix != ".mm":
+        return COMPILE
+    return (*COMPILE, *OBJECTIVE_C, *(ARC if source.parent == HOST else ()))
+
+
+def build(extra: tuple[Path, ...] = ()) -> Path:
+    """The library, from the cache if nothing has changed. `extra`: more C++ files to put in."""
+    library = Path(umfa.get_library())
+    digest = hashlib.sha256(library.read_bytes())
+    digest.update(str(library).encode())  # it is linked by that path
+    for file in sorted([*ROOT.glob("src/**/*"), *ROOT.glob("shaders/**/*.h"), *DOUBLE.rglob("*")]):
+        if file.is_file():
+            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    for file in extra:
+        digest.update(file.read_bytes())
+    digest.update(repr((clang(), COMPILE, OBJECTIVE_C)).encode())
+    path = cache_folder() / f"double-{digest.hexdigest()[:32]}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+
+        def compile_one(source: Path) -> str:
+            output = Path(work) / f"{abs(hash(source))}-{source.name}.o"
+            command = [*clang(), *flags_of(source), "-c", str(source), "-o", str(output)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"{source} does not compile:\n{done.stderr}")
+            return str(output)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, [*sources(), *extra]))
+        linked = Path(work) / "double.so"
+        toolchain.run(
+            [
+                *(toolchain.system_compiler(), "-shared", "-Wl,-z,defs", *objects, str(library)),
+                *(f"-Wl,-rpath,{library.parent}", "-lpthread", "-o", str(linked)),
+            ]
+        )
+        os.replace(linked, path)
+    return path
+
+
+class _Machine(ctypes.Structure):
+    _fields_ = (
+        ("present", ctypes.c_int32),
+        ("family", ctypes.c_int32),
+        ("max_threads", ctypes.c_int32),
+        ("shuffle", ctypes.c_int32),
+        ("name", ctypes.c_char_p),
+        ("architecture", ctypes.c_char_p),
+    )
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = (
+        ("index", ctypes.c_uint32),
+        ("is_bytes", ctypes.c_uint32),
+        ("data", ctypes.c_void_p),
+        ("length", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+    )
+
+
+class _Kernel(ctypes.Structure):
+    _fields_ = (
+        ("source", ctypes.c_char_p),
+        ("macro_names", ctypes.POINTER(ctypes.c_char_p)),
+        ("macro_values", ctypes.POINTER(ctypes.c_char_p)),
+        ("macro_count", ctypes.c_uint32),
+        ("kernel", ctypes.c_char_p),
+        ("constant_count", ctypes.c_uint32),
+        ("constant_indices", ctypes.POINTER(ctypes.c_uint32)),
+        ("constant_types", ctypes.POINTER(ctypes.c_uint32)),
+        ("constant_values", ctypes.POINTER(ctypes.c_int32)),
+        ("buffer_count", ctypes.c_uint32),
+        ("buffers", ctypes.POINTER(_Buffer)),
+        ("threadgroups", ctypes.c_uint32 * 3),
+        ("threads", ctypes.c_uint32 * 3),
+    )
+
+
+_PREPARE = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.POINTER(_Kernel),
+    ctypes.POINTER(ctypes.c_uint64),
+    ctypes.POINTER(ctypes.c_char),
+    ctypes.c_size_t,
+)
+_RUN = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(_Kernel), ctypes.POINTER(ctypes.c_char), ctypes.c_size_t
+)
+
+# Kinds of umfa_double_fault_kind, in its order.
+FAULTS = (
+    "queue",
+    "library",
+    "function",
+    "pipeline",
+    "pipeline_threads",
+    "pipeline_memory",
+    "buffer",
+    "no_copy",
+    "command_buffer",
+    "encoder",
+    "execution",
+)
+
+_RESULTS = {
+    "umfa_double_live": ctypes.c_int64,
+    "umfa_double_without_pool": ctypes.c_int64,
+    "umfa_double_violations": ctypes.c_int64,
+    "umfa_double_new_buffer": ctypes.c_void_p,
+    "umfa_double_buffer_contents": ctypes.c_void_p,
+    "umfa_double_new_queue": ctypes.c_void_p,
+    "umfa_double_new_command_buffer": ctypes.c_void_p,
+}
+_ARGUMENTS = {
+    "umfa_double_fault": (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64),
+    "umfa_double_new_buffer": (ctypes.c_uint64,),
+    "umfa_double_buffer_contents": (ctypes.c_void_p,),
+    "umfa_double_new_command_buffer": (ctypes.c_void_p,),
+    "umfa_double_commit": (ctypes.c_void_p,),
+    "umfa_double_wait": (ctypes.c_void_p,),
+    "umfa_double_status": (ctypes.c_void_p,),
+    "umfa_double_object_release": (ctypes.c_void_p,),
+}
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """The double in `path`, with the types of its functions."""
+    library = ctypes.CDLL(str(path))
+    for name, result in _RESULTS.items():
+        getattr(library, name).restype = result
+    for name, arguments in _ARGUMENTS.items():
+        getattr(library, name).argtypes = arguments
+    return library
+
+
+def built_in() -> bool:
+    """Whether the installed umfa is a build with UMFA_METAL=DOUBLE."""
+    return hasattr(ctypes.CDLL(umfa.get_library()), "umfa_double_live")
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    return open_library(Path(umfa.get_library()) if built_in() else build())
+
+
+class Bound(NamedTuple):
+    """A buffer of a dispatch."""
+
+    data: int
+    length: int
+    offset: int
+    is_bytes: bool
+
+
+@dataclass
+class Kernel:
+    """What a pipeline is made of; with `buffers`, `threadgroups` and `threads`, a dispatch."""
+
+    source: str
+    macros: dict[str, str]
+    name: str
+    constants: dict[int, bool | int]
+    buffers: dict[int, Bound] = field(default_factory=dict)
+    threadgroups: tuple[int, ...] = ()
+    threads: tuple[int, ...] = ()
+
+
+_TYPES: Mapping[int, Callable[[int], bool | int]] = {29: int, 53: bool}
+
+
+def _kernel(pointer: Any) -> Kernel:
+    k = pointer.contents
+    return Kernel(
+        k.source.decode(),
+        {k.macro_names[i].decode(): k.macro_values[i].decode() for i in range(k.macro_count)},
+        k.kernel.decode(),
+        {
+            k.constant_indices[i]: _TYPES[k.constant_types[i]](k.constant_values[i])
+            for i in range(k.constant_count)
+        },
+        {
+            b.index: Bound(b.data, b.length, b.offset, bool(b.is_bytes))
+            for b in k.buffers[: k.buffer_count]
+        },
+        tuple(k.threadgroups),
+        tuple(k.threads),
+    )
+
+
+class Gpu:
+    """Who computes. A subclass runs kernels; what it raises is the command buffer's error."""
+
+    def prepare(self, kernel: Kernel) -> int:
+        """Static threadgroup memory of a pipeline in bytes."""
+        raise NotImplementedError
+
+    def run(self, kernel: Kernel) -> None:
+        """One dispatch."""
+        raise NotImplementedError
+
+
+def _text(function: Callable[..., int], capacity: int = 1 << 16) -> tuple[int, str]:
+    buffer = ctypes.create_string_buffer(capacity)
+    count = function(buffer, ctypes.c_size_t(capacity))
+    return count, buffer.value.decode()
+
+
+class Double:
+    """The handle that tests hold; see runtime/double.h."""
+
+    def __init__(self, library: ctypes.CDLL, gpu: Gpu) -> None:
+        self.library = library
+        self.gpu = gpu
+        self.errors: list[BaseException] = []  # of the GPU, as Python saw them
+        self._prepare = _PREPARE(self._on_prepare)
+        self._run = _RUN(self._on_run)
+
+    def _guarded(self, body: Callable[[], None], error: Any, capacity: int) -> int:
+        try:
+            body()
+        except BaseException as reason:
+            self.errors.append(reason)
+            text = f"{type(reason).__name__}: {reason}".encode()[: capacity - 1]
+            ctypes.memmove(error, text + b"\0", len(text) + 1)
+            return 1
+        return 0
+
+    def _on_prepare(self, kernel: Any, static_bytes: Any, error: Any, capacity: int) -> int:
+        def body() -> None:
+            static_bytes[0] = self.gpu.prepare(_kernel(kernel))
+
+        return self._guarded(body, error, capacity)
+
+    def _on_run(self, kernel: Any, error: Any, capacity: int) -> int:
+        return self._guarded(lambda: self.gpu.run(_kernel(kernel)), error, capacity)
+
+    def set_machine(
+        self,
+        *,
+        present: bool = True,
+        family: int = 7,
+        max_threads: int = 1024,
+        shuffle: int = 0,
+        name: str = "Apple M1",
+        architecture: str = "applegpu_g13g",
+    ) -> None:
+        """Which GPU there is, from the next time that umfa looks."""
+        self.library.umfa_double_release()
+        self.library.umfa_double_set_machine(
+            ctypes.byref(
+                _Machine(
+                    present, family, max_threads, shuffle, name.encode(), architecture.encode()
+                )
+            )
+        )
+
+    def fault(self, kind: str, *, skip: int = 0, count: int = 1, value: int = 0) -> None:
+        """After `skip` times, the operation fails `count` times."""
+        self.library.umfa_double_fault(FAULTS.index(kind), skip, count, value)
+
+    def live(self, patience: float = 5) -> tuple[int, str]:
+        """Objects that live, and which, after umfa has let go of what it keeps between calls.
+
+        The queue's thread lets go of a command buffer a moment after the waiting call goes on.
+        """
+        self.library.umfa_double_release()
+        end = time.monotonic() + patience
+        while (found := _text(self.library.umfa_double_live))[0] > 0 and time.monotonic() < end:
+            time.sleep(0.001)
+        return found
+
+    def violations(self) -> tuple[int, str]:
+        """What Metal's validation would have stopped at since the last time."""
+        return _text(self.library.umfa_double_violations)
+
+    def start(self) -> None:
+        self.library.umfa_double_clear_faults()
+        self.library.umfa_double_set_gpu(self._prepare, self._run)
+        self.set_machine()
+        self.library.umfa_double_install(1)
+        self._without_pool = self.library.umfa_double_without_pool()
+
+    def stop(self) -> None:
+        """Takes the GPU away, and fails if it was not used properly."""
+        self.library.umfa_double_clear_faults()
+        count, alive = self.live()
+        self.library.umfa_double_install(0)
+        self.library.umfa_double_set_machine(ctypes.byref(_Machine(0, 7, 1024, 0, b"", b"")))
+        self.library.umfa_double_set_gpu(_PREPARE(), _RUN())
+        violations, what = self.violations()
+        assert violations == 0, f"Metal would not have accepted:\n{what}"
+        assert count == 0, f"{count} Metal and Foundation objects are left over:\n{alive}"
+        without_pool = self.library.umfa_double_without_pool() - self._without_pool
+        assert without_pool == 0, f"{without_pool} objects autoreleased without a pool"
+
+
+@contextmanager
+def machine(gpu: Gpu) -> Iterator[Double]:
+    """An Apple GPU for umfa. On the way out: no object may be left, nothing misused."""
+    double = Double(load(), gpu)
+    double.start()
+    try:
+        yield double
+    finally:
+        double.stop()
