@@ -21,7 +21,7 @@ _METADATA = re.compile(r"^!(\d+) = (?:distinct )?!DI(\w+)\((.*)\)$")
 _FIELD = re.compile(r'(\w+): (?:!(\d+)|(\d+)|"((?:[^"\\]|\\.)*)")')
 _ACCESS = re.compile(
     r"^\s*(?:%[\w.\"$]+ = )?(?:(?:tail|musttail|notail) )?"
-    r"(load|store|atomicrmw|cmpxchg|call void @llvm\.mem(?:cpy|move|set)\S*)\b(.*)$"
+    r"(load|store|atomicrmw|cmpxchg|call void @llvm\.mem(?:cpy|move|set)[\w.]*)(?![\w.])(.*)$"
 )
 _ALIGN = re.compile(r"\balign (\d+)")
 _SITED = re.compile(

@@ -21,7 +21,7 @@ from .structure import (
     VECTORS,
     Structure,
 )
-from .tokens import Token, matching, matching_angle_back
+from .tokens import Token, is_double, matching, matching_angle_back
 
 Finding = tuple[Token, str]
 Rule = Callable[[Structure], Iterator[Finding]]
@@ -47,7 +47,7 @@ def missing_address_space(s: Structure) -> Iterator[Finding]:
             k = opening - 1
         if tokens[k].kind != "name" or tokens[k].text not in types:
             continue
-        if tokens[k - 1].text in (".", "->"):
+        if not _starts_declaration(tokens, k):
             continue
         after = tokens[i + 1]
         declares = after.kind == "name" or after.text in (")", ">", ",", "*", "&", "[", "(")
@@ -63,18 +63,22 @@ def missing_address_space(s: Structure) -> Iterator[Finding]:
             yield token, "a pointer or reference needs an address space (thread, device, ...)"
 
 
+def _starts_declaration(tokens: list[Token], k: int) -> bool:
+    """Whether what precedes the type name at ``k`` lets it begin a declaration or a cast, so that
+    the star after it is no multiplication."""
+    k -= 1
+    while k > 0 and tokens[k].text == "::":
+        k -= 2
+    before = tokens[k]
+    if before.kind == "name":
+        return before.text not in ("return", "case", "goto", "operator")
+    return before.text in ("(", ",", ";", "{", "}", "<", ">", ")", "]", ":", "=")
+
+
 def unsuffixed_literal(s: Structure) -> Iterator[Finding]:
     """1.0 is a double, which Metal has not."""
     for token in s.tokens:
-        if token.kind != "number":
-            continue
-        text = token.text.lower()
-        if text.startswith("0x"):
-            floating, suffixed = "p" in text, text.endswith(("f", "h"))
-        else:
-            floating = "." in text or re.fullmatch(r"\d+e[+-]?\d+[a-z]*", text) is not None
-            suffixed = text.endswith(("f", "h"))
-        if floating and not suffixed:
+        if is_double(token):
             yield (
                 token,
                 f"the literal {token.text} is a double: write {token.text}f or {token.text}h",
@@ -159,7 +163,6 @@ _FORBIDDEN = {
     "asm": "there is no inline assembly",
     "__asm": "there is no inline assembly",
     "__asm__": "there is no inline assembly",
-    "noexcept": "there is no noexcept",
     "printf": "there is no printf",
     "concept": "there are no concepts",
     "requires": "there are no concepts",
@@ -239,7 +242,7 @@ def unknown_attribute(s: Structure) -> Iterator[Finding]:
 
 def builtin_arguments(s: Structure) -> Iterator[Finding]:
     """Positions agree in components and scalar type, simdgroup values in scalar type."""
-    for kernel in s.kernels.values():
+    for kernel in s.all_kernels():
         types: dict[str, set[str]] = {"position": set(), "simdgroup": set()}
         for p in kernel.parameters:
             if p.kind != "builtin":
@@ -264,16 +267,17 @@ def builtin_arguments(s: Structure) -> Iterator[Finding]:
 
 
 def kernel_argument(s: Structure) -> Iterator[Finding]:
-    for kernel in s.kernels.values():
+    for kernel in s.all_kernels():
         for p in kernel.parameters:
             words = [t.text for t in p.declaration]
-            if p.kind == "buffer" and not {"*", "&"} & set(words):
+            if p.kind == "buffer" and not {"*", "&", "["} & set(words):
                 yield p.declaration[0], f"[[buffer]] '{p.name}' must be a pointer or a reference"
 
 
 def kernel_call(s: Structure) -> Iterator[Finding]:
     for i, token in enumerate(s.tokens[:-1]):
         calls = token.text in s.kernels and token.kind == "name" and s.tokens[i + 1].text == "("
+        calls = calls and s.tokens[i - 1].text not in ("::", ".", "->", "template")
         if calls and any(x.kind in ("kernel", "function") for x in s.scope_of(i)):
             yield token, f"kernel '{token.text}' is called"
 

@@ -77,7 +77,6 @@ _ERRORS = (
     "-Werror=vla-cxx-extension",
     "-Werror=return-type",
     "-Werror=conversion-null",
-    "-Werror=gnu-designator",
     "-Werror=uninitialized",
 )
 _TO_BFLOAT = re.compile(r"warning: (implicit conversion.* to '(?:metal::)?bfloat'.*)")
@@ -87,7 +86,7 @@ def compile_kernel(text: str) -> str:
     """LLVM IR of rewritten Metal text."""
     command = [
         *clang(),
-        *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-S", "-emit-llvm", "-o", "-", "-"),
+        *("-x", "c++", "-std=c++23", "-O2", "-g1", "-fPIC", "-S", "-emit-llvm", "-o", "-", "-"),
         *native_flags(),
         *("-nostdinc", f"-I{HEADERS}", "-include", "metal_types"),
         *("-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-fno-unwind-tables"),
@@ -117,7 +116,13 @@ def _metal_words(messages: str) -> str:
     for n, word in ((1, "device"), (2, "constant"), (3, "threadgroup")):
         messages = messages.replace(f"__attribute__((address_space({n})))", word)
         messages = messages.replace(f"address space '{n}'", f"address space '{word}'")
-    lines = [x for x in messages.splitlines() if "warning:" not in x]
+    lines, of_error = [], True
+    for line in messages.splitlines():
+        note = ": note: " in line  # which belongs to the message before it
+        if not note:
+            of_error = "warning: " not in line and not line.startswith("In file included")
+        if of_error and not (note and line.startswith(str(HEADERS))):
+            lines.append(line.replace(str(HEADERS) + os.sep, ""))
     return "\n".join(lines)
 
 

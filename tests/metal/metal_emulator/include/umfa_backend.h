@@ -88,6 +88,9 @@ enum launch : unsigned {
     simdgroup_index_in_threadgroup,
     threads_per_simdgroup,
     simdgroups_per_threadgroup,
+    thread_index_in_quadgroup,
+    quadgroup_index_in_threadgroup,
+    quadgroups_per_threadgroup,
 };
 
 UMFA_INLINE_HEADER unsigned lane() { return umfa_self->lane; }
