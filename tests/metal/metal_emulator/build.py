@@ -15,6 +15,7 @@ from typing import Any
 from . import lint, structure, toolchain
 from .instrument import instrument
 from .launcher import launcher
+from .masks import mend
 from .rewrite import rewrite
 
 
@@ -93,7 +94,7 @@ def _make(folder: Path, library: Path, notes: Path, code: str, checks: bool) -> 
     runtime()  # part of building, so that the first dispatch does not wait for it
     work = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
     try:
-        ir = toolchain.compile_kernel(code)
+        ir = toolchain.optimise(mend(toolchain.compile_kernel(code), str(toolchain.HEADERS)))
         done = instrument(ir, str(toolchain.HEADERS), checks)
         (work / "kernel.ll").write_text(done.text)
         toolchain.assemble(work / "kernel.ll", work / "kernel.o")

@@ -83,7 +83,8 @@ _TO_BFLOAT = re.compile(r"warning: (implicit conversion.* to '(?:metal::)?bfloat
 
 
 def compile_kernel(text: str) -> str:
-    """LLVM IR of rewritten Metal text."""
+    """LLVM IR of rewritten Metal text, not optimised yet. Variables without a value get one that is
+    no number, so that reading them shows."""
     command = [
         *clang(),
         *("-x", "c++", "-std=c++23", "-O2", "-g1", "-fPIC", "-S", "-emit-llvm", "-o", "-", "-"),
@@ -98,6 +99,7 @@ def compile_kernel(text: str) -> str:
         *("-fconvergent-functions", "-fdebug-compilation-dir=."),
         *("-fno-strict-aliasing", "-fno-caret-diagnostics", "-Wno-everything"),
         *("-Wimplicit-float-conversion", *_ERRORS),
+        *("-Xclang", "-disable-llvm-passes", "-ftrivial-auto-var-init=pattern"),
     ]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     refused = [
@@ -110,6 +112,15 @@ def compile_kernel(text: str) -> str:
     if refused:
         raise SourceError("\n".join(refused), ("implicit-bfloat",))
     return done.stdout
+
+
+def optimise(ir: str) -> str:
+    command = [
+        *clang(),
+        *("-x", "ir", "-O2", "-g1", "-fPIC", "-S", "-emit-llvm", "-o", "-", "-"),
+        *(*native_flags(), "-fno-vectorize", "-fno-slp-vectorize", "-Wno-everything"),
+    ]
+    return run(command, ir)
 
 
 def _metal_words(messages: str) -> str:
