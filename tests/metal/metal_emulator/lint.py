@@ -241,7 +241,7 @@ def unknown_attribute(s: Structure) -> Iterator[Finding]:
 
 
 def builtin_arguments(s: Structure) -> Iterator[Finding]:
-    """Positions agree in components and scalar type, simdgroup values in scalar type."""
+    """Positions agree in their number of components, simdgroup values in scalar type."""
     for kernel in s.all_kernels():
         types: dict[str, set[str]] = {"position": set(), "simdgroup": set()}
         for p in kernel.parameters:
@@ -255,13 +255,16 @@ def builtin_arguments(s: Structure) -> Iterator[Finding]:
                 yield p.declaration[0], f"{p.builtin} is uint or ushort, not {words[0]}"
             if kind != "position" and words[0][-1] in "23":
                 yield p.declaration[0], f"{p.builtin} is a scalar"
+            elif kind == "position":
+                types[kind].add(words[0][-1] if words[0][-1] in "23" else "1")
             elif kind in types:
                 types[kind].add(words[0])
         for kind, found in types.items():
             if len(found) > 1:
                 yield (
                     kernel.token,
-                    f"the {kind} arguments of '{kernel.name}' differ in type: "
+                    f"the {kind} arguments of '{kernel.name}' differ in "
+                    + ("components: " if kind == "position" else "type: ")
                     + ", ".join(sorted(found)),
                 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from .copies import copy_between_memories
 from .spaces import constant_objects, rewrite_records
 from .structure import PACKED, SCALARS, VECTORS, Structure
 from .tokens import is_double, matching, matching_angle, matching_back
@@ -12,7 +13,7 @@ _MAKE = "::umfa_backend::make"
 _CAST = "::umfa_backend::cast"
 _NUMBER_SUFFIX = re.compile(r"(?i)^(.*?)(bf|h)$")
 # Names that stay attributes of C++.
-_STANDARD_ATTRIBUTES = {"maybe_unused"}
+_STANDARD_ATTRIBUTES = {"maybe_unused", "fallthrough", "nodiscard", "noreturn", "deprecated"}
 
 
 def rewrite(text: str, s: Structure) -> str:
@@ -31,7 +32,7 @@ def rewrite(text: str, s: Structure) -> str:
     _array_parameters(s, edits)
     _strings(s, edits)
     _constructors(s, edits)
-    _copies(s, edits, prefix)
+    copy_between_memories(s, edits, prefix)
     rewrite_records(s, edits, prefix)
     constant_objects(s, edits)
     _limits(s, edits)
@@ -139,6 +140,10 @@ def _threadgroup_variables(s: Structure, edits: list[str]) -> None:
             continue
         edits[first] = "static __attribute__((used)) threadgroup"
         references = ""
+        type_ = _may_construct(s, first)
+        if type_ is not None:
+            edits[type_[0]] = "::umfa_backend::raw<" + edits[type_[0]]
+            edits[type_[1]] += ">"
         i, name = first + 1, first
         while True:
             text = s.tokens[i].text
@@ -155,6 +160,24 @@ def _threadgroup_variables(s: Structure, edits: list[str]) -> None:
                     break
             i = matching(s.tokens, i) + 1 if text in "([{" else i + 1
         edits[i] += references
+
+
+def _may_construct(s: Structure, first: int) -> tuple[int, int] | None:
+    """Tokens of the type of a threadgroup variable, if it may be a class with constructors: those
+    know no threadgroup memory, and are not called in Metal either."""
+    tokens = s.tokens
+    start = first + 1
+    while tokens[start].text in ("const", "volatile", "typename", "static"):
+        start += 1
+    end = start
+    while tokens[end + 1].text in ("::", "<") or tokens[end].text == "::":
+        end += 1
+        if tokens[end].text == "<":
+            end = matching_angle(tokens, end) or end
+    built = {r.name for r in s.record_list if r.has_constructor}
+    words = {t.text for t in tokens[start : end + 1]}
+    may = words & (built | s.aliases | s.type_parameters) or "::" in words
+    return (start, end) if may and tokens[end + 1].kind == "name" else None
 
 
 def _literals(s: Structure, edits: list[str]) -> None:
@@ -323,49 +346,6 @@ def _starts_cast(s: Structure, opening: int, closing: int) -> bool:
     if before.text in (")", "]", ">"):
         return False
     return after.kind in ("name", "number") or after.text in ("(", "-", "*", "&", "!", "~")
-
-
-def _copies(s: Structure, edits: list[str], prefix: dict[int, str]) -> None:
-    """``S s = *p;`` with p in device memory: clang's copy constructors cannot, Metal's can."""
-    tokens = s.tokens
-    names = s.records | set(PACKED) | {f"{v[:-1]}3" for v in PACKED} | s.aliases | {"float3"}
-    for i, token in enumerate(tokens[:-3]):
-        declares = token.text in names or token.text == "auto"
-        if not declares or (i and tokens[i - 1].text in ("struct", "class", "union")):
-            continue
-        k = i + 1
-        if tokens[k].text == "<":
-            close = matching_angle(tokens, k)
-            if close is None:
-                continue
-            k = close + 1
-        if not (tokens[k].kind == "name" and tokens[k + 1].text == "="):
-            continue
-        if not any(x.kind in ("function", "kernel") for x in s.scope_of(i)):
-            continue
-        end = k + 2
-        if tokens[end].text == "{":
-            continue
-        if token.text == "auto" and not _names_an_object(s, end):
-            continue
-        while tokens[end].text not in (";", ",", ")"):
-            end = matching(tokens, end) + 1 if tokens[end].text in "([{" else end + 1
-        if tokens[end].text != ";":
-            continue
-        prefix[k + 2] = prefix.get(k + 2, "") + "::umfa_backend::copy("
-        edits[end] = ")" + edits[end]
-
-
-def _names_an_object(s: Structure, i: int) -> bool:
-    """Whether the initialiser at ``i`` is name;  *name;  or  name[...];  and so may be a struct."""
-    tokens = s.tokens
-    i += tokens[i].text == "*"
-    if tokens[i].kind != "name":
-        return False
-    end = i + 1
-    if tokens[end].text == "[":
-        end = matching(tokens, end) + 1
-    return tokens[end].text == ";"
 
 
 def _limits(s: Structure, edits: list[str]) -> None:

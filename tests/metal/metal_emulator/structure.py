@@ -102,6 +102,7 @@ KNOWN_ATTRIBUTES = {
     *("buffer", "threadgroup", "function_constant", "host_name", "kernel", "maybe_unused"),
     *("max_total_threads_per_threadgroup", "unused", "clang", "id", "user", "visible"),
     *("stitchable", "texture", "sampler"),
+    *("fallthrough", "nodiscard", "noreturn", "deprecated", "gnu", "likely", "unlikely"),
 }
 
 

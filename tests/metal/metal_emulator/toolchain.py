@@ -123,15 +123,24 @@ def optimise(ir: str) -> str:
     return run(command, ir)
 
 
+_FOLLOWS = re.compile(
+    r"umfa_signature|in the global namespace|overloaded function could not be resolved"
+    r"|function-style cast or type construction|error: expected '\)'|too many errors"
+)
+
+
 def _metal_words(messages: str) -> str:
     for n, word in ((1, "device"), (2, "constant"), (3, "threadgroup")):
         messages = messages.replace(f"__attribute__((address_space({n})))", word)
         messages = messages.replace(f"address space '{n}'", f"address space '{word}'")
-    lines, of_error = [], True
+    lines: list[str] = []
+    of_error = True
     for line in messages.splitlines():
         note = ": note: " in line  # which belongs to the message before it
         if not note:
             of_error = "warning: " not in line and not line.startswith("In file included")
+            # What the entry functions then cannot say either is no news.
+            of_error = of_error and not (lines and _FOLLOWS.search(line))
         if of_error and not (note and line.startswith(str(HEADERS))):
             lines.append(line.replace(str(HEADERS) + os.sep, ""))
     return "\n".join(lines)
