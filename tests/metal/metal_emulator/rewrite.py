@@ -16,8 +16,8 @@ _NUMBER_SUFFIX = re.compile(r"(?i)^(.*?)(bf|h)$")
 _STANDARD_ATTRIBUTES = {"maybe_unused", "fallthrough", "nodiscard", "noreturn", "deprecated"}
 
 
-def rewrite(text: str, s: Structure) -> str:
-    """C++ for the Metal text whose structure is ``s``."""
+def rewrite(text: str, s: Structure, inexact: bool = False) -> str:
+    """C++ for the Metal text whose structure is ``s``; for `implicit`, with inexact literals."""
     edits = [""] * len(s.tokens)
     for i, token in enumerate(s.tokens):
         edits[i] = token.text
@@ -25,10 +25,10 @@ def rewrite(text: str, s: Structure) -> str:
     _instantiations(s, edits)
     _attributes(s, edits)
     _function_constants(s, edits, prefix)
-    _threadgroup_variables(s, edits)
-    _literals(s, edits)
+    _literals(s, edits, inexact)
     _boolean_vectors(s, edits)
     _vector_variables(s, edits)
+    _threadgroup_variables(s, edits, prefix)
     _array_parameters(s, edits)
     _strings(s, edits)
     _constructors(s, edits)
@@ -130,7 +130,7 @@ def threadgroup_variables(s: Structure) -> list[tuple[int, int, bool]]:
 STORAGE = "umfa_storage_"
 
 
-def _threadgroup_variables(s: Structure, edits: list[str]) -> None:
+def _threadgroup_variables(s: Structure, edits: list[str], prefix: dict[int, str]) -> None:
     """A variable in threadgroup memory is one for all threads: static, in the eyes of C++. The
     empty initialiser is for structs, whose constructors know no other memory than a thread's. The
     kernel sees a reference: clang would take the alignment of a vector access from the variable
@@ -142,7 +142,7 @@ def _threadgroup_variables(s: Structure, edits: list[str]) -> None:
         references = ""
         type_ = _may_construct(s, first)
         if type_ is not None:
-            edits[type_[0]] = "::umfa_backend::raw<" + edits[type_[0]]
+            prefix[type_[0]] = "::umfa_backend::raw<" + prefix.get(type_[0], "")
             edits[type_[1]] += ">"
         i, name = first + 1, first
         while True:
@@ -167,9 +167,9 @@ def _may_construct(s: Structure, first: int) -> tuple[int, int] | None:
     know no threadgroup memory, and are not called in Metal either."""
     tokens = s.tokens
     start = first + 1
-    while tokens[start].text in ("const", "volatile", "typename", "static"):
+    while tokens[start].text in ("const", "volatile", "static"):
         start += 1
-    end = start
+    end = start + (tokens[start].text == "typename")
     while tokens[end + 1].text in ("::", "<") or tokens[end].text == "::":
         end += 1
         if tokens[end].text == "<":
@@ -180,7 +180,7 @@ def _may_construct(s: Structure, first: int) -> tuple[int, int] | None:
     return (start, end) if may and tokens[end + 1].kind == "name" else None
 
 
-def _literals(s: Structure, edits: list[str]) -> None:
+def _literals(s: Structure, edits: list[str], inexact: bool) -> None:
     for i, token in enumerate(s.tokens):
         if token.kind != "number" or (
             token.text[:2] in ("0x", "0X") and "p" not in token.text.lower()
@@ -192,6 +192,8 @@ def _literals(s: Structure, edits: list[str]) -> None:
         elif found:
             value, suffix = found.group(1), found.group(2).lower()
             edits[i] = f"{value}f16" if suffix == "h" else f"((bfloat){value}f)"
+        if inexact and edits[i].endswith(("f", "f16")) and "." in edits[i]:
+            edits[i] = "0.1f16" if edits[i].endswith("6") else "0.1f"
 
 
 def _constructors(s: Structure, edits: list[str]) -> None:

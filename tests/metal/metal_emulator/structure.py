@@ -102,7 +102,7 @@ KNOWN_ATTRIBUTES = {
     *("buffer", "threadgroup", "function_constant", "host_name", "kernel", "maybe_unused"),
     *("max_total_threads_per_threadgroup", "unused", "clang", "id", "user", "visible"),
     *("stitchable", "texture", "sampler"),
-    *("fallthrough", "nodiscard", "noreturn", "deprecated", "gnu", "likely", "unlikely"),
+    *("fallthrough", "nodiscard", "noreturn", "deprecated", "gnu"),
 }
 
 
@@ -586,18 +586,30 @@ _SPECIFIERS = ("constant", "const", "constexpr", "static", "extern", "inline")
 def _find_constants(s: Structure) -> None:
     for i, end, found in s.attributes:
         constants = [a for a in found if a.name == "function_constant"]
-        if not constants or s.tokens[end + 1].text != ";":
+        if not constants or s.tokens[end + 1].text not in (";", "=", "{"):
             continue
         start = _statement_start(s, i)
+        declared = [t.text for t in s.tokens[start:i]]
+        if s.tokens[end + 1].text != ";":
+            raise s.fail(s.tokens[i], "function-constant", "a function constant has no initialiser")
+        if "constant" not in declared:
+            raise s.fail(s.tokens[i], "function-constant", "a function constant is 'constant'")
         words = [t for t in s.tokens[start:i] if t.text not in _SPECIFIERS]
         scope = "".join(x.name + "::" for x in s.scope_of(i) if x.kind == "namespace" and x.name)
         name = words[-1].text
+        index = _integer(s, constants[0])
+        if not 0 <= index <= 65535:
+            raise s.fail(s.tokens[i], "function-constant", f"index {index} is not in 0..65535")
+        if any(t.text in s.records for t in words[:-1]):
+            raise s.fail(
+                s.tokens[i], "function-constant", "a function constant is a scalar or a vector"
+            )
         s.constants.append(
             FunctionConstant(
                 name,
                 scope + name,
                 spelled(words[:-1]),
-                _integer(s, constants[0]),
+                index,
                 (start, end + 1),
             )
         )
@@ -610,3 +622,24 @@ def _find_constants(s: Structure) -> None:
                 f"'{c.name}' and '{seen[c.index]}' both have index {c.index}",
             )
         seen[c.index] = c.name
+
+
+def initialised_late(s: Structure) -> frozenset[str]:
+    """Places of the program's constants whose values follow from function constants, or that are
+    objects with constructors: they may be computed when the library is loaded."""
+    names = {c.name for c in s.constants} | {r.name for r in s.record_list if r.has_constructor}
+    places: set[str] = set()
+    tokens, i = s.tokens, 0
+    while i < len(tokens):
+        if tokens[i].text == "constant" and all(x.kind == "namespace" for x in s.scope_of(i)):
+            end = i
+            while end + 1 < len(tokens) and tokens[end].text != ";":
+                end = matching(tokens, end) + 1 if tokens[end].text in "([{" else end + 1
+            words = [t.text for t in tokens[i:end]]
+            if names & set(words) or "is_function_constant_defined" in words:
+                if "=" in words:
+                    names.add(words[words.index("=") - 1])
+                places |= {t.location for t in tokens[i:end]}
+            i = end
+        i += 1
+    return frozenset(places)

@@ -3,6 +3,7 @@ runtime and for linking (zig would first build a C++ library for minutes)."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -11,9 +12,11 @@ import platform
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import implicit
 from .errors import EmulatorError, SourceError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -71,23 +74,18 @@ def run(command: Sequence[str], text: str | None = None) -> str:
     return done.stdout
 
 
-# Warnings of clang's that are errors in Metal. The first are so whatever they say; a conversion
-# that loses precision is legal from float to half, but not to bfloat.
+# Warnings of clang's that are errors in Metal.
 _ERRORS = (
     "-Werror=vla-cxx-extension",
     "-Werror=return-type",
     "-Werror=conversion-null",
     "-Werror=uninitialized",
 )
-_TO_BFLOAT = re.compile(r"warning: (implicit conversion.* to '(?:metal::)?bfloat'.*)")
 
-
-def compile_kernel(text: str) -> str:
-    """LLVM IR of rewritten Metal text, not optimised yet. Variables without a value get one that is
-    no number, so that reading them shows."""
-    command = [
+def _reading(*flags: str) -> list[str]:
+    return [
         *clang(),
-        *("-x", "c++", "-std=c++23", "-O2", "-g1", "-fPIC", "-S", "-emit-llvm", "-o", "-", "-"),
+        *("-x", "c++", "-std=c++23", "-O2", "-g1", "-fPIC"),
         *native_flags(),
         *("-nostdinc", f"-I{HEADERS}", "-include", "metal_types"),
         *("-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-fno-unwind-tables"),
@@ -100,18 +98,62 @@ def compile_kernel(text: str) -> str:
         *("-fno-strict-aliasing", "-fno-caret-diagnostics", "-Wno-everything"),
         *("-Wimplicit-float-conversion", *_ERRORS),
         *("-Xclang", "-disable-llvm-passes", "-ftrivial-auto-var-init=pattern"),
+        *flags,
     ]
+
+
+def compile_kernel(text: str, second: str | None, runtime_initialised: frozenset[str]) -> str:
+    """LLVM IR of rewritten Metal text, not optimised yet. Variables without a value get one that is
+    no number, so that reading them shows. ``second`` is the text for the second reading, if bfloat
+    is in it; of ``runtime_initialised`` variables the value may be known only when the library is
+    loaded."""
+    command = [*_reading("-S", "-emit-llvm"), "-Wglobal-constructors", "-o", "-", "-"]
+    other = None
+    if second is not None:
+        other = subprocess.Popen(
+            [*_reading(*implicit.FLAGS), "-"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        threading.Thread(target=_feed, args=(other, second)).start()
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    refused = [
-        f"{line.split(' warning: ')[0]} error: {m.group(1)}"
-        for line in done.stderr.splitlines()
-        if (m := _TO_BFLOAT.search(line))
-    ]
+    second_messages = ""
+    if other is not None and other.stderr is not None:
+        second_messages = other.stderr.read()
+        other.stderr.close()
+        other.wait()
     if done.returncode != 0:
         raise SourceError(_metal_words(done.stderr))
+    refused = implicit.conversions(done.stderr)
+    refused = refused or implicit.conversions_of_second_reading(second_messages, str(HEADERS))
     if refused:
         raise SourceError("\n".join(refused), ("implicit-bfloat",))
+    _refuse_initialisers(done.stderr, text, runtime_initialised)
     return done.stdout
+
+
+def _feed(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(text)
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+
+
+_CONSTRUCTOR = re.compile(r"^(.*):(\d+):\d+: warning: declaration requires a global constructor")
+
+
+def _refuse_initialisers(messages: str, text: str, allowed: frozenset[str]) -> None:
+    places = [m.groups() for m in map(_CONSTRUCTOR.match, messages.splitlines()) if m]
+    refused = [
+        f"{file}:{line}: error: the value of a constant must be a constant expression"
+        for file, line in places
+        if f"{file}:{line}" not in allowed and "launcher" not in file
+    ]
+    if refused:
+        raise SourceError("\n".join(refused), ("constant-value",))
 
 
 def optimise(ir: str) -> str:
