@@ -217,15 +217,15 @@ LINT = [
     ),
     (
         "instantiation",
-        "template <typename T> void f() {} template [[host_name(\"a\")]] kernel"
+        'template <typename T> void f() {} template [[host_name("a")]] kernel'
         " decltype(f<int>) f<int>;",
-        "template <typename T> kernel void f() {} template [[host_name(\"a\")]] kernel"
+        'template <typename T> kernel void f() {} template [[host_name("a")]] kernel'
         " decltype(f<int>) f<int>;",
     ),
     (
         "host-name",
         "template <typename T> kernel void f() {} template kernel decltype(f<int>) f<int>;",
-        "template <typename T> kernel void f() {} template [[host_name(\"a\")]] kernel"
+        'template <typename T> kernel void f() {} template [[host_name("a")]] kernel'
         " decltype(f<int>) f<int>;",
     ),
     (
@@ -565,6 +565,30 @@ def test_uninitialised_memory_is_nan_without_checks() -> None:
     assert np.isnan(out).all()
 
 
+def test_uninitialised_registers_are_no_numbers() -> None:
+    out = np.zeros(32, np.float32)
+    text = """
+        void fill(thread float* a, uint n) { for (uint i = 0; i < n; i++) a[i] = 1.0f; }
+        kernel void f(device float* out [[buffer(0)]], constant uint& n [[buffer(1)]],
+                      uint t [[thread_index_in_threadgroup]]) {
+            float a[8];
+            simdgroup_float8x8 m;
+            %s
+            fill(a, n);
+            simdgroup_float8x8 one(1.0f);
+            simdgroup_multiply_accumulate(m, one, one, m);
+            out[t] = a[t %% 8] + m.thread_elements()[0];
+        }"""
+    cleared = "m = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);"
+    run(text % "", {0: out, 1: np.uint32(8).tobytes()})
+    assert np.isnan(out).all()
+    run(text % cleared, {0: out, 1: np.uint32(7).tobytes()})
+    assert np.isnan(out[7::8]).all()
+    assert not np.isnan(out[:7]).any()
+    run(text % cleared, {0: out, 1: np.uint32(8).tobytes()})
+    assert not np.isnan(out).any()
+
+
 def test_threadgroup_memory_limit() -> None:
     text = """kernel void f(device float* out [[buffer(0)]],
                  threadgroup float* p [[threadgroup(0)]],
@@ -670,6 +694,61 @@ def test_read_modify_write_needs_atomics() -> None:
         {0: count},
     )
     assert count[0] == 32
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_race_with_any_reader(seed: int) -> None:
+    """However many have read a byte, the one reader that the writer races with is remembered."""
+    text = """kernel void f(device float* out [[buffer(0)]],
+                 uint t [[thread_index_in_threadgroup]]) {
+        threadgroup float a[1];
+        if (t == 0) a[0] = 1.0f;
+        BARRIER
+        float x = 0.0f;
+        if (t %% 32 == %d || t >= %d) x = a[0];
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        if (t < 2) x += a[0];
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        if (t == 0) a[0] = 2.0f;
+        out[t] = x;
+    }""".replace("BARRIER", BARRIER)
+    out = {0: floats(96)}
+    fires("data race", text % (5, 1000), out, "which thread", threads=96, seed=seed)
+    fires("data race", text % (33, 95), out, "which thread", threads=96, seed=seed)
+    run(text % (33, 1000), out, threads=96, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("space", ["device", "threadgroup"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "if (t == 40) plain[0] = 1; ADD",  # written plainly, then atomically
+        "ADD if (t == 40) plain[0] = 1;",
+        "if (t == 40) seen = plain[0]; ADD",
+        "ADD if (t == 40) seen = plain[0];",
+        "if (t == 40) plain[0] = 1; seen = atomic_load_explicit(count, memory_order_relaxed);",
+    ],
+)
+def test_atomics_race_with_plain_accesses(wrong: str, space: str, seed: int) -> None:
+    text = f"""kernel void f(device uint* out [[buffer(0)]], device uint* memory [[buffer(1)]],
+                 uint t [[thread_index_in_threadgroup]]) {{
+        threadgroup uint tile[1];
+        {space} uint* plain = {"memory" if space == "device" else "tile"};
+        {space} atomic_uint* count = ({space} atomic_uint*)plain;
+        uint seen = 0;
+        if (t == 0) atomic_store_explicit(count, 0u, memory_order_relaxed);
+        threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+        %s
+        out[t] = seen;
+    }}"""
+    add = "atomic_fetch_add_explicit(count, 1u, memory_order_relaxed);"
+    between = "threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);"
+    buffers = {0: np.zeros(64, np.uint32), 1: np.zeros(1, np.uint32)}
+    body = text % wrong.replace("ADD", add)
+    fires("data race", body, buffers, "which thread", threads=64, seed=seed)
+    run(text % f"{add} {between} seen = plain[0];", buffers, threads=64, seed=seed)
+    assert (buffers[0] == 64).all()
 
 
 def test_race_names_both_threads_and_the_line() -> None:

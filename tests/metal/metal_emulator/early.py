@@ -15,6 +15,8 @@ from .errors import SourceError
 from .sites import Sites
 
 _MASK = re.compile(r"= sext (<\d+ x i1>)")
+# That memory is there, which would let the optimiser read where the kernel does not.
+_PROMISE = re.compile(r" dereferenceable(?:_or_null)?\(\d+\)")
 _SPACES = {"": "thread", "1": "device", "2": "constant", "3": "threadgroup"}
 _CHOICE = re.compile(r"= select <\d+ x i1> ")
 _CAST = re.compile(r"= addrspacecast ptr(?: addrspace\((\d)\))? .* to ptr(?: addrspace\((\d)\))?")
@@ -30,7 +32,7 @@ def read_early(ir: str, own_headers: str, allow: frozenset[str]) -> str:
     found = [f for f in _expressions(lines) if f[1] not in allow]
     if found:
         _refuse(lines, found, own_headers)
-    return _MASK.sub(r"= zext \1", ir)
+    return _PROMISE.sub("", _MASK.sub(r"= zext \1", ir))
 
 
 def _expressions(lines: list[str]) -> Iterator[Finding]:

@@ -82,6 +82,7 @@ _ERRORS = (
     "-Werror=uninitialized",
 )
 
+
 def _reading(*flags: str) -> list[str]:
     return [
         *clang(),

@@ -75,6 +75,13 @@ namespace umfa_backend {
 
 enum kind : unsigned { any_lanes, all_lanes, barrier, shuffles };
 
+/// The same address, of which the optimiser knows nothing any more: neither how it is aligned, nor
+/// that memory is there, which would let it read where the kernel does not.
+UMFA_INLINE_HEADER unsigned long hide(unsigned long address) {
+    asm("" : "+r"(address));
+    return address;
+}
+
 /// Numbers for umfa_launch_value.
 enum launch : unsigned {
     thread_position_in_grid,
