@@ -271,7 +271,8 @@ LINT = [
     (
         "boolean-to-integer",
         "int4 g(float4 a) { int4 m = a < 1.0f; return m; }",
-        "int4 g(float4 a) { int4 m = int4(a < 1.0f); int2 n = a.x < 1.0f ? 2 : 3; return m + n.x; }",
+        "int4 g(float4 a) { int4 m = int4(a < 1.0f); int2 n = a.x < 1.0f ? 2 : 3;"
+        " return m + n.x; }",
     ),
     (
         "ambiguous-name",

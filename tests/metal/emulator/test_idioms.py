@@ -316,7 +316,8 @@ def test_four_bit_blocks() -> None:
         }
         // The exponent of 1024 makes a half of ten bits of an integer.
         static inline half2 magic(ushort q) {
-            return as_type<half2>(uint(q & 0xf) | uint((q >> 4) & 0xf) << 16 | 0x64006400u) - 1024.h;
+            const uint bits = uint(q & 0xf) | uint((q >> 4) & 0xf) << 16 | 0x64006400u;
+            return as_type<half2>(bits) - 1024.h;
         }
         kernel void f(device const void* src [[buffer(0)]], device float* out [[buffer(1)]],
                       ushort tiisg [[thread_index_in_simdgroup]]) {

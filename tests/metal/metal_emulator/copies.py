@@ -136,6 +136,6 @@ def _parameters(s: Structure, edits: list[str], names: set[str]) -> None:
             before = tokens[k - 1].text
             start = before in ("(", ",") or (before == "const" and tokens[k - 2].text in ("(", ","))
             after = tokens[k + 2].text
-            if start and tokens[k].text in names and tokens[k + 1].kind == "name":
-                if after in (",", ")"):
-                    edits[k] = f"::umfa_backend::by_value<{edits[k]}>"
+            named = tokens[k].text in names and tokens[k + 1].kind == "name"
+            if start and named and after in (",", ")"):
+                edits[k] = f"::umfa_backend::by_value<{edits[k]}>"

@@ -2,8 +2,8 @@
 
 Comparing vectors gives Metal booleans, and clang masks of all ones: the sign extensions, of which
 there are no others here, become zero extensions. And some things that clang accepts and Metal does
-not are plain to see: a vector that chooses by ``?:``, casts from one memory to another, calls through
-pointers.
+not are plain to see: a vector that chooses by ``?:``, casts from one memory to another, calls
+through pointers.
 """
 
 from __future__ import annotations
