@@ -96,8 +96,10 @@ inline void note(Touched& touched, uint64_t at, uint32_t size, uint32_t own, con
     uint32_t *l = &touched.last[at], *b = &touched.beside[at], *o = &touched.other[at],
              *f = &touched.first[at];
     uint32_t differ = 0;
-    for (uint32_t i = 0; i < n; i++)
-        differ |= (l[i] ^ l[0]) | (b[i] ^ b[0]) | (o[i] ^ o[0]) | (f[i] ^ f[0]);
+    for (uint32_t i = 0; i < n; i++) differ |= (l[i] ^ l[0]) | (b[i] ^ b[0]) | (o[i] ^ o[0]);
+    // The first of all is for other threadgroups, which do not see this one's memory.
+    if (by.device_memory)
+        for (uint32_t i = 0; i < n; i++) differ |= f[i] ^ f[0];
     Four before{l[0], b[0], o[0], f[0]}, after = add(before, own, by);
     if (differ == 0 && before == after) return;
     for (uint32_t i = 0; i < n; i++) {
@@ -105,7 +107,7 @@ inline void note(Touched& touched, uint64_t at, uint32_t size, uint32_t own, con
         l[i] = after.last;
         b[i] = after.beside;
         o[i] = after.other;
-        f[i] = after.first;
+        if (by.device_memory) f[i] = after.first;
     }
 }
 
@@ -122,8 +124,13 @@ inline void track_sized(Stamps& stamps, uint64_t at, uint32_t size, uint32_t fla
         race(describe(place), earlier[place], write, did, site);
     };
     auto refuse_all = [&](const Touched& t, const char* did) {
-        for (const std::vector<uint32_t>* v : {&t.last, &t.beside, &t.other, &t.first})
-            refuse(*v, did);
+        if (by.device_memory) refuse(t.first, did);
+        uint32_t newest = 0;
+        for (uint32_t i = 0; i < n; i++) newest = std::max(newest, t.last[at + i]);
+        if (newest >> kThreadBits < by.barrier) return;  // so are the others
+        refuse(t.last, did);
+        refuse(t.beside, did);
+        refuse(t.other, did);
     };
     if (atomic) stamps.expect_atomics();
     refuse(stamps.write, "wrote");
