@@ -161,6 +161,164 @@ LINT = [
         "bfloat g(float x) { return x; }",
         "bfloat g(float x) { return bfloat(x); }",
     ),
+    # A literal that fits is no better.
+    ("implicit-bfloat", "void g() { bfloat b = 1.0f; }", "void g() { bfloat b = 1.0bf; }"),
+    (
+        "implicit-bfloat",
+        "void h(bfloat) {} void g() { h(1.0f); }",
+        "void h(bfloat) {} void g() { h(bfloat(1.0f)); }",
+    ),
+    (
+        "implicit-bfloat",
+        "float g(half a, bfloat b) { return a * b; }",
+        "float g(half a, bfloat b) { return a * float(b); }",
+    ),
+    (
+        "kernel-parameter",
+        "kernel void k(uint n) {}",
+        "kernel void k(constant uint& n) {}",
+    ),
+    ("kernel-name", "kernel void main() {}", "kernel void main_() {}"),
+    (
+        "kernel-overload",
+        "kernel void k() {} kernel void k(device int* x) {}",
+        "template <int N> kernel void k() {} template <typename T> kernel void k(device T* x) {}",
+    ),
+    (
+        "function-constant-twice",
+        "constant int a [[function_constant(1)]]; constant int b [[function_constant(1)]];",
+        "constant int a [[function_constant(1)]]; constant int b [[function_constant(2)]];",
+    ),
+    (
+        "function-constant",
+        "constant int a [[function_constant(1)]] = 3;",
+        "constant int a [[function_constant(1)]];",
+    ),
+    (
+        "function-constant",
+        "constant int a [[function_constant(65536)]];",
+        "constant int a [[function_constant(65535)]];",
+    ),
+    (
+        "function-constant",
+        "struct S { int a; }; constant S a [[function_constant(1)]];",
+        "struct S { int a; }; constant int2 a [[function_constant(1)]];",
+    ),
+    (
+        "function-constant",
+        "int a [[function_constant(1)]];",
+        "constant int a [[function_constant(1)]];",
+    ),
+    (
+        "function-constant",
+        "constant int a = 1; int g() { return is_function_constant_defined(a); }",
+        "constant int a [[function_constant(1)]];"
+        " int g() { return is_function_constant_defined(a); }",
+    ),
+    (
+        "instantiation",
+        'template <typename T> void f() {} template [[host_name("a")]] kernel'
+        " decltype(f<int>) f<int>;",
+        'template <typename T> kernel void f() {} template [[host_name("a")]] kernel'
+        " decltype(f<int>) f<int>;",
+    ),
+    (
+        "host-name",
+        "template <typename T> kernel void f() {} template kernel decltype(f<int>) f<int>;",
+        'template <typename T> kernel void f() {} template [[host_name("a")]] kernel'
+        " decltype(f<int>) f<int>;",
+    ),
+    (
+        "kernel-pointer",
+        "kernel void k(thread float* p) {}",
+        "kernel void k(device float* p) {}",
+    ),
+    (
+        "kernel-pointer",
+        "kernel void k(device float* p [[threadgroup(0)]]) {}",
+        "kernel void k(threadgroup float* p [[threadgroup(0)]]) {}",
+    ),
+    (
+        "kernel-pointer",
+        "kernel void k(threadgroup float* p [[buffer(0)]]) {}",
+        "kernel void k(constant float* p [[buffer(0)]]) {}",
+    ),
+    ("missing-address-space", "using P = float*;", "using P = device float*;"),
+    ("missing-address-space", "void g(float (&a)[4]) {}", "void g(thread float (&a)[4]) {}"),
+    ("missing-address-space", "void g(device float** p) {}", "void g(device float*& p) {}"),
+    (
+        "missing-address-space",
+        "template <typename P> struct W {}; void g() { W<float*> w; }",
+        "template <typename P> struct W {}; void g() { W<device float*> w; }",
+    ),
+    (
+        "missing-address-space",
+        "void g(device float* a) { auto* p = a; }",
+        "void g(device float* a) { device auto* p = a; }",
+    ),
+    (
+        "static-member",
+        "struct S { static constexpr int n = 3; };",
+        "struct S { static constant constexpr const int n = 3; static int f() { return n; } };",
+    ),
+    ("threadgroup-variable", "struct S { threadgroup float a[4]; };", "struct S { float a[4]; };"),
+    (
+        "long-long-literal",
+        "void g() { long x = 1LL; }",
+        "void g() { long x = 1L; }",
+    ),
+    ("c-variadic", "void g(int n, ...) {}", "template <typename... A> void g(int n, A... a) {}"),
+    (
+        "boolean-to-integer",
+        "int4 g(float4 a) { int4 m = a < 1.0f; return m; }",
+        "int4 g(float4 a) { int4 m = int4(a < 1.0f); int2 n = a.x < 1.0f ? 2 : 3;"
+        " return m + n.x; }",
+    ),
+    (
+        "ambiguous-name",
+        "float min(float a, float b) { return a; } float g(float a) { return min(a, 1.0f); }",
+        "float least(float a, float b) { return a; } float g(float a) { return least(a, 1.0f); }",
+    ),
+    (
+        "vector-condition",
+        "float4 g(float4 a, float4 b) { return a < b ? a : b; }",
+        "float4 g(float4 a, float4 b) { return select(b, a, a < b); }",
+    ),
+    (
+        "address-space-cast",
+        "void g(device float* p) { threadgroup float* q = (threadgroup float*)p; q[0] = 1.0f; }",
+        "void g(device float* p) { device half* q = (device half*)p; q[0] = 1.0h; }",
+    ),
+    (
+        "address-space-cast",
+        "float g(constant float* p) { thread float* q = (thread float*)p; return *q; }",
+        "float g(constant float* p) { thread float q = *p; return q; }",
+    ),
+    (
+        "function-pointer",
+        "int f(int n) { return n; } int g(int x) { int (*p)(int) = f; return p(x); }",
+        "int f(int n) { return n; } template <int (*p)(int)> int h(int x) { return p(x); }"
+        " int g(int x) { return h<f>(x); }",
+    ),
+    (
+        "constant-value",
+        "float f(float x) { return x; } constant float a = f(2.0f);",
+        "constexpr float f(float x) { return x; } constant float a = f(2.0f);",
+    ),
+    ("unknown-vector", "vec<float, 8> g();", "vec<float, 4> g();"),
+    ("forbidden-word", "int main() { return 0; }", "int main_() { return 0; }"),
+    ("forbidden-word", "__int128 g();", "long g();"),
+    (
+        "forbidden-word",
+        "int g(int x) { return __builtin_popcount(x); }",
+        "int g(int x) { return popcount(x); }",
+    ),
+    (
+        "forbidden-word",
+        "typedef float f8 __attribute__((ext_vector_type(8)));",
+        "typedef float f8[8];",
+    ),
+    ("unknown-attribute", "void g(int x) { if (x) [[likely]] {} }", "void g(int x) { if (x) {} }"),
 ]
 
 
@@ -224,6 +382,24 @@ CLANG = [
      "{ atomic_fetch_add_explicit(p, 1.0f, memory_order_relaxed); }",
      "void g(device atomic_float* p) { atomic_fetch_add_explicit(p, 1.0f, memory_order_relaxed); }",
      "device only"),
+    # members and memories
+    ("struct S { float x; float get() const { return x; } }; float g(device S* s)"
+     " { return s->get(); }",
+     "struct S { float x; float get() const device { return x; } }; float g(device S* s)"
+     " { return s->get(); }", "device"),
+    ("struct S { float x; void set() thread { x = 1.0f; } }; void g(threadgroup S& s) { s.set(); }",
+     "struct S { float x; void set() threadgroup { x = 1.0f; } };"
+     " void g(threadgroup S& s) { s.set(); }", "threadgroup"),
+    ("void g(device atomic_int* p) { *p = 3; }",
+     "void g(device atomic_int* p) { atomic_store_explicit(p, 3, memory_order_relaxed); }", "="),
+    ("void g(device atomic_ulong* p) { atomic_fetch_add_explicit(p, 1ul, memory_order_relaxed); }",
+     "void g(device atomic_ulong* p) { atomic_max_explicit(p, 1ul, memory_order_relaxed); }",
+     "atomic_max"),
+    ("bool4 g(uint4 x) { return x; }", "bool4 g(uint4 x) { return bool4(x); }", "no viable"),
+    ("float g(float4 a, float4 b) { if (a < b) return 1.0f; return 0.0f; }",
+     "float g(float4 a, float4 b) { if (all(a < b)) return 1.0f; return 0.0f; }", "bool"),
+    ("float g(float x) { return max(x, 0); }", "float g(float x) { return max(x, 0.0f); }",
+     "no matching function"),
     ("int g(int x) { return x; }"
      " #include <cmath>".replace(" #", "\n#"), "int g(int x) { return x; }", "cmath"),
 ]  # fmt: skip
@@ -390,6 +566,30 @@ def test_uninitialised_memory_is_nan_without_checks() -> None:
     assert np.isnan(out).all()
 
 
+def test_uninitialised_registers_are_no_numbers() -> None:
+    out = np.zeros(32, np.float32)
+    text = """
+        void fill(thread float* a, uint n) { for (uint i = 0; i < n; i++) a[i] = 1.0f; }
+        kernel void f(device float* out [[buffer(0)]], constant uint& n [[buffer(1)]],
+                      uint t [[thread_index_in_threadgroup]]) {
+            float a[8];
+            simdgroup_float8x8 m;
+            %s
+            fill(a, n);
+            simdgroup_float8x8 one(1.0f);
+            simdgroup_multiply_accumulate(m, one, one, m);
+            out[t] = a[t %% 8] + m.thread_elements()[0];
+        }"""
+    cleared = "m = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);"
+    run(text % "", {0: out, 1: np.uint32(8).tobytes()})
+    assert np.isnan(out).all()
+    run(text % cleared, {0: out, 1: np.uint32(7).tobytes()})
+    assert np.isnan(out[7::8]).all()
+    assert not np.isnan(out[:7]).any()
+    run(text % cleared, {0: out, 1: np.uint32(8).tobytes()})
+    assert not np.isnan(out).any()
+
+
 def test_threadgroup_memory_limit() -> None:
     text = """kernel void f(device float* out [[buffer(0)]],
                  threadgroup float* p [[threadgroup(0)]],
@@ -495,6 +695,61 @@ def test_read_modify_write_needs_atomics() -> None:
         {0: count},
     )
     assert count[0] == 32
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_race_with_any_reader(seed: int) -> None:
+    """However many have read a byte, the one reader that the writer races with is remembered."""
+    text = """kernel void f(device float* out [[buffer(0)]],
+                 uint t [[thread_index_in_threadgroup]]) {
+        threadgroup float a[1];
+        if (t == 0) a[0] = 1.0f;
+        BARRIER
+        float x = 0.0f;
+        if (t %% 32 == %d || t >= %d) x = a[0];
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        if (t < 2) x += a[0];
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        if (t == 0) a[0] = 2.0f;
+        out[t] = x;
+    }""".replace("BARRIER", BARRIER)
+    out = {0: floats(96)}
+    fires("data race", text % (5, 1000), out, "which thread", threads=96, seed=seed)
+    fires("data race", text % (33, 95), out, "which thread", threads=96, seed=seed)
+    run(text % (33, 1000), out, threads=96, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("space", ["device", "threadgroup"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "if (t == 40) plain[0] = 1; ADD",  # written plainly, then atomically
+        "ADD if (t == 40) plain[0] = 1;",
+        "if (t == 40) seen = plain[0]; ADD",
+        "ADD if (t == 40) seen = plain[0];",
+        "if (t == 40) plain[0] = 1; seen = atomic_load_explicit(count, memory_order_relaxed);",
+    ],
+)
+def test_atomics_race_with_plain_accesses(wrong: str, space: str, seed: int) -> None:
+    text = f"""kernel void f(device uint* out [[buffer(0)]], device uint* memory [[buffer(1)]],
+                 uint t [[thread_index_in_threadgroup]]) {{
+        threadgroup uint tile[1];
+        {space} uint* plain = {"memory" if space == "device" else "tile"};
+        {space} atomic_uint* count = ({space} atomic_uint*)plain;
+        uint seen = 0;
+        if (t == 0) atomic_store_explicit(count, 0u, memory_order_relaxed);
+        threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+        %s
+        out[t] = seen;
+    }}"""
+    add = "atomic_fetch_add_explicit(count, 1u, memory_order_relaxed);"
+    between = "threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);"
+    buffers = {0: np.zeros(64, np.uint32), 1: np.zeros(1, np.uint32)}
+    body = text % wrong.replace("ADD", add)
+    fires("data race", body, buffers, "which thread", threads=64, seed=seed)
+    run(text % f"{add} {between} seen = plain[0];", buffers, threads=64, seed=seed)
+    assert (buffers[0] == 64).all()
 
 
 def test_race_names_both_threads_and_the_line() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import lint, structure, toolchain
+from .early import read_early
 from .instrument import instrument
 from .launcher import launcher
 from .rewrite import rewrite
@@ -49,14 +50,19 @@ def build(
     """Builds a library, or finds it built. Raises SourceError for text that is not Metal."""
     flat, declared = read(source, include_dirs, macros, allow)
     code = rewrite(flat, declared) + launcher(declared, constants)
+    second = rewrite(flat, declared, inexact=True) if _mentions_bfloat(declared) else None
     key = hashlib.sha256(
-        "\0".join([toolchain.fingerprint(), code, str(checks)]).encode()
+        "\0".join([toolchain.fingerprint(), code, str(checks), *sorted(allow)]).encode()
     ).hexdigest()[:32]
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     library, notes = folder / f"{key}.so", folder / f"{key}.json"
     if not notes.exists():
-        _make(folder, library, notes, code, checks)
+        runtime()  # part of building, so that the first dispatch does not wait for it
+        late = structure.initialised_late(declared)
+        ir = toolchain.compile_kernel(code, second, late)
+        ir = toolchain.optimise(read_early(ir, toolchain.OWN_HEADERS, allow))
+        _make(folder, library, notes, ir, checks)
     loaded = json.loads(notes.read_text())
     return Built(
         library,
@@ -97,14 +103,16 @@ def _macro(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def _make(folder: Path, library: Path, notes: Path, code: str, checks: bool) -> None:
+def _mentions_bfloat(s: structure.Structure) -> bool:
+    return any(t.text.startswith("bfloat") for t in s.tokens)
+
+
+def _make(folder: Path, library: Path, notes: Path, ir: str, checks: bool) -> None:
     """Builds in a folder of its own and moves the results into place, the notes last: another
     process that does the same meanwhile does no harm."""
-    runtime()  # part of building, so that the first dispatch does not wait for it
     work = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
     try:
-        ir = toolchain.compile_kernel(code)
-        done = instrument(ir, (str(toolchain.HEADERS), str(toolchain.BACKEND)), checks)
+        done = instrument(ir, toolchain.OWN_HEADERS, checks)
         (work / "kernel.ll").write_text(done.text)
         toolchain.assemble(work / "kernel.ll", work / "kernel.o")
         toolchain.link(work / "kernel.o", work / "kernel.so")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 
-from .structure import PACKED, VECTORS, Structure
-from .tokens import matching, matching_angle
+from .copies import copy_between_memories
+from .spaces import constant_objects, rewrite_records
+from .structure import PACKED, SCALARS, VECTORS, Structure
+from .tokens import is_double, matching, matching_angle, matching_back
 
 _MAKE = "::umfa_backend::make"
 _CAST = "::umfa_backend::cast"
 _NUMBER_SUFFIX = re.compile(r"(?i)^(.*?)(bf|h)$")
 # Names that stay attributes of C++.
-_STANDARD_ATTRIBUTES = {"maybe_unused"}
+_STANDARD_ATTRIBUTES = {"maybe_unused", "fallthrough", "nodiscard", "noreturn", "deprecated"}
 
 
-def rewrite(text: str, s: Structure) -> str:
-    """C++ for the Metal text whose structure is ``s``."""
+def rewrite(text: str, s: Structure, inexact: bool = False) -> str:
+    """C++ for the Metal text whose structure is ``s``; for `implicit`, with inexact literals."""
     edits = [""] * len(s.tokens)
     for i, token in enumerate(s.tokens):
         edits[i] = token.text
@@ -23,10 +25,16 @@ def rewrite(text: str, s: Structure) -> str:
     _instantiations(s, edits)
     _attributes(s, edits)
     _function_constants(s, edits, prefix)
-    _threadgroup_variables(s, edits)
-    _literals(s, edits)
+    _literals(s, edits, inexact)
+    _boolean_vectors(s, edits)
+    _vector_variables(s, edits)
+    _threadgroup_variables(s, edits, prefix)
+    _array_parameters(s, edits)
+    _strings(s, edits)
     _constructors(s, edits)
-    _copies(s, edits, prefix)
+    copy_between_memories(s, edits, prefix)
+    rewrite_records(s, edits, prefix)
+    constant_objects(s, edits)
     _limits(s, edits)
     pieces, at = [], 0
     for i, token in enumerate(s.tokens):
@@ -122,7 +130,7 @@ def threadgroup_variables(s: Structure) -> list[tuple[int, int, bool]]:
 STORAGE = "umfa_storage_"
 
 
-def _threadgroup_variables(s: Structure, edits: list[str]) -> None:
+def _threadgroup_variables(s: Structure, edits: list[str], prefix: dict[int, str]) -> None:
     """A variable in threadgroup memory is one for all threads: static, in the eyes of C++. The
     empty initialiser is for structs, whose constructors know no other memory than a thread's. The
     kernel sees a reference: clang would take the alignment of a vector access from the variable
@@ -132,6 +140,10 @@ def _threadgroup_variables(s: Structure, edits: list[str]) -> None:
             continue
         edits[first] = "static __attribute__((used)) threadgroup"
         references = ""
+        type_ = _may_construct(s, first)
+        if type_ is not None:
+            prefix[type_[0]] = "::umfa_backend::raw<" + prefix.get(type_[0], "")
+            edits[type_[1]] += ">"
         i, name = first + 1, first
         while True:
             text = s.tokens[i].text
@@ -150,22 +162,44 @@ def _threadgroup_variables(s: Structure, edits: list[str]) -> None:
         edits[i] += references
 
 
-def _literals(s: Structure, edits: list[str]) -> None:
+def _may_construct(s: Structure, first: int) -> tuple[int, int] | None:
+    """Tokens of the type of a threadgroup variable, if it may be a class with constructors: those
+    know no threadgroup memory, and are not called in Metal either."""
+    tokens = s.tokens
+    start = first + 1
+    while tokens[start].text in ("const", "volatile", "static"):
+        start += 1
+    end = start + (tokens[start].text == "typename")
+    while tokens[end + 1].text in ("::", "<") or tokens[end].text == "::":
+        end += 1
+        if tokens[end].text == "<":
+            end = matching_angle(tokens, end) or end
+    built = {r.name for r in s.record_list if r.has_constructor}
+    words = {t.text for t in tokens[start : end + 1]}
+    may = words & (built | s.aliases | s.type_parameters) or "::" in words
+    return (start, end) if may and tokens[end + 1].kind == "name" else None
+
+
+def _literals(s: Structure, edits: list[str], inexact: bool) -> None:
     for i, token in enumerate(s.tokens):
         if token.kind != "number" or (
             token.text[:2] in ("0x", "0X") and "p" not in token.text.lower()
         ):
             continue
         found = _NUMBER_SUFFIX.match(token.text)
-        if found:
+        if is_double(token):  # the linter was told to let it pass: Metal takes it for a float
+            edits[i] += "f"
+        elif found:
             value, suffix = found.group(1), found.group(2).lower()
             edits[i] = f"{value}f16" if suffix == "h" else f"((bfloat){value}f)"
+        if inexact and edits[i].endswith(("f", "f16")) and "." in edits[i]:
+            edits[i] = "0.1f16" if edits[i].endswith("6") else "0.1f"
 
 
 def _constructors(s: Structure, edits: list[str]) -> None:
     """T(...), (T)x and static_cast<T>(x) where T is a vector or may become one in a template."""
     tokens = s.tokens
-    names = {*VECTORS, *PACKED} | s.aliases | s.type_parameters
+    names = {*VECTORS, *PACKED, "half", "bfloat"} | s.aliases | s.type_parameters
     for i, token in enumerate(tokens[:-1]):
         if token.kind != "name":
             continue
@@ -206,6 +240,107 @@ def _constructors(s: Structure, edits: list[str]) -> None:
                 edits[end + 1] = ">{}->*"
 
 
+def _boolean_vectors(s: Structure, edits: list[str]) -> None:
+    """``vec<bool, N>``, or what a template parameter may turn into it: clang's own has one byte for
+    all components. Where the arguments are deduced, ``vec`` stays."""
+    tokens = s.tokens
+    plain = {*SCALARS} - {"bool"}
+    for i, token in enumerate(tokens[:-3]):
+        if token.text != "vec" or tokens[i + 1].text != "<" or tokens[i + 2].text in plain:
+            continue
+        close = matching_angle(tokens, i + 1)
+        if close is None or _is_deduced(s, i, close):
+            continue
+        edits[i] = "::umfa_backend::vector"
+        if tokens[i - 1].text == "::":
+            _blank(edits, i - 2, i)
+
+
+def _is_deduced(s: Structure, i: int, close: int) -> bool:
+    """Whether the vector at ``i`` is in a parameter list or the arguments of a specialisation."""
+    tokens = s.tokens
+    if tokens[close + 1].text in ("(", ")", "::"):
+        return False
+    k, depth, aliased = i - 1, 0, False
+    while k > 0 and tokens[k].text not in (";", "{", "}"):
+        text = tokens[k].text
+        aliased = aliased or text == "using"
+        if text == "template" and aliased:
+            return True
+        if text == ")":
+            k = matching_back(tokens, k)
+        elif text == "(":
+            return True
+        elif text == ">":
+            depth += 1
+        elif text == "<":
+            depth -= 1
+            if depth < 0 and k >= 2 and tokens[k - 2].text in ("struct", "class"):
+                return True
+        k -= 1
+    return False
+
+
+def _strings(s: Structure, edits: list[str]) -> None:
+    """A string is in constant memory."""
+    for i, token in enumerate(s.tokens):
+        if token.kind == "string" and token.text[0] == '"' and edits[i] == token.text:
+            before = s.tokens[i - 1]
+            if before.text in ("(", ",", "=", "return") and not _in_assertion(s, i):
+                edits[i] = f"((constant char*){token.text})"
+
+
+def _in_assertion(s: Structure, i: int) -> bool:
+    opening = i
+    while opening > 0 and s.tokens[opening].text not in (";", "{", "}"):
+        if s.tokens[opening].text in ("static_assert", "_Static_assert", "__attribute__", "asm"):
+            return True
+        opening -= 1
+    return False
+
+
+def _array_parameters(s: Structure, edits: list[str]) -> None:
+    """``constant int* a`` for the parameter ``constant int a[3]``: clang lets an array decay to a
+    pointer only after it has refused the qualifier."""
+    tokens = s.tokens
+    for i, token in enumerate(tokens):
+        if token.text not in ("device", "constant", "threadgroup") or token.kind != "name":
+            continue
+        k = i - 1
+        while k > 0 and tokens[k].text in ("const", "volatile", "typename"):
+            k -= 1
+        if tokens[k].text not in ("(", ","):
+            continue
+        k = i + 1
+        while tokens[k].text not in ("(", ")", ",", ";", "[", "*", "&", "{", "="):
+            k = (matching_angle(tokens, k) or k) + 1 if tokens[k].text == "<" else k + 1
+        if tokens[k].text != "[" or k in s.attribute_at or tokens[k - 1].kind != "name":
+            continue
+        close = matching(tokens, k)
+        deeper = tokens[close + 1].text == "[" and close + 1 not in s.attribute_at
+        edits[k - 1] = f"(*{edits[k - 1]})" if deeper else f"* {edits[k - 1]}"
+        _blank(edits, k, close + 1)
+
+
+def _vector_variables(s: Structure, edits: list[str]) -> None:
+    """``short2 v(a, b);`` constructs as ``short2(a, b)`` does."""
+    tokens = s.tokens
+    names = {*VECTORS} | s.vector_aliases
+    for i, token in enumerate(tokens[:-4]):
+        if token.kind != "name" or token.text not in (*names, "vec"):
+            continue
+        k = i
+        if tokens[i + 1].text == "<":
+            k = matching_angle(tokens, i + 1) or i
+        if tokens[k + 1].kind != "name" or tokens[k + 2].text != "(" or tokens[k + 3].text == ")":
+            continue
+        close = matching(tokens, k + 2)
+        inside = any(x.kind in ("function", "kernel") for x in s.scope_of(i))
+        if inside and tokens[close + 1].text in (";", ","):
+            spelling = "".join(edits[i : k + 1])
+            edits[k + 1] += f" = {_MAKE}<{spelling}>"
+
+
 def _starts_cast(s: Structure, opening: int, closing: int) -> bool:
     before, after = s.tokens[opening - 1], s.tokens[closing + 1]
     if before.kind in ("name", "number") and before.text not in ("return", "case", "else"):
@@ -215,50 +350,7 @@ def _starts_cast(s: Structure, opening: int, closing: int) -> bool:
     return after.kind in ("name", "number") or after.text in ("(", "-", "*", "&", "!", "~")
 
 
-def _copies(s: Structure, edits: list[str], prefix: dict[int, str]) -> None:
-    """``S s = *p;`` with p in device memory: clang's copy constructors cannot, Metal's can."""
-    tokens = s.tokens
-    names = s.records | set(PACKED) | {f"{v[:-1]}3" for v in PACKED} | s.aliases | {"float3"}
-    for i, token in enumerate(tokens[:-3]):
-        declares = token.text in names or token.text == "auto"
-        if not declares or (i and tokens[i - 1].text in ("struct", "class", "union")):
-            continue
-        k = i + 1
-        if tokens[k].text == "<":
-            close = matching_angle(tokens, k)
-            if close is None:
-                continue
-            k = close + 1
-        if not (tokens[k].kind == "name" and tokens[k + 1].text == "="):
-            continue
-        if not any(x.kind in ("function", "kernel") for x in s.scope_of(i)):
-            continue
-        end = k + 2
-        if tokens[end].text == "{":
-            continue
-        if token.text == "auto" and not _names_an_object(s, end):
-            continue
-        while tokens[end].text not in (";", ",", ")"):
-            end = matching(tokens, end) + 1 if tokens[end].text in "([{" else end + 1
-        if tokens[end].text != ";":
-            continue
-        prefix[k + 2] = prefix.get(k + 2, "") + "::umfa_backend::copy("
-        edits[end] = ")" + edits[end]
-
-
-def _names_an_object(s: Structure, i: int) -> bool:
-    """Whether the initialiser at ``i`` is name;  *name;  or  name[...];  and so may be a struct."""
-    tokens = s.tokens
-    i += tokens[i].text == "*"
-    if tokens[i].kind != "name":
-        return False
-    end = i + 1
-    if tokens[end].text == "[":
-        end = matching(tokens, end) + 1
-    return tokens[end].text == ";"
-
-
 def _limits(s: Structure, edits: list[str]) -> None:
-    for kernel in s.kernels.values():
+    for kernel in s.all_kernels():
         if kernel.max_threads:
             edits[kernel.body[0]] += f" umfa_check_max_threads({kernel.max_threads});"

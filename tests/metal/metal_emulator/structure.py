@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 
 from .errors import SourceError
+from .records import Record, find_records
 from .tokens import Token, matching, matching_angle, matching_angle_back, spelled, tokenize
 
 SCALARS = [
@@ -54,7 +55,7 @@ VECTOR_ELEMENTS = [
 ]
 VECTORS = [f"{e}{n}" for e in VECTOR_ELEMENTS for n in (2, 3, 4)]
 PACKED = [f"packed_{v}" for v in VECTORS]
-MATRICES = [f"{e}{n}" for e in ("float", "half") for n in ("2x2", "3x3", "4x4", "2x4", "4x2")]
+MATRICES = [f"{e}{c}x{r}" for e in ("float", "half") for c in (2, 3, 4) for r in (2, 3, 4)]
 LIBRARY_TYPES = [
     "simdgroup_half8x8",
     "simdgroup_float8x8",
@@ -84,18 +85,24 @@ BUILTIN_ARGUMENTS = {
     "simdgroups_per_threadgroup": "simdgroup",
     "dispatch_simdgroups_per_threadgroup": "simdgroup",
     "thread_execution_width": "simdgroup",
+    "thread_index_in_quadgroup": "quadgroup",
+    "quadgroup_index_in_threadgroup": "quadgroup",
+    "quadgroups_per_threadgroup": "quadgroup",
+    "dispatch_quadgroups_per_threadgroup": "quadgroup",
 }
 # The same value under another name.
 BUILTIN_SYNONYMS = {
     "dispatch_threads_per_threadgroup": "threads_per_threadgroup",
     "dispatch_simdgroups_per_threadgroup": "simdgroups_per_threadgroup",
     "thread_execution_width": "threads_per_simdgroup",
+    "dispatch_quadgroups_per_threadgroup": "quadgroups_per_threadgroup",
 }
 KNOWN_ATTRIBUTES = {
     *BUILTIN_ARGUMENTS,
     *("buffer", "threadgroup", "function_constant", "host_name", "kernel", "maybe_unused"),
     *("max_total_threads_per_threadgroup", "unused", "clang", "id", "user", "visible"),
     *("stitchable", "texture", "sampler"),
+    *("fallthrough", "nodiscard", "noreturn", "deprecated", "gnu"),
 }
 
 
@@ -136,6 +143,28 @@ class Kernel:
     token: Token
     body: tuple[int, int]  # of its braces, as token indices
     max_threads: str
+    # Of its template: for each parameter whether it is a type, and whether it has a default.
+    template: list[tuple[bool, bool]] = field(default_factory=list)
+
+    def takes(self, arguments: list[list[Token]]) -> bool:
+        """Whether these may be its template arguments, by their number and kind."""
+        needed = sum(1 for _, default in self.template if not default)
+        return (
+            needed <= len(arguments) <= len(self.template)
+            and all(
+                is_type or not _is_type(a)
+                for a, (is_type, _) in zip(arguments, self.template, strict=False)
+            )
+            and all(
+                not is_type or _is_type(a) or a[0].kind == "name"
+                for a, (is_type, _) in zip(arguments, self.template, strict=False)
+            )
+        )
+
+
+def _is_type(argument: list[Token]) -> bool:
+    names = {*SCALARS, *VECTORS, *PACKED, *MATRICES, *LIBRARY_TYPES, "unsigned", "void"}
+    return argument[0].text in names
 
 
 @dataclass
@@ -170,15 +199,21 @@ class Structure:
     tokens: list[Token]
     attributes: list[tuple[int, int, list[Attribute]]] = field(default_factory=list)
     kernels: dict[str, Kernel] = field(default_factory=dict)
+    overloads: dict[str, list[Kernel]] = field(default_factory=dict)  # templates of one name
     entries: dict[str, EntryPoint] = field(default_factory=dict)
     instantiations: list[tuple[int, int, str]] = field(default_factory=list)
     constants: list[FunctionConstant] = field(default_factory=list)
     scopes: list[Scope] = field(default_factory=list)
     around: list[tuple[Scope, ...]] = field(default_factory=list)  # of each token
+    record_list: list[Record] = field(default_factory=list)
     records: set[str] = field(default_factory=set)  # struct, class and union names
     aliases: set[str] = field(default_factory=set)
+    vector_aliases: set[str] = field(default_factory=set)  # those that name vectors, and only they
     type_parameters: set[str] = field(default_factory=set)
     attribute_at: dict[int, int] = field(default_factory=dict)
+
+    def all_kernels(self) -> list[Kernel]:
+        return [k for group in self.overloads.values() for k in group]
 
     def scope_of(self, i: int) -> tuple[Scope, ...]:
         """Scopes around token ``i``, outermost first."""
@@ -194,6 +229,7 @@ def read(text: str) -> Structure:
     s = Structure(tokens)
     _find_attributes(s)
     _find_types(s)
+    s.record_list = find_records(tokens)
     _find_kernels(s)
     _find_scopes(s)
     _find_constants(s)
@@ -243,13 +279,25 @@ def _find_types(s: Structure) -> None:
             if tokens[i - 1].text in ("<", ",") and tokens[i + 2].text in (",", ">", "="):
                 s.type_parameters.add(following.text)
         elif token.text == "using" and following.kind == "name" and tokens[i + 2].text == "=":
-            s.aliases.add(following.text)
+            end = i + 3
+            while end + 1 < len(tokens) and tokens[end].text != ";":
+                end += 1
+            _add_alias(s, following.text, tokens[i + 3 : end])
         elif token.text == "typedef":
             end = i
             while end + 1 < len(tokens) and tokens[end].text != ";":
                 end = matching(tokens, end) + 1 if tokens[end].text == "{" else end + 1
             if tokens[end - 1].kind == "name":
-                s.aliases.add(tokens[end - 1].text)
+                _add_alias(s, tokens[end - 1].text, tokens[i + 1 : end - 1])
+
+
+def _add_alias(s: Structure, name: str, definition: list[Token]) -> None:
+    s.aliases.add(name)
+    words = [t.text for t in definition if t.text not in ("metal", "::", "const", "typename")]
+    if words and (words[0] == "vec" or (len(words) == 1 and words[0] in VECTORS)):
+        s.vector_aliases.add(name)
+    elif name in s.vector_aliases:
+        s.vector_aliases.discard(name)
 
 
 def _statement_start(s: Structure, i: int) -> int:
@@ -286,7 +334,7 @@ def _find_kernels(s: Structure) -> None:
             _read_kernel(s, start, i)
     for start, end, _ in instantiations:
         _read_instantiation(s, start, end)
-    for kernel in s.kernels.values():
+    for kernel in s.all_kernels():
         if not kernel.is_template:
             _add_entry(s, EntryPoint(kernel.name, kernel.name, kernel, kernel.token))
 
@@ -344,11 +392,25 @@ def _read_kernel(s: Structure, start: int, at: int) -> None:
         (body, matching(tokens, body)),
         limits[0] if limits else "",
     )
-    if name.text in s.kernels:
+    if kernel.is_template:
+        kernel.template = _template_parameters(s, start)
+    others = s.overloads.setdefault(name.text, [])
+    if any(not (k.is_template and kernel.is_template) for k in others):
         raise s.fail(name, "kernel-overload", f"kernel '{name.text}' is defined twice")
     if name.text == "main":
         raise s.fail(name, "kernel-name", "a kernel may not be named 'main'")
-    s.kernels[name.text] = kernel
+    others.append(kernel)
+    s.kernels.setdefault(name.text, kernel)
+
+
+def _template_parameters(s: Structure, start: int) -> list[tuple[bool, bool]]:
+    """Of the template at ``start``: for each parameter whether it is a type, has a default."""
+    close = matching_angle(s.tokens, start + 1) or start + 1
+    found = []
+    for first, last in _split(s, start + 2, close):
+        words = [t.text for t in s.tokens[first:last]]
+        found.append((words[0] in ("typename", "class"), "=" in words))
+    return found
 
 
 def _split(s: Structure, start: int, end: int) -> list[tuple[int, int]]:
@@ -407,7 +469,7 @@ def _read_parameters(s: Structure, start: int, end: int) -> list[Parameter]:
                 if a.name not in KNOWN_ATTRIBUTES:
                     raise s.fail(a.token, "unknown-attribute", f"unknown attribute [[{a.name}]]")
             words = {t.text for t in declaration}
-            if not words & {"*", "&"}:
+            if not words & {"*", "&", "["}:
                 raise s.fail(
                     declaration[0], "kernel-parameter", f"parameter '{name}' has no attribute"
                 )
@@ -450,9 +512,14 @@ def _read_instantiation(s: Structure, start: int, end: int) -> None:
     while first >= 2 and tokens[first - 1].text == "::":
         first -= 2
     expression = spelled(tokens[first : last + 1])
-    kernel = s.kernels.get(function)
-    if kernel is None:
+    candidates = [k for k in s.overloads.get(function, []) if k.is_template]
+    if not candidates:
         raise s.fail(tokens[first], "instantiation", f"'{function}' is no kernel template")
+    kernel = candidates[0]
+    if len(candidates) > 1:
+        close = matching_angle_back(tokens, last) if tokens[last].text == ">" else None
+        given = [tokens[a:b] for a, b in _split(s, (close or last) + 1, last)]
+        kernel = next((k for k in candidates if k.takes(given)), kernel)
     if not names:
         raise s.fail(
             tokens[start], "host-name", f"the instantiation of '{function}' has no [[host_name]]"
@@ -471,7 +538,7 @@ def _add_entry(s: Structure, entry: EntryPoint) -> None:
 def _find_scopes(s: Structure) -> None:
     """Kinds of all braces. Inside of a function everything is a block of it."""
     tokens = s.tokens
-    kernel_bodies = {k.body[0]: k.name for k in s.kernels.values()}
+    kernel_bodies = {k.body[0]: k.name for group in s.overloads.values() for k in group}
     stack: tuple[Scope, ...] = ()
     for i, token in enumerate(tokens):
         if token.text == "}" and stack:
@@ -513,21 +580,36 @@ def _brace_kind(s: Structure, i: int) -> tuple[str, str]:
     return "block", ""
 
 
+_SPECIFIERS = ("constant", "const", "constexpr", "static", "extern", "inline")
+
+
 def _find_constants(s: Structure) -> None:
     for i, end, found in s.attributes:
         constants = [a for a in found if a.name == "function_constant"]
-        if not constants or s.tokens[end + 1].text != ";":
+        if not constants or s.tokens[end + 1].text not in (";", "=", "{"):
             continue
         start = _statement_start(s, i)
-        words = [t for t in s.tokens[start:i] if t.text not in ("constant", "const", "extern")]
+        declared = [t.text for t in s.tokens[start:i]]
+        if s.tokens[end + 1].text != ";":
+            raise s.fail(s.tokens[i], "function-constant", "a function constant has no initialiser")
+        if "constant" not in declared:
+            raise s.fail(s.tokens[i], "function-constant", "a function constant is 'constant'")
+        words = [t for t in s.tokens[start:i] if t.text not in _SPECIFIERS]
         scope = "".join(x.name + "::" for x in s.scope_of(i) if x.kind == "namespace" and x.name)
         name = words[-1].text
+        index = _integer(s, constants[0])
+        if not 0 <= index <= 65535:
+            raise s.fail(s.tokens[i], "function-constant", f"index {index} is not in 0..65535")
+        if any(t.text in s.records for t in words[:-1]):
+            raise s.fail(
+                s.tokens[i], "function-constant", "a function constant is a scalar or a vector"
+            )
         s.constants.append(
             FunctionConstant(
                 name,
                 scope + name,
                 spelled(words[:-1]),
-                _integer(s, constants[0]),
+                index,
                 (start, end + 1),
             )
         )
@@ -540,3 +622,24 @@ def _find_constants(s: Structure) -> None:
                 f"'{c.name}' and '{seen[c.index]}' both have index {c.index}",
             )
         seen[c.index] = c.name
+
+
+def initialised_late(s: Structure) -> frozenset[str]:
+    """Places of the program's constants whose values follow from function constants, or that are
+    objects with constructors: they may be computed when the library is loaded."""
+    names = {c.name for c in s.constants} | {r.name for r in s.record_list if r.has_constructor}
+    places: set[str] = set()
+    tokens, i = s.tokens, 0
+    while i < len(tokens):
+        if tokens[i].text == "constant" and all(x.kind == "namespace" for x in s.scope_of(i)):
+            end = i
+            while end + 1 < len(tokens) and tokens[end].text != ";":
+                end = matching(tokens, end) + 1 if tokens[end].text in "([{" else end + 1
+            words = [t.text for t in tokens[i:end]]
+            if names & set(words) or "is_function_constant_defined" in words:
+                if "=" in words:
+                    names.add(words[words.index("=") - 1])
+                places |= {t.location for t in tokens[i:end]}
+            i = end
+        i += 1
+    return frozenset(places)

@@ -106,7 +106,7 @@ def matching_angle(tokens: list[Token], i: int) -> int | None:
             depth -= 1
             if depth == 0:
                 return k
-        elif text in (";", "{", "}", ")", "]", "&&", "||"):
+        elif text in (";", "{", "}", ")", "]"):
             return None
         k += 1
     return None
@@ -130,6 +130,17 @@ def matching_angle_back(tokens: list[Token], i: int) -> int | None:
             return None
         k -= 1
     return None
+
+
+def is_double(token: Token) -> bool:
+    """Whether this is a floating-point literal without a suffix."""
+    text = token.text.lower()
+    if token.kind != "number":
+        return False
+    if text.startswith("0x"):
+        return "p" in text and not text.endswith(("f", "h"))
+    floating = "." in text or re.fullmatch(r"\d+e[+-]?\d+[a-z]*", text) is not None
+    return floating and not text.endswith(("f", "h"))
 
 
 def spelled(tokens: list[Token]) -> str:

@@ -3,6 +3,7 @@ runtime and for linking (zig would first build a C++ library for minutes)."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -11,14 +12,17 @@ import platform
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import implicit
 from .errors import EmulatorError, SourceError
 
 PACKAGE = Path(__file__).resolve().parent
 HEADERS = PACKAGE / "include"
 BACKEND = PACKAGE / "backend"
+OWN_HEADERS = (str(HEADERS), str(BACKEND))
 
 
 @functools.cache
@@ -77,36 +81,39 @@ def run(command: Sequence[str], text: str | None = None) -> str:
     return done.stdout
 
 
-# Warnings of clang's that are errors in Metal. The first are so whatever they say; a conversion
-# that loses precision is legal from float to half, but not to bfloat.
+# Warnings of clang's that are errors in Metal.
 _ERRORS = (
     "-Werror=vla-cxx-extension",
     "-Werror=return-type",
     "-Werror=conversion-null",
-    "-Werror=gnu-designator",
     "-Werror=uninitialized",
 )
-_TO_BFLOAT = re.compile(r"warning: (implicit conversion.* to '(?:metal::)?bfloat'.*)")
-
-
-def compile_kernel(text: str) -> str:
-    """LLVM IR of rewritten Metal text, for this machine."""
-    return compile_language(
-        text,
-        [
-            *("-O2", "-g1", "-fPIC", *kernel_flags(), f"-I{HEADERS}", f"-I{BACKEND}"),
-            # Names of files stay whole, so that those of the emulator's own headers are known.
-            *("-fno-vectorize", "-fno-slp-vectorize", "-fdebug-compilation-dir=."),
-        ],
-    )
 
 
 def compile_language(text: str, flags: Sequence[str]) -> str:
     """LLVM IR of rewritten Metal text. The flags choose the target and where headers are found."""
-    command = [
+    command = _language(*flags, "-S", "-emit-llvm", "-o", "-", "-")
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SourceError(_metal_words(done.stderr))
+    return done.stdout
+
+
+def _reading(*flags: str) -> list[str]:
+    """For this machine."""
+    return _language(
+        *("-O2", "-g1", "-fPIC", *kernel_flags(), f"-I{HEADERS}", f"-I{BACKEND}"),
+        *("-Xclang", "-disable-llvm-passes", "-ftrivial-auto-var-init=pattern"),
+        # Names of files stay whole, so that those of the emulator's own headers are known.
+        "-fdebug-compilation-dir=.",
+        *flags,
+    )
+
+
+def _language(*flags: str) -> list[str]:
+    return [
         *clang(),
-        *("-x", "c++", "-std=c++17", "-S", "-emit-llvm", "-o", "-", "-"),
-        *("-nostdinc", *flags, "-include", "metal_types"),
+        *("-x", "c++", "-std=c++23", "-nostdinc", "-include", "metal_types"),
         *("-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-fno-unwind-tables"),
         *("-fno-asynchronous-unwind-tables", "-ffp-contract=on", "-fno-lax-vector-conversions"),
         *("-Xclang", "-ffloat16-excess-precision=none"),
@@ -114,25 +121,93 @@ def compile_language(text: str, flags: Sequence[str]) -> str:
         *("-fno-math-errno", "-fno-threadsafe-statics", "-fconvergent-functions"),
         *("-fno-strict-aliasing", "-fno-caret-diagnostics", "-Wno-everything"),
         *("-Wimplicit-float-conversion", *_ERRORS),
+        *flags,
     ]
+
+
+def compile_kernel(text: str, second: str | None, runtime_initialised: frozenset[str]) -> str:
+    """LLVM IR of rewritten Metal text, not optimised yet. Variables without a value get one that is
+    no number, so that reading them shows. ``second`` is the text for the second reading, if bfloat
+    is in it; of ``runtime_initialised`` variables the value may be known only when the library is
+    loaded."""
+    command = [*_reading("-S", "-emit-llvm"), "-Wglobal-constructors", "-o", "-", "-"]
+    other = None
+    if second is not None:
+        other = subprocess.Popen(
+            [*_reading(*implicit.FLAGS), "-"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        threading.Thread(target=_feed, args=(other, second)).start()
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    refused = [
-        f"{line.split(' warning: ')[0]} error: {m.group(1)}"
-        for line in done.stderr.splitlines()
-        if (m := _TO_BFLOAT.search(line))
-    ]
+    second_messages = ""
+    if other is not None and other.stderr is not None:
+        second_messages = other.stderr.read()
+        other.stderr.close()
+        other.wait()
     if done.returncode != 0:
         raise SourceError(_metal_words(done.stderr))
+    refused = implicit.conversions(done.stderr)
+    refused = refused or implicit.conversions_of_second_reading(second_messages, OWN_HEADERS)
     if refused:
         raise SourceError("\n".join(refused), ("implicit-bfloat",))
+    _refuse_initialisers(done.stderr, text, runtime_initialised)
     return done.stdout
+
+
+def _feed(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(text)
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+
+
+_CONSTRUCTOR = re.compile(r"^(.*):(\d+):\d+: warning: declaration requires a global constructor")
+
+
+def _refuse_initialisers(messages: str, text: str, allowed: frozenset[str]) -> None:
+    places = [m.groups() for m in map(_CONSTRUCTOR.match, messages.splitlines()) if m]
+    refused = [
+        f"{file}:{line}: error: the value of a constant must be a constant expression"
+        for file, line in places
+        if f"{file}:{line}" not in allowed and "launcher" not in file
+    ]
+    if refused:
+        raise SourceError("\n".join(refused), ("constant-value",))
+
+
+def optimise(ir: str) -> str:
+    command = [
+        *clang(),
+        *("-x", "ir", "-O2", "-g1", "-fPIC", "-S", "-emit-llvm", "-o", "-", "-"),
+        *(*kernel_flags(), "-fno-vectorize", "-fno-slp-vectorize", "-Wno-everything"),
+    ]
+    return run(command, ir)
+
+
+_FOLLOWS = re.compile(
+    r"umfa_signature|in the global namespace|overloaded function could not be resolved"
+    r"|function-style cast or type construction|error: expected '\)'|too many errors"
+)
 
 
 def _metal_words(messages: str) -> str:
     for n, word in ((1, "device"), (2, "constant"), (3, "threadgroup")):
         messages = messages.replace(f"__attribute__((address_space({n})))", word)
         messages = messages.replace(f"address space '{n}'", f"address space '{word}'")
-    lines = [x for x in messages.splitlines() if "warning:" not in x]
+    lines: list[str] = []
+    of_error = True
+    for line in messages.splitlines():
+        note = ": note: " in line  # which belongs to the message before it
+        if not note:
+            of_error = "warning: " not in line and not line.startswith("In file included")
+            # What the entry functions then cannot say either is no news.
+            of_error = of_error and not (lines and _FOLLOWS.search(line))
+        if of_error and not (note and line.startswith(OWN_HEADERS)):
+            lines.append(line.replace(str(HEADERS) + os.sep, ""))
     return "\n".join(lines)
 
 

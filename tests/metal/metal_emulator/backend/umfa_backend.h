@@ -79,6 +79,13 @@ namespace umfa_backend {
 
 enum kind : unsigned { any_lanes, all_lanes, barrier, shuffles };
 
+/// The same address, of which the optimiser knows nothing any more: neither how it is aligned, nor
+/// that memory is there, which would let it read where the kernel does not.
+UMFA_INLINE_HEADER unsigned long hide(unsigned long address) {
+    asm("" : "+r"(address));
+    return address;
+}
+
 /// Numbers for umfa_launch_value.
 enum launch : unsigned {
     thread_position_in_grid,
@@ -92,6 +99,9 @@ enum launch : unsigned {
     simdgroup_index_in_threadgroup,
     threads_per_simdgroup,
     simdgroups_per_threadgroup,
+    thread_index_in_quadgroup,
+    quadgroup_index_in_threadgroup,
+    quadgroups_per_threadgroup,
 };
 
 UMFA_INLINE_HEADER unsigned lane() { return umfa_self->lane; }
@@ -184,6 +194,47 @@ struct scan_lanes {
 template <typename Op, bool inclusive, typename T>
 UMFA_INLINE_CONVERGENT T scan(T value) {
     return exchange<scan_lanes<T, Op, inclusive>>(value);
+}
+
+template <typename T, typename Op>
+struct quad_lanes {
+    static void run(umfa_lane_slots* slots) {
+        for (unsigned base = 0; base < 32; base += 4) {
+            bool first = true;
+            T total{};
+            for (unsigned i = 0; i < 4; i++) {
+                const unsigned n = base + (slots->reverse ? 3 - i : i);
+                if (!(slots->active >> n & 1)) continue;
+                const T x = lane_slot<T>(slots, n).in;
+                total = first ? x : Op::apply(total, x);
+                first = false;
+            }
+            for (unsigned i = 0; i < 4; i++)
+                if (slots->active >> (base + i) & 1) lane_slot<T>(slots, base + i).out = total;
+        }
+    }
+};
+template <typename T, typename Op, bool inclusive>
+struct quad_scan_lanes {
+    static void run(umfa_lane_slots* slots) {
+        T total = Op::template identity<T>();
+        for (unsigned n = 0; n < 32; n++) {
+            if (n % 4 == 0) total = Op::template identity<T>();
+            if (!(slots->active >> n & 1)) continue;
+            auto& s = lane_slot<T>(slots, n);
+            const T next = Op::apply(total, s.in);
+            s.out = inclusive ? next : total;
+            total = next;
+        }
+    }
+};
+template <typename Op, typename T>
+UMFA_INLINE_CONVERGENT T quad_reduce(T value) {
+    return exchange<quad_lanes<T, Op>>(value);
+}
+template <typename Op, bool inclusive, typename T>
+UMFA_INLINE_CONVERGENT T quad_scan(T value) {
+    return exchange<quad_scan_lanes<T, Op, inclusive>>(value);
 }
 
 struct first_lane {

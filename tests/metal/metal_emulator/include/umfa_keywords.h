@@ -12,7 +12,11 @@ typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
+#if defined(UMFA_WIDE_HALF)
+typedef double half;  // for the second reading, see implicit.py
+#else
 typedef _Float16 half;
+#endif
 typedef __bf16 bfloat;
 typedef signed char int8_t;
 typedef short int16_t;

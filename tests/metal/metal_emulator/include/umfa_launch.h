@@ -12,9 +12,13 @@ struct bound {
 template <typename T>
 struct bound<T*> {
     static constexpr bool writable = !__is_const(T);
-    typedef typename remove_qualifiers<T>::type element;
     static T* buffer(unsigned index) {
-        return (T*)(unsigned long)umfa_buffer(index, sizeof(T), alignof(element));
+        typedef typename remove_qualifiers<T>::type element;
+        if constexpr (__is_void(element)) {
+            return (T*)(unsigned long)umfa_buffer(index, 1, 1);
+        } else {
+            return (T*)(unsigned long)umfa_buffer(index, sizeof(T), alignof(element));
+        }
     }
     static T* threadgroup_memory(unsigned index) {
         return (T*)(unsigned long)umfa_threadgroup_memory(index);

@@ -75,6 +75,9 @@ unsigned umfa_launch_value(unsigned what, unsigned axis) {
         case 8: return f->self.simdgroup;
         case 9: return kLanes;
         case 10: return static_cast<unsigned>(R.simdgroups.size());
+        case 11: return f->index % 4;
+        case 12: return f->index / 4;
+        case 13: return (R.threads + 3) / 4;
         default: return 0;
     }
 }

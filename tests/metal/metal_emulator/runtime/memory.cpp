@@ -63,42 +63,88 @@ inline int first_conflict(const uint32_t* stamps, uint32_t size, const Toucher& 
     const uint32_t n = kSize > 0 ? kSize : size;
     uint32_t differ = 0;
     for (uint32_t i = 0; i < n; i++) differ |= stamps[i] ^ stamps[0];
-    if (differ == 0) return by.conflicts_with(stamps[0]) ? 0 : -1;
-    for (uint32_t i = 0; i < n; i++)
+    const uint32_t places = differ == 0 ? 1 : n;
+    for (uint32_t i = 0; i < places; i++)
         if (by.conflicts_with(stamps[i])) return static_cast<int>(i);
     return -1;
+}
+
+struct Four {
+    uint32_t last, beside, other, first;
+    bool operator==(const Four&) const = default;
+};
+
+inline Four add(Four t, uint32_t own, const Toucher& by) {
+    auto thread = [](uint32_t stamp) { return stamp & (kMaxThreads - 1); };
+    auto mine = [&](uint32_t stamp) {  // of this simdgroup
+        return stamp >> kThreadBits >= by.group && thread(stamp) / kLanes == by.thread / kLanes;
+    };
+    if (t.first == 0) t.first = own;
+    if (!mine(t.last)) {
+        t.beside = mine(t.other) && thread(t.other) != by.thread ? t.other : 0;
+        t.other = t.last;
+    } else if (thread(t.last) != by.thread) {
+        t.beside = t.last;
+    }
+    t.last = own;
+    return t;
+}
+
+template <int kSize>
+inline void note(Touched& touched, uint64_t at, uint32_t size, uint32_t own, const Toucher& by) {
+    const uint32_t n = kSize > 0 ? kSize : size;
+    uint32_t *l = &touched.last[at], *b = &touched.beside[at], *o = &touched.other[at],
+             *f = &touched.first[at];
+    uint32_t differ = 0;
+    for (uint32_t i = 0; i < n; i++) differ |= (l[i] ^ l[0]) | (b[i] ^ b[0]) | (o[i] ^ o[0]);
+    // The first of all is for other threadgroups, which do not see this one's memory.
+    if (by.device_memory)
+        for (uint32_t i = 0; i < n; i++) differ |= f[i] ^ f[0];
+    Four before{l[0], b[0], o[0], f[0]}, after = add(before, own, by);
+    if (differ == 0 && before == after) return;
+    for (uint32_t i = 0; i < n; i++) {
+        if (differ != 0) after = add({l[i], b[i], o[i], f[i]}, own, by);
+        l[i] = after.last;
+        b[i] = after.beside;
+        o[i] = after.other;
+        if (by.device_memory) f[i] = after.first;
+    }
 }
 
 template <int kSize, typename Describe>
 inline void track_sized(Stamps& stamps, uint64_t at, uint32_t size, uint32_t flags,
                         const Toucher& by, const Describe& describe, uint32_t site) {
     const uint32_t n = kSize > 0 ? kSize : size;
+    const bool write = flags & umfa_access_write, atomic = flags & umfa_access_atomic;
     const uint32_t own = by.epoch << kThreadBits | by.thread;
-    const bool write = flags & umfa_access_write;
-    uint32_t* w = &stamps.write[at];
-    uint32_t* r = &stamps.read[at];
-    uint32_t* o = &stamps.other_read[at];
-    if (flags & umfa_access_atomic) {
-        if (write)
-            for (uint32_t i = 0; i < n; i++) w[i] = own;
-        return;
+    auto refuse = [&](const std::vector<uint32_t>& earlier, const char* did) {
+        const int k = first_conflict<kSize>(&earlier[at], n, by);
+        if (k < 0) return;
+        const uint64_t place = at + static_cast<uint64_t>(k);
+        race(describe(place), earlier[place], write, did, site);
+    };
+    auto refuse_all = [&](const Touched& t, const char* did) {
+        if (by.device_memory) refuse(t.first, did);
+        uint32_t newest = 0;
+        for (uint32_t i = 0; i < n; i++) newest = std::max(newest, t.last[at + i]);
+        if (newest >> kThreadBits < by.barrier) return;  // so are the others
+        refuse(t.last, did);
+        refuse(t.beside, did);
+        refuse(t.other, did);
+    };
+    if (atomic) stamps.expect_atomics();
+    refuse(stamps.write, "wrote");
+    if (write) refuse_all(stamps.read, "read");
+    if (stamps.atomics && !atomic) {
+        refuse_all(stamps.atomic_write, "wrote atomically");
+        if (write) refuse_all(stamps.atomic_read, "read atomically");
     }
-    int k = first_conflict<kSize>(w, n, by);
-    if (k >= 0) race(describe(at + static_cast<uint64_t>(k)), w[k], write, "wrote", site);
-    if (write) {
-        for (uint32_t* readers : {r, o}) {
-            k = first_conflict<kSize>(readers, n, by);
-            if (k >= 0)
-                race(describe(at + static_cast<uint64_t>(k)), readers[k], true, "read", site);
-        }
-        for (uint32_t i = 0; i < n; i++) w[i] = own;
-    } else {
-        // Two readers are kept, of different threads: a writer conflicts with one of them at least.
-        for (uint32_t i = 0; i < n; i++) {
-            o[i] = (r[i] & (kMaxThreads - 1)) != by.thread ? r[i] : o[i];
-            r[i] = own;
-        }
-    }
+    if (atomic)
+        note<kSize>(write ? stamps.atomic_write : stamps.atomic_read, at, size, own, by);
+    else if (write)
+        for (uint32_t i = 0; i < n; i++) stamps.write[at + i] = own;
+    else
+        note<kSize>(stamps.read, at, size, own, by);
 }
 
 template <typename Describe>
@@ -214,11 +260,15 @@ void threadgroup_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site
     if (p & ((flags & umfa_access_alignment) - 1))
         check_alignment(p, flags, site, describe(g->shadow + offset));
     if (!write || (flags & umfa_access_atomic && flags & umfa_access_read)) {
-        const uint32_t* w = &R.threadgroup_stamps.write[g->shadow + offset];
+        const Stamps& stamps = R.threadgroup_stamps;
+        const uint32_t* w = &stamps.write[g->shadow + offset];
         uint32_t oldest = w[0];
         for (uint32_t i = 1; i < size; i++) oldest = std::min(oldest, w[i]);
         for (uint32_t i = 0; i < size && oldest >> kThreadBits < R.group_epoch; i++) {
-            if (w[i] >> kThreadBits < R.group_epoch)
+            uint32_t written = w[i];
+            if (stamps.atomics)
+                written = std::max(written, stamps.atomic_write.last[g->shadow + offset + i]);
+            if (written >> kThreadBits < R.group_epoch)
                 fail("uninitialised threadgroup memory", site,
                      thread_text(*current()) + " reads " + name(*g) +
                          text(" at byte %llu, which no thread of this threadgroup has written",

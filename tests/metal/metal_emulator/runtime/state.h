@@ -28,7 +28,7 @@ constexpr int kSlots = 32;  // the last stands for arguments whose function cons
 constexpr int kSlotBits = 34;
 constexpr uint64_t kSlotBytes = 1ULL << kSlotBits;
 
-// A stamp is an epoch and a thread: who touched a byte last, and since which barrier.
+// A stamp is an epoch and a thread: who touched a byte, and since which barrier.
 constexpr uint32_t kThreadBits = 10;
 constexpr uint32_t kMaxEpoch = (1U << (32 - kThreadBits)) - 1;
 
@@ -51,12 +51,31 @@ struct Fiber {
     char* memory;
 };
 
+// Of each byte four who touched it, so chosen that whoever conflicts with any conflicts with one of
+// them: the last, one before it of the same simdgroup, one of another simdgroup, and the first of
+// all, which stands for earlier threadgroups.
+struct Touched {
+    std::vector<uint32_t> last, beside, other, first;
+    void resize(size_t n) {
+        for (std::vector<uint32_t>* v : {&last, &beside, &other, &first}) v->assign(n, 0);
+    }
+};
+
+// Atomic operations get along with each other, and are apart for that reason; most memory sees none.
 struct Stamps {
-    std::vector<uint32_t> write, read, other_read;
+    std::vector<uint32_t> write;  // the last writer: two would have conflicted
+    Touched read, atomic_read, atomic_write;
+    bool atomics = false;
     void resize(size_t n) {
         write.assign(n, 0);
-        read.assign(n, 0);
-        other_read.assign(n, 0);
+        read.resize(n);
+        atomics = false;
+    }
+    void expect_atomics() {
+        if (atomics) return;
+        atomic_read.resize(write.size());
+        atomic_write.resize(write.size());
+        atomics = true;
     }
 };
 

@@ -30,7 +30,13 @@ enum launch : unsigned {
     simdgroup_index_in_threadgroup,
     threads_per_simdgroup,
     simdgroups_per_threadgroup,
+    thread_index_in_quadgroup,
+    quadgroup_index_in_threadgroup,
+    quadgroups_per_threadgroup,
 };
+
+/// On the CPU this keeps the optimiser from what a GPU would not know. Here it is the GPU's.
+UMFA_INLINE_HEADER unsigned long hide(unsigned long address) { return address; }
 
 constexpr unsigned everyone = 0xffffffffU;
 
@@ -96,6 +102,26 @@ UMFA_INLINE_CONVERGENT T scan(T value) {
     }
     if constexpr (!inclusive) {
         const T before = shuffle(value, own - 1);
+        value = own == 0 ? Op::template identity<T>() : before;
+    }
+    return value;
+}
+
+/// Over the four lanes of each quadgroup.
+template <typename Op, typename T>
+UMFA_INLINE_CONVERGENT T quad_reduce(T value) {
+    for (unsigned mask = 1; mask < 4; mask *= 2) value = Op::apply(value, shuffle_xor(value, mask));
+    return value;
+}
+template <typename Op, bool inclusive, typename T>
+UMFA_INLINE_CONVERGENT T quad_scan(T value) {
+    const unsigned own = lane() % 4, first = lane() - own;
+    for (unsigned distance = 1; distance < 4; distance *= 2) {
+        const T before = shuffle(value, first + (own - distance) % 4);
+        if (own >= distance) value = Op::apply(before, value);
+    }
+    if constexpr (!inclusive) {
+        const T before = shuffle(value, first + (own + 3) % 4);
         value = own == 0 ? Op::template identity<T>() : before;
     }
     return value;

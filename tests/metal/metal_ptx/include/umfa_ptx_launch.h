@@ -58,6 +58,9 @@ UMFA_INLINE_HEADER unsigned launch_number(unsigned what, unsigned axis, extents 
         case thread_index_in_simdgroup: return lane();
         case simdgroup_index_in_threadgroup: return hardware_thread() / 32;
         case threads_per_simdgroup: return 32;
+        case thread_index_in_quadgroup: return index % 4;
+        case quadgroup_index_in_threadgroup: return index / 4;
+        case quadgroups_per_threadgroup: return (threads.x * threads.y * threads.z + 3) / 4;
         default: return (threads.x * threads.y * threads.z + 31) / 32;
     }
 }

@@ -6,6 +6,11 @@
 #define METAL_PURE
 #define METAL_ALIGN(n) alignas(n)
 
+// How __metal_exp and its like are told which version is meant.
+#define __METAL_FAST_MATH__ true
+#define __METAL_MAYBE_FAST_MATH__ true
+#define __METAL_PRECISE_MATH__ false
+
 #define INFINITY __builtin_huge_valf()
 #define HUGE_VALF __builtin_huge_valf()
 #define NAN __builtin_nanf("")
@@ -21,6 +26,9 @@
 #define FLT_MAX 0x1.fffffep127f
 #define FLT_MIN 0x1.0p-126f
 #define FLT_EPSILON 0x1.0p-23f
+#define FLT_DECIMAL_DIG 9
+#define HALF_DECIMAL_DIG 5
+#define MAXHALF 0x1.ffcp15h
 #define HALF_DIG 3
 #define HALF_MANT_DIG 11
 #define HALF_MAX 0x1.ffcp15h
@@ -42,7 +50,17 @@
 #define M_SQRT1_2_F 0.707106781186547524401f
 #define M_E_H 2.71828182845904523536h
 #define M_LOG2E_H 1.44269504088896340736h
+#define M_LOG10E_H 0.434294481903251827651h
+#define M_LN2_H 0.693147180559945309417h
+#define M_LN10_H 2.30258509299404568402h
 #define M_PI_H 3.14159265358979323846h
+#define M_PI_2_H 1.57079632679489661923h
+#define M_PI_4_H 0.785398163397448309616h
+#define M_1_PI_H 0.318309886183790671538h
+#define M_2_PI_H 0.636619772367581343076h
+#define M_2_SQRTPI_H 1.12837916709551257390h
+#define M_SQRT2_H 1.41421356237309504880h
+#define M_SQRT1_2_H 0.707106781186547524401h
 
 #define CHAR_BIT 8
 #define SCHAR_MAX 127
