@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import emulated
 import numpy as np
+import pytest
 
 import cases
 import checks
@@ -72,6 +73,8 @@ class Attend:
         """
         if self.backend != "cpu" and sys.platform != "darwin":
             case = case.shrunk(limit=5e8)
+            if self.backend == "metal" and case.flop > 4e9:
+                pytest.skip("minutes on the emulator, which runs it without the host")
         result = self.arrays(*cases.inputs(case), **cases.options(case))
         out, lse = cases.expected(case)
         tolerance = tolerance or checks.BASE[case.dtype]

@@ -43,10 +43,16 @@ class Case:
     seed: int = 0
     label: str = field(default="", compare=False)
 
+    @property
+    def flop(self) -> float:
+        """Of the two matrix products, nothing masked."""
+        batch, heads, seqlen_q, seqlen_k, head_dim = self.shape
+        return 4.0 * batch * heads * seqlen_q * seqlen_k * head_dim
+
     def shrunk(self, limit: float) -> Case:
         """Itself, or one batch and one group of heads where it takes more than `limit` FLOP."""
-        batch, heads, seqlen_q, seqlen_k, head_dim = self.shape
-        if 4.0 * batch * heads * seqlen_q * seqlen_k * head_dim <= limit:
+        _, heads, seqlen_q, seqlen_k, head_dim = self.shape
+        if self.flop <= limit:
             return self
         group = heads // (self.heads_k or heads)
         return dataclasses.replace(

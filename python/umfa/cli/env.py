@@ -80,11 +80,12 @@ class Cpu(TypedDict):
 
 
 class Backend(TypedDict):
-    """One backend; ``reason`` says why it is not available."""
+    """One backend; ``reason`` says why it is not available, ``device`` what its GPU is."""
 
     name: str
     available: bool
     reason: str
+    device: str
 
 
 class Report(TypedDict):
@@ -192,7 +193,12 @@ def collect() -> Report:
             "threads": attempt(umfa.get_num_threads),
         },
         "backends": [
-            {"name": backend.name, "available": backend.available, "reason": tidy(backend.reason)}
+            {
+                "name": backend.name,
+                "available": backend.available,
+                "reason": tidy(backend.reason),
+                "device": backend.device,
+            }
             for backend in umfa.backends()
         ],
         "environment": environment(),
@@ -206,7 +212,8 @@ def backend_rows(report: Report) -> dict[str, str]:
     rows = {}
     for backend in report["backends"]:
         if backend["available"]:
-            text = "[green]available[/]"
+            device = escape(backend["device"])
+            text = f"[green]available[/]: {device}" if device else "[green]available[/]"
         else:
             text = f"[yellow]not available[/]: {escape(backend['reason'])}"
         rows[f"{backend['name']} backend"] = text

@@ -109,6 +109,7 @@ def build(source: Any, **options: Any) -> tuple[Path, list[Entry]]:
     text = for_this_machine(as_ir(code, threads))
     native = (_HERE / "warp_machine.cpp").read_bytes()
     key = hashlib.sha256(text.encode() + native).hexdigest()[:32]
+    cache_folder().mkdir(parents=True, exist_ok=True)
     target = cache_folder() / f"machine-{key}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
