@@ -144,8 +144,7 @@ LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
     merge.grid = {static_cast<uint32_t>(problem.seqlen_q), static_cast<uint32_t>(problem.nheads_q),
                   static_cast<uint32_t>(problem.batch)};
     merge.threadgroup = {static_cast<uint32_t>(32 * simdgroups), 1, 1};
-    merge.threadgroup_bytes =
-        static_cast<uint32_t>(simdgroups * (channels + 1) * sizeof(float));
+    merge.threadgroup_bytes = static_cast<uint32_t>(simdgroups * (channels + 1) * sizeof(float));
     plan.launches.push_back(std::move(merge));
     return plan;
 }
