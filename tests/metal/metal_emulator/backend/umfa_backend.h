@@ -283,23 +283,29 @@ struct matrix_pair {
             *(space pair*)(target + row * elements_per_row + column) = value;                      \
         }                                                                                          \
     }                                                                                              \
+    /* Fenced: else a plain read after it would be optimised away, and its race with it. */        \
+    template <typename T>                                                                          \
+    UMFA_INLINE_HEADER void atomic_store(volatile space T* object, T x) {                          \
+        __atomic_store_n(object, x, __ATOMIC_RELAXED);                                             \
+        __atomic_signal_fence(__ATOMIC_SEQ_CST);                                                   \
+    }                                                                                              \
     template <typename T>                                                                          \
     UMFA_INLINE_HEADER T atomic_exchange(volatile space T* object, T x) {                          \
         const T old = __atomic_load_n(object, __ATOMIC_RELAXED);                                   \
-        __atomic_store_n(object, x, __ATOMIC_RELAXED);                                             \
+        atomic_store(object, x);                                                                   \
         return old;                                                                                \
     }                                                                                              \
     template <typename T>                                                                          \
     UMFA_INLINE_HEADER T atomic_compare_exchange(volatile space T* object, T expected,             \
                                                  T desired) {                                      \
         const T old = __atomic_load_n(object, __ATOMIC_RELAXED);                                   \
-        if (old == expected) __atomic_store_n(object, desired, __ATOMIC_RELAXED);                  \
+        if (old == expected) atomic_store(object, desired);                                        \
         return old;                                                                                \
     }                                                                                              \
     template <typename Op, typename T, typename Bits>                                              \
     UMFA_INLINE_HEADER T atomic_fetch(volatile space Bits* object, T x) {                          \
         const T old = __builtin_bit_cast(T, __atomic_load_n(object, __ATOMIC_RELAXED));            \
-        __atomic_store_n(object, __builtin_bit_cast(Bits, Op::apply(old, x)), __ATOMIC_RELAXED);   \
+        atomic_store(object, __builtin_bit_cast(Bits, Op::apply(old, x)));                         \
         return old;                                                                                \
     }
 UMFA_MEMORY(device)
