@@ -194,7 +194,7 @@ SCHEMA = {
         "isas": [{"name": str, "usable": bool}],
         "threads": int | None,
     },
-    "backends": [{"name": str, "available": bool, "reason": str}],
+    "backends": [{"name": str, "available": bool, "reason": str, "device": str}],
     "environment": dict,
     "packages": dict,
     "problems": [str],
