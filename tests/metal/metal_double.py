@@ -10,6 +10,7 @@ Between `machine` and its end there is an Apple GPU in this process, as far as u
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -73,9 +74,16 @@ def build(extra: tuple[Path, ...] = ()) -> Path:
         digest.update(file.read_bytes())
     digest.update(repr((clang(), COMPILE, OBJECTIVE_C)).encode())
     path = cache_folder() / f"double-{digest.hexdigest()[:32]}.so"
-    if path.exists():
-        return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Test processes that run side by side want the same one: the first builds it.
+    with (path.parent / "double.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _make(path, library, extra)
+    return path
+
+
+def _make(path: Path, library: Path, extra: tuple[Path, ...]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
 
         def compile_one(source: Path) -> str:
@@ -96,7 +104,6 @@ def build(extra: tuple[Path, ...] = ()) -> Path:
             ]
         )
         os.replace(linked, path)
-    return path
 
 
 class _Machine(ctypes.Structure):
