@@ -166,6 +166,7 @@ def _in_a_forked_child(connection: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork.*:RuntimeWarning")  # jax's
 def test_a_forked_child_is_told(double: Double) -> None:
     """Metal's connection does not survive fork(); using it there would crash or hang."""
     call(SMALL, backend="metal")
