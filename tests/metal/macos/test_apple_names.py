@@ -1,6 +1,6 @@
 """The double's declarations against Apple's own, as two packages on PyPI have them.
 
-    pip download --no-deps --no-binary :all: pymetal-cpp==0.1.5
+    pip download --no-deps --no-binary pymetal-cpp pymetal-cpp==0.1.5
     pip download --no-deps --only-binary :all: --python-version 3.12 \
         --platform macosx_10_13_universal2 pyobjc-framework-Metal
 
