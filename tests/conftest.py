@@ -94,7 +94,9 @@ _HOST_FRAMEWORKS = {"numpy", "torch"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drop pairs that make no sense, and CPU-only tests on other backends.
+    """Drop pairs that make no sense, CPU-only tests on other backends, and what is slow.
+
+    Slow tests run only where the expression after -m speaks of them: "-m metal" leaves them out.
 
     The emulator takes NumPy arrays. The host takes those of all frameworks in the same way, by
     DLPack: one beside NumPy shows it.
@@ -127,6 +129,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             name = getattr(item, "originalname", "")
             if name not in _HOST_BY_DEFAULT or values.get("framework", "numpy") != "numpy":
                 item.add_marker(pytest.mark.slow)
+    if "slow" not in config.option.markexpr:
+        dropped += [item for item in items if item.get_closest_marker("slow")]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         gone = set(dropped)

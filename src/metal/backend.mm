@@ -44,14 +44,10 @@ std::string describe_device() {
     return describe(Context::current("umfa.backends")->gpu());
 }
 
-constexpr uint32_t features = bit(Feature::causal) | bit(Feature::window) | bit(Feature::softcap) |
-                              bit(Feature::alibi) | bit(Feature::lse) | bit(Feature::gqa) |
-                              bit(Feature::mask);
-
 }  // namespace
 
 const Backend backend{"metal",
-                      features,
+                      forward_features,
                       Context::available,
                       [](Device) { return true; },  // host memory is the GPU's too
                       can_plan_forward,

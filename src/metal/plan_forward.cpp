@@ -39,10 +39,7 @@ uint32_t threadgroup_bytes(const Shape& shape, int operand_bytes) {
 }  // namespace
 
 Verdict can_plan_forward(const Problem& problem) {
-    const uint32_t has = bit(Feature::causal) | bit(Feature::window) | bit(Feature::softcap) |
-                         bit(Feature::alibi) | bit(Feature::lse) | bit(Feature::gqa) |
-                         bit(Feature::mask);
-    if (const uint32_t missing = problem.features() & ~has)
+    if (const uint32_t missing = problem.features() & ~forward_features)
         return {false, std::string(name_of(static_cast<Feature>(missing & -missing))) +
                            " is not implemented"};
     return {};

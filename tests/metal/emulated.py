@@ -44,6 +44,14 @@ class Settings:
     options: Options = field(default_factory=Options)
 
 
+MACHINES = {
+    "permuted lane map": Options(permute_lanes=True),
+    "reversed reductions": Options(reverse_reductions=True),
+    "flush to zero": Options(flush_to_zero=True),
+    "noisy math": Options(math_noise=True),
+}
+"""What a GPU may do otherwise than this emulator does by default."""
+
 settings = Settings()
 counters: list[Counters] = []
 """Of every dispatch since the last `counting`."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import emulated
 import numpy as np
 import pytest
-from emulated import Settings
+from emulated import MACHINES
 from metal_emulator import Options
 
 import frameworks
@@ -29,12 +28,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _own_settings() -> Iterator[None]:
-    before = emulated.settings
-    emulated.settings = Settings()
-    yield
-    emulated.settings = before
+pytestmark = pytest.mark.usefixtures("own_settings")
 
 
 @pytest.fixture
@@ -49,16 +43,7 @@ def test_any_schedule(case: Case, seed: int, attend: Attend) -> None:
     attend.case(case)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        Options(permute_lanes=True),
-        Options(reverse_reductions=True),
-        Options(flush_to_zero=True),
-        Options(math_noise=True),
-    ],
-    ids=["permuted lane map", "reversed reductions", "flush to zero", "noisy math"],
-)
+@pytest.mark.parametrize("options", MACHINES.values(), ids=MACHINES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_machine(case: Case, options: Options, attend: Attend) -> None:
     emulated.settings.options = options

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import emulated
 import pytest
-from emulated import Settings
 
 from cases import normal
 
@@ -18,12 +16,7 @@ STATED = ROW.findall(DOCUMENT.read_text())
 LENGTH = 512
 
 
-@pytest.fixture(autouse=True)
-def _own_settings() -> Iterator[None]:
-    before = emulated.settings
-    emulated.settings = Settings()
-    yield
-    emulated.settings = before
+pytestmark = pytest.mark.usefixtures("own_settings")
 
 
 def test_the_document_has_rows() -> None:

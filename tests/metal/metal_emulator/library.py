@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import operator
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,8 +217,9 @@ class Library:
             Size of the grid in threadgroups, and of a threadgroup in threads: up to three numbers.
         buffers
             By index. Arrays must be C-contiguous; those that the kernel may write are written in
-            place. An array whose memory is not aligned to 16 bytes is seen so by the kernel, as a
-            buffer bound with an offset would be.
+            place. Of ``bytes`` the kernel gets a copy, and what it writes there is gone. An array
+            whose memory is not aligned to 16 bytes is seen so by the kernel, as a buffer bound with
+            an offset would be.
         threadgroup_memory
             Bytes of each ``[[threadgroup(index)]]``.
         schedule_seed
@@ -252,7 +254,7 @@ class Library:
         request.sites, request.site_count = loaded.sites, len(self._built.sites)
         request.variables, request.variable_count = variables, len(variables)
         request.unset, request.unset_count = loaded.unset, loaded.unset_count
-        request.schedule_seed = schedule_seed
+        request.schedule_seed = _integer("schedule_seed", schedule_seed, 1 << 64)
         request.checks = self.options.checks
         request.flush_to_zero = how.flush_to_zero
         request.math_noise = how.math_noise
@@ -326,6 +328,7 @@ class Library:
         for index, size in threadgroup_memory.items():
             if not 0 <= index < _BUFFERS:
                 raise DispatchError(f"threadgroup index {index} is not in 0..{_BUFFERS - 1}")
+            size = _integer(f"threadgroup memory {index}", size, 1 << 32)
             if size % 16:
                 raise DispatchError(
                     f"threadgroup memory {index} has {size} bytes; Metal takes multiples of 16"
@@ -336,18 +339,30 @@ class Library:
 
 def _refuse_aliases(spans: list[tuple[int, int, int]], writable: int) -> None:
     """Metal takes different arguments for different memory if one of them is written."""
-    for (_, end, a), (start, _, b) in itertools.pairwise(spans):
-        if start < end and (writable >> a | writable >> b) & 1:
+    for (_, end, a), (start, stop, b) in itertools.combinations(spans, 2):
+        overlap = start < end and start < stop  # sorted: b starts where a does, or later
+        if overlap and (writable >> a | writable >> b) & 1:
             raise DispatchError(
                 f"buffers {a} and {b} overlap, and the kernel may write one of them"
             )
 
 
+def _integer(name: str, value: Any, limit: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise DispatchError(f"{name} must be an integer; got {value!r}") from None
+    if not 0 <= number < limit:
+        raise DispatchError(f"{name} must be at least 0 and below {limit}; got {value!r}")
+    return number
+
+
 def _three(name: str, size: Size) -> tuple[int, int, int]:
-    given = (size,) if isinstance(size, int) else tuple(size)
-    if not 1 <= len(given) <= 3 or any(n < 1 for n in given):
+    given = tuple(size) if isinstance(size, Iterable) else (size,)
+    numbers = [_integer(name, n, 1 << 32) for n in given]
+    if not 1 <= len(numbers) <= 3 or 0 in numbers:
         raise DispatchError(f"{name} must be one to three positive numbers; got {size!r}")
-    x, y, z = (*given, 1, 1)[:3]
+    x, y, z = (*numbers, 1, 1)[:3]
     return x, y, z
 
 

@@ -4,6 +4,7 @@
 // runtime/. Another back end (tests/metal/metal_ptx) is another file of this name with the same
 // functions, found by the order of include folders; the headers know no runtime but through it.
 #pragma once
+#include "umfa_builtins.h"
 #include "umfa_keywords.h"
 
 // A kernel stays a function of its own: the threadgroup variables are found by its name.
@@ -85,24 +86,6 @@ UMFA_INLINE_HEADER unsigned long hide(unsigned long address) {
     asm("" : "+r"(address));
     return address;
 }
-
-/// Numbers for umfa_launch_value.
-enum launch : unsigned {
-    thread_position_in_grid,
-    threadgroup_position_in_grid,
-    threadgroups_per_grid,
-    thread_position_in_threadgroup,
-    threads_per_threadgroup,
-    threads_per_grid,
-    thread_index_in_threadgroup,
-    thread_index_in_simdgroup,
-    simdgroup_index_in_threadgroup,
-    threads_per_simdgroup,
-    simdgroups_per_threadgroup,
-    thread_index_in_quadgroup,
-    quadgroup_index_in_threadgroup,
-    quadgroups_per_threadgroup,
-};
 
 UMFA_INLINE_HEADER unsigned lane() { return umfa_self->lane; }
 UMFA_INLINE_HEADER unsigned matrix_row() { return umfa_self->row; }

@@ -5,6 +5,7 @@
 // for A and C; a B operand is one movmatrix away. The permutation is linear over xor, so that a
 // shuffle by xor stays one. Everything is inline: LLVM sees through it.
 #pragma once
+#include "umfa_builtins.h"
 #include "umfa_keywords.h"
 
 // The entry that the package writes is the kernel; Metal's own function is inlined into it.
@@ -16,24 +17,6 @@
 #include "umfa_ptx_math.h"
 
 namespace umfa_backend {
-
-/// Built-in arguments by number.
-enum launch : unsigned {
-    thread_position_in_grid,
-    threadgroup_position_in_grid,
-    threadgroups_per_grid,
-    thread_position_in_threadgroup,
-    threads_per_threadgroup,
-    threads_per_grid,
-    thread_index_in_threadgroup,
-    thread_index_in_simdgroup,
-    simdgroup_index_in_threadgroup,
-    threads_per_simdgroup,
-    simdgroups_per_threadgroup,
-    thread_index_in_quadgroup,
-    quadgroup_index_in_threadgroup,
-    quadgroups_per_threadgroup,
-};
 
 /// On the CPU this keeps the optimiser from what a GPU would not know. Here it is the GPU's.
 UMFA_INLINE_HEADER unsigned long hide(unsigned long address) { return address; }
