@@ -152,7 +152,11 @@ def main() -> int:
     metal = umfa.backends()[0]
     print(f"Metal: {metal.device or metal.reason}")
     select = ["-m", "gpu and not slow", *(["-k", "test_no_keys"] if arguments.quick else [])]
-    everything = ["-m", "gpu and (slow or not slow)", *(["-k", "test_no_keys"] if arguments.quick else [])]
+    everything = [
+        "-m",
+        "gpu and (slow or not slow)",
+        *(["-k", "test_no_keys"] if arguments.quick else []),
+    ]
     runs = [
         run_tests("with Metal's validation", VALIDATION, select),
         run_tests("all, without validation", {}, everything),
