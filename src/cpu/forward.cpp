@@ -26,12 +26,11 @@ int64_t block_q_of(const Problem& problem, int64_t lanes) {
     return std::max(lanes, std::min(block, (problem.seqlen_q + lanes - 1) / lanes * lanes));
 }
 
-ForwardFn kernel_of(const Kernels& set, DType dtype) {
-    switch (dtype) {
-        case DType::f16: return set.forward_f16;
-        case DType::bf16: return set.forward_bf16;
-        default: return set.forward_f32;
-    }
+const ForwardKernel& kernel_of(const Kernels& set, DType dtype) {
+    const ForwardKernel& kernel = dtype == DType::f16    ? set.forward_f16
+                                  : dtype == DType::bf16 ? set.forward_bf16
+                                                         : set.forward_f32;
+    return kernel.run ? kernel : kernel_of(*set.base, dtype);
 }
 
 void run_forward(const Problem& problem) {
@@ -61,16 +60,16 @@ void run_forward(const Problem& problem) {
     }
     args.block_q = block_q_of(problem, set.lanes);
 
-    const ForwardFn kernel = kernel_of(set, problem.query.view.dtype);
-    const int64_t scratch = set.forward_scratch_floats(args);
+    const ForwardKernel& kernel = kernel_of(set, problem.query.view.dtype);
+    const int64_t scratch = kernel.scratch_floats(args);
     const int64_t blocks = (problem.seqlen_q + args.block_q - 1) / args.block_q;
     parallel_for(heads * blocks, [&](int64_t task) {
         const int64_t head = task / blocks;
         // Under a causal mask the last blocks see the most keys: they go first, so that no thread
         // starts a long one when the others are done.
         const int64_t block = problem.causal ? blocks - 1 - task % blocks : task % blocks;
-        kernel(args, head / problem.nheads_q, head % problem.nheads_q, block * args.block_q,
-               thread_scratch(scratch));
+        kernel.run(args, head / problem.nheads_q, head % problem.nheads_q, block * args.block_q,
+                   thread_scratch(scratch));
     });
 }
 

@@ -15,10 +15,12 @@ import pytest
 import umfa
 
 ROOT = Path(__file__).parents[2]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_bf16": AVX512 + ["-mavx512bf16"],
     "neon": [],
 }
 USABLE = [name for name, usable in umfa._ext.cpu_isas() if usable]

@@ -12,6 +12,8 @@ constexpr int vector_lanes = 8;
 struct Simd : SimdBase {
     static constexpr int mr = 6, nv = 2;  // 12 accumulators of 16 registers
 
+    static vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+
     static vf load_f16(const uint16_t* p) {
         return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
@@ -25,6 +27,13 @@ struct Simd : SimdBase {
 
 }  // namespace
 
-constinit const Kernels avx2_kernels = kernels_of<Simd>("avx2");
+constinit const Kernels avx2_kernels{
+    "avx2",
+    nullptr,
+    Simd::nv * Simd::W,
+    forward_kernel<Simd, FloatUnits<Simd, F32>>,
+    forward_kernel<Simd, FloatUnits<Simd, F16>>,
+    forward_kernel<Simd, FloatUnits<Simd, BF16>>,
+};
 
 }  // namespace umfa::cpu

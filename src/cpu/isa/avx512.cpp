@@ -9,22 +9,21 @@ namespace {
 constexpr int vector_lanes = 16;
 #include "cpu/isa/simd.h"
 
-struct Simd : SimdBase {
-    static constexpr int mr = 12, nv = 2;  // 24 accumulators of 32 registers
+#include "cpu/isa/avx512_simd.h"
 
-    static vf load_f16(const uint16_t* p) {
-        return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    }
-    static void store_f16(uint16_t* p, vf x) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                            _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-    }
-};
+using Simd = Avx512;
 
 #include "cpu/isa/forward_kernel.h"
 
 }  // namespace
 
-constinit const Kernels avx512_kernels = kernels_of<Simd>("avx512");
+constinit const Kernels avx512_kernels{
+    "avx512",
+    nullptr,
+    Simd::nv * Simd::W,
+    forward_kernel<Simd, FloatUnits<Simd, F32>>,
+    forward_kernel<Simd, FloatUnits<Simd, F16>>,
+    forward_kernel<Simd, FloatUnits<Simd, BF16>>,
+};
 
 }  // namespace umfa::cpu

@@ -1,10 +1,11 @@
 // Forward attention for one block of queries: online softmax over key tiles (Milakov & Gimelshein
 // 2018; Dao et al. 2022), in exp2 with log2(e) folded into the scale.
 //
-// Everything is transposed: queries lie along the vector lanes. Then S^T = K Q^T and O^T += V^T P^T
-// both read K and V element by element straight from the caller's memory (a broadcast feeds the
-// FMA), nothing of K or V is repacked, and the row maxima and sums of softmax are plain lane-wise
-// operations. Q is transposed once per block on the way in, O once on the way out.
+// Everything is transposed: queries lie along the vector lanes. S^T = K Q^T broadcasts K, and
+// O^T += V^T P^T broadcasts V, both from packed panels; the softmax between them needs no shuffle,
+// and P^T is already laid out for the second product. A tile of K and V is packed once for all
+// panels of the block: heads of a (seqlen, heads, channels) tensor lie so far apart that twelve
+// rows in place would share one set of the L1 cache.
 //
 // Key tiles start at multiples of block_kv whatever the block of queries, and lanes never mix: the
 // bits of a row do not depend on block sizes, threads, or the other rows.
@@ -12,393 +13,323 @@
 // Included inside an anonymous namespace of each kernel file, after simd.h and a `Simd` that adds
 // `mr` (keys or channels per micro-tile) and `nv` (vectors of queries per panel).
 
-constexpr int64_t block_kv = 64;
-constexpr float log2_e = 1.44269504088896341f;
-constexpr double ln_2 = 0.693147180559945309;
+constexpr int64_t block_kv = 96;
+
+#include "cpu/isa/lanes.h"
+#include "cpu/isa/pack.h"
+#include "cpu/isa/product.h"
+#include "cpu/isa/softmax.h"
+#include "cpu/isa/units.h"
 
 template <class S>
-struct Lanes {
-    using vf = typename S::vf;
-    using vi = typename S::vi;
-    using vu = typename S::vu;
+constexpr int64_t panel_floats = (sizeof(Panel<S>) + 63) / 64 * 16;
 
-    /// 2**x; 0 below 2**-126, NaN stays NaN. Within 1.2 ulp over [-126, 127] (1.0 with FMA).
-    static vf exp2(vf x) {
-        constexpr float magic = 12582912.f;  // 1.5 * 2**23: adding it rounds to an integer
-        const vf clamped = x < -127.f ? S::splat(-127.f) : x;
-        const vf shifted = clamped + magic;
-        const vf f = clamped - (shifted - magic);
-        vf p = f * 1.53458121613e-4f + 1.33999311772e-3f;
-        p = p * f + 9.61848895633e-3f;
-        p = p * f + 5.55032877711e-2f;
-        p = p * f + 2.40226468906e-1f;
-        p = p * f + 6.93147205737e-1f;
-        p = p * f + 1.0f;
-        const vu exponent = (vu)shifted - 0x4b400000u;  // the bits of magic
-        vf y = (vf)((vu)p + (exponent << 23));
-        y = x < -126.f ? vf{} : y;
-        return x != x ? x : y;
-    }
+/// Where the pieces of a task's scratch begin, in floats. Those that vectors are aligned for come
+/// first: their sizes are multiples of a panel's lanes.
+template <class S, class U>
+struct Scratch {
+    static constexpr int64_t N = S::nv * S::W, slack = 64;
+    int64_t depth, channels;  // units of Q.K; padded channels of O
+    int64_t value_pitch;
+    int64_t panels, scores, probabilities, query, out, key, value, size;
 
-    /// tanh(x): odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
-    static vf tanh(vf x) {
-        const vf a = (vf)((vu)x & 0x7fffffffu);
-        const vf z = x * x;
-        vf p = z * -5.7379072366e-3f + 2.06719294397e-2f;
-        p = p * z - 5.37512183108e-2f;
-        p = p * z + 1.33316061091e-1f;
-        p = p * z - 3.33332896724e-1f;
-        const vf small = x + x * z * p;
-        const vf capped = a > 20.f ? S::splat(20.f) : a;
-        const vf large = 1.f - 2.f / (exp2(capped * (2.f * log2_e)) + 1.f);
-        const vf signed_large = (vf)((vu)large | ((vu)x & 0x80000000u));
-        const vf y = a < 0.625f ? small : signed_large;
-        return x != x ? x : y;
+    Scratch(const ForwardArgs& args, int64_t panel_count) {
+        depth = (args.head_dim + U::E - 1) / U::E;
+        channels = padded_rows<S>(args.head_dim_v);
+        panels = 0;
+        scores = panels + panel_count * panel_floats<S>;
+        probabilities = scores + (U::E == 1 ? 0 : block_kv * N);
+        query = probabilities + block_kv * N;    // [panel][depth][N]
+        out = query + panel_count * depth * N;   // [panel][channels][N]
+        key = out + panel_count * channels * N;  // [group][depth][mr]
+        value = key + block_kv * depth + slack;
+        // An odd number of cache lines: rows of V spread over all sets of the L1 cache.
+        value_pitch = ((channels + 15) / 16 | 1) * 16;
+        size = value + block_kv / U::E * value_pitch + slack;
     }
 };
 
-/// c[m][lanes] = c[m][lanes] * alpha[lanes] + sum_k a(m, k) * b[k][lanes] for MR rows m.
-/// Without Accumulate, c is overwritten. a(m, k) = a[m * a_row + k * a_step].
-/// The sum starts at zero and meets c once: a long series of tiles rounds c once per tile, not once
+/// O^T of one panel, MR channels of it: O^T = O^T * alpha + V^T P^T; without the first term where
+/// O is `fresh`.
+/// The sum starts at zero and meets O once: a long series of tiles rounds O once per tile, not once
 /// per key, so that 2**24 keys of equal weight still count.
-template <class S, int MR, bool Accumulate>
-inline void micro_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t depth,
-                       float* c, const float* alpha) {
+template <class S, class U, int MR>
+__attribute__((noinline)) void accumulate(const float* value, int64_t pitch, const float* p,
+                                          int64_t units, const Panel<S>& panel, bool fresh,
+                                          float* o) {
     using vf = typename S::vf;
-    constexpr int NV = S::nv, W = S::W;
-    vf acc[MR][NV];
-    for (int m = 0; m < MR; ++m)
-        for (int n = 0; n < NV; ++n) acc[m][n] = vf{};
-    for (int64_t k = 0; k < depth; ++k) {
-        vf bk[NV];
-        for (int n = 0; n < NV; ++n) bk[n] = S::load(b + (k * NV + n) * W);
-        for (int m = 0; m < MR; ++m) {
-            const vf am = S::splat(a[m * a_row + k * a_step]);
-            for (int n = 0; n < NV; ++n) acc[m][n] += am * bk[n];
-        }
-    }
-    for (int m = 0; m < MR; ++m)
-        for (int n = 0; n < NV; ++n) {
-            float* at = c + (m * NV + n) * W;
-            if constexpr (Accumulate) acc[m][n] += S::load(at) * S::load(alpha + n * W);
-            S::store(at, acc[m][n]);
-        }
+    micro_kernel<S, U, MR>(value, pitch, p, units,
+                           [&](vf(&acc)[MR][S::nv]) __attribute__((always_inline)) {
+                               for (int n = 0; n < S::nv; ++n)
+                                   for (int m = 0; m < MR; ++m) {
+                                       float* to = o + (m * S::nv + n) * S::W;
+                                       vf sum = acc[m][n];
+                                       if (!fresh)
+                                           sum += S::load(to) * S::load(panel.alpha + n * S::W);
+                                       S::store(to, sum);
+                                   }
+                           });
 }
 
-template <class S, int MR, bool Accumulate>
-inline void micro_tile_tail(int rows, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                            int64_t depth, float* c, const float* alpha) {
-    if constexpr (MR > 0) {
-        if (rows == MR)
-            micro_tile<S, MR, Accumulate>(a, a_row, a_step, b, depth, c, alpha);
-        else
-            micro_tile_tail<S, MR - 1, Accumulate>(rows, a, a_row, a_step, b, depth, c, alpha);
-    }
-}
-
-/// The same for any number of rows.
-template <class S, bool Accumulate>
-inline void panel_product(int64_t rows, const float* a, int64_t a_row, int64_t a_step,
-                          const float* b, int64_t depth, float* c, const float* alpha) {
-    constexpr int MR = S::mr, N = S::nv * S::W;
-    int64_t m = 0;
-    for (; m + MR <= rows; m += MR)
-        micro_tile<S, MR, Accumulate>(a + m * a_row, a_row, a_step, b, depth, c + m * N, alpha);
-    if (m < rows)
-        micro_tile_tail<S, MR - 1, Accumulate>(static_cast<int>(rows - m), a + m * a_row, a_row,
-                                               a_step, b, depth, c + m * N, alpha);
-}
-
-/// dst[0, n) = float(src[0], src[stride], ...).
-template <class S, class T>
-inline void load_row(const typename T::storage* src, int64_t stride, int64_t n, float* dst) {
-    constexpr int W = S::W;
-    int64_t i = 0;
-    if (stride == 1)
-        for (; i + W <= n; i += W) S::store(dst + i, T::template load<S>(src + i));
-    for (; i < n; i += W) {  // the tail, and strided rows: through a small buffer
-        const int64_t count = n - i < W ? n - i : W;
-        typename T::storage buffer[W] = {};
-        for (int64_t j = 0; j < count; ++j) buffer[j] = src[(i + j) * stride];
-        float wide[W];
-        S::store(wide, T::template load<S>(buffer));
-        for (int64_t j = 0; j < count; ++j) dst[i + j] = wide[j];
-    }
-}
-
-template <class S, class T>
-inline void store_row(const float* src, int64_t n, typename T::storage* dst, int64_t stride) {
-    constexpr int W = S::W;
-    int64_t i = 0;
-    if (stride == 1)
-        for (; i + W <= n; i += W) T::template store<S>(dst + i, S::load(src + i));
-    for (; i < n; i += W) {
-        const int64_t count = n - i < W ? n - i : W;
-        float wide[W] = {};
-        for (int64_t j = 0; j < count; ++j) wide[j] = src[i + j];
-        typename T::storage buffer[W];
-        T::template store<S>(buffer, S::load(wide));
-        for (int64_t j = 0; j < count; ++j) dst[(i + j) * stride] = buffer[j];
-    }
-}
-
-/// A tile of K or V as floats: in place when it is float with unit last stride, else in `scratch`.
-struct Tile {
-    const float* data;
-    int64_t stride;
-};
-template <class S, class T>
-inline Tile tile_of(const Rows& rows, int64_t batch, int64_t head, int64_t first, int64_t count,
-                    int64_t channels, float* scratch) {
-    using storage = typename T::storage;
-    const storage* base = static_cast<const storage*>(rows.data) + batch * rows.stride_batch +
-                          head * rows.stride_head + first * rows.stride_row;
-    if constexpr (sizeof(storage) == sizeof(float))
-        if (rows.stride_channel == 1) return {base, rows.stride_row};
-    for (int64_t r = 0; r < count; ++r)
-        load_row<S, T>(base + r * rows.stride_row, rows.stride_channel, channels,
-                       scratch + r * channels);
-    return {scratch, channels};
-}
-
-inline bool all_finite(const Tile& tile, int64_t rows, int64_t channels) {
-    float sum = 0;  // x * 0 is 0 for finite x, else NaN
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < channels; ++c) sum += tile.data[r * tile.stride + c] * 0.f;
-    return sum == 0;
-}
-
-template <class S>
-struct Panel {  // one panel of queries: nv * W lanes
-    static constexpr int N = S::nv * S::W;
-    int32_t begin[N], end[N];  // visible keys, relative to the tile
-    // maximum is in the units of the scores as softmax_panel keeps them: q.k if Plain, else log2.
-    float alpha[N], maximum[N], sum[N];
-};
-
-/// scores -> probabilities for one panel and `keys` keys of a tile; updates maximum, sum, alpha.
-/// Plain: scores are q.k alone, to be scaled by a positive number.
-template <class S, bool Masked, bool Plain>
-inline void softmax_panel(const ForwardArgs& args, float slope, int64_t q_first, int64_t k_first,
-                          int64_t keys, float* scores, Panel<S>& panel) {
-    using L = Lanes<S>;
+/// The same where a hidden V row holds inf or NaN: 0 * NaN must not reach the rows that do not see
+/// it. Same operations in the same order, so visible rows keep their bits.
+template <class S, class U>
+inline void accumulate_guarded(int64_t channels, const float* value, int64_t pitch, const float* p,
+                               int64_t first_unit, int64_t last_unit, const Panel<S>& panel,
+                               bool fresh, float* o) {
     using vf = typename S::vf;
     using vi = typename S::vi;
     constexpr int NV = S::nv, W = S::W;
-    constexpr float infinity = __builtin_inff();
+    constexpr int bits = 32 / U::E;
     for (int n = 0; n < NV; ++n) {
         const vi begin = S::load_int(panel.begin + n * W), end = S::load_int(panel.end + n * W);
-        const vf old_max = S::load(panel.maximum + n * W);
-        vi lane;
-        for (int w = 0; w < W; ++w) lane[w] = w;
-        // Exact below 2**24: the distance to the diagonal is taken in integers.
-        const vi diagonal =
-            lane + static_cast<int32_t>(q_first + n * W + args.seqlen_kv - args.seqlen_q - k_first);
-        vf tile_max = S::splat(-infinity);
-        for (int64_t k = 0; k < keys; ++k) {
-            float* at = scores + (k * NV + n) * W;
-            vf s = S::load(at);
-            const int32_t key = static_cast<int32_t>(k);
-            if constexpr (!Plain) {
-                s *= args.score_scale;
-                if (args.softcap != 0) s = args.softcap * L::tanh(s);
-                if (slope != 0) {
-                    const vf distance = S::to_float(diagonal - key);
-                    s -= slope * (vf)((typename S::vu)distance & 0x7fffffffu);
-                }
-            }
-            if constexpr (Masked) {
-                const vi position = vi{} + key;
-                s = ((position >= begin) & (position < end)) ? s : S::splat(-infinity);
-            }
-            S::store(at, s);
-            tile_max = S::max(s, tile_max);
-        }
-        // Plain scores are scaled only after the maximum is taken off, by a scale of two floats:
-        // however large they are, what exp2 sees is right to its last bits.
-        const auto scaled = [&](vf difference) {
-            if constexpr (!Plain) return difference;
-            return difference * args.score_scale + difference * args.score_scale_low;
-        };
-        const vf new_max = S::max(tile_max, old_max);
-        // A lane that has seen no key keeps -inf; 0 stands in, and its exponentials are 0 below.
-        const vf pivot = new_max == -infinity ? vf{} : new_max;
-        vf alpha = L::exp2(scaled(old_max - pivot));
-        alpha = old_max == -infinity ? vf{} : alpha;
-        vf sum{};
-        for (int64_t k = 0; k < keys; ++k) {
-            float* at = scores + (k * NV + n) * W;
-            const vf s = S::load(at);
-            vf p = L::exp2(scaled(s - pivot));
-            p = s == -infinity ? vf{} : p;  // hidden; also where the scale is too small to tell
-            S::store(at, p);
-            sum += p;
-        }
-        sum += S::load(panel.sum + n * W) * alpha;
-        S::store(panel.maximum + n * W, new_max);
-        S::store(panel.sum + n * W, sum);
-        S::store(panel.alpha + n * W, alpha);
-    }
-}
-
-/// Whether scores can stay unscaled until the maximum is taken off.
-inline bool plain(const ForwardArgs& args, float slope) {
-    return args.softcap == 0 && slope == 0 && args.score_scale > 0;
-}
-
-template <class S, bool Masked>
-inline void softmax_step(const ForwardArgs& args, float slope, int64_t q_first, int64_t k_first,
-                         int64_t keys, float* scores, Panel<S>& panel) {
-    if (plain(args, slope))
-        softmax_panel<S, Masked, true>(args, slope, q_first, k_first, keys, scores, panel);
-    else
-        softmax_panel<S, Masked, false>(args, slope, q_first, k_first, keys, scores, panel);
-}
-
-/// O^T += V^T P^T where a hidden V row holds inf or NaN: 0 * NaN must not reach the rows that do
-/// not see it. Same operations in the same order as panel_product, so visible rows keep their bits.
-template <class S>
-inline void accumulate_guarded(const Tile& value, int64_t channels, int64_t keys, const float* p,
-                               const Panel<S>& panel, float* o) {
-    using vf = typename S::vf;
-    using vi = typename S::vi;
-    constexpr int NV = S::nv, W = S::W;
-    for (int n = 0; n < NV; ++n) {
-        const vi begin = S::load_int(panel.begin + n * W), end = S::load_int(panel.end + n * W);
+        const vf alpha = S::load(panel.alpha + n * W);
         for (int64_t c = 0; c < channels; ++c) {
             vf acc{};
-            for (int64_t k = 0; k < keys; ++k) {
-                const vf v = S::splat(value.data[k * value.stride + c]);
-                vf next = acc;
-                next += v * S::load(p + (k * NV + n) * W);
-                const vi position = vi{} + static_cast<int32_t>(k);
-                acc = ((position >= begin) & (position < end)) ? next : acc;
+            for (int64_t k = first_unit; k < last_unit; ++k) {
+                vi seen{};
+                for (int e = 0; e < U::E; ++e) {
+                    const vi key = vi{} + static_cast<int32_t>(k * U::E + e);
+                    const vi here = (key >= begin) & (key < end);
+                    seen |= here & (vi{} + static_cast<int32_t>(((1ll << bits) - 1) << e * bits));
+                }
+                const vf v = (vf)((vi)S::splat_bits(value + k * pitch + c) & seen);
+                acc = U::fma(acc, v, S::load(p + (k * NV + n) * W));
             }
             float* at = o + (c * NV + n) * W;
-            acc += S::load(at) * S::load(panel.alpha + n * W);
-            S::store(at, acc);
+            S::store(at, fresh ? acc : S::load(at) * alpha + acc);
         }
     }
 }
 
-template <class S>
-int64_t forward_scratch_floats(const ForwardArgs& args) {
-    constexpr int64_t N = S::nv * S::W;
-    const int64_t panels = args.block_q / N;
-    const int64_t panel_floats = (sizeof(Panel<S>) + 63) / 64 * 16;
-    return args.block_q * (args.head_dim + args.head_dim_v) + block_kv * N + panels * panel_floats +
-           block_kv * (args.head_dim + args.head_dim_v) + 2 * (args.head_dim + args.head_dim_v) +
-           64;
+/// Adds what pack_values left out. Hidden keys add 0, which changes no bits.
+template <class S, class U>
+inline void accumulate_tiny(const typename U::storage* rows, const Rows& layout, int64_t keys,
+                            int64_t channels, const float* p, int64_t first, int64_t last,
+                            float* o) {
+    using vf = typename S::vf;
+    using vu = typename S::vu;
+    constexpr int NV = S::nv, W = S::W;
+    for (int64_t k = first; k < last && k < keys; ++k)
+        for (int64_t c = 0; c < channels; ++c) {
+            const auto value = rows[k * layout.stride_row + c * layout.stride_channel];
+            if (!U::is_tiny(value)) continue;
+            const vf v = (vf)(vu{} + (uint32_t{value} << 16));
+            for (int n = 0; n < NV; ++n) {
+                const vu pair = (vu)S::load(p + (k / U::E * NV + n) * W);
+                float* at = o + (c * NV + n) * W;
+                S::store(at, S::load(at) + v * (vf)(k % U::E ? pair & 0xffff0000u : pair << 16));
+            }
+        }
 }
 
-template <class S, class T>
+/// S^T of one panel for MR keys from `first` on.
+template <class S, class U, bool Masked, bool Plain, int MR>
+__attribute__((noinline)) void score(const Scoring& scoring, const float* key, const float* query,
+                                     int64_t depth, int32_t first, int32_t diagonal, float* scores,
+                                     Panel<S>& panel) {
+    using vf = typename S::vf;
+    micro_kernel<S, U, MR>(
+        key, MR, query, depth, [&](vf(&acc)[MR][S::nv]) __attribute__((always_inline)) {
+            finish_scores<S, Masked, Plain>(acc, scoring, first, diagonal, scores, panel);
+        });
+}
+
+/// The same for keys [first, last) of a tile, in groups of mr. Groups inside
+/// [seen_begin, seen_end) are seen by every row.
+template <class S, class U, bool Plain>
+inline void score_panel(const Scoring& scoring, const float* key, const float* query, int64_t depth,
+                        int64_t first, int64_t last, int64_t seen_begin, int64_t seen_end,
+                        int32_t diagonal, float* scores, Panel<S>& panel) {
+    for (int64_t k = first; k < last; k += S::mr)
+        with_height<S>(last - k < S::mr ? last - k : S::mr, [&](auto height) {
+            constexpr int MR = decltype(height)::value;
+            const bool masked = k < seen_begin || k + MR > seen_end;
+            (masked ? score<S, U, true, Plain, MR>
+                    : score<S, U, false, Plain, MR>)(scoring, key + k * depth, query, depth,
+                                                     static_cast<int32_t>(k), diagonal,
+                                                     scores + k * S::nv * S::W, panel);
+        });
+}
+
+/// The tile's keys that each row of a panel sees: visible_begin and visible_end, lane by lane.
+template <class S>
+inline void set_visible(const ForwardArgs& args, int64_t first_query, int64_t first_key,
+                        int64_t keys, Panel<S>& panel) {
+    constexpr int32_t N = S::nv * S::W;
+    const int64_t center = first_query + args.visible.offset - first_key;
+    const auto near = [&](int64_t key) {
+        return static_cast<int32_t>(key < -N ? -N : key > keys ? keys : key);
+    };
+    const int32_t begin = args.visible.left < 0 ? -N : near(center - args.visible.left);
+    const int32_t end =
+        args.visible.right < 0 ? int32_t(keys) : near(center + args.visible.right + 1);
+    const int32_t last = static_cast<int32_t>(keys);
+    for (int32_t j = 0; j < N; ++j) {
+        const int32_t b = begin + j, e = end + j;
+        panel.begin[j] = b < 0 ? 0 : b > last ? last : b;
+        panel.end[j] = e < 0 ? 0 : e > last ? last : e;
+        panel.tile_maximum[j] = -__builtin_inff();
+    }
+}
+
+/// Asks for the lines of rows [first, last) of a head; every panel of a block asks for its share of
+/// the next tile, which may have to come from memory.
+template <class S, class storage>
+inline void prefetch_rows(const storage* rows, const Rows& layout, int64_t first, int64_t last,
+                          int64_t channels) {
+    if (layout.stride_channel != 1) return;
+    constexpr int64_t line = 64 / sizeof(storage);
+    for (int64_t r = first; r < last; ++r)
+        for (int64_t c = 0; c < channels; c += line)
+            __builtin_prefetch(rows + r * layout.stride_row + c, 0, 2);
+}
+
+inline int32_t clamp_key(int64_t key, int64_t keys) {
+    return static_cast<int32_t>(key < 0 ? 0 : key > keys ? keys : key);
+}
+
+template <class S, class U>
 void forward_block(const ForwardArgs& args, int64_t batch, int64_t head, int64_t q_begin,
-                   float* scratch) {
-    using storage = typename T::storage;
+                   float* memory) {
+    using storage = typename U::storage;
     constexpr int64_t N = S::nv * S::W;
+    constexpr int W = S::W, E = U::E;
     constexpr float infinity = __builtin_inff();
     const int64_t D = args.head_dim, Dv = args.head_dim_v, head_kv = head / args.group;
     const int64_t q_end =
         q_begin + args.block_q < args.seqlen_q ? q_begin + args.block_q : args.seqlen_q;
     const int64_t panels = (q_end - q_begin + N - 1) / N;
-    const float slope =
-        args.slopes
-            ? args.slopes[batch * args.slopes_stride_batch + head * args.slopes_stride_head] *
-                  log2_e
-            : 0.f;
+    const Scoring scoring = scoring_of(args, batch, head);
 
-    // Scratch, in pieces that keep 64-byte alignment: N is a multiple of 4 floats in every set.
-    Panel<S>* panel = reinterpret_cast<Panel<S>*>(scratch);
-    float* scores = scratch + panels * ((sizeof(Panel<S>) + 63) / 64 * 16);
-    float* q_t = scores + block_kv * N;     // [panel][D][N]
-    float* o_t = q_t + panels * D * N;      // [panel][Dv][N]
-    float* k_tile = o_t + panels * Dv * N;  // [block_kv][D], when K is converted
-    float* v_tile = k_tile + block_kv * D;  // [block_kv][Dv], when V is converted
-    float* row = v_tile + block_kv * Dv;    // one row of Q or O
+    const Scratch<S, U> at(args, panels);
+    Panel<S>* panel = reinterpret_cast<Panel<S>*>(memory + at.panels);
+    float *scores = memory + at.scores, *probabilities = memory + at.probabilities;
+    float *key = memory + at.key, *value = memory + at.value;
+    const auto head_of = [&](const Rows& rows, int64_t h) {
+        return static_cast<storage*>(rows.data) + batch * rows.stride_batch + h * rows.stride_head;
+    };
 
-    // Q, transposed. Lanes past the last query hold zeros and are never stored.
-    const storage* q = static_cast<const storage*>(args.query.data) +
-                       batch * args.query.stride_batch + head * args.query.stride_head;
-    for (int64_t i = 0; i < panels * N; ++i) {
-        const bool real = q_begin + i < q_end;
-        if (real)
-            load_row<S, T>(q + (q_begin + i) * args.query.stride_row, args.query.stride_channel, D,
-                           row);
-        float* to = q_t + (i / N) * D * N + i % N;
-        for (int64_t d = 0; d < D; ++d) to[d * N] = real ? row[d] : 0.f;
-        panel[i / N].maximum[i % N] = -infinity;
-        panel[i / N].sum[i % N] = 0;
+    // Lanes past the last query hold zeros and are never stored.
+    const storage* q = head_of(args.query, head);
+    for (int64_t i = 0; i < panels * N; i += W) {
+        float* to = memory + at.query + i / N * at.depth * N + i % N;
+        const int64_t rows = q_end - q_begin - i;
+        pack_transposed<S, U>(q + (q_begin + i) * args.query.stride_row, args.query, rows, W, N, D,
+                              to);
     }
-    for (int64_t i = 0; i < panels * Dv * N; ++i) o_t[i] = 0;
+    for (int64_t p = 0; p < panels; ++p)
+        for (int64_t j = 0; j < N; ++j) {
+            panel[p].maximum[j] = -infinity;
+            panel[p].sum[j] = 0;
+            panel[p].fresh = true;
+        }
 
     // Visible ranges grow with the query, so the first and last rows bound the block.
     const int64_t first_key = visible_begin(args.visible, q_begin);
     const int64_t last_key = visible_end(args.visible, q_end - 1);
     for (int64_t k0 = first_key / block_kv * block_kv; k0 < last_key; k0 += block_kv) {
         const int64_t keys = args.seqlen_kv - k0 < block_kv ? args.seqlen_kv - k0 : block_kv;
-        const Tile key = tile_of<S, T>(args.key, batch, head_kv, k0, keys, D, k_tile);
-        const Tile value = tile_of<S, T>(args.value, batch, head_kv, k0, keys, Dv, v_tile);
+        const storage* k_rows = head_of(args.key, head_kv) + k0 * args.key.stride_row;
+        const storage* v_rows = head_of(args.value, head_kv) + k0 * args.value.stride_row;
+        const int64_t padded = padded_rows<S>(keys);
+        for (int64_t k = 0; k < padded; k += S::mr) {
+            const int64_t height = padded - k < S::mr ? padded - k : S::mr;
+            pack_transposed<S, U>(k_rows + k * args.key.stride_row, args.key, keys - k, height,
+                                  height, D, key + k * at.depth);
+        }
+        const int64_t units = (keys + E - 1) / E;
+        const bool tiny = pack_values<S, U>(v_rows, args.value, keys, Dv, at.value_pitch, value);
         int finite = -1;  // not looked at yet
+        const int64_t rest = last_key - k0 - keys, next = rest < block_kv ? rest : block_kv;
+
         for (int64_t p = 0; p < panels; ++p) {
-            const int64_t i0 = q_begin + p * N, i1 = (i0 + N < q_end ? i0 + N : q_end) - 1;
-            if (visible_end(args.visible, i1) <= k0 || visible_begin(args.visible, i0) >= k0 + keys)
-                continue;  // no row of the panel sees the tile
-            const bool whole =
-                visible_begin(args.visible, i1) <= k0 && visible_end(args.visible, i0) >= k0 + keys;
-            panel_product<S, false>(keys, key.data, key.stride, 1, q_t + p * D * N, D, scores,
-                                    nullptr);
-            float* o = o_t + p * Dv * N;
-            if (whole) {
-                softmax_step<S, false>(args, slope, i0, k0, keys, scores, panel[p]);
-            } else {
-                for (int64_t j = 0; j < N; ++j) {
-                    const int64_t i = i0 + j < q_end ? i0 + j : q_end - 1;
-                    const int64_t begin = visible_begin(args.visible, i) - k0;
-                    const int64_t end = visible_end(args.visible, i) - k0;
-                    panel[p].begin[j] = static_cast<int32_t>(begin < 0      ? 0
-                                                             : begin > keys ? keys
-                                                                            : begin);
-                    panel[p].end[j] = static_cast<int32_t>(end < 0 ? 0 : end > keys ? keys : end);
-                }
-                softmax_step<S, true>(args, slope, i0, k0, keys, scores, panel[p]);
-                if (finite < 0) finite = all_finite(value, keys, Dv);
-                if (!finite) {
-                    accumulate_guarded<S>(value, Dv, keys, scores, panel[p], o);
-                    continue;
-                }
+            if (next > 0) {
+                const int64_t from = keys + next * p / panels, to = keys + next * (p + 1) / panels;
+                prefetch_rows<S>(k_rows, args.key, from, to, D);
+                prefetch_rows<S>(v_rows, args.value, from, to, Dv);
             }
-            panel_product<S, true>(Dv, value.data, 1, value.stride, scores, keys, o,
-                                   panel[p].alpha);
+            const int64_t i0 = q_begin + p * N, i1 = (i0 + N < q_end ? i0 + N : q_end) - 1;
+            const int64_t begin = clamp_key(visible_begin(args.visible, i0) - k0, keys);
+            const int64_t end = clamp_key(visible_end(args.visible, i1) - k0, keys);
+            if (begin >= end) continue;  // no row of the panel sees the tile
+            const int64_t seen_begin = clamp_key(visible_begin(args.visible, i1) - k0, keys);
+            const int64_t seen_end = clamp_key(visible_end(args.visible, i0) - k0, keys);
+            // Only the groups of keys that some row sees. What is left out would add zeros.
+            const int64_t first = begin / S::mr * S::mr;
+            const int64_t full = (end + S::mr - 1) / S::mr * S::mr;
+            const int64_t last = full < padded ? full : padded;
+            const bool masked = first < seen_begin || last > seen_end;
+            set_visible(args, i0, k0, keys, panel[p]);
+            const bool fresh = panel[p].fresh;
+            panel[p].fresh = false;
+            const int32_t diagonal = static_cast<int32_t>(i0 + args.seqlen_kv - args.seqlen_q - k0);
+            const float* query = memory + at.query + p * at.depth * N;
+            const auto softmax = [&](auto plain) {
+                constexpr bool Plain = decltype(plain)::value;
+                score_panel<S, U, Plain>(scoring, key, query, at.depth, first, last, seen_begin,
+                                         seen_end, diagonal, scores, panel[p]);
+                if (masked)
+                    exponentials<S, U, true, Plain>(scoring, first, last, scores, probabilities,
+                                                    panel[p]);
+                else
+                    exponentials<S, U, false, Plain>(scoring, first, last, scores, probabilities,
+                                                     panel[p]);
+            };
+            if (scoring.plain)
+                softmax(Constant<1>{});
+            else
+                softmax(Constant<0>{});
+
+            const int64_t first_unit = first / E;
+            const int64_t last_unit = last / E < units ? last / E : units;
+            const bool partly = begin < seen_begin || end > seen_end;
+            if (partly && finite < 0)
+                finite = all_finite<S, U>(value, at.value_pitch, 0, units, Dv);
+            float* o = memory + at.out + p * at.channels * N;
+            if (partly && !finite) {
+                accumulate_guarded<S, U>(Dv, value, at.value_pitch, probabilities, first_unit,
+                                         last_unit, panel[p], fresh, o);
+            } else {
+                for (int64_t c = 0; c < at.channels; c += S::mr)
+                    with_height<S>(at.channels - c < S::mr ? at.channels - c : S::mr,
+                                   [&](auto height) {
+                                       accumulate<S, U, decltype(height)::value>(
+                                           value + first_unit * at.value_pitch + c, at.value_pitch,
+                                           probabilities + first_unit * N, last_unit - first_unit,
+                                           panel[p], fresh, o + c * N);
+                                   });
+            }
+            if constexpr (U::flushes)
+                if (tiny)
+                    accumulate_tiny<S, U>(v_rows, args.value, keys, Dv, probabilities, first, last,
+                                          o);
         }
     }
 
     // O / sum, transposed back. A row that saw no key: 0, and LSE -inf.
-    storage* out = static_cast<storage*>(args.out.data) + batch * args.out.stride_batch +
-                   head * args.out.stride_head;
-    float* lse = args.lse.data ? static_cast<float*>(args.lse.data) +
-                                     batch * args.lse.stride_batch + head * args.lse.stride_head
-                               : nullptr;
-    const double unit = plain(args, slope) ? double{args.score_scale} + args.score_scale_low : 1.0;
+    for (int64_t i = 0; i < q_end - q_begin; i += W)
+        store_transposed<S, typename U::type>(
+            memory + at.out + i / N * at.channels * N + i % N, N, panel[i / N].sum + i % N,
+            q_end - q_begin - i, Dv, head_of(args.out, head) + (q_begin + i) * args.out.stride_row,
+            args.out);
+    if (!args.lse.data) return;
+    float* lse = static_cast<float*>(args.lse.data) + batch * args.lse.stride_batch +
+                 head * args.lse.stride_head;
+    const double unit = scoring.plain ? double{args.score_scale} + args.score_scale_low : 1.0;
     for (int64_t i = 0; i < q_end - q_begin; ++i) {
-        const Panel<S>& own = panel[i / N];
-        const float sum = own.sum[i % N], maximum = own.maximum[i % N];
-        const float* from = o_t + (i / N) * Dv * N + i % N;
-        for (int64_t c = 0; c < Dv; ++c) row[c] = sum == 0 ? 0.f : from[c * N] / sum;
-        store_row<S, T>(row, Dv, out + (q_begin + i) * args.out.stride_row,
-                        args.out.stride_channel);
-        if (lse)
-            lse[(q_begin + i) * args.lse.stride_row] =
-                sum == 0 ? -infinity
-                         : static_cast<float>((maximum * unit + __builtin_log2(sum)) * ln_2);
+        const float sum = panel[i / N].sum[i % N], maximum = panel[i / N].maximum[i % N];
+        lse[(q_begin + i) * args.lse.stride_row] =
+            sum == 0 ? -infinity
+                     : static_cast<float>((maximum * unit + __builtin_log2(sum)) * ln_2);
     }
 }
 
-template <class S>
-constexpr Kernels kernels_of(const char* name) {
-    return {name,
-            S::nv * S::W,
-            forward_block<S, F32>,
-            forward_block<S, F16>,
-            forward_block<S, BF16>,
-            forward_scratch_floats<S>};
+template <class S, class U>
+int64_t forward_scratch_floats(const ForwardArgs& args) {
+    constexpr int64_t N = S::nv * S::W;
+    return Scratch<S, U>(args, (args.block_q + N - 1) / N).size;
 }
+
+template <class S, class U>
+constexpr ForwardKernel forward_kernel{forward_block<S, U>, forward_scratch_floats<S, U>};

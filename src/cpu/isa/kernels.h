@@ -34,16 +34,21 @@ struct ForwardArgs {
 using ForwardFn = void (*)(const ForwardArgs&, int64_t batch, int64_t head, int64_t q_begin,
                            float* scratch);
 
+struct ForwardKernel {
+    ForwardFn run;
+    int64_t (*scratch_floats)(const ForwardArgs&);
+};
+
 struct Kernels {
     const char* name;
-    int lanes;  // queries that one panel holds
-    ForwardFn forward_f32, forward_f16, forward_bf16;
-    int64_t (*forward_scratch_floats)(const ForwardArgs&);
+    const Kernels* base;  // has what is null here; null: nothing is
+    int lanes;            // queries that one panel holds
+    ForwardKernel forward_f32, forward_f16, forward_bf16;
 };
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx512_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
 #elif defined(__aarch64__)
 extern const Kernels neon_kernels;
 #endif

@@ -10,7 +10,7 @@ constexpr int vector_lanes = 4;
 #include "cpu/isa/simd.h"
 
 struct Simd : SimdBase {
-    static constexpr int mr = 6, nv = 4;  // 24 accumulators of 32 registers
+    static constexpr int mr = 12, nv = 2;  // 24 accumulators of 32 registers
 
     static vf load_f16(const uint16_t* p) {
         return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
@@ -24,6 +24,13 @@ struct Simd : SimdBase {
 
 }  // namespace
 
-constinit const Kernels neon_kernels = kernels_of<Simd>("neon");
+constinit const Kernels neon_kernels{
+    "neon",
+    nullptr,
+    Simd::nv * Simd::W,
+    forward_kernel<Simd, FloatUnits<Simd, F32>>,
+    forward_kernel<Simd, FloatUnits<Simd, F16>>,
+    forward_kernel<Simd, FloatUnits<Simd, BF16>>,
+};
 
 }  // namespace umfa::cpu

@@ -15,6 +15,13 @@ struct Simd : SimdBase {
 
 }  // namespace
 
-constinit const Kernels portable_kernels = kernels_of<Simd>("portable");
+constinit const Kernels portable_kernels{
+    "portable",
+    nullptr,
+    Simd::nv * Simd::W,
+    forward_kernel<Simd, FloatUnits<Simd, F32>>,
+    forward_kernel<Simd, FloatUnits<Simd, F16>>,
+    forward_kernel<Simd, FloatUnits<Simd, BF16>>,
+};
 
 }  // namespace umfa::cpu

@@ -14,14 +14,18 @@ struct Candidate {
     bool (*usable)();
 };
 
+#if defined(__x86_64__)
+bool avx512() {
+    return has_feature("avx512f") && has_feature("avx512bw") && has_feature("avx512dq") &&
+           has_feature("avx512vl");
+}
+#endif
+
 // Best first; the last one runs anywhere.
 const Candidate candidates[] = {
 #if defined(__x86_64__)
-    {&avx512_kernels,
-     [] {
-         return has_feature("avx512f") && has_feature("avx512bw") && has_feature("avx512dq") &&
-                has_feature("avx512vl");
-     }},
+    {&avx512_bf16_kernels, [] { return avx512() && has_feature("avx512_bf16"); }},
+    {&avx512_kernels, avx512},
     {&avx2_kernels,
      [] { return has_feature("avx2") && has_feature("fma") && has_feature("f16c"); }},
 #elif defined(__aarch64__)

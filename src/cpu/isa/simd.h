@@ -3,14 +3,31 @@
 // `vector_lanes`: a constant, not a template parameter, because GCC 12 rejects
 // __builtin_convertvector on vectors of dependent size.
 
+template <int... I>
+struct Indices {};
+template <int Count, int... I>
+struct CountTo : CountTo<Count - 1, Count - 1, I...> {};
+template <int... I>
+struct CountTo<0, I...> {
+    using type = Indices<I...>;
+};
+
 struct SimdBase {
     static constexpr int W = vector_lanes;
     typedef float vf __attribute__((vector_size(4 * W)));
     typedef int32_t vi __attribute__((vector_size(4 * W)));
     typedef uint32_t vu __attribute__((vector_size(4 * W)));
     typedef uint16_t vh __attribute__((vector_size(2 * W)));
+    using first_lanes = CountTo<W>::type;
+
+    static constexpr bool native_exponent = false;
 
     static vf splat(float x) { return x - vf{}; }
+    static vf splat_bits(const float* p) {  // 32 bits that need not be a float
+        uint32_t bits;
+        __builtin_memcpy(&bits, p, sizeof bits);
+        return (vf)(vu{} + bits);
+    }
     static vf load(const float* p) {
         vf x;
         __builtin_memcpy(&x, p, sizeof x);
@@ -22,7 +39,7 @@ struct SimdBase {
         __builtin_memcpy(&x, p, sizeof x);
         return x;
     }
-    static vf max(vf a, vf b) { return a > b ? a : b; }
+    static vf max(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
     static vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
     static vu load_u16(const uint16_t* p) {
@@ -33,6 +50,26 @@ struct SimdBase {
     static void store_u16(uint16_t* p, vu x) {
         vh y = __builtin_convertvector(x, vh);
         __builtin_memcpy(p, &y, sizeof y);
+    }
+
+    /// a0 b0 a1 b1 ... of the lower or upper halves of a and b.
+    template <int First, int... I>
+    static vf interleave(vf a, vf b, Indices<I...>) {
+        return __builtin_shufflevector(a, b, (First + I / 2 + (I % 2) * W)...);
+    }
+    static vf interleave_low(vf a, vf b) { return interleave<0>(a, b, first_lanes{}); }
+    static vf interleave_high(vf a, vf b) { return interleave<W / 2>(a, b, first_lanes{}); }
+
+    /// Rows become columns. Each pass moves one bit of the row number into the lane number.
+    static void transpose(vf (&x)[W]) {
+        for (int pass = 1; pass < W; pass *= 2) {
+            vf y[W];
+            for (int i = 0; i < W / 2; ++i) {
+                y[2 * i] = interleave_low(x[i], x[i + W / 2]);
+                y[2 * i + 1] = interleave_high(x[i], x[i + W / 2]);
+            }
+            for (int i = 0; i < W; ++i) x[i] = y[i];
+        }
     }
 
     static vf load_bf16(const uint16_t* p) { return (vf)(load_u16(p) << 16); }

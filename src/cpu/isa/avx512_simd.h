@@ -1,0 +1,28 @@
+// Vectors of AVX-512 F, BW, DQ and VL; included by avx512*.cpp after simd.h.
+
+struct Avx512 : SimdBase {
+    static constexpr int mr = 12, nv = 2;  // 24 accumulators of 32 registers
+    static constexpr bool native_exponent = true;
+
+    static vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+    static vf round(vf x) {
+        return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    /// p * 2**whole; 0 where x < -126.
+    static vf scale_unless_tiny(vf p, vf whole, vf x) {
+        const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+        return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
+    }
+
+    static vu load_u16(const uint16_t* p) {
+        return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static vf load_bf16(const uint16_t* p) { return (vf)(load_u16(p) << 16); }
+    static vf load_f16(const uint16_t* p) {
+        return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static void store_f16(uint16_t* p, vf x) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                            _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+    }
+};

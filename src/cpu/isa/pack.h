@@ -1,0 +1,130 @@
+// Copies a tile of Q, K or V into the panels that the micro-kernel reads, converting on the way.
+
+/// dst[0, n) = src[0], src[stride], ...; zeros up to `size`.
+template <class Element>
+inline void gather(const Element* src, int64_t stride, int64_t n, Element* dst, int64_t size) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = src[i * stride];
+    for (int64_t i = n; i < size; ++i) dst[i] = 0;
+}
+
+/// Units [first, first + W) of one row of `channels` elements; zeros past its end.
+template <class S, class U>
+inline typename S::vf row_units(const typename U::storage* row, int64_t stride, int64_t first,
+                                int64_t channels) {
+    constexpr int count = S::W * U::E;
+    const int64_t left = channels - first * U::E;
+    if (stride == 1 && left >= count) return U::from_row(row + first * U::E);
+    typename U::storage buffer[count];
+    gather(row + first * U::E * stride, stride, left < count ? left : int64_t{count}, buffer,
+           count);
+    return U::from_row(buffer);
+}
+
+/// Transposes `rows` rows (at most `height`): dst[unit * pitch + row], zeros for missing rows.
+/// Up to W floats after the panel may be overwritten.
+template <class S, class U>
+inline void pack_transposed(const typename U::storage* src, const Rows& layout, int64_t rows,
+                            int64_t height, int64_t pitch, int64_t channels, float* dst) {
+    using vf = typename S::vf;
+    constexpr int W = S::W;
+    const int64_t units = (channels + U::E - 1) / U::E;
+    for (int64_t u = 0; u < units; u += W)
+        for (int64_t r0 = 0; r0 < height; r0 += W) {
+            vf x[W];
+            for (int r = 0; r < W; ++r)
+                x[r] = r0 + r < rows ? row_units<S, U>(src + (r0 + r) * layout.stride_row,
+                                                       layout.stride_channel, u, channels)
+                                     : vf{};
+            S::transpose(x);
+            // Where pitch < W each store runs into the next unit's place, which is written later.
+            const int64_t count = units - u < W ? units - u : W;
+            float* to = dst + u * pitch + r0;
+            if (count == W)
+                for (int i = 0; i < W; ++i) S::store(to + i * pitch, x[i]);
+            else
+                for (int64_t i = 0; i < count; ++i) S::store(to + i * pitch, x[i]);
+        }
+}
+
+/// dst[unit * pitch + channel] for a tile of V; up to W floats after each row may be written.
+/// True when U leaves out tiny values and the tile has some.
+template <class S, class U>
+inline bool pack_values(const typename U::storage* src, const Rows& layout, int64_t rows,
+                        int64_t channels, int64_t pitch, float* dst) {
+    using storage = typename U::storage;
+    constexpr int W = S::W;
+    const storage nothing[W] = {};
+    bool tiny = false;
+    const auto put = [&](float* to, typename S::vf x) {
+        if constexpr (U::flushes) x = U::without_tiny(x, tiny);
+        S::store(to, x);
+    };
+    for (int64_t k = 0; k < rows; k += U::E, dst += pitch) {
+        const storage* row[U::E];
+        for (int e = 0; e < U::E; ++e) row[e] = src + (k + e) * layout.stride_row;
+        int64_t c = 0;
+        if (layout.stride_channel == 1 && k + U::E <= rows)
+            for (; c + W <= channels; c += W) put(dst + c, U::from_rows(row, c));
+        for (; c < channels; c += W) {  // the tail, strided rows, and the last odd one
+            const int64_t count = channels - c < W ? channels - c : int64_t{W};
+            storage buffer[U::E][W];
+            const storage* part[U::E];
+            for (int e = 0; e < U::E; ++e) {
+                part[e] = k + e < rows ? buffer[e] : nothing;
+                if (k + e < rows)
+                    gather(row[e] + c * layout.stride_channel, layout.stride_channel, count,
+                           buffer[e], W);
+            }
+            put(dst + c, U::from_rows(part, 0));
+        }
+    }
+    return tiny;
+}
+
+/// Whether units [first, last) of a packed tile hold no inf and no NaN.
+template <class S, class U>
+inline bool all_finite(const float* tile, int64_t pitch, int64_t first, int64_t last,
+                       int64_t channels) {
+    using vf = typename S::vf;
+    vf sum{};  // x * 0 is 0 for finite x, else NaN
+    for (int64_t k = first; k < last; ++k)
+        for (int64_t c = 0; c < channels; c += S::W)
+            sum += U::times_zero(S::load(tile + k * pitch + c));
+    for (int i = 0; i < S::W; ++i)
+        if (sum[i] != 0) return false;
+    return true;
+}
+
+/// Writes W rows of `channels` elements from their transpose, x[channel * pitch + lane], each lane
+/// divided by its `divisor` (0: the row is 0). Only the first `rows` are stored.
+template <class S, class T>
+inline void store_transposed(const float* x, int64_t pitch, const float* divisor, int64_t rows,
+                             int64_t channels, typename T::storage* dst, const Rows& layout) {
+    using vf = typename S::vf;
+    using storage = typename T::storage;
+    constexpr int W = S::W;
+    const vf by = S::load(divisor), inverse = 1.f / by;
+    for (int64_t c = 0; c < channels; c += W) {
+        const int64_t count = channels - c < W ? channels - c : W;
+        vf y[W];
+        for (int i = 0; i < W; ++i) {
+            // A quotient from the reciprocal and one correction (Markstein 1990): division itself
+            // took 12 % of a cross-attention with 77 keys.
+            const vf dividend = i < count ? S::load(x + (c + i) * pitch) : vf{};
+            const vf quotient = dividend * inverse, rest = dividend - quotient * by;
+            y[i] = rest == rest ? quotient + rest * inverse : quotient;
+            y[i] = by == 0.f ? vf{} : y[i];
+        }
+        S::transpose(y);
+        storage* to = dst + c * layout.stride_channel;
+        for (int r = 0; r < W && r < rows; ++r, to += layout.stride_row) {
+            if (count == W && layout.stride_channel == 1) {
+                T::template store<S>(to, y[r]);
+                continue;
+            }
+            storage buffer[W];
+            T::template store<S>(buffer, y[r]);
+            for (int64_t i = 0; i < count; ++i) to[i * layout.stride_channel] = buffer[i];
+        }
+    }
+}

@@ -1,0 +1,53 @@
+// The micro-kernel of both products: c[m][lanes] = sum_k a[k][m] * b[k][lanes], MR x (NV vectors) of
+// accumulators in registers. `a` has MR units in a row, each broadcast, and the next step's
+// `a_step` units further; `b` holds NV vectors per step. What becomes of the sums is the caller's `done(acc)`: scores go through
+// scaling, masks and the running maximum while they are still in registers.
+//
+// AVX-512 on Zen 4: 24 accumulators; 12 broadcasts + 2 loads feed 24 FMAs.
+
+template <class S, class U, int MR, class Done>
+inline __attribute__((always_inline)) void micro_kernel(const float* a, int64_t a_step,
+                                                        const float* b, int64_t depth,
+                                                        Done&& done) {
+    using vf = typename S::vf;
+    constexpr int NV = S::nv, W = S::W;
+    vf acc[MR][NV];
+    for (int m = 0; m < MR; ++m)
+        for (int n = 0; n < NV; ++n) acc[m][n] = vf{};
+    for (int64_t k = 0; k < depth; ++k) {
+        vf bk[NV];
+        for (int n = 0; n < NV; ++n) bk[n] = S::load(b + n * W);
+        for (int m = 0; m < MR; ++m) {
+            const vf am = S::splat_bits(a + m);
+            for (int n = 0; n < NV; ++n) acc[m][n] = U::fma(acc[m][n], am, bk[n]);
+        }
+        a += a_step;
+        b += NV * W;
+    }
+    done(acc);
+}
+
+/// Panels hold S::mr rows, the last one what is left, rounded up to a third of that: few sizes to
+/// compile, few rows computed for nothing.
+template <class S>
+constexpr int row_step = S::mr % 3 == 0 ? S::mr / 3 : S::mr;
+
+template <class S>
+constexpr int64_t padded_rows(int64_t rows) {
+    return (rows + row_step<S> - 1) / row_step<S> * row_step<S>;
+}
+
+/// Calls f(Constant<MR>{}) for the panel height `rows`.
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+template <class S, int MR = S::mr, class F>
+inline void with_height(int64_t rows, F&& f) {
+    if constexpr (MR == row_step<S>)
+        f(Constant<MR>{});
+    else if (rows == MR)
+        f(Constant<MR>{});
+    else
+        with_height<S, MR - row_step<S>>(rows, static_cast<F&&>(f));
+}

@@ -1,0 +1,120 @@
+// Online softmax (Milakov & Gimelshein 2018) for one panel of queries, which lie along the lanes:
+// row maxima and sums are plain lane-wise operations.
+
+template <class S>
+struct Panel {  // one panel of queries: nv * W lanes
+    static constexpr int N = S::nv * S::W;
+    int32_t begin[N], end[N];  // visible keys, relative to the tile
+    // maximum is in the units of the scores as they are kept: q.k if plain, else log2.
+    float tile_maximum[N], alpha[N], maximum[N], sum[N];
+    bool fresh;  // no tile seen: O holds nothing yet
+};
+
+/// How scores become exponents; the same for a whole call, but for the slope.
+struct Scoring {
+    float scale, scale_low;  // as in ForwardArgs
+    float softcap;
+    float slope;  // ALiBi, in units of log2
+    float floor;  // differences to the maximum below this have the exponential 0
+    bool plain;   // scores stay unscaled until the maximum is taken off
+};
+
+inline Scoring scoring_of(const ForwardArgs& args, int64_t batch, int64_t head) {
+    Scoring s;
+    s.scale = args.score_scale;
+    s.scale_low = args.score_scale_low;
+    s.softcap = args.softcap;
+    s.slope = args.slopes
+                  ? args.slopes[batch * args.slopes_stride_batch + head * args.slopes_stride_head] *
+                        log2_e
+                  : 0.f;
+    s.plain = args.softcap == 0 && s.slope == 0 && args.score_scale > 0;
+    // -inf itself would give inf - inf in the two-float scaling.
+    const float lowest = s.plain ? 300.f / s.scale : 300.f;
+    s.floor = lowest < 3e38f ? -lowest : -3e38f;
+    return s;
+}
+
+/// Scores of MR keys from `first` on: scaled, capped, biased, masked as asked; stored, and their
+/// maximum kept. `diagonal`: key position, relative to the tile, of lane 0's own key.
+template <class S, bool Masked, bool Plain, int MR>
+inline __attribute__((always_inline)) void finish_scores(typename S::vf (&acc)[MR][S::nv],
+                                                         const Scoring& scoring, int32_t first,
+                                                         int32_t diagonal, float* scores,
+                                                         Panel<S>& panel) {
+    using L = Lanes<S>;
+    using vf = typename S::vf;
+    using vi = typename S::vi;
+    using vu = typename S::vu;
+    constexpr int NV = S::nv, W = S::W;
+    vi lane;
+    for (int w = 0; w < W; ++w) lane[w] = w;
+    for (int n = 0; n < NV; ++n) {
+        vf maximum = S::load(panel.tile_maximum + n * W);
+        for (int m = 0; m < MR; ++m) {
+            vf s = acc[m][n];
+            if constexpr (!Plain) {
+                s *= scoring.scale;
+                if (scoring.softcap != 0) s = scoring.softcap * L::tanh(s);
+                if (scoring.slope != 0) {
+                    // Exact below 2**24: the distance to the diagonal is taken in integers.
+                    const vf distance = S::to_float(lane + (diagonal + n * W - (first + m)));
+                    s -= scoring.slope * (vf)((vu)distance & 0x7fffffffu);
+                }
+            }
+            if constexpr (Masked) {
+                const vi key = vi{} + (first + m);
+                const vi begin = S::load_int(panel.begin + n * W);
+                const vi end = S::load_int(panel.end + n * W);
+                s = ((key >= begin) & (key < end)) ? s : S::splat(-__builtin_inff());
+            }
+            S::store(scores + (m * NV + n) * W, s);
+            maximum = S::max(s, maximum);
+        }
+        S::store(panel.tile_maximum + n * W, maximum);
+    }
+}
+
+/// Scores -> probabilities for keys [first, last) of a tile, as units of keys in `units`, which may
+/// be `scores`; updates maximum, sum, alpha. first and last are multiples of U::E.
+template <class S, class U, bool Masked, bool Plain>
+inline void exponentials(const Scoring& scoring, int64_t first, int64_t last, const float* scores,
+                         float* units, Panel<S>& panel) {
+    using L = Lanes<S>;
+    using vf = typename S::vf;
+    constexpr int NV = S::nv, W = S::W, E = U::E;
+    constexpr float infinity = __builtin_inff();
+    vf pivot[NV], sum[NV];
+    // Plain scores are scaled only after the maximum is taken off, by a scale of two floats:
+    // however large they are, what exp2 sees is right to its last bits.
+    const auto power = [&](vf difference) {
+        difference = S::max(S::splat(scoring.floor), difference);
+        if constexpr (!Plain) return L::exp2(difference);
+        return L::exp2(difference * scoring.scale + difference * scoring.scale_low);
+    };
+    for (int n = 0; n < NV; ++n) {
+        const vf old = S::load(panel.maximum + n * W);
+        const vf now = S::max(S::load(panel.tile_maximum + n * W), old);
+        // A lane that has seen no key keeps -inf; 0 stands in, and its exponentials are 0 below.
+        pivot[n] = now == -infinity ? vf{} : now;
+        vf alpha = power(old - pivot[n]);
+        alpha = old == -infinity ? vf{} : alpha;
+        S::store(panel.maximum + n * W, now);
+        S::store(panel.alpha + n * W, alpha);
+        sum[n] = vf{};
+    }
+    for (int64_t k = first; k < last; k += E)
+        for (int n = 0; n < NV; ++n) {
+            vf p[E];
+            for (int e = 0; e < E; ++e) {
+                const vf s = S::load(scores + ((k + e) * NV + n) * W);
+                p[e] = power(s - pivot[n]);
+                if constexpr (Masked) p[e] = s == -infinity ? vf{} : p[e];  // whatever the scale
+                sum[n] += p[e];
+            }
+            S::store(units + (k / E * NV + n) * W, U::pack(p));
+        }
+    for (int n = 0; n < NV; ++n)
+        S::store(panel.sum + n * W,
+                 sum[n] + S::load(panel.sum + n * W) * S::load(panel.alpha + n * W));
+}

@@ -1,0 +1,58 @@
+// What the micro-kernels multiply: units of 4 bytes that hold one float, or two bfloat16, or four
+// int8. Both products of attention are then one loop over units whatever the element type.
+//
+// `E` elements make a unit; `fma(acc, a, b)` adds the product of all E pairs to each lane.
+
+/// Floats, read from T = F32, F16 or BF16 on the way into a panel.
+template <class S, class T>
+struct FloatUnits {
+    using type = T;
+    using storage = typename T::storage;
+    static constexpr int E = 1;
+    static constexpr bool flushes = false;  // subnormal numbers
+    using vf = typename S::vf;
+
+    static vf fma(vf acc, vf a, vf b) { return acc + a * b; }
+    /// W units from W contiguous elements.
+    static vf from_row(const storage* p) { return T::template load<S>(p); }
+    /// W units from the same columns of E rows.
+    static vf from_rows(const storage* const* rows, int64_t at) {
+        return T::template load<S>(rows[0] + at);
+    }
+    /// One unit from E vectors of floats.
+    static vf pack(const vf* x) { return x[0]; }
+    /// 0 where every element is finite, else NaN.
+    static vf times_zero(vf x) { return x * 0.f; }
+};
+
+/// Pairs of bfloat16 for instructions that add two products to a float. Queries, keys and values
+/// pass unchanged; probabilities are rounded to bfloat16.
+///
+/// The instructions take subnormal numbers, and give subnormal results, as 0. For scores that is
+/// nothing. Values below 2**-100 are left out of the product (`without_tiny`), and added by ordinary
+/// multiplications in the rare tile that holds any (see accumulate_tiny).
+template <class S>
+struct Bf16Units {
+    using type = BF16;
+    using storage = uint16_t;
+    static constexpr int E = 2;
+    static constexpr bool flushes = true;
+    static constexpr uint16_t tiny = (127 - 100) << 7;  // 2**-100
+    using vf = typename S::vf;
+    using vu = typename S::vu;
+
+    static vf fma(vf acc, vf a, vf b) { return S::fma_bf16(acc, a, b); }
+    static vf from_row(const storage* p) {
+        vf x;
+        __builtin_memcpy(&x, p, sizeof x);
+        return x;
+    }
+    static vf from_rows(const storage* const* rows, int64_t at) {
+        return (vf)(S::load_u16(rows[0] + at) | (vu)S::load_bf16(rows[1] + at));
+    }
+    static vf pack(const vf* x) { return S::pack_bf16(x[0], x[1]); }
+    static bool is_tiny(storage x) { return (x & 0x7fff) != 0 && (x & 0x7fff) < tiny; }
+    /// x with tiny elements made 0; `found` if there was one that was not 0.
+    static vf without_tiny(vf x, bool& found) { return S::without_tiny_bf16(x, tiny, found); }
+    static vf times_zero(vf x) { return (vf)((vu)x << 16) * 0.f + (vf)((vu)x & 0xffff0000u) * 0.f; }
+};
