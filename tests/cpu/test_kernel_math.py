@@ -23,6 +23,7 @@ FLAGS = {
     "avx512_bf16": AVX512 + ["-mavx512bf16"],
     "neon": [],
 }
+BASES = {"avx512_bf16": ["avx512.cpp"]}
 USABLE = [name for name, usable in umfa._ext.cpu_isas() if usable]
 Run = Callable[[str, np.ndarray], np.ndarray]
 
@@ -45,6 +46,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             f"-I{ROOT / 'src'}",
             f"-I{ROOT / 'shaders'}",
             str(Path(__file__).with_name("kernel_math.cpp")),
+            *(str(ROOT / "src/cpu/isa" / name) for name in BASES.get(request.param, [])),
             "-o",
             str(program),
         ],
