@@ -313,16 +313,9 @@ void forward_block(const ForwardArgs& args, int64_t batch, int64_t head, int64_t
             memory + at.out + i / N * at.channels * N + i % N, N, panel[i / N].sum + i % N,
             q_end - q_begin - i, Dv, head_of(args.out, head) + (q_begin + i) * args.out.stride_row,
             args.out);
-    if (!args.lse.data) return;
-    float* lse = static_cast<float*>(args.lse.data) + batch * args.lse.stride_batch +
-                 head * args.lse.stride_head;
-    const double unit = scoring.plain ? double{args.score_scale} + args.score_scale_low : 1.0;
-    for (int64_t i = 0; i < q_end - q_begin; ++i) {
-        const float sum = panel[i / N].sum[i % N], maximum = panel[i / N].maximum[i % N];
-        lse[(q_begin + i) * args.lse.stride_row] =
-            sum == 0 ? -infinity
-                     : static_cast<float>((maximum * unit + __builtin_log2(sum)) * ln_2);
-    }
+    for (int64_t i = 0; i < q_end - q_begin; ++i)
+        store_lse(args, scoring, batch, head, q_begin + i, panel[i / N].maximum[i % N],
+                  panel[i / N].sum[i % N]);
 }
 
 template <class S, class U>
@@ -330,6 +323,3 @@ int64_t forward_scratch_floats(const ForwardArgs& args) {
     constexpr int64_t N = S::nv * S::W;
     return Scratch<S, U>(args, (args.block_q + N - 1) / N).size;
 }
-
-template <class S, class U>
-constexpr ForwardKernel forward_kernel{forward_block<S, U>, forward_scratch_floats<S, U>};
