@@ -74,8 +74,8 @@ void run_forward(const Problem& problem) {
         // Under a causal mask the last blocks see the most keys: they go first, so that no thread
         // starts a long one when the others are done.
         const int64_t block = problem.causal ? blocks - 1 - task % blocks : task % blocks;
-        own.forward.run(args, head / problem.nheads_q, head % problem.nheads_q, block * args.block_q,
-                        thread_scratch(scratch));
+        own.forward.run(args, head / problem.nheads_q, head % problem.nheads_q,
+                        block * args.block_q, thread_scratch(scratch));
     });
 }
 

@@ -6,25 +6,27 @@
 // Parts are `decode_part` keys long whatever the machine, and rows never mix: the bits of a row do
 // not depend on threads or on other rows. Included after forward_kernel.h.
 
-constexpr int64_t decode_tile = 64;  // keys per softmax step: with D=128, 16 KiB of bfloat16
+constexpr int64_t decode_tile = 32;  // keys per softmax step
 constexpr int decode_rows = 4;       // rows at a time: 16 accumulators with 4 vectors of channels
 
+/// Where the pieces of one key head's scratch begin, in floats; the scores' tile is shared by all.
 template <class S, class U>
 struct DecodeScratch {
+    static constexpr int64_t scores = decode_rows * decode_tile;
+    int64_t rows;             // queries of the heads that share the key head
     int64_t depth, channels;  // units of a row of Q and channels of a row of O, whole vectors
-    int64_t query, out, scores, sum, row, size;
+    int64_t query, out, sum, maximum, size;
 
     explicit DecodeScratch(const ForwardArgs& args) {
         constexpr int64_t W = S::W;
-        const int64_t rows = args.group * args.seqlen_q;
+        rows = args.group * args.seqlen_q;
         depth = ((args.head_dim + U::E - 1) / U::E + W - 1) / W * W;
         channels = (args.head_dim_v + W - 1) / W * W;
-        query = 0;                              // [row][depth]
-        out = query + rows * depth;             // [row][channels]
-        scores = out + rows * channels;         // [decode_rows][decode_tile]
-        sum = scores + decode_rows * decode_tile;  // [row][W], to be added up
-        row = sum + rows * W;                   // [row]: maximum
-        size = row + (rows + 15) / 16 * 16;
+        query = 0;                    // [row][depth]
+        out = query + rows * depth;   // [row][channels]
+        sum = out + rows * channels;  // [row][W], to be added up
+        maximum = sum + rows * W;     // [row]
+        size = maximum + (rows + 15) / 16 * 16;
     }
 };
 
@@ -40,7 +42,7 @@ inline typename S::vf sum_each(typename S::vf (&x)[S::W]) {
 /// q.k of R rows and `keys` keys of a tile.
 template <class S, class U, int R>
 __attribute__((noinline)) void decode_scores(const typename U::storage* key, const Rows& layout,
-                                             int64_t keys, int64_t ahead, int64_t channels,
+                                             int64_t keys, int64_t next, int64_t channels,
                                              const float* query, int64_t depth, float* scores) {
     using vf = typename S::vf;
     constexpr int W = S::W;
@@ -48,10 +50,9 @@ __attribute__((noinline)) void decode_scores(const typename U::storage* key, con
     for (int64_t k0 = 0; k0 < keys; k0 += W) {
         vf sum[R][W];
         for (int j = 0; j < W; ++j) {
-            const bool real = k0 + j < keys;
-            const typename U::storage* row = key + (real ? k0 + j : keys - 1) * layout.stride_row;
-            if (real && k0 + j < ahead)
-                prefetch_rows<S>(row + decode_tile * layout.stride_row, layout, 0, 1, channels);
+            const int64_t k = k0 + j < keys ? k0 + j : keys - 1;
+            const typename U::storage* row = key + k * layout.stride_row;
+            if (k < next) prefetch_row(row + decode_tile * layout.stride_row, layout, channels);
             vf acc[R];
             for (int r = 0; r < R; ++r) acc[r] = vf{};
             for (int64_t u = 0; u < whole; u += W) {
@@ -119,7 +120,7 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
 /// O = O * alpha + P V for R rows and keys [first, last); the sum over the tile meets O once.
 template <class S, class T, int R>
 __attribute__((noinline)) void decode_values(const typename T::storage* value, const Rows& layout,
-                                             int64_t first, int64_t last, int64_t ahead,
+                                             int64_t first, int64_t last, int64_t next,
                                              int64_t channels, const float* p, const float* alpha,
                                              float* out, int64_t pitch) {
     using vf = typename S::vf;
@@ -133,10 +134,9 @@ __attribute__((noinline)) void decode_values(const typename T::storage* value, c
                 for (int v = 0; v < V; ++v) acc[r][v] = vf{};
             for (int64_t k = first; k < last; ++k) {
                 const storage* row = value + k * layout.stride_row + c0;
-                if (k < ahead)
-                    prefetch_rows<S>(row + decode_tile * layout.stride_row, layout, 0, 1, V * W);
+                if (k < next) prefetch_row(row + decode_tile * layout.stride_row, layout, V * W);
                 vf x[V];
-                for (int v = 0; v < V; ++v) x[v] = T::template load<S>(row + v * W);
+                for (int v = 0; v < V; v += 2) T::template load_two<S>(row + v * W, x[v], x[v + 1]);
                 for (int r = 0; r < R; ++r) {
                     const vf pr = S::splat_bits(p + r * decode_tile + k);
                     for (int v = 0; v < V; ++v) acc[r][v] += pr * x[v];
@@ -144,6 +144,7 @@ __attribute__((noinline)) void decode_values(const typename T::storage* value, c
             }
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < V; ++v) {
+                    if (v % 2 == 0) T::template in_order<S>(acc[r][v], acc[r][v + 1]);
                     float* to = out + r * pitch + c0 + v * W;
                     S::store(to, S::load(to) * alpha[r] + acc[r][v]);
                 }
@@ -194,110 +195,139 @@ inline void write_row(const ForwardArgs& args, int64_t batch, int64_t head, int6
     store_lse(args, scoring_of(args, batch, head), batch, head, row, maximum, sum);
 }
 
-/// All rows of one key head over keys [key_begin, key_end). `part`, when not null, receives for each
-/// row O undivided, its maximum and its sum; else the result is written.
+/// What one key head's queries hold while they go over the keys.
 template <class S, class U>
-void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_kv, int64_t key_begin,
-                    int64_t key_end, float* memory, float* part) {
-    using T = typename U::type;
-    using storage = typename U::storage;
-    constexpr int W = S::W;
-    constexpr float infinity = __builtin_inff();
-    const int64_t D = args.head_dim, Dv = args.head_dim_v, Sq = args.seqlen_q;
-    const int64_t rows = args.group * Sq;
-    const DecodeScratch<S, U> at(args);
-    float *query = memory + at.query, *out = memory + at.out, *scores = memory + at.scores;
-    float *sum = memory + at.sum, *maximum = memory + at.row;
-    const auto row_of = [&](const Rows& where, int64_t r) {
-        return static_cast<storage*>(where.data) + batch * where.stride_batch +
-               (head_kv * args.group + r / Sq) * where.stride_head + r % Sq * where.stride_row;
-    };
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t u = 0; u < at.depth; u += W)
-            S::store(query + r * at.depth + u,
-                     row_units<S, U>(row_of(args.query, r), args.query.stride_channel, u, D));
-        for (int64_t c = 0; c < at.channels; ++c) out[r * at.channels + c] = 0;
-        for (int i = 0; i < W; ++i) sum[r * W + i] = 0;
-        maximum[r] = -infinity;
+struct DecodeHead {
+    const ForwardArgs& args;
+    const DecodeScratch<S, U>& at;
+    int64_t batch, head_kv;
+    float *memory, *scores;
+
+    int64_t head_of(int64_t row) const { return head_kv * args.group + row / args.seqlen_q; }
+    typename U::storage* row_of(const Rows& where, int64_t row) const {
+        return static_cast<typename U::storage*>(where.data) + batch * where.stride_batch +
+               head_of(row) * where.stride_head + row % args.seqlen_q * where.stride_row;
     }
-    const auto kv = [&](const Rows& where, int64_t k) {
-        return static_cast<const storage*>(where.data) + batch * where.stride_batch +
-               head_kv * where.stride_head + k * where.stride_row;
+    const typename U::storage* tile_of(const Rows& where, int64_t key) const {
+        return static_cast<const typename U::storage*>(where.data) + batch * where.stride_batch +
+               head_kv * where.stride_head + key * where.stride_row;
+    }
+
+    void start() {
+        constexpr int W = S::W;
+        for (int64_t r = 0; r < at.rows; ++r) {
+            for (int64_t u = 0; u < at.depth; u += W)
+                S::store(memory + at.query + r * at.depth + u,
+                         row_units<S, U>(row_of(args.query, r), args.query.stride_channel, u,
+                                         args.head_dim));
+            for (int64_t c = 0; c < at.channels; ++c) memory[at.out + r * at.channels + c] = 0;
+            for (int i = 0; i < W; ++i) memory[at.sum + r * W + i] = 0;
+            memory[at.maximum + r] = -__builtin_inff();
+        }
+    }
+
+    /// Keys [k0, k0 + keys), a tile or the rest of one; `next`: how many follow in the next tile.
+    void step(int64_t k0, int64_t keys, int64_t next) {
+        for (int64_t r0 = 0; r0 < at.rows; r0 += decode_rows) switch (at.rows - r0) {
+                case 1: step_rows<1>(r0, k0, keys, next); break;
+                case 2: step_rows<2>(r0, k0, keys, next); break;
+                case 3: step_rows<3>(r0, k0, keys, next); break;
+                default: step_rows<decode_rows>(r0, k0, keys, next);
+            }
+    }
+
+    template <int R>
+    void step_rows(int64_t r0, int64_t k0, int64_t keys, int64_t next) {
+        using T = typename U::type;
+        const typename U::storage* value = tile_of(args.value, k0);
+        const int64_t Dv = args.head_dim_v;
+        // The first rows to come this way bring the next tile.
+        if (r0 != 0) next = 0;
+        decode_scores<S, U, R>(tile_of(args.key, k0), args.key, keys, next, args.head_dim,
+                               memory + at.query + r0 * at.depth, at.depth, scores);
+        float alpha[R];
+        int64_t begin[R], end[R], low = keys, high = 0;
+        bool same = true;
+        for (int r = 0; r < R; ++r) {
+            const int64_t i = (r0 + r) % args.seqlen_q;
+            begin[r] = clamp_key(visible_begin(args.visible, i) - k0, keys);
+            end[r] = clamp_key(visible_end(args.visible, i) - k0, keys);
+            low = begin[r] < low ? begin[r] : low;
+            high = end[r] > high ? end[r] : high;
+            same = same && begin[r] == begin[0] && end[r] == end[0];
+            const Scoring scoring = scoring_of(args, batch, head_of(r0 + r));
+            const int32_t diagonal = static_cast<int32_t>(i + args.seqlen_kv - args.seqlen_q - k0);
+            alpha[r] =
+                (scoring.plain ? decode_softmax<S, true>
+                               : decode_softmax<S, false>)(scoring, begin[r], end[r], keys,
+                                                           diagonal, scores + r * decode_tile,
+                                                           memory[at.maximum + r0 + r],
+                                                           memory + at.sum + (r0 + r) * S::W);
+        }
+        if (low >= high) return;
+        float* out = memory + at.out + r0 * at.channels;
+        // A hidden row of V may hold NaN, and 0 * NaN is NaN: then each row takes its own keys. What
+        // it leaves out would add zeros.
+        if (same || rows_finite<S, T>(value, args.value, low, high, Dv))
+            decode_values<S, T, R>(value, args.value, low, high, next, Dv, scores, alpha, out,
+                                   at.channels);
+        else
+            for (int r = 0; r < R; ++r)
+                decode_values<S, T, 1>(value, args.value, begin[r], end[r], 0, Dv,
+                                       scores + r * decode_tile, alpha + r, out + r * at.channels,
+                                       at.channels);
+    }
+
+    /// `part`, when not null, receives for each row O undivided, its maximum and its sum; else the
+    /// result is written.
+    void finish(float* part) const {
+        for (int64_t r = 0; r < at.rows; ++r) {
+            const float *o = memory + at.out + r * at.channels, *sum = memory + at.sum + r * S::W;
+            const float maximum = memory[at.maximum + r];
+            float total = 0;
+            for (int i = 0; i < S::W; ++i) total += sum[i];
+            if (!part) {
+                write_row<S, typename U::type>(args, batch, head_of(r), r % args.seqlen_q, o,
+                                               maximum, total);
+                continue;
+            }
+            float* to = part + r * (at.channels + 2);
+            for (int64_t c = 0; c < at.channels; ++c) to[c] = o[c];
+            to[at.channels] = maximum;
+            to[at.channels + 1] = total;
+        }
+    }
+};
+
+/// Heads are taken together, tile by tile: where they lie side by side in memory, going over all
+/// keys of one of them would touch every page of the cache for each head (on the 2-core machine,
+/// with 8 heads and pages of 4 KiB, 5 GB/s instead of DECODE_RATE per core).
+template <class S, class U>
+void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int64_t head_end,
+                 int64_t key_begin, int64_t key_end, float* memory, float* part) {
+    using storage = typename U::storage;
+    const DecodeScratch<S, U> at(args);
+    const int64_t heads = head_end - head_begin;
+    const auto head = [&](int64_t h) {
+        return DecodeHead<S, U>{args,  at, batch, head_begin + h, memory + at.scores + h * at.size,
+                                memory};
     };
+    for (int64_t h = 0; h < heads; ++h) head(h).start();
 
     const int64_t first_key = visible_begin(args.visible, int64_t{0});
-    const int64_t last_key = visible_end(args.visible, Sq - 1);
+    const int64_t last_key = visible_end(args.visible, args.seqlen_q - 1);
     const int64_t stop = last_key < key_end ? last_key : key_end;
     int64_t k0 = key_begin;
     if (first_key > k0) k0 = first_key / decode_tile * decode_tile;
     for (; k0 < stop; k0 += decode_tile) {
         const int64_t keys = stop - k0 < decode_tile ? stop - k0 : decode_tile;
-        const int64_t ahead = stop - k0 - decode_tile;  // keys of this tile with one a tile later
-        const storage *key = kv(args.key, k0), *value = kv(args.value, k0);
-        for (int64_t r0 = 0; r0 < rows; r0 += decode_rows) {
-            const int count = static_cast<int>(rows - r0 < decode_rows ? rows - r0 : decode_rows);
-            // The first rows to come this way bring the next tile.
-            const int64_t wanted = r0 == 0 ? ahead : 0;
-            const auto with_rows = [&](auto&& f) {
-                switch (count) {
-                    case 1: return f(Constant<1>{});
-                    case 2: return f(Constant<2>{});
-                    case 3: return f(Constant<3>{});
-                    default: return f(Constant<decode_rows>{});
-                }
-            };
-            with_rows([&](auto R) {
-                decode_scores<S, U, decltype(R)::value>(key, args.key, keys, wanted, D,
-                                                        query + r0 * at.depth, at.depth, scores);
-            });
-            float alpha[decode_rows];
-            int64_t begin[decode_rows], end[decode_rows], low = keys, high = 0;
-            bool same = true;
-            for (int r = 0; r < count; ++r) {
-                const int64_t i = (r0 + r) % Sq;
-                begin[r] = clamp_key(visible_begin(args.visible, i) - k0, keys);
-                end[r] = clamp_key(visible_end(args.visible, i) - k0, keys);
-                low = begin[r] < low ? begin[r] : low;
-                high = end[r] > high ? end[r] : high;
-                same = same && begin[r] == begin[0] && end[r] == end[0];
-                const Scoring scoring =
-                    scoring_of(args, batch, head_kv * args.group + (r0 + r) / Sq);
-                const int32_t diagonal =
-                    static_cast<int32_t>(i + args.seqlen_kv - args.seqlen_q - k0);
-                alpha[r] = (scoring.plain ? decode_softmax<S, true> : decode_softmax<S, false>)(
-                    scoring, begin[r], end[r], keys, diagonal, scores + r * decode_tile,
-                    maximum[r0 + r], sum + (r0 + r) * W);
-            }
-            float* o = out + r0 * at.channels;
-            if (low >= high) continue;
-            // A hidden row of V may hold NaN, and 0 * NaN is NaN: then each row takes its own keys.
-            // What it leaves out would add zeros.
-            if (same || rows_finite<S, T>(value, args.value, low, high, Dv))
-                with_rows([&](auto R) {
-                    decode_values<S, T, decltype(R)::value>(value, args.value, low, high, wanted,
-                                                            Dv, scores, alpha, o, at.channels);
-                });
-            else
-                for (int r = 0; r < count; ++r)
-                    decode_values<S, T, 1>(value, args.value, begin[r], end[r], 0, Dv,
-                                           scores + r * decode_tile, alpha + r,
-                                           o + r * at.channels, at.channels);
+        const int64_t rest = stop - k0 - keys, next = rest < decode_tile ? rest : decode_tile;
+        for (int64_t h = 0; h < heads; ++h) {
+            head(h).step(k0, keys, next);
         }
     }
-
-    for (int64_t r = 0; r < rows; ++r) {
-        float total = 0;
-        for (int i = 0; i < W; ++i) total += sum[r * W + i];
-        if (part) {
-            float* to = part + r * (at.channels + 2);
-            for (int64_t c = 0; c < at.channels; ++c) to[c] = out[r * at.channels + c];
-            to[at.channels] = maximum[r];
-            to[at.channels + 1] = total;
-        } else {
-            write_row<S, T>(args, batch, head_kv * args.group + r / Sq, r % Sq,
-                            out + r * at.channels, maximum[r], total);
-        }
-    }
+    const int64_t row_floats = at.rows * (at.channels + 2);
+    for (int64_t h = 0; h < heads; ++h) head(h).finish(part ? part + h * row_floats : nullptr);
 }
 
 /// Merges the parts of one row, in order. `stride`: floats from one part of the row to the next.
@@ -334,8 +364,9 @@ void decode_merge(const ForwardArgs& args, int64_t batch, int64_t head, int64_t 
 }
 
 template <class S, class U>
-int64_t decode_scratch_floats(const ForwardArgs& args) {
-    return DecodeScratch<S, U>(args).size;
+int64_t decode_scratch_floats(const ForwardArgs& args, int64_t heads) {
+    const DecodeScratch<S, U> at(args);
+    return at.scores + heads * at.size;
 }
 
 /// Floats that one row of a part takes.
@@ -346,7 +377,6 @@ int64_t decode_row_floats(const ForwardArgs& args) {
 
 /// Everything for one element type.
 template <class S, class U>
-constexpr DtypeKernels dtype_kernels{
-    {forward_block<S, U>, forward_scratch_floats<S, U>},
-    {decode_keys<S, U>, decode_merge<S, typename U::type>, decode_scratch_floats<S, U>,
-     decode_row_floats<S>}};
+constexpr DtypeKernels dtype_kernels{{forward_block<S, U>, forward_scratch_floats<S, U>},
+                                     {decode_keys<S, U>, decode_merge<S, typename U::type>,
+                                      decode_scratch_floats<S, U>, decode_row_floats<S>}};

@@ -41,15 +41,15 @@ struct ForwardKernel {
 
 /// Few queries over many keys.
 struct DecodeKernel {
-    /// All queries of the heads that share head_kv, over keys [key_begin, key_end), a multiple of 64
-    /// from 0. `part`: group * seqlen_q rows of row_floats() floats for merge(), or null: these are
-    /// all the keys, and the result is written.
-    void (*run)(const ForwardArgs&, int64_t batch, int64_t head_kv, int64_t key_begin,
-                int64_t key_end, float* scratch, float* part);
+    /// All queries of the key heads [head_begin, head_end), over keys [key_begin, key_end), a
+    /// multiple of 64 from 0. `part`: for each key head group * seqlen_q rows of row_floats() floats
+    /// for merge(), or null: these are all the keys, and the result is written.
+    void (*run)(const ForwardArgs&, int64_t batch, int64_t head_begin, int64_t head_end,
+                int64_t key_begin, int64_t key_end, float* scratch, float* part);
     /// Writes one row from its parts, which lie `stride` floats apart.
     void (*merge)(const ForwardArgs&, int64_t batch, int64_t head, int64_t row, const float* part,
                   int64_t stride, int64_t parts, float* scratch);
-    int64_t (*scratch_floats)(const ForwardArgs&);
+    int64_t (*scratch_floats)(const ForwardArgs&, int64_t heads);
     int64_t (*row_floats)(const ForwardArgs&);
 };
 
