@@ -322,6 +322,17 @@ def test_json_of_something_else_is_refused(
     assert "no such folder" in capsys.readouterr().err
 
 
+def test_a_restless_machine_is_named() -> None:
+    machine = results.Machine("CPU", 2, "Linux", "avx2", [], "gcc")
+    run = results.Run("cpu", 2, 7, False, 0, machine, cases=[measure.blank(cases.CPU[0])])
+    run.cases[0].limit = "peak"
+    run.cases[0].limit_samples = [230e9, 231e9, 225e9]
+    assert report.notes(run) == []
+    run.cases[0].limit_samples.append(120e9)
+    expected = "fp32-full-1536: the machine was not quiet: peak was 120 to 231"
+    assert report.notes(run) == [expected]
+
+
 # ---- chart and documentation -----------------------------------------------------------------
 
 
@@ -397,3 +408,15 @@ def test_every_set_of_kernels_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> No
             text, limit = measure.limit_of(case, measure.Settings(quick=True))
             assert text
             assert limit() > 0
+
+
+def test_time_of_the_kernel_alone() -> None:
+    q = np.random.default_rng(0).standard_normal((1, 5, 2, 8), dtype=np.float32)
+    options = measure.make_options(
+        "umfa.bench", ("q", "k", "v"), 0.0, None, False, (-1, -1), 0.0, False, False, "cpu"
+    )
+    out = np.zeros_like(q)
+    assert _ext.time_forward(options, q, q, q, out, 3) > 0
+    assert np.array_equal(out, umfa.flash_attn_func(q, q, q))
+    with pytest.raises(ValueError, match=r"\[umfa.bench\] calls is out of range; got 0; expected"):
+        _ext.time_forward(options, q, q, q, out, 0)

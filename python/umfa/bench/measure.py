@@ -68,13 +68,17 @@ def settle(limit_s: float = 0.3) -> None:
             return
 
 
-def calls_for(call: Call, sample_s: float) -> int:
-    """Number of calls that take about `sample_s`; the first ones warm up."""
-    call()
+def warmed(turn: Turn, sample_s: float) -> None:
+    """Call until everything has been loaded and compiled; find how many calls a sample takes."""
     start = time.perf_counter()
-    call()
+    turn.out = turn.call()
     seconds = time.perf_counter() - start
-    return max(1, min(10000, round(sample_s / max(seconds, 1e-7))))
+    if seconds < 20 * sample_s:  # else one call is more than enough, and a second takes too long
+        turn.call()
+        start = time.perf_counter()
+        turn.call()
+        seconds = time.perf_counter() - start
+    turn.entry.calls = max(1, min(10000, round(sample_s / max(seconds, 1e-7))))
 
 
 def sample(turn: Turn) -> None:
@@ -200,16 +204,15 @@ def run_case(case: Case, team: Team, settings: Settings, step: Step) -> CaseResu
             entry.agrees = entry.difference <= TOLERANCE[case.dtype]
 
     result.limit, limit = limit_of(case, settings)
-    limits = []
     for number in range(settings.repeats):
         step(f"{number + 1} of {settings.repeats}")
         first = number % len(turns)  # nobody always follows the same one
         for turn in turns[first:] + turns[:first]:
             sample(turn)
         settle()
-        limits.append(limit())
+        result.limit_samples.append(limit())
 
-    result.limit_rate = statistics.median(limits)
+    result.limit_rate = statistics.median(result.limit_samples)
     amount = case.bytes_read if case.kind == "decode" else case.operations
     for turn in turns:
         finish(turn, amount)
@@ -229,9 +232,8 @@ def prepared(
 ) -> Turn | None:
     """Ready for the first sample, with a result; None, and the reason in `entry`, if it cannot."""
     try:
-        call = contender.prepare(case, inputs)
-        turn = Turn(entry, call, call())
-        entry.calls = calls_for(call, settings.sample_s)
+        turn = Turn(entry, contender.prepare(case, inputs))
+        warmed(turn, settings.sample_s)
     except NotSupportedError as error:
         entry.status, entry.reason = NOT_SUPPORTED, str(error)
         return None

@@ -303,14 +303,18 @@ def _refuse_top_left(case: Case) -> None:
 
 
 @contextlib.contextmanager
-def restored_environment() -> Iterator[None]:
-    """Take back what `limit_threads` wrote, for programs that go on."""
+def settings_restored() -> Iterator[None]:
+    """Take back what `assemble` has set, for programs that go on."""
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     threads = umfa.get_num_threads()
+    torch = sys.modules.get("torch")
+    torch_threads = torch.get_num_threads() if torch else None
     try:
         yield
     finally:
         umfa.set_num_threads(threads)
+        if torch:
+            torch.set_num_threads(torch_threads)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -20,6 +20,9 @@ COLUMNS = (
 )
 NONE = "–"
 
+# A limit that varies by so much within a case was disturbed.
+RESTLESS = 1.2
+
 
 def seconds(value: float) -> str:
     """A duration with a unit that suits it."""
@@ -77,8 +80,8 @@ def rows(run: Run) -> list[list[str]]:
 
 
 def notes(run: Run) -> list[str]:
-    """Why there is no measurement, a line each."""
-    return [
+    """Why there is no measurement, or one to doubt; a line each."""
+    missing = [
         f"{case.name}: {entry.status} by {entry.name}: {entry.reason}"
         if entry.status == NOT_SUPPORTED
         else f"{case.name}: {entry.name} failed: {entry.reason}"
@@ -86,6 +89,15 @@ def notes(run: Run) -> list[str]:
         for entry in (case.umfa, *case.peers)
         if entry.status not in (MEASURED, NOT_MEASURED)
     ]
+    # What is measured from registers only varies by a per cent on a machine that does nothing else.
+    restless = [
+        f"{case.name}: the machine was not quiet: {case.limit} was "
+        f"{min(case.limit_samples) / 1e9:.0f} to {max(case.limit_samples) / 1e9:.0f}"
+        for case in run.cases
+        if case.limit_samples and not run.quick
+        if max(case.limit_samples) > RESTLESS * min(case.limit_samples)
+    ]
+    return missing + restless
 
 
 def limits(run: Run) -> dict[str, list[float]]:

@@ -63,7 +63,9 @@ class CaseResult:
     limit: str = ""
     """What umfa's rate is a share of."""
     limit_rate: float | None = None
-    """Median of the measurements of it, one for each alternation."""
+    """Median of `limit_samples`."""
+    limit_samples: list[float] = field(default_factory=list)
+    """Measurements of it, one for each alternation."""
     share: float | None = None
     overhead_us: float | None = None
     """Microseconds that Python adds to a call."""

@@ -139,7 +139,7 @@ def measured(arguments: argparse.Namespace, console: Console) -> results.Run:
         quick=arguments.quick,
     )
     threads = arguments.threads or umfa.get_num_threads()
-    with peers.restored_environment():
+    with peers.settings_restored():
         team = peers.assemble(names, threads)
         run = results.Run(
             suite=arguments.suite,
