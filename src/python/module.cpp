@@ -318,5 +318,6 @@ NB_MODULE(_ext, m) {
     m.def("num_threads", &cpu::num_threads, "Threads that one call uses.");
     m.def("set_num_threads", &cpu::set_num_threads, "count"_a, "Sets the threads one call uses.");
 
+    bind_measure(m);
     bind_metal_plan(m);
 }
