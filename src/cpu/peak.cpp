@@ -166,7 +166,7 @@ const Loop& find(const std::string& dtype, const std::string& isa) {
 /// Seconds in which every thread has run the loop `iterations` times.
 double seconds_of(const Loop& loop, int64_t iterations, int threads) {
     const double start = seconds_now();
-    parallel_for(threads, [&](int64_t) { loop.run(iterations); });
+    parallel_for(threads, threads, [&](int64_t) { loop.run(iterations); });
     return seconds_now() - start;
 }
 
@@ -211,14 +211,15 @@ double read_bandwidth(int64_t bytes) {
     const int64_t pieces = std::min<int64_t>(lines, int64_t{16} * num_threads());
     const auto first = [&](int64_t piece) { return data + lines * piece / pieces; };
     // Written first: untouched pages are all one page of zeros, which is in the cache.
-    parallel_for(pieces, [&](int64_t piece) {
+    parallel_for(pieces, num_threads(), [&](int64_t piece) {
         std::fill(first(piece), first(piece + 1), Line{} + static_cast<uint64_t>(piece + 1));
     });
     const auto read = reader();
     double seconds = 0;
     for (int i = 0; i < repeats; ++i) {
         const double start = seconds_now();
-        parallel_for(pieces, [&](int64_t piece) { read(first(piece), first(piece + 1)); });
+        parallel_for(pieces, num_threads(),
+                     [&](int64_t piece) { read(first(piece), first(piece + 1)); });
         const double taken = seconds_now() - start;
         seconds = i == 0 ? taken : std::min(seconds, taken);
     }

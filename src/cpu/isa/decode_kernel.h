@@ -56,14 +56,14 @@ __attribute__((noinline)) void decode_scores(const typename U::storage* key, con
             vf acc[R];
             for (int r = 0; r < R; ++r) acc[r] = vf{};
             for (int64_t u = 0; u < whole; u += W) {
-                const vf k = U::from_row(row + u * U::E);
+                const vf x = U::from_row(row + u * U::E);
                 for (int r = 0; r < R; ++r)
-                    acc[r] = U::fma(acc[r], S::load(query + r * depth + u), k);
+                    acc[r] = U::fma(acc[r], S::load(query + r * depth + u), x);
             }
             for (int64_t u = whole; u < depth; u += W) {
-                const vf k = row_units<S, U>(row, layout.stride_channel, u, channels);
+                const vf x = row_units<S, U>(row, layout.stride_channel, u, channels);
                 for (int r = 0; r < R; ++r)
-                    acc[r] = U::fma(acc[r], S::load(query + r * depth + u), k);
+                    acc[r] = U::fma(acc[r], S::load(query + r * depth + u), x);
             }
             for (int r = 0; r < R; ++r) sum[r][j] = acc[r];
         }
@@ -305,7 +305,6 @@ struct DecodeHead {
 template <class S, class U>
 void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int64_t head_end,
                  int64_t key_begin, int64_t key_end, float* memory, float* part) {
-    using storage = typename U::storage;
     const DecodeScratch<S, U> at(args);
     const int64_t heads = head_end - head_begin;
     const auto head = [&](int64_t h) {
