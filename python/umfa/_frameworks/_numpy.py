@@ -17,9 +17,9 @@ _FLOAT32, _FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)  # numpy keeps o
 def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
     dtype = tensor.dtype
     # The common case first: what follows takes 5 us, more than all the rest of a call.
-    if (dtype is _FLOAT32 or dtype is _FLOAT16) and type(tensor) is np.ndarray:
-        if tensor.flags.c_contiguous:
-            return tensor
+    plain = (dtype is _FLOAT32 or dtype is _FLOAT16) and type(tensor) is np.ndarray
+    if plain and tensor.flags.c_contiguous:
+        return tensor
     expected = "float32" if argument == "alibi_slopes" else _EXPECTED
     if isinstance(tensor, np.ma.MaskedArray):
         raise TypeError(
