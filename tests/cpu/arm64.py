@@ -88,6 +88,21 @@ def build_attend(work: Path) -> Path:
     return work / "attend"
 
 
+def build_kernel_math(work: Path, isa: str) -> Path:
+    """kernel_math.cpp with the vector functions of one instruction set."""
+    objects = []
+    kernel_file = f'-DKERNEL_FILE="cpu/isa/{isa}.cpp"'
+    sources = [(Path(__file__).parent / "kernel_math.cpp", f"{isa}.cpp")]
+    if isa != "neon":
+        sources.append((ISA / "neon.cpp", "neon.cpp"))  # what it falls back to
+    for source, name in sources:
+        objects.append(work / f"{source.stem}.o")
+        flags = KERNEL_FLAGS + EXTENSIONS.get(name, ())
+        zig(*flags, kernel_file, "-c", source, "-o", objects[-1])
+    zig(*objects, "-o", work / "kernel_math")
+    return work / "kernel_math"
+
+
 def run(
     program: Path, *arguments: str, cpu: str = "max", stdin: bytes = b"", isa: str = "auto"
 ) -> bytes:
