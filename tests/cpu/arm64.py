@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def other_sources() -> list[Path]:
 
 
 def qemu() -> str:
-    """The emulator. Skips the test where there is none, but fails it where UMFA_NEED_ARM64 is set."""
+    """The emulator. Without one the test is skipped, or fails where UMFA_NEED_ARM64 is set."""
     found = os.environ.get("QEMU_AARCH64") or next(
         filter(None, map(shutil.which, ("qemu-aarch64", "qemu-aarch64-static"))), None
     )
@@ -77,8 +76,9 @@ def zig(*arguments: str | Path) -> None:
 def build_attend(work: Path) -> Path:
     """attend.cpp with the whole CPU backend."""
     objects = []
+    plain = [*other_sources(), Path(__file__).parent / "attend.cpp"]
     sources = [
-        *((source, ("-O2",)) for source in [*other_sources(), Path(__file__).parent / "attend.cpp"]),
+        *((source, ("-O2",)) for source in plain),
         *((source, KERNEL_FLAGS + EXTENSIONS.get(source.name, ())) for source in kernel_sources()),
     ]
     for source, flags in sources:

@@ -17,7 +17,13 @@ import pytest
 import umfa
 
 SOURCE = Path(__file__).with_name("int8_product.cpp")
-AVX512_VNNI = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+# By machine: the feature it takes, and the compiler's flags.
+NATIVE = {
+    "x86_64": ("avx512_vnni", [*AVX512, "-mavx512vnni"]),
+    "aarch64": ("dotprod", ["-march=armv8.2-a+dotprod"]),
+    "arm64": ("dotprod", ["-march=armv8.2-a+dotprod"]),
+}
 Run = Callable[..., bytes]
 
 
@@ -25,21 +31,24 @@ def native(work: Path) -> Run:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    if platform.machine() != "x86_64" or "avx512_vnni" not in umfa._ext.cpu_features():
-        pytest.skip("no AVX512-VNNI here")
+    feature, flags = NATIVE.get(platform.machine(), ("an int8 product", []))
+    if feature not in umfa._ext.cpu_features():
+        pytest.skip(f"this CPU has no {feature}")
     program = work / "int8_product"
     subprocess.run(
         [
             *compiler.split(),
-            *("-std=c++20", "-O3", "-w", *AVX512_VNNI, "-mf16c"),
+            *("-std=c++20", "-O3", "-w", *flags),
             *(f"-I{arm64.ROOT / folder}" for folder in ("src", "shaders")),
             *(str(SOURCE), "-o", str(program)),
         ],
         check=True,
     )
-    return lambda *arguments, stdin=b"": subprocess.run(
-        [program, *arguments], input=stdin, stdout=subprocess.PIPE, check=True
-    ).stdout
+    return lambda *arguments, stdin=b"": (
+        subprocess.run(
+            [program, *arguments], input=stdin, stdout=subprocess.PIPE, check=True
+        ).stdout
+    )
 
 
 def emulated(work: Path) -> Run:
@@ -49,7 +58,7 @@ def emulated(work: Path) -> Run:
     return functools.partial(arm64.run, work / "int8_product")
 
 
-@pytest.fixture(scope="module", params=[native, emulated], ids=["avx512_vnni", "neon_dot"])
+@pytest.fixture(scope="module", params=[native, emulated], ids=["native", "arm64"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return request.param(tmp_path_factory.mktemp("int8"))
 

@@ -42,15 +42,11 @@ struct Simd : Neon {
         return (vf)vbicq_u16((uint16x8_t)x, small);
     }
     /// Lane by lane: low in the lower half, high in the upper.
-    static vf pack_bf16(vf low, vf high) {
-        return (vf)vzip1q_u16(rounded(low), rounded(high));
-    }
+    static vf pack_bf16(vf low, vf high) { return (vf)vzip1q_u16(rounded(low), rounded(high)); }
     static void store_bf16(uint16_t* p, vf x) { vst1_u16(p, vget_low_u16(rounded(x))); }
 
 private:
-    static uint16x8_t rounded(vf x) {
-        return (uint16x8_t)vcvtq_low_bf16_f32((float32x4_t)x);
-    }
+    static uint16x8_t rounded(vf x) { return (uint16x8_t)vcvtq_low_bf16_f32((float32x4_t)x); }
 };
 
 #include "cpu/isa/forward_kernel.h"
@@ -58,12 +54,7 @@ private:
 }  // namespace
 
 constinit const Kernels neon_bf16_kernels{
-    "neon_bf16",
-    &neon_kernels,
-    Simd::nv * Simd::W,
-    {},
-    {},
-    forward_kernel<Simd, Bf16Units<Simd>>,
+    "neon_bf16", &neon_kernels, Simd::nv * Simd::W, {}, {}, forward_kernel<Simd, Bf16Units<Simd>>,
 };
 
 }  // namespace umfa::cpu
