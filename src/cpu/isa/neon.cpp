@@ -9,16 +9,9 @@ namespace {
 constexpr int vector_lanes = 4;
 #include "cpu/isa/simd.h"
 
-struct Simd : SimdBase {
-    static constexpr int mr = 12, nv = 2;  // 24 accumulators of 32 registers
+#include "cpu/isa/neon_simd.h"
 
-    static vf load_f16(const uint16_t* p) {
-        return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
-    }
-    static void store_f16(uint16_t* p, vf x) {
-        vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
-    }
-};
+using Simd = Neon;
 
 #include "cpu/isa/forward_kernel.h"
 // After what it builds on.

@@ -17,10 +17,7 @@ inline __attribute__((always_inline)) void micro_kernel(const float* a, int64_t 
     for (int64_t k = 0; k < depth; ++k) {
         vf bk[NV];
         for (int n = 0; n < NV; ++n) bk[n] = S::load(b + n * W);
-        for (int m = 0; m < MR; ++m) {
-            const vf am = S::splat_bits(a + m);
-            for (int n = 0; n < NV; ++n) acc[m][n] = U::fma(acc[m][n], am, bk[n]);
-        }
+        S::template multiply_add<U>(acc, a, bk);
         a += a_step;
         b += NV * W;
     }

@@ -29,6 +29,7 @@ const Candidate candidates[] = {
     {&avx2_kernels,
      [] { return has_feature("avx2") && has_feature("fma") && has_feature("f16c"); }},
 #elif defined(__aarch64__)
+    {&neon_bf16_kernels, [] { return has_feature("bf16"); }},
     {&neon_kernels, [] { return true; }},
 #endif
     {&portable_kernels, [] { return true; }},

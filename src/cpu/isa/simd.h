@@ -28,6 +28,16 @@ struct SimdBase {
         __builtin_memcpy(&bits, p, sizeof bits);
         return (vf)(vu{} + bits);
     }
+    /// acc[m] += a[m] * b, in units U: one step of the micro-kernel.
+    template <class U, int MR, int NV>
+    static inline __attribute__((always_inline)) void multiply_add(vf (&acc)[MR][NV],
+                                                                   const float* a,
+                                                                   const vf (&b)[NV]) {
+        for (int m = 0; m < MR; ++m) {
+            const vf am = splat_bits(a + m);
+            for (int n = 0; n < NV; ++n) acc[m][n] = U::fma(acc[m][n], am, b[n]);
+        }
+    }
     static vf load(const float* p) {
         vf x;
         __builtin_memcpy(&x, p, sizeof x);

@@ -56,3 +56,18 @@ struct Bf16Units {
     static vf without_tiny(vf x, bool& found) { return S::without_tiny_bf16(x, tiny, found); }
     static vf times_zero(vf x) { return (vf)((vu)x << 16) * 0.f + (vf)((vu)x & 0xffff0000u) * 0.f; }
 };
+
+/// Fours of int8; sums are int32, kept in the bits of a `vf`, and exact.
+///
+/// Where `b_offset` is not 0 the instruction takes elements of `b` as unsigned: they are stored plus
+/// b_offset, modulo 256, and sums come out larger by b_offset times the sum of a's row, which is
+/// known when that row is packed. Probabilities, unsigned by nature, need neither.
+template <class S>
+struct Int8Units {
+    using storage = int8_t;
+    static constexpr int E = 4;
+    static constexpr int b_offset = S::int8_offset;
+    using vf = typename S::vf;
+
+    static vf fma(vf acc, vf a, vf b) { return S::dot_int8(acc, a, b); }
+};

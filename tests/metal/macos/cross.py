@@ -71,15 +71,19 @@ def zig(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def kernel_flags(source: Path) -> tuple[str, ...]:
+    """What CMakeLists.txt gives this file alone, in zig's words."""
+    return ("-mcpu=apple_m1+bf16",) if source.name == "neon_bf16.cpp" else ()
+
+
 def core_sources() -> list[Path]:
     """What CMakeLists.txt compiles on an arm64 Mac."""
     source = ROOT / "src"
-    foreign = {"avx2.cpp", "avx512.cpp"}
     found = [
         path
         for folder in ("core", "capi", "cpu", "cpu/isa", "metal")
         for path in (source / folder).glob("*.cpp")
-        if path.name not in foreign
+        if not path.name.startswith("avx")
     ]
     return sorted([*found, *host_sources()])
 
@@ -116,7 +120,10 @@ def build(work: Path) -> tuple[Path, Path]:
     embedded = work / "embedded.cpp"
     subprocess.run([sys.executable, str(ROOT / "shaders" / "embed.py"), str(embedded)], check=True)
     jobs = [
-        *((source, CORE + (HOST if source.suffix == ".mm" else ())) for source in core_sources()),
+        *(
+            (source, CORE + kernel_flags(source) + (HOST if source.suffix == ".mm" else ()))
+            for source in core_sources()
+        ),
         (embedded, CORE),
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
