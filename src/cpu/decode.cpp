@@ -24,27 +24,28 @@ bool is_decode(const Problem& problem, int lanes) {
 }
 
 void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKernel& kernel) {
-    const int64_t rows = args.group * args.seqlen_q;
-    const int64_t part_keys = keys_per_part(args.seqlen_kv);
-    const int64_t parts = std::max<int64_t>(1, (args.seqlen_kv + part_keys - 1) / part_keys);
+    const int64_t rows = args.group * problem.seqlen_q;
+    const int64_t part_keys = keys_per_part(problem.seqlen_kv);
+    const int64_t parts = std::max<int64_t>(1, (problem.seqlen_kv + part_keys - 1) / part_keys);
     const int64_t row_floats = kernel.row_floats(args);
     const int64_t head_floats = rows * row_floats, part_floats = problem.nheads_kv * head_floats;
     float* memory = parts > 1 ? call_scratch(problem.batch * parts * part_floats) : nullptr;
 
     const double pairs = static_cast<double>(problem.batch * problem.nheads_kv) *
-                         static_cast<double>(rows) * static_cast<double>(args.seqlen_kv);
+                         static_cast<double>(rows) * static_cast<double>(problem.seqlen_kv);
     const int threads = threads_worth(pairs * static_cast<double>(args.head_dim + args.head_dim_v));
     // Heads go together as far as that leaves every thread a few tasks.
     int64_t together = problem.nheads_kv;
     const auto groups = [&] { return (problem.nheads_kv + together - 1) / together; };
     while (together > 1 && problem.batch * parts * groups() < int64_t{4} * threads) together /= 2;
-    const int64_t per_batch = parts * groups(), scratch = kernel.scratch_floats(args, together);
+    const int64_t per_batch = parts * groups(),
+                  scratch = kernel.scratch_floats(args, together, problem.seqlen_q);
     parallel_for(problem.batch * per_batch, threads, [&](int64_t task) {
         const int64_t batch = task / per_batch, part = task % per_batch / groups();
         const int64_t head = task % groups() * together;
         kernel.run(
             args, batch, head, std::min(problem.nheads_kv, head + together), part * part_keys,
-            std::min(args.seqlen_kv, (part + 1) * part_keys), thread_scratch(scratch),
+            std::min(problem.seqlen_kv, (part + 1) * part_keys), thread_scratch(scratch),
             memory ? memory + (batch * parts + part) * part_floats + head * head_floats : nullptr);
     });
     if (!memory) return;
@@ -54,7 +55,7 @@ void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKer
         const int64_t batch = task / (problem.nheads_kv * rows);
         const int64_t row =
             task % (problem.nheads_kv * rows);  // (key head, head of its group, query)
-        kernel.merge(args, batch, row / args.seqlen_q, row % args.seqlen_q,
+        kernel.merge(args, batch, row / problem.seqlen_q, row % problem.seqlen_q,
                      memory + batch * parts * part_floats + row * row_floats, part_floats, parts,
                      thread_scratch(scratch));
     });

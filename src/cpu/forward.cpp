@@ -1,6 +1,7 @@
 // Forward pass on the CPU: cuts a Problem into blocks of queries and hands them to the kernels.
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "core/backend.h"
 #include "core/error.h"
@@ -34,23 +35,41 @@ const DtypeKernels& kernels_for(const Kernels& set, DType dtype) {
     return own.forward.run ? own : kernels_for(*set.base, dtype);
 }
 
-void run_forward(const Problem& problem) {
-    const int64_t heads = problem.batch * problem.nheads_q;
-    if (heads == 0 || problem.seqlen_q == 0) return;
-    const Kernels& set = kernels();
+Mask mask_of(const DenseMask& mask) {
+    MaskKind kind = MaskKind::f32;
+    if (mask.view.dtype == DType::b8) kind = MaskKind::boolean;
+    if (mask.view.dtype == DType::f16) kind = MaskKind::f16;
+    if (mask.view.dtype == DType::bf16) kind = MaskKind::bf16;
+    const int64_t* strides = mask.view.strides;
+    return {mask.view.size() ? mask.view.address() : nullptr,
+            strides[0],
+            strides[1],
+            strides[2],
+            strides[3],
+            kind};
+}
 
+std::vector<Sequence> sequences_of(const Problem& problem) {
+    std::vector<Sequence> sequences(static_cast<size_t>(problem.batch));
+    for (int64_t b = 0; b < problem.batch; ++b)
+        sequences[static_cast<size_t>(b)] = {
+            b, 0, b, 0, problem.seqlen_q, problem.seqlen_kv, problem.visible, nullptr};
+    return sequences;
+}
+
+ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequences) {
     ForwardArgs args{};
     args.query = rows_of(problem.query);
     args.key = rows_of(problem.key);
     args.value = rows_of(problem.value);
     args.out = rows_of(*problem.out);
     if (problem.lse) args.lse = rows_of(*problem.lse);
+    args.sequences = sequences.data();
+    args.page_size = 1;
     args.group = problem.nheads_q / problem.nheads_kv;
-    args.seqlen_q = problem.seqlen_q;
-    args.seqlen_kv = problem.seqlen_kv;
     args.head_dim = problem.head_dim;
     args.head_dim_v = problem.head_dim_v;
-    args.visible = problem.visible;
+    if (problem.mask) args.mask = mask_of(*problem.mask);
     args.score_scale = static_cast<float>(problem.score_scale());
     args.score_scale_low = static_cast<float>(problem.score_scale() - args.score_scale);
     args.softcap = static_cast<float>(problem.softcap_log2());
@@ -59,6 +78,15 @@ void run_forward(const Problem& problem) {
         args.slopes_stride_batch = problem.alibi->stride_batch;
         args.slopes_stride_head = problem.alibi->stride_head;
     }
+    return args;
+}
+
+void run_forward(const Problem& problem) {
+    const int64_t heads = problem.batch * problem.nheads_q;
+    if (heads == 0 || problem.seqlen_q == 0) return;
+    const Kernels& set = kernels();
+    const std::vector<Sequence> sequences = sequences_of(problem);
+    ForwardArgs args = args_of(problem, sequences);
     const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
     if (is_decode(problem, set.lanes)) return run_decode(problem, args, own.decode);
 
@@ -81,7 +109,7 @@ void run_forward(const Problem& problem) {
 
 constexpr uint32_t forward_features = bit(Feature::causal) | bit(Feature::window) |
                                       bit(Feature::softcap) | bit(Feature::alibi) |
-                                      bit(Feature::lse) | bit(Feature::gqa);
+                                      bit(Feature::lse) | bit(Feature::gqa) | bit(Feature::mask);
 
 Verdict available() {
     kernels();      // throws about UMFA_CPU_ISA

@@ -17,9 +17,9 @@ struct DecodeScratch {
     int64_t depth, channels;  // units of a row of Q and channels of a row of O, whole vectors
     int64_t query, out, sum, maximum, size;
 
-    explicit DecodeScratch(const ForwardArgs& args) {
+    DecodeScratch(const ForwardArgs& args, int64_t seqlen_q) {
         constexpr int64_t W = S::W;
-        rows = args.group * args.seqlen_q;
+        rows = args.group * seqlen_q;
         depth = ((args.head_dim + U::E - 1) / U::E + W - 1) / W * W;
         channels = (args.head_dim_v + W - 1) / W * W;
         query = 0;                    // [row][depth]
@@ -39,11 +39,18 @@ inline typename S::vf sum_each(typename S::vf (&x)[S::W]) {
     return x[0];
 }
 
+/// The rows of a tile's keys: where they are, and where those of the next tile are.
+template <class storage>
+struct TileRows {
+    const storage *now[decode_tile], *next[decode_tile];  // next: null past the last
+};
+
 /// q.k of R rows and `keys` keys of a tile.
 template <class S, class U, int R>
-__attribute__((noinline)) void decode_scores(const typename U::storage* key, const Rows& layout,
-                                             int64_t keys, int64_t next, int64_t channels,
-                                             const float* query, int64_t depth, float* scores) {
+__attribute__((noinline)) void decode_scores(const TileRows<typename U::storage>& rows,
+                                             const Rows& layout, int64_t keys, bool ahead,
+                                             int64_t channels, const float* query, int64_t depth,
+                                             float* scores) {
     using vf = typename S::vf;
     constexpr int W = S::W;
     const int64_t whole = layout.stride_channel == 1 ? channels / (W * U::E) * W : 0;
@@ -51,8 +58,8 @@ __attribute__((noinline)) void decode_scores(const typename U::storage* key, con
         vf sum[R][W];
         for (int j = 0; j < W; ++j) {
             const int64_t k = k0 + j < keys ? k0 + j : keys - 1;
-            const typename U::storage* row = key + k * layout.stride_row;
-            if (k < next) prefetch_row(row + decode_tile * layout.stride_row, layout, channels);
+            const typename U::storage* row = rows.now[k];
+            if (ahead && rows.next[k]) prefetch_row(rows.next[k], layout, channels);
             vf acc[R];
             for (int r = 0; r < R; ++r) acc[r] = vf{};
             for (int64_t u = 0; u < whole; u += W) {
@@ -71,11 +78,13 @@ __attribute__((noinline)) void decode_scores(const typename U::storage* key, con
     }
 }
 
-/// Scores of one row -> probabilities, in place; keys outside [begin, end) get 0. Returns what O so
-/// far is to be multiplied with. `diagonal`: the row's own key, relative to the tile.
+/// Scores of one row -> probabilities, in place; hidden keys, and those outside [begin, end), get -0.
+/// Returns what O so far is to be multiplied with. `diagonal`: the row's own key, relative to the
+/// tile. `mask`: the row's elements for the tile's keys, if it has a mask.
 template <class S, bool Plain>
 inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, int64_t keys,
-                            int32_t diagonal, float* scores, float& maximum, float* sum) {
+                            int32_t diagonal, const Mask& mask_of, const char* mask, float* scores,
+                            float& maximum, float* sum) {
     using L = Lanes<S>;
     using vf = typename S::vf;
     using vi = typename S::vi;
@@ -94,6 +103,9 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
             if (scoring.softcap != 0) s = scoring.softcap * L::tanh(s);
             if (scoring.slope != 0)
                 s -= scoring.slope * (vf)((vu)S::to_float(diagonal - key) & 0x7fffffffu);
+            if (mask)
+                s += mask_values<S>(mask_of.kind, mask + k * mask_of.stride_key * size_of(mask_of),
+                                    mask_of.stride_key, keys - k);
         }
         s = ((key >= first) & (key < last)) ? s : S::splat(-infinity);
         S::store(scores + k, s);
@@ -106,7 +118,7 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
     for (int64_t k = 0; k < keys; k += W) {
         const vf s = S::load(scores + k);
         vf p = exponential<S, Plain>(scoring, s - pivot);
-        p = s == -infinity ? vf{} : p;
+        p = s == -infinity ? S::splat(-0.f) : p;
         S::store(scores + k, p);
         total += p;
     }
@@ -118,14 +130,17 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
 }
 
 /// O = O * alpha + P V for R rows and keys [first, last); the sum over the tile meets O once.
-template <class S, class T, int R>
-__attribute__((noinline)) void decode_values(const typename T::storage* value, const Rows& layout,
-                                             int64_t first, int64_t last, int64_t next,
-                                             int64_t channels, const float* p, const float* alpha,
-                                             float* out, int64_t pitch) {
+/// Guarded: hidden keys, whose value may be NaN, are passed over; what is left out would add zeros.
+template <class S, class T, int R, bool Guarded>
+__attribute__((noinline)) void decode_values(const TileRows<typename T::storage>& rows,
+                                             const Rows& layout, int64_t first, int64_t last,
+                                             bool ahead, int64_t channels, const float* p,
+                                             const float* alpha, float* out, int64_t pitch) {
+    static_assert(!Guarded || R == 1, "rows see different keys");
     using vf = typename S::vf;
     using storage = typename T::storage;
     constexpr int W = S::W, V = 4;
+    const auto hidden = [&](int64_t k) { return Guarded && __builtin_signbit(p[k]); };
     int64_t c0 = 0;
     if (layout.stride_channel == 1)
         for (; c0 + V * W <= channels; c0 += V * W) {
@@ -133,8 +148,9 @@ __attribute__((noinline)) void decode_values(const typename T::storage* value, c
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < V; ++v) acc[r][v] = vf{};
             for (int64_t k = first; k < last; ++k) {
-                const storage* row = value + k * layout.stride_row + c0;
-                if (k < next) prefetch_row(row + decode_tile * layout.stride_row, layout, V * W);
+                if (hidden(k)) continue;
+                const storage* row = rows.now[k] + c0;
+                if (ahead && rows.next[k]) prefetch_row(rows.next[k] + c0, layout, V * W);
                 vf x[V];
                 for (int v = 0; v < V; v += 2) T::template load_two<S>(row + v * W, x[v], x[v + 1]);
                 for (int r = 0; r < R; ++r) {
@@ -153,8 +169,9 @@ __attribute__((noinline)) void decode_values(const typename T::storage* value, c
         vf acc[R];
         for (int r = 0; r < R; ++r) acc[r] = vf{};
         for (int64_t k = first; k < last; ++k) {
-            const vf x = row_units<S, FloatUnits<S, T>>(value + k * layout.stride_row,
-                                                        layout.stride_channel, c0, channels);
+            if (hidden(k)) continue;
+            const vf x =
+                row_units<S, FloatUnits<S, T>>(rows.now[k], layout.stride_channel, c0, channels);
             for (int r = 0; r < R; ++r) acc[r] += S::splat_bits(p + r * decode_tile + k) * x;
         }
         for (int r = 0; r < R; ++r) {
@@ -165,13 +182,12 @@ __attribute__((noinline)) void decode_values(const typename T::storage* value, c
 }
 
 template <class S, class T>
-inline bool rows_finite(const typename T::storage* rows, const Rows& layout, int64_t first,
-                        int64_t last, int64_t channels) {
+inline bool rows_finite(const TileRows<typename T::storage>& rows, const Rows& layout,
+                        int64_t first, int64_t last, int64_t channels) {
     typename S::vf sum{};  // x * 0 is 0 for finite x, else NaN
     for (int64_t k = first; k < last; ++k)
         for (int64_t c = 0; c < channels; c += S::W)
-            sum += row_units<S, FloatUnits<S, T>>(rows + k * layout.stride_row,
-                                                  layout.stride_channel, c, channels) *
+            sum += row_units<S, FloatUnits<S, T>>(rows.now[k], layout.stride_channel, c, channels) *
                    0.f;
     for (int i = 0; i < S::W; ++i)
         if (sum[i] != 0) return false;
@@ -184,98 +200,111 @@ inline void write_row(const ForwardArgs& args, int64_t batch, int64_t head, int6
                       const float* o, float maximum, float sum) {
     constexpr int W = S::W;
     using storage = typename T::storage;
-    storage* to = static_cast<storage*>(args.out.data) + batch * args.out.stride_batch +
-                  head * args.out.stride_head + row * args.out.stride_row;
+    const Scoring scoring = scoring_of(args, batch, head);
+    storage* to = query_row<storage>(args.out, args.sequences[batch], head, row);
+    sum = divisor_of(args, scoring, head, maximum, sum);
     for (int64_t c = 0; c < args.head_dim_v; c += W) {
         storage buffer[W];
         T::template store<S>(buffer, sum == 0 ? typename S::vf{} : S::load(o + c) / sum);
         for (int64_t i = 0; i < W && c + i < args.head_dim_v; ++i)
             to[(c + i) * args.out.stride_channel] = buffer[i];
     }
-    store_lse(args, scoring_of(args, batch, head), batch, head, row, maximum, sum);
+    store_lse(args, scoring, batch, head, row, maximum, sum);
 }
 
 /// What one key head's queries hold while they go over the keys.
 template <class S, class U>
 struct DecodeHead {
+    using storage = typename U::storage;
+    using T = typename U::type;
+
     const ForwardArgs& args;
+    const Sequence& sequence;
     const DecodeScratch<S, U>& at;
     int64_t batch, head_kv;
     float *memory, *scores;
 
-    int64_t head_of(int64_t row) const { return head_kv * args.group + row / args.seqlen_q; }
-    typename U::storage* row_of(const Rows& where, int64_t row) const {
-        return static_cast<typename U::storage*>(where.data) + batch * where.stride_batch +
-               head_of(row) * where.stride_head + row % args.seqlen_q * where.stride_row;
-    }
-    const typename U::storage* tile_of(const Rows& where, int64_t key) const {
-        return static_cast<const typename U::storage*>(where.data) + batch * where.stride_batch +
-               head_kv * where.stride_head + key * where.stride_row;
-    }
+    int64_t head_of(int64_t row) const { return head_kv * args.group + row / sequence.seqlen_q; }
+    int64_t query_of(int64_t row) const { return row % sequence.seqlen_q; }
 
     void start() {
         constexpr int W = S::W;
         for (int64_t r = 0; r < at.rows; ++r) {
+            const storage* row =
+                query_row<const storage>(args.query, sequence, head_of(r), query_of(r));
             for (int64_t u = 0; u < at.depth; u += W)
                 S::store(memory + at.query + r * at.depth + u,
-                         row_units<S, U>(row_of(args.query, r), args.query.stride_channel, u,
-                                         args.head_dim));
+                         row_units<S, U>(row, args.query.stride_channel, u, args.head_dim));
             for (int64_t c = 0; c < at.channels; ++c) memory[at.out + r * at.channels + c] = 0;
             for (int i = 0; i < W; ++i) memory[at.sum + r * W + i] = 0;
             memory[at.maximum + r] = -__builtin_inff();
         }
     }
 
+    void find(const Rows& where, int64_t k0, int64_t keys, int64_t next,
+              TileRows<storage>& rows) const {
+        for (int64_t k = 0; k < keys; ++k) {
+            rows.now[k] = key_row<storage>(where, sequence, args.page_size, head_kv, k0 + k);
+            rows.next[k] = k < next ? key_row<storage>(where, sequence, args.page_size, head_kv,
+                                                       k0 + decode_tile + k)
+                                    : nullptr;
+        }
+    }
+
     /// Keys [k0, k0 + keys), a tile or the rest of one; `next`: how many follow in the next tile.
     void step(int64_t k0, int64_t keys, int64_t next) {
+        TileRows<storage> key, value;
+        find(args.key, k0, keys, next, key);
+        find(args.value, k0, keys, next, value);
         for (int64_t r0 = 0; r0 < at.rows; r0 += decode_rows) switch (at.rows - r0) {
-                case 1: step_rows<1>(r0, k0, keys, next); break;
-                case 2: step_rows<2>(r0, k0, keys, next); break;
-                case 3: step_rows<3>(r0, k0, keys, next); break;
-                default: step_rows<decode_rows>(r0, k0, keys, next);
+                case 1: step_rows<1>(r0, k0, keys, key, value); break;
+                case 2: step_rows<2>(r0, k0, keys, key, value); break;
+                case 3: step_rows<3>(r0, k0, keys, key, value); break;
+                default: step_rows<decode_rows>(r0, k0, keys, key, value);
             }
     }
 
     template <int R>
-    void step_rows(int64_t r0, int64_t k0, int64_t keys, int64_t next) {
-        using T = typename U::type;
-        const typename U::storage* value = tile_of(args.value, k0);
+    void step_rows(int64_t r0, int64_t k0, int64_t keys, const TileRows<storage>& key,
+                   const TileRows<storage>& value) {
         const int64_t Dv = args.head_dim_v;
-        // The first rows to come this way bring the next tile.
-        if (r0 != 0) next = 0;
-        decode_scores<S, U, R>(tile_of(args.key, k0), args.key, keys, next, args.head_dim,
+        const bool ahead = r0 == 0;  // the first rows to come this way bring the next tile
+        decode_scores<S, U, R>(key, args.key, keys, ahead, args.head_dim,
                                memory + at.query + r0 * at.depth, at.depth, scores);
         float alpha[R];
-        int64_t begin[R], end[R], low = keys, high = 0;
-        bool same = true;
+        int64_t low = keys, high = 0;
+        bool same = args.mask.kind == MaskKind::none;
+        int64_t begin0 = 0, end0 = 0;
         for (int r = 0; r < R; ++r) {
-            const int64_t i = (r0 + r) % args.seqlen_q;
-            begin[r] = clamp_key(visible_begin(args.visible, i) - k0, keys);
-            end[r] = clamp_key(visible_end(args.visible, i) - k0, keys);
-            low = begin[r] < low ? begin[r] : low;
-            high = end[r] > high ? end[r] : high;
-            same = same && begin[r] == begin[0] && end[r] == end[0];
-            const Scoring scoring = scoring_of(args, batch, head_of(r0 + r));
-            const int32_t diagonal = static_cast<int32_t>(i + args.seqlen_kv - args.seqlen_q - k0);
-            alpha[r] =
-                (scoring.plain ? decode_softmax<S, true>
-                               : decode_softmax<S, false>)(scoring, begin[r], end[r], keys,
-                                                           diagonal, scores + r * decode_tile,
-                                                           memory[at.maximum + r0 + r],
-                                                           memory + at.sum + (r0 + r) * S::W);
+            const int64_t i = query_of(r0 + r), head = head_of(r0 + r);
+            const int64_t begin = clamp_key(visible_begin(sequence.visible, i) - k0, keys);
+            const int64_t end = clamp_key(visible_end(sequence.visible, i) - k0, keys);
+            low = begin < low ? begin : low;
+            high = end > high ? end : high;
+            if (r == 0) begin0 = begin, end0 = end;
+            same = same && begin == begin0 && end == end0;
+            const Scoring scoring = scoring_of(args, batch, head);
+            const char* mask =
+                args.mask.kind == MaskKind::none ? nullptr : mask_at(args.mask, batch, head, i, k0);
+            const int32_t diagonal =
+                static_cast<int32_t>(i + sequence.seqlen_kv - sequence.seqlen_q - k0);
+            alpha[r] = (scoring.plain
+                            ? decode_softmax<S, true>
+                            : decode_softmax<S, false>)(scoring, begin, end, keys, diagonal,
+                                                        args.mask, mask, scores + r * decode_tile,
+                                                        memory[at.maximum + r0 + r],
+                                                        memory + at.sum + (r0 + r) * S::W);
         }
         if (low >= high) return;
         float* out = memory + at.out + r0 * at.channels;
-        // A hidden row of V may hold NaN, and 0 * NaN is NaN: then each row takes its own keys. What
-        // it leaves out would add zeros.
         if (same || rows_finite<S, T>(value, args.value, low, high, Dv))
-            decode_values<S, T, R>(value, args.value, low, high, next, Dv, scores, alpha, out,
-                                   at.channels);
+            decode_values<S, T, R, false>(value, args.value, low, high, ahead, Dv, scores, alpha,
+                                          out, at.channels);
         else
             for (int r = 0; r < R; ++r)
-                decode_values<S, T, 1>(value, args.value, begin[r], end[r], 0, Dv,
-                                       scores + r * decode_tile, alpha + r, out + r * at.channels,
-                                       at.channels);
+                decode_values<S, T, 1, true>(value, args.value, low, high, false, Dv,
+                                             scores + r * decode_tile, alpha + r,
+                                             out + r * at.channels, at.channels);
     }
 
     /// `part`, when not null, receives for each row O undivided, its maximum and its sum; else the
@@ -287,8 +316,7 @@ struct DecodeHead {
             float total = 0;
             for (int i = 0; i < S::W; ++i) total += sum[i];
             if (!part) {
-                write_row<S, typename U::type>(args, batch, head_of(r), r % args.seqlen_q, o,
-                                               maximum, total);
+                write_row<S, T>(args, batch, head_of(r), query_of(r), o, maximum, total);
                 continue;
             }
             float* to = part + r * (at.channels + 2);
@@ -305,16 +333,17 @@ struct DecodeHead {
 template <class S, class U>
 void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int64_t head_end,
                  int64_t key_begin, int64_t key_end, float* memory, float* part) {
-    const DecodeScratch<S, U> at(args);
+    const Sequence& sequence = args.sequences[batch];
+    const DecodeScratch<S, U> at(args, sequence.seqlen_q);
     const int64_t heads = head_end - head_begin;
     const auto head = [&](int64_t h) {
-        return DecodeHead<S, U>{args,  at, batch, head_begin + h, memory + at.scores + h * at.size,
-                                memory};
+        return DecodeHead<S, U>{
+            args, sequence, at, batch, head_begin + h, memory + at.scores + h * at.size, memory};
     };
     for (int64_t h = 0; h < heads; ++h) head(h).start();
 
-    const int64_t first_key = visible_begin(args.visible, int64_t{0});
-    const int64_t last_key = visible_end(args.visible, args.seqlen_q - 1);
+    const int64_t first_key = visible_begin(sequence.visible, int64_t{0});
+    const int64_t last_key = visible_end(sequence.visible, sequence.seqlen_q - 1);
     const int64_t stop = last_key < key_end ? last_key : key_end;
     int64_t k0 = key_begin;
     if (first_key > k0) k0 = first_key / decode_tile * decode_tile;
@@ -363,8 +392,8 @@ void decode_merge(const ForwardArgs& args, int64_t batch, int64_t head, int64_t 
 }
 
 template <class S, class U>
-int64_t decode_scratch_floats(const ForwardArgs& args, int64_t heads) {
-    const DecodeScratch<S, U> at(args);
+int64_t decode_scratch_floats(const ForwardArgs& args, int64_t heads, int64_t seqlen_q) {
+    const DecodeScratch<S, U> at(args, seqlen_q);
     return at.scores + heads * at.size;
 }
 

@@ -15,18 +15,39 @@ struct Rows {
     int64_t stride_batch, stride_head, stride_row, stride_channel;
 };
 
+/// One sequence of the batch: where its rows begin, and which of them see each other.
+struct Sequence {
+    int64_t query_batch, query_row;  // its first row in query, out and lse
+    int64_t kv_batch, kv_row;        // its first key; unused with pages
+    int64_t seqlen_q, seqlen_kv;
+    Visible<int64_t> visible;
+    const int32_t* pages;  // batch index of every page_size keys; null: they follow each other
+};
+
+enum class MaskKind : int32_t { none, boolean, f32, f16, bf16 };
+
+/// Dense mask: boolean, true = attend, or numbers to be added. Stride 0 where it broadcasts.
+struct Mask {
+    const void* data;
+    int64_t stride_batch, stride_head, stride_row, stride_key;
+    MaskKind kind;
+};
+
 struct ForwardArgs {
     Rows query, key, value, out;
-    Rows lse;       // data is null when not asked for
+    Rows lse;                   // data is null when not asked for
+    const Sequence* sequences;  // one for each index of the batch
+    int64_t page_size;
     int64_t group;  // query heads that share one key head
-    int64_t seqlen_q, seqlen_kv, head_dim, head_dim_v;
-    Visible<int64_t> visible;
+    int64_t head_dim, head_dim_v;
+    Mask mask;
     float score_scale;      // multiplies q.k; holds log2(e) unless softcap is on
     float score_scale_low;  // what rounding score_scale to float left over
     float softcap;          // softcap * log2(e); 0: off
     const float* slopes;    // ALiBi, null: off
     int64_t slopes_stride_batch, slopes_stride_head;
-    int64_t block_q;  // query rows per task, a multiple of `lanes`
+    const float* sinks;  // one logit for each query head, times log2(e); null: off
+    int64_t block_q;     // query rows per task, a multiple of `lanes`
 };
 
 /// Queries [q_begin, q_begin + block_q) of one head. `scratch`: scratch_floats() floats, 64-byte
@@ -42,14 +63,14 @@ struct ForwardKernel {
 /// Few queries over many keys.
 struct DecodeKernel {
     /// All queries of the key heads [head_begin, head_end), over keys [key_begin, key_end), a
-    /// multiple of 64 from 0. `part`: for each key head group * seqlen_q rows of row_floats() floats
+    /// multiple of 64. `part`: for each key head group * seqlen_q rows of row_floats() floats
     /// for merge(), or null: these are all the keys, and the result is written.
     void (*run)(const ForwardArgs&, int64_t batch, int64_t head_begin, int64_t head_end,
                 int64_t key_begin, int64_t key_end, float* scratch, float* part);
     /// Writes one row from its parts, which lie `stride` floats apart.
     void (*merge)(const ForwardArgs&, int64_t batch, int64_t head, int64_t row, const float* part,
                   int64_t stride, int64_t parts, float* scratch);
-    int64_t (*scratch_floats)(const ForwardArgs&, int64_t heads);
+    int64_t (*scratch_floats)(const ForwardArgs&, int64_t heads, int64_t seqlen_q);
     int64_t (*row_floats)(const ForwardArgs&);
 };
 

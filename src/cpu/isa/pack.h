@@ -20,11 +20,12 @@ inline typename S::vf row_units(const typename U::storage* row, int64_t stride, 
     return U::from_row(buffer);
 }
 
-/// Transposes `rows` rows (at most `height`): dst[unit * pitch + row], zeros for missing rows.
+/// Transposes `count` rows (at most `height`): dst[unit * pitch + row], zeros for missing rows.
 /// Up to W floats after the panel may be overwritten.
 template <class S, class U>
-inline void pack_transposed(const typename U::storage* src, const Rows& layout, int64_t rows,
-                            int64_t height, int64_t pitch, int64_t channels, float* dst) {
+inline void pack_transposed(const typename U::storage* const* rows, int64_t count,
+                            int64_t stride_channel, int64_t height, int64_t pitch, int64_t channels,
+                            float* dst) {
     using vf = typename S::vf;
     constexpr int W = S::W;
     const int64_t units = (channels + U::E - 1) / U::E;
@@ -32,25 +33,24 @@ inline void pack_transposed(const typename U::storage* src, const Rows& layout, 
         for (int64_t r0 = 0; r0 < height; r0 += W) {
             vf x[W];
             for (int r = 0; r < W; ++r)
-                x[r] = r0 + r < rows ? row_units<S, U>(src + (r0 + r) * layout.stride_row,
-                                                       layout.stride_channel, u, channels)
-                                     : vf{};
+                x[r] = r0 + r < count ? row_units<S, U>(rows[r0 + r], stride_channel, u, channels)
+                                      : vf{};
             S::transpose(x);
             // Where pitch < W each store runs into the next unit's place, which is written later.
-            const int64_t count = units - u < W ? units - u : W;
+            const int64_t left = units - u < W ? units - u : W;
             float* to = dst + u * pitch + r0;
-            if (count == W)
+            if (left == W)
                 for (int i = 0; i < W; ++i) S::store(to + i * pitch, x[i]);
             else
-                for (int64_t i = 0; i < count; ++i) S::store(to + i * pitch, x[i]);
+                for (int64_t i = 0; i < left; ++i) S::store(to + i * pitch, x[i]);
         }
 }
 
 /// dst[unit * pitch + channel] for a tile of V; up to W floats after each row may be written.
 /// True when U leaves out tiny values and the tile has some.
 template <class S, class U>
-inline bool pack_values(const typename U::storage* src, const Rows& layout, int64_t rows,
-                        int64_t channels, int64_t pitch, float* dst) {
+inline bool pack_values(const typename U::storage* const* rows, int64_t count,
+                        int64_t stride_channel, int64_t channels, int64_t pitch, float* dst) {
     using storage = typename U::storage;
     constexpr int W = S::W;
     const storage nothing[W] = {};
@@ -59,21 +59,18 @@ inline bool pack_values(const typename U::storage* src, const Rows& layout, int6
         if constexpr (U::flushes) x = U::without_tiny(x, tiny);
         S::store(to, x);
     };
-    for (int64_t k = 0; k < rows; k += U::E, dst += pitch) {
-        const storage* row[U::E];
-        for (int e = 0; e < U::E; ++e) row[e] = src + (k + e) * layout.stride_row;
+    for (int64_t k = 0; k < count; k += U::E, dst += pitch) {
         int64_t c = 0;
-        if (layout.stride_channel == 1 && k + U::E <= rows)
-            for (; c + W <= channels; c += W) put(dst + c, U::from_rows(row, c));
+        if (stride_channel == 1 && k + U::E <= count)
+            for (; c + W <= channels; c += W) put(dst + c, U::from_rows(rows + k, c));
         for (; c < channels; c += W) {  // the tail, strided rows, and the last odd one
-            const int64_t count = channels - c < W ? channels - c : int64_t{W};
+            const int64_t left = channels - c < W ? channels - c : int64_t{W};
             storage buffer[U::E][W];
             const storage* part[U::E];
             for (int e = 0; e < U::E; ++e) {
-                part[e] = k + e < rows ? buffer[e] : nothing;
-                if (k + e < rows)
-                    gather(row[e] + c * layout.stride_channel, layout.stride_channel, count,
-                           buffer[e], W);
+                part[e] = k + e < count ? buffer[e] : nothing;
+                if (k + e < count)
+                    gather(rows[k + e] + c * stride_channel, stride_channel, left, buffer[e], W);
             }
             put(dst + c, U::from_rows(part, 0));
         }

@@ -28,7 +28,8 @@ inline Scoring scoring_of(const ForwardArgs& args, int64_t batch, int64_t head) 
                   ? args.slopes[batch * args.slopes_stride_batch + head * args.slopes_stride_head] *
                         log2_e
                   : 0.f;
-    s.plain = args.softcap == 0 && s.slope == 0 && args.score_scale > 0;
+    s.plain = args.softcap == 0 && s.slope == 0 && args.score_scale > 0 &&
+              args.mask.kind == MaskKind::none;
     // -inf itself would give inf - inf in the two-float scaling.
     const float lowest = s.plain ? 300.f / s.scale : 300.f;
     s.floor = lowest < 3e38f ? -lowest : -3e38f;
@@ -45,24 +46,34 @@ inline typename S::vf exponential(const Scoring& scoring, typename S::vf differe
     return Lanes<S>::exp2(difference * scoring.scale + difference * scoring.scale_low);
 }
 
-/// LSE of one row, when asked for.
+/// What a row's O is to be divided by: its sum, with the sink's share. 0: it saw no key.
+inline float divisor_of(const ForwardArgs& args, const Scoring& scoring, int64_t head,
+                        float maximum, float sum) {
+    if (!args.sinks || sum == 0) return sum;
+    const double unit = scoring.plain ? double{scoring.scale} + scoring.scale_low : 1.0;
+    return static_cast<float>(sum + __builtin_exp2(args.sinks[head] - maximum * unit));
+}
+
+/// LSE of one row, when asked for; `sum` as divisor_of gives it.
 inline void store_lse(const ForwardArgs& args, const Scoring& scoring, int64_t batch, int64_t head,
                       int64_t row, float maximum, float sum) {
     if (!args.lse.data) return;
-    float* lse = static_cast<float*>(args.lse.data) + batch * args.lse.stride_batch +
-                 head * args.lse.stride_head + row * args.lse.stride_row;
-    const double unit = scoring.plain ? double{args.score_scale} + args.score_scale_low : 1.0;
-    *lse = sum == 0 ? -__builtin_inff()
-                    : static_cast<float>((maximum * unit + __builtin_log2(sum)) * ln_2);
+    const Sequence& sequence = args.sequences[batch];
+    float* lse = static_cast<float*>(args.lse.data) + sequence.query_batch * args.lse.stride_batch +
+                 head * args.lse.stride_head + (sequence.query_row + row) * args.lse.stride_row;
+    const double unit = scoring.plain ? double{scoring.scale} + scoring.scale_low : 1.0;
+    const double empty = args.sinks ? args.sinks[head] * ln_2 : -__builtin_inf();
+    *lse = static_cast<float>(sum == 0 ? empty : (maximum * unit + __builtin_log2(sum)) * ln_2);
 }
 
 /// Scores of MR keys from `first` on: scaled, capped, biased, masked as asked; stored, and their
-/// maximum kept. `diagonal`: key position, relative to the tile, of lane 0's own key.
+/// maximum kept. `diagonal`: key position, relative to the tile, of lane 0's own key. `bias`: of the
+/// same keys, as scores lie, or null.
 template <class S, bool Masked, bool Plain, int MR>
 inline __attribute__((always_inline)) void finish_scores(typename S::vf (&acc)[MR][S::nv],
                                                          const Scoring& scoring, int32_t first,
-                                                         int32_t diagonal, float* scores,
-                                                         Panel<S>& panel) {
+                                                         int32_t diagonal, const float* bias,
+                                                         float* scores, Panel<S>& panel) {
     using L = Lanes<S>;
     using vf = typename S::vf;
     using vi = typename S::vi;
@@ -82,6 +93,7 @@ inline __attribute__((always_inline)) void finish_scores(typename S::vf (&acc)[M
                     const vf distance = S::to_float(lane + (diagonal + n * W - (first + m)));
                     s -= scoring.slope * (vf)((vu)distance & 0x7fffffffu);
                 }
+                if (bias) s += S::load(bias + (m * NV + n) * W);
             }
             if constexpr (Masked) {
                 const vi key = vi{} + (first + m);
@@ -97,7 +109,8 @@ inline __attribute__((always_inline)) void finish_scores(typename S::vf (&acc)[M
 }
 
 /// Scores -> probabilities for keys [first, last) of a tile, as units of keys in `units`, which may
-/// be `scores`; updates maximum, sum, alpha. first and last are multiples of U::E.
+/// be `scores`; updates maximum, sum, alpha. first and last are multiples of U::E. The probability
+/// of a hidden key is -0: it adds nothing, and can be told from one that is merely too small.
 template <class S, class U, bool Masked, bool Plain>
 inline void exponentials(const Scoring& scoring, int64_t first, int64_t last, const float* scores,
                          float* units, Panel<S>& panel) {
@@ -122,7 +135,8 @@ inline void exponentials(const Scoring& scoring, int64_t first, int64_t last, co
             for (int e = 0; e < E; ++e) {
                 const vf s = S::load(scores + ((k + e) * NV + n) * W);
                 p[e] = exponential<S, Plain>(scoring, s - pivot[n]);
-                if constexpr (Masked) p[e] = s == -infinity ? vf{} : p[e];  // whatever the scale
+                if constexpr (Masked)  // hidden, whatever the scale
+                    p[e] = s == -infinity ? S::splat(-0.f) : p[e];
                 sum[n] += p[e];
             }
             S::store(units + (k / E * NV + n) * W, U::pack(p));

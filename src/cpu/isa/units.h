@@ -11,6 +11,7 @@ struct FloatUnits {
     static constexpr int E = 1;
     static constexpr bool flushes = false;  // subnormal numbers
     using vf = typename S::vf;
+    using vi = typename S::vi;
 
     static vf fma(vf acc, vf a, vf b) { return acc + a * b; }
     /// W units from W contiguous elements.
@@ -23,6 +24,8 @@ struct FloatUnits {
     static vf pack(const vf* x) { return x[0]; }
     /// 0 where every element is finite, else NaN.
     static vf times_zero(vf x) { return x * 0.f; }
+    /// x with 0 where p is negative.
+    static vf seen(vf x, vf p) { return (vf)((vi)x & ~((vi)p >> 31)); }
 };
 
 /// Pairs of bfloat16 for instructions that add two products to a float. Queries, keys and values
@@ -39,6 +42,7 @@ struct Bf16Units {
     static constexpr bool flushes = true;
     static constexpr uint16_t tiny = (127 - 100) << 7;  // 2**-100
     using vf = typename S::vf;
+    using vi = typename S::vi;
     using vu = typename S::vu;
 
     static vf fma(vf acc, vf a, vf b) { return S::fma_bf16(acc, a, b); }
@@ -55,6 +59,11 @@ struct Bf16Units {
     /// x with tiny elements made 0; `found` if there was one that was not 0.
     static vf without_tiny(vf x, bool& found) { return S::without_tiny_bf16(x, tiny, found); }
     static vf times_zero(vf x) { return (vf)((vu)x << 16) * 0.f + (vf)((vu)x & 0xffff0000u) * 0.f; }
+    static vf seen(vf x, vf p) {
+        const vi high = ((vi)p >> 31) & (vi{} + -65536);
+        const vi low = ((vi)((vu)p << 16) >> 31) & (vi{} + 65535);
+        return (vf)((vi)x & ~(high | low));
+    }
 };
 
 /// Fours of int8; sums are int32, kept in the bits of a `vf`, and exact.
