@@ -1,7 +1,7 @@
 // NEON with BF16 (Armv8.6, Apple M2): bfloat16 products at twice the rate of float ones. The rest is
 // neon.cpp's.
 //
-// Without FEAT_EBF16's mode, which no system turns on, BFDOT takes subnormals as 0: see Bf16Units.
+// Unless FPCR.EBF is set, BFDOT takes subnormal numbers as 0: see Bf16Units.
 #include <arm_neon.h>
 
 #include "cpu/isa/kernels.h"
