@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import umfa
-from umfa.cli import demo, env
+from umfa.cli import bench, demo, env
 
 # What a shell reports for a program ended by Ctrl-C: 128 + SIGINT.
 INTERRUPTED = 130
@@ -29,6 +29,12 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("env", help="report for a bug report", description=description)
     report.add_argument("--json", action="store_true", help="print JSON and nothing else")
     report.set_defaults(run=lambda arguments: env.run(as_json=arguments.json))
+
+    comparison = commands.add_parser(
+        "bench", help="speed against other libraries", description=bench.DESCRIPTION
+    )
+    bench.add_arguments(comparison)
+    comparison.set_defaults(run=bench.run)
     return root
 
 

@@ -209,7 +209,7 @@ def can_run(
     """
     function = "umfa.can_run"
     try:
-        framework = framework_of(function, **_present(q=q, k=k, v=v, alibi_slopes=alibi_slopes))
+        framework = framework_of(function, _with_slopes({"q": q, "k": k, "v": v}, alibi_slopes))
         options = make_options(
             function,
             ("q", "k", "v"),
@@ -235,14 +235,12 @@ def can_run(
         return False, str(error)
 
 
-def _present(**tensors: Any) -> dict[str, Any]:
-    if tensors["alibi_slopes"] is None:
-        del tensors["alibi_slopes"]
-    return tensors
+def _with_slopes(tensors: dict[str, Any], alibi_slopes: Any) -> dict[str, Any]:
+    return tensors if alibi_slopes is None else {**tensors, "alibi_slopes": alibi_slopes}
 
 
 def _check_packed(function: str, name: str, packed: Any, count: int, layout: str) -> None:
-    framework_of(function, **{name: packed})
+    framework_of(function, {name: packed})
     if not hasattr(type(packed), "__getitem__"):
         raise TypeError(
             message(
@@ -271,9 +269,7 @@ def _attention(
     backend: Any,
 ) -> Any:
     """Every public function ends here. `tensors`: query, key, value under the caller's names."""
-    framework = framework_of(
-        function, **tensors, **({} if alibi_slopes is None else {"alibi_slopes": alibi_slopes})
-    )
+    framework = framework_of(function, _with_slopes(tensors, alibi_slopes))
     query_name, key_name, value_name = tensors
     options = make_options(
         function,

@@ -13,6 +13,9 @@ import numpy as np
 from . import _ext
 from ._errors import message
 
+# Options are never changed: calls with the same ones share them.
+_made: dict[tuple[Any, ...], _ext.Options] = {}
+
 WindowSize: TypeAlias = tuple[int, int] | Sequence[int]
 
 
@@ -101,9 +104,38 @@ def make_options(
 
     `names`: the caller's spelling of query, key and value, for the core's messages.
     """
+    # Of these plain types, nothing needs to be looked at twice. Types first: True == 1 == 1.0.
+    key = None
+    if (
+        type(window_size) is tuple
+        and len(window_size) == 2
+        and type(window_size[0]) is int
+        and type(window_size[1]) is int
+        and type(causal) is bool
+        and type(deterministic) is bool
+        and type(return_attn_probs) is bool
+        and type(dropout_p) is float
+        and type(softcap) is float
+        and (softmax_scale is None or type(softmax_scale) is float)
+        and type(backend) is str
+    ):
+        key = (
+            function,
+            names,
+            window_size,
+            causal,
+            softmax_scale,
+            softcap,
+            dropout_p,
+            return_attn_probs,
+            backend,
+        )
+        known = _made.get(key)
+        if known is not None:
+            return known
     left, right = _window(function, window_size)
     _flag(function, "deterministic", deterministic)  # every result is; nothing to switch
-    return _ext.Options(
+    options = _ext.Options(
         function,
         names,
         causal=_flag(function, "causal", causal),
@@ -117,3 +149,6 @@ def make_options(
         return_lse=_flag(function, "return_attn_probs", return_attn_probs),
         backend=_backend(function, backend),
     )
+    if key is not None and len(_made) < 256:
+        _made[key] = options
+    return options

@@ -94,6 +94,9 @@ inline AttentionRequest make_request(const Options& options, nb::handle query, n
     return request;
 }
 
+/// Adds what the benchmark measures below Python.
+void bind_measure(nb::module_& m);
+
 /// Adds what tests and other executors need of the Metal planner.
 void bind_metal_plan(nb::module_& m);
 

@@ -95,10 +95,9 @@ void without_gil(F&& body) {
     if (error) std::rethrow_exception(error);
 }
 
-nb::tuple shape_tuple(const TensorView& view) {
-    nb::list list;
-    for (int i = 0; i < view.ndim; ++i) list.append(view.shape[i]);
-    return nb::tuple(list);
+nb::tuple shape_tuple(const TensorView& view) {  // of a tensor of 4 dimensions
+    const int64_t* n = view.shape;
+    return nb::make_tuple(n[0], n[1], n[2], n[3]);
 }
 
 nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle key,
@@ -318,5 +317,6 @@ NB_MODULE(_ext, m) {
     m.def("num_threads", &cpu::num_threads, "Threads that one call uses.");
     m.def("set_num_threads", &cpu::set_num_threads, "count"_a, "Sets the threads one call uses.");
 
+    bind_measure(m);
     bind_metal_plan(m);
 }

@@ -36,6 +36,8 @@ class Framework(Protocol):
 # Module of the tensor class -> class; jax tracers are jax.Array too.
 _CLASSES = {"torch": "Tensor", "jax": "Array", "mlx.core": "array"}
 _MODULES = {"torch": "torch", "jax": "jax", "mlx.core": "mlx"}
+# Tensor types met so far, of frameworks that are known by name; few, so that it cannot grow.
+_KNOWN: dict[type, Framework] = {}
 
 
 def _name_of(tensor: Any) -> str | None:
@@ -49,14 +51,17 @@ def _name_of(tensor: Any) -> str | None:
     return "dlpack" if hasattr(type(tensor), "__dlpack__") else None
 
 
-def framework_of(function: str, **tensors: Any) -> Framework:
-    """The one framework that all `tensors` belong to.
+def framework_of(function: str, tensors: dict[str, Any]) -> Framework:
+    """The one framework that all `tensors`, by argument name, belong to.
 
     Raises
     ------
     TypeError
         An argument is no tensor, or they come from different frameworks.
     """
+    kinds = set(map(type, tensors.values()))
+    if len(kinds) == 1 and (known := _KNOWN.get(kinds.pop())) is not None:
+        return known
     first_name = first_argument = None
     for argument, tensor in tensors.items():
         name = _name_of(tensor)
@@ -80,7 +85,12 @@ def framework_of(function: str, **tensors: Any) -> Framework:
                     f"a tensor of {first_name}",
                 )
             )
-    return cast(Framework, import_module(f"{__name__}._{first_name}"))
+    framework = cast(Framework, import_module(f"{__name__}._{first_name}"))
+    if (
+        first_name != "dlpack" and len(_KNOWN) < 64
+    ):  # such a type may turn out to be of a framework that loads later
+        _KNOWN[type(tensors[cast(str, first_argument)])] = framework
+    return framework
 
 
 def _short(value: object) -> str:

@@ -33,6 +33,8 @@ struct Simd : Avx512 {
 };
 
 #include "cpu/isa/forward_kernel.h"
+// After what it builds on.
+#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 
@@ -42,7 +44,7 @@ constinit const Kernels avx512_bf16_kernels{
     Simd::nv * Simd::W,
     {},
     {},
-    forward_kernel<Simd, Bf16Units<Simd>>,
+    dtype_kernels<Simd, Bf16Units<Simd>>,
 };
 
 }  // namespace umfa::cpu

@@ -39,11 +39,30 @@ struct ForwardKernel {
     int64_t (*scratch_floats)(const ForwardArgs&);
 };
 
+/// Few queries over many keys.
+struct DecodeKernel {
+    /// All queries of the key heads [head_begin, head_end), over keys [key_begin, key_end), a
+    /// multiple of 64 from 0. `part`: for each key head group * seqlen_q rows of row_floats() floats
+    /// for merge(), or null: these are all the keys, and the result is written.
+    void (*run)(const ForwardArgs&, int64_t batch, int64_t head_begin, int64_t head_end,
+                int64_t key_begin, int64_t key_end, float* scratch, float* part);
+    /// Writes one row from its parts, which lie `stride` floats apart.
+    void (*merge)(const ForwardArgs&, int64_t batch, int64_t head, int64_t row, const float* part,
+                  int64_t stride, int64_t parts, float* scratch);
+    int64_t (*scratch_floats)(const ForwardArgs&, int64_t heads);
+    int64_t (*row_floats)(const ForwardArgs&);
+};
+
+struct DtypeKernels {
+    ForwardKernel forward;
+    DecodeKernel decode;
+};
+
 struct Kernels {
     const char* name;
     const Kernels* base;  // has what is null here; null: nothing is
     int lanes;            // queries that one panel holds
-    ForwardKernel forward_f32, forward_f16, forward_bf16;
+    DtypeKernels f32, f16, bf16;
 };
 
 extern const Kernels portable_kernels;

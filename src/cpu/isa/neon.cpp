@@ -14,6 +14,8 @@ constexpr int vector_lanes = 4;
 using Simd = Neon;
 
 #include "cpu/isa/forward_kernel.h"
+// After what it builds on.
+#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 
@@ -21,9 +23,9 @@ constinit const Kernels neon_kernels{
     "neon",
     nullptr,
     Simd::nv * Simd::W,
-    forward_kernel<Simd, FloatUnits<Simd, F32>>,
-    forward_kernel<Simd, FloatUnits<Simd, F16>>,
-    forward_kernel<Simd, FloatUnits<Simd, BF16>>,
+    dtype_kernels<Simd, FloatUnits<Simd, F32>>,
+    dtype_kernels<Simd, FloatUnits<Simd, F16>>,
+    dtype_kernels<Simd, FloatUnits<Simd, BF16>>,
 };
 
 }  // namespace umfa::cpu

@@ -12,6 +12,8 @@ struct Simd : SimdBase {
 };
 
 #include "cpu/isa/forward_kernel.h"
+// After what it builds on.
+#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 
@@ -19,9 +21,9 @@ constinit const Kernels portable_kernels{
     "portable",
     nullptr,
     Simd::nv * Simd::W,
-    forward_kernel<Simd, FloatUnits<Simd, F32>>,
-    forward_kernel<Simd, FloatUnits<Simd, F16>>,
-    forward_kernel<Simd, FloatUnits<Simd, BF16>>,
+    dtype_kernels<Simd, FloatUnits<Simd, F32>>,
+    dtype_kernels<Simd, FloatUnits<Simd, F16>>,
+    dtype_kernels<Simd, FloatUnits<Simd, BF16>>,
 };
 
 }  // namespace umfa::cpu

@@ -35,6 +35,27 @@ inline Scoring scoring_of(const ForwardArgs& args, int64_t batch, int64_t head) 
     return s;
 }
 
+/// exp(score - maximum) from the difference of the two as they are kept. Plain scores are scaled
+/// only now, by a scale of two floats: however large they are, what exp2 sees is right to its last
+/// bits.
+template <class S, bool Plain>
+inline typename S::vf exponential(const Scoring& scoring, typename S::vf difference) {
+    difference = S::max(S::splat(scoring.floor), difference);
+    if constexpr (!Plain) return Lanes<S>::exp2(difference);
+    return Lanes<S>::exp2(difference * scoring.scale + difference * scoring.scale_low);
+}
+
+/// LSE of one row, when asked for.
+inline void store_lse(const ForwardArgs& args, const Scoring& scoring, int64_t batch, int64_t head,
+                      int64_t row, float maximum, float sum) {
+    if (!args.lse.data) return;
+    float* lse = static_cast<float*>(args.lse.data) + batch * args.lse.stride_batch +
+                 head * args.lse.stride_head + row * args.lse.stride_row;
+    const double unit = scoring.plain ? double{args.score_scale} + args.score_scale_low : 1.0;
+    *lse = sum == 0 ? -__builtin_inff()
+                    : static_cast<float>((maximum * unit + __builtin_log2(sum)) * ln_2);
+}
+
 /// Scores of MR keys from `first` on: scaled, capped, biased, masked as asked; stored, and their
 /// maximum kept. `diagonal`: key position, relative to the tile, of lane 0's own key.
 template <class S, bool Masked, bool Plain, int MR>
@@ -80,24 +101,16 @@ inline __attribute__((always_inline)) void finish_scores(typename S::vf (&acc)[M
 template <class S, class U, bool Masked, bool Plain>
 inline void exponentials(const Scoring& scoring, int64_t first, int64_t last, const float* scores,
                          float* units, Panel<S>& panel) {
-    using L = Lanes<S>;
     using vf = typename S::vf;
     constexpr int NV = S::nv, W = S::W, E = U::E;
     constexpr float infinity = __builtin_inff();
     vf pivot[NV], sum[NV];
-    // Plain scores are scaled only after the maximum is taken off, by a scale of two floats:
-    // however large they are, what exp2 sees is right to its last bits.
-    const auto power = [&](vf difference) {
-        difference = S::max(S::splat(scoring.floor), difference);
-        if constexpr (!Plain) return L::exp2(difference);
-        return L::exp2(difference * scoring.scale + difference * scoring.scale_low);
-    };
     for (int n = 0; n < NV; ++n) {
         const vf old = S::load(panel.maximum + n * W);
         const vf now = S::max(S::load(panel.tile_maximum + n * W), old);
         // A lane that has seen no key keeps -inf; 0 stands in, and its exponentials are 0 below.
         pivot[n] = now == -infinity ? vf{} : now;
-        vf alpha = power(old - pivot[n]);
+        vf alpha = exponential<S, Plain>(scoring, old - pivot[n]);
         alpha = old == -infinity ? vf{} : alpha;
         S::store(panel.maximum + n * W, now);
         S::store(panel.alpha + n * W, alpha);
@@ -108,7 +121,7 @@ inline void exponentials(const Scoring& scoring, int64_t first, int64_t last, co
             vf p[E];
             for (int e = 0; e < E; ++e) {
                 const vf s = S::load(scores + ((k + e) * NV + n) * W);
-                p[e] = power(s - pivot[n]);
+                p[e] = exponential<S, Plain>(scoring, s - pivot[n]);
                 if constexpr (Masked) p[e] = s == -infinity ? vf{} : p[e];  // whatever the scale
                 sum[n] += p[e];
             }

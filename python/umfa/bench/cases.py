@@ -1,0 +1,221 @@
+"""What is measured: shapes, options, and the speed that each is meant to reach."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .._errors import message
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Kind = Literal["compute", "decode", "self", "overhead"]
+
+# Lengths under --quick, which only shows that everything works.
+QUICK_QUERIES = 64
+QUICK_KEYS = 128
+
+ITEMSIZE: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a case is meant to reach; None where nothing was promised."""
+
+    ratio: float | None = None
+    """Times as fast as `against`, at least."""
+    share: float | None = None
+    """Share of the peak, or of the read bandwidth, at least."""
+    microseconds: float | None = None
+    """Python's part of a call, at most."""
+    against: str = "torch"
+
+    def text(self, kind: Kind) -> str:
+        """The target in a few characters."""
+        parts = []
+        if self.ratio is not None:
+            parts.append(f"≥ {self.ratio:g}×")
+        if self.share is not None:
+            of = "bandwidth" if kind == "decode" else "peak"
+            parts.append(f"≥ {self.share:.0%} of {of}")
+        if self.microseconds is not None:
+            parts.append(f"≤ {self.microseconds:g} µs")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: attention of one shape, with the options of `umfa.flash_attn_func`.
+
+    ``kind`` is ``"compute"`` (counted in operations), ``"decode"`` (counted in bytes of key and
+    value), ``"self"`` (umfa against umfa without the window), or ``"overhead"`` (what Python adds
+    to a call).
+    """
+
+    name: str
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    dtype: Dtype = "float32"
+    heads_kv: int = 0  # 0: as many as heads
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    kind: Kind = "compute"
+    target: Target | None = None
+    long: bool = False  # only with --long, or by name
+    note: str = ""
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of key and value."""
+        return self.heads_kv or self.heads
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        heads = f"{self.heads}"
+        if self.kv_heads != self.heads:
+            heads += f"/{self.kv_heads}"
+        lengths = f"{self.seqlen_q}"
+        if self.seqlen_k != self.seqlen_q:
+            lengths += f"×{self.seqlen_k}"
+        mask = "causal" if self.causal else "full"
+        if self.window != (-1, -1):
+            mask = "causal window" if self.causal else "window"
+            mask += " " + "+".join(f"{side}" for side in self.window if side > 0)
+        text = f"{self.dtype} {mask} ({self.batch}, {heads}, {lengths}, {self.head_dim})"
+        return f"{text}, {self.note}" if self.note else text
+
+    @property
+    def visible_pairs(self) -> int:
+        """(query, key) pairs of one head that count: half of them all for causal."""
+        if self.window == (-1, -1):
+            pairs = self.seqlen_q * self.seqlen_k
+            return pairs // 2 if self.causal else pairs
+        left, right = self.window
+        shift = self.seqlen_k - self.seqlen_q
+        pairs = 0
+        for query in range(self.seqlen_q):
+            first = 0 if left < 0 else max(0, query + shift - left)
+            last = self.seqlen_k - 1
+            if right >= 0 or self.causal:
+                last = min(last, query + shift + (0 if self.causal else right))
+            pairs += max(0, last - first + 1)
+        return pairs
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations of the two matrix products."""
+        return 4 * self.batch * self.heads * self.visible_pairs * self.head_dim
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of key and value, each once."""
+        rows = self.batch * self.kv_heads * self.seqlen_k
+        return 2 * rows * self.head_dim * ITEMSIZE[self.dtype]
+
+    @property
+    def command(self) -> str:
+        """What makes this row."""
+        against = "--against torch " if self.kind in ("compute", "decode") else ""
+        return f"python -m umfa bench {against}--case {self.name}"
+
+    def quick(self) -> Case:
+        """The same with lengths that take no time."""
+        return replace(
+            self,
+            heads=min(self.heads, 4),
+            heads_kv=min(self.heads_kv, 2),
+            seqlen_q=min(self.seqlen_q, QUICK_QUERIES),
+            seqlen_k=min(self.seqlen_k, QUICK_KEYS if self.kind == "decode" else QUICK_QUERIES),
+            window=(min(self.window[0], QUICK_QUERIES // 4), self.window[1]),
+        )
+
+    def unwindowed(self) -> Case:
+        """The same attention over all keys."""
+        return replace(self, causal=False, window=(-1, -1))
+
+
+CPU: tuple[Case, ...] = (
+    Case("fp32-full-1536", 1, 24, 1536, 1536, 128, target=Target(1.35, 0.80)),
+    Case("fp32-full-2048", 1, 24, 2048, 2048, 128, target=Target(1.35, 0.80)),
+    Case("fp32-full-4608", 1, 24, 4608, 4608, 128, target=Target(1.35, 0.80), long=True),
+    Case("fp32-full-d64", 1, 8, 4096, 4096, 64, target=Target(1.2)),
+    Case("fp32-causal-1536", 1, 24, 1536, 1536, 128, causal=True, target=Target(1.6)),
+    Case("fp32-causal-512", 8, 12, 512, 512, 64, causal=True, target=Target(2.8)),
+    Case("bf16-full-1536", 1, 24, 1536, 1536, 128, "bfloat16", target=Target(2.0, 0.65)),
+    Case("bf16-causal-512", 8, 12, 512, 512, 64, "bfloat16", causal=True, target=Target(4.5)),
+    Case("fp16-full-1536", 1, 24, 1536, 1536, 128, "float16", target=Target(2.0)),
+    Case("fp32-cross-77", 1, 8, 4096, 77, 40, target=Target(1.8)),
+    Case(
+        "decode-bf16",
+        1,
+        32,
+        1,
+        16384,
+        128,
+        "bfloat16",
+        heads_kv=8,
+        kind="decode",
+        target=Target(20.0, 0.80),
+    ),
+    Case("decode-fp32", 1, 32, 1, 16384, 128, heads_kv=8, kind="decode"),
+    Case(
+        "window-512",
+        1,
+        2,
+        16384,
+        16384,
+        64,
+        causal=True,
+        window=(512, 0),
+        kind="self",
+        target=Target(12.0, against="umfa-full"),
+        note="against umfa over all keys",
+    ),
+    Case(
+        "call-overhead",
+        1,
+        1,
+        1,
+        8,
+        8,
+        kind="overhead",
+        target=Target(microseconds=5.0, against=""),
+        note="numpy, against the kernel alone",
+    ),
+)
+
+SUITES: dict[str, tuple[Case, ...]] = {"cpu": CPU}
+
+
+def select(suite: str, patterns: list[str], *, long: bool = False) -> list[Case]:
+    """The cases whose names match one of the patterns, or all; long ones on request or by name.
+
+    Raises
+    ------
+    ValueError
+        A pattern matches nothing.
+    """
+    cases = SUITES[suite]
+    for pattern in patterns:
+        if not fnmatch.filter([case.name for case in cases], pattern):
+            names = ", ".join(case.name for case in cases)
+            raise ValueError(
+                message("umfa.bench", "no case has this name", repr(pattern), f"one of {names}")
+            )
+    if not patterns:
+        return [case for case in cases if long or not case.long]
+    chosen = [
+        case
+        for case in cases
+        if case.name in patterns
+        or ((long or not case.long) and any(fnmatch.fnmatch(case.name, p) for p in patterns))
+    ]
+    if not chosen:
+        raise ValueError(
+            message("umfa.bench", "only long cases match", repr(patterns), "--long, or whole names")
+        )
+    return chosen

@@ -1,0 +1,311 @@
+"""How it is measured: by turns, with rests, and with the machine's own limits among the turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import umfa
+from umfa import _ext
+
+from .._options import make_options
+from .cases import Case
+from .peers import Call, Contender, Float64, Inputs, NotSupportedError, Team, brief, make_inputs
+from .results import FAILED, MEASURED, NOT_SUPPORTED, CaseResult, Entry
+
+# A row (the head_dim numbers of one query and head) may differ by so much of its norm: loose enough
+# for a peer that rounds the weights to the dtype, tight enough for a wrong mask or scale.
+TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+
+# Rows compared with float64 for each case.
+REFERENCE_ROWS = 12
+
+# Much larger than any cache.
+BANDWIDTH_BYTES = 256 << 20
+QUICK_BANDWIDTH_BYTES = 8 << 20
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured."""
+
+    repeats: int = 7
+    sample_s: float = 0.05
+    """A sample is the mean of as many calls as take about so long."""
+    quick: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Turn:
+    """One contender while a case runs."""
+
+    entry: Entry
+    call: Call
+    out: Any = None
+    samples: list[float] = field(default_factory=list)
+
+
+def settle(limit_s: float = 0.3) -> None:
+    """Wait until no thread of this process computes any more.
+
+    OpenMP's threads and others spin for a while after a call, for the next one. On as many CPUs as
+    there are threads, they would slow down whoever comes next.
+    """
+    deadline = time.perf_counter() + limit_s
+    while time.perf_counter() < deadline:
+        start, used = time.perf_counter(), time.process_time()
+        time.sleep(0.004)
+        if time.process_time() - used < 0.25 * (time.perf_counter() - start):
+            return
+
+
+def warmed(turn: Turn, sample_s: float) -> None:
+    """Call until everything has been loaded and compiled; find how many calls a sample takes."""
+    start = time.perf_counter()
+    turn.out = turn.call()
+    seconds = time.perf_counter() - start
+    if seconds < 20 * sample_s:  # else one call is more than enough, and a second takes too long
+        turn.call()
+        start = time.perf_counter()
+        turn.call()
+        seconds = time.perf_counter() - start
+    turn.entry.calls = max(1, min(10000, round(sample_s / max(seconds, 1e-7))))
+
+
+def sample(turn: Turn) -> None:
+    """Time a contender once."""
+    settle()
+    count = turn.entry.calls
+    call = turn.call
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    turn.samples.append((time.perf_counter() - start) / count)
+
+
+def row_difference(out: Float64, reference: Float64) -> float:
+    """Largest norm of a row's difference over the norm of the reference's row; NaN stays."""
+    difference = np.linalg.norm(out - reference, axis=-1)
+    norm = np.maximum(np.linalg.norm(reference, axis=-1), np.finfo(np.float32).tiny)
+    return float(np.max(difference / norm))
+
+
+def reference_error(case: Case, inputs: Inputs, out: Float64) -> float:
+    """Compare some rows, the first and the last among them, with attention by the book."""
+    random = np.random.default_rng(1)
+    last = case.seqlen_q - 1
+    places = [[0, 0, 0], [case.batch - 1, last, case.heads - 1]]
+    sizes = (case.batch, case.seqlen_q, case.heads)
+    places += random.integers(sizes, size=(REFERENCE_ROWS - 2, 3)).tolist()
+    worst = 0.0
+    for b, i, h in places:
+        kv_head = h // (case.heads // case.kv_heads)
+        keys = inputs.key[b, :, kv_head].astype(np.float64)
+        values = inputs.value[b, :, kv_head].astype(np.float64)
+        scores = keys @ inputs.query[b, i, h].astype(np.float64) * case.head_dim**-0.5
+        position = np.arange(case.seqlen_k) - (i + case.seqlen_k - case.seqlen_q)
+        left, right = case.window
+        right = 0 if case.causal else right
+        hidden = ((position > right) & (right >= 0)) | ((position < -left) & (left >= 0))
+        scores = np.where(hidden, -np.inf, scores)
+        weights = np.exp(scores - scores.max())
+        error = row_difference(out[b, i, h], weights @ values / weights.sum())
+        worst = float(np.maximum(worst, error))
+    return worst
+
+
+def blank(case: Case) -> CaseResult:
+    """The case with nothing measured."""
+    target: dict[str, Any] = {"text": "", "ratio": None, "share": None, "microseconds": None}
+    target["against"] = None
+    if case.target is not None:
+        target = {"text": case.target.text(case.kind), **vars(case.target)}
+    return CaseResult(
+        name=case.name,
+        title=case.title,
+        kind=case.kind,
+        dtype=case.dtype,
+        shape={
+            "batch": case.batch,
+            "heads": case.heads,
+            "heads_kv": case.kv_heads,
+            "seqlen_q": case.seqlen_q,
+            "seqlen_k": case.seqlen_k,
+            "head_dim": case.head_dim,
+        },
+        causal=case.causal,
+        window=list(case.window),
+        operations=case.operations,
+        bytes_read=case.bytes_read,
+        command=case.command,
+        target=target,
+        unit="bytes/s" if case.kind == "decode" else "flop/s",
+        umfa=Entry("umfa"),
+        tolerance=TOLERANCE[case.dtype],
+    )
+
+
+def limit_of(case: Case, settings: Settings) -> tuple[str, Callable[[], float]]:
+    """What bounds the case on this machine: its name, and how to measure it."""
+    if case.kind == "decode":
+        size = QUICK_BANDWIDTH_BYTES if settings.quick else BANDWIDTH_BYTES
+        return "read bandwidth", partial(_ext.read_bandwidth, size)
+    isa = _ext.cpu_isa()
+    family = isa.split("_")[0]
+    for dtype in (case.dtype, "float32"):  # float32, where a dtype has no arithmetic of its own
+        for its_dtype, its_isa in _ext.cpu_peaks():
+            if its_dtype == dtype and its_isa.split("_")[0] == family:
+                return f"peak of {dtype} {its_isa}", partial(_ext.cpu_peak, dtype, isa)
+    raise AssertionError(isa)  # every set of kernels has a float32 loop
+
+
+def run_case(case: Case, team: Team, settings: Settings, step: Step) -> CaseResult:
+    """Measure one case: umfa, the peers and the machine's limit by turns.
+
+    `step` is called with a few words before each turn.
+    """
+    result = blank(case)
+    if case.kind == "overhead":
+        return run_overhead(case, result, settings, step)
+    inputs = make_inputs(case, settings.seed)
+    peers = [team.full] if case.kind == "self" else team.peers
+    turns: list[Turn] = []
+    for contender in (team.umfa, *peers):
+        step(f"{contender.name} warms up")
+        entry = result.umfa if contender is team.umfa else Entry(contender.name)
+        if contender is not team.umfa:
+            result.peers.append(entry)
+        turn = prepared(contender, entry, case, inputs, settings)
+        if turn is None:
+            if contender is team.umfa:
+                return result
+            continue
+        turns.append(turn)
+        out = contender.array(turn.out)
+        turn.out = None
+        if contender is team.umfa:
+            ours = out
+            result.error = reference_error(case, inputs, out)
+            result.correct = result.error <= TOLERANCE[case.dtype]
+        elif case.kind == "self":
+            entry.difference = reference_error(case.unwindowed(), inputs, out)
+        else:
+            entry.difference = row_difference(ours, out)
+        if entry.difference is not None:
+            entry.agrees = entry.difference <= TOLERANCE[case.dtype]
+
+    result.limit, limit = limit_of(case, settings)
+    for number in range(settings.repeats):
+        step(f"{number + 1} of {settings.repeats}")
+        first = number % len(turns)  # nobody always follows the same one
+        for turn in turns[first:] + turns[:first]:
+            sample(turn)
+        settle()
+        result.limit_samples.append(limit())
+
+    result.limit_rate = statistics.median(result.limit_samples)
+    amount = case.bytes_read if case.kind == "decode" else case.operations
+    for turn in turns:
+        finish(turn, amount)
+    for turn in turns[1:]:
+        assert turn.entry.median_s is not None
+        turn.entry.ratio = turn.entry.median_s / statistics.median(turns[0].samples)
+        if case.kind == "self":
+            turn.entry.rate = case.unwindowed().operations / turn.entry.median_s
+    assert result.umfa.rate is not None
+    result.share = result.umfa.rate / result.limit_rate
+    judge(case, result, settings)
+    return result
+
+
+def prepared(
+    contender: Contender, entry: Entry, case: Case, inputs: Inputs, settings: Settings
+) -> Turn | None:
+    """Ready for the first sample, with a result; None, and the reason in `entry`, if it cannot."""
+    try:
+        turn = Turn(entry, contender.prepare(case, inputs))
+        warmed(turn, settings.sample_s)
+    except NotSupportedError as error:
+        entry.status, entry.reason = NOT_SUPPORTED, str(error)
+        return None
+    except Exception as error:
+        if contender.name.startswith("umfa"):  # a bug of umfa's is no result
+            raise
+        # Libraries say so in errors of many types.
+        refused = isinstance(error, NotImplementedError) or "not support" in str(error)
+        entry.status, entry.reason = NOT_SUPPORTED if refused else FAILED, brief(error)
+        return None
+    entry.status = MEASURED
+    return turn
+
+
+def finish(turn: Turn, amount: int) -> None:
+    """Turn samples into numbers."""
+    entry = turn.entry
+    entry.samples_s = turn.samples
+    entry.median_s = statistics.median(turn.samples)
+    entry.rate = amount / entry.median_s
+
+
+def judge(case: Case, result: CaseResult, settings: Settings) -> None:
+    """Say whether the target is reached, where the run can tell."""
+    target = case.target
+    if target is None or settings.quick:
+        return
+    verdicts: list[bool | None] = []
+    if target.ratio is not None:
+        ratios = [peer.ratio for peer in result.peers if peer.name == target.against]
+        ratio = ratios[0] if ratios else None
+        verdicts.append(None if ratio is None else ratio >= target.ratio)
+    if target.share is not None:
+        verdicts.append(None if result.share is None else result.share >= target.share)
+    if target.microseconds is not None:
+        spent = result.overhead_us
+        verdicts.append(None if spent is None else spent <= target.microseconds)
+    if False in verdicts:
+        result.met = False
+    elif None not in verdicts:
+        result.met = True
+
+
+def run_overhead(case: Case, result: CaseResult, settings: Settings, step: Step) -> CaseResult:
+    """A call of the public function on NumPy arrays, and the same work called from C++."""
+    inputs = make_inputs(case, settings.seed)
+    query, key, value = inputs.query, inputs.key, inputs.value
+    out = np.empty_like(query)
+    options = make_options(
+        "umfa.bench", ("q", "k", "v"), 0.0, None, False, (-1, -1), 0.0, False, False, "cpu"
+    )
+    calls = 100 if settings.quick else 5000
+    step("umfa warms up")
+    got = umfa.flash_attn_func(query, key, value, backend="cpu")
+    result.error = reference_error(case, inputs, got.astype(np.float64))
+    result.correct = result.error <= TOLERANCE[case.dtype]
+    python = Turn(result.umfa, lambda: umfa.flash_attn_func(query, key, value, backend="cpu"))
+    python.entry.calls = calls
+    kernel = Turn(Entry("kernel alone", calls=calls), lambda: None)
+    for number in range(settings.repeats):
+        step(f"{number + 1} of {settings.repeats}")
+        sample(python)
+        settle()
+        kernel.samples.append(_ext.time_forward(options, query, key, value, out, calls))
+    for turn in (python, kernel):
+        finish(turn, case.operations)
+        turn.entry.status = MEASURED
+    result.peers = [kernel.entry]
+    result.overhead_us = 1e6 * (
+        statistics.median(python.samples) - statistics.median(kernel.samples)
+    )
+    kernel.entry.difference = row_difference(out.astype(np.float64), got.astype(np.float64))
+    kernel.entry.agrees = kernel.entry.difference <= TOLERANCE[case.dtype]
+    judge(case, result, settings)
+    return result
