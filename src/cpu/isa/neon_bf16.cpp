@@ -50,11 +50,13 @@ private:
 };
 
 #include "cpu/isa/forward_kernel.h"
+// After what it builds on.
+#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 
 constinit const Kernels neon_bf16_kernels{
-    "neon_bf16", &neon_kernels, Simd::nv * Simd::W, {}, {}, forward_kernel<Simd, Bf16Units<Simd>>,
+    "neon_bf16", &neon_kernels, Simd::nv * Simd::W, {}, {}, dtype_kernels<Simd, Bf16Units<Simd>>,
 };
 
 }  // namespace umfa::cpu
