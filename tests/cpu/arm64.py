@@ -31,7 +31,6 @@ FLAGS = (
 KERNEL_FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 # CMakeLists.txt's -march=armv8.2-a+bf16 and so on, in zig's words.
 EXTENSIONS = {"neon_bf16.cpp": ("-mcpu=generic+v8_2a+bf16",)}
-DOTPROD = ("-mcpu=generic+dotprod",)
 
 
 def kernel_sources() -> list[Path]:

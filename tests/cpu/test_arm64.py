@@ -35,6 +35,7 @@ CASES = [
             ((2, 2, 9, 100, 192), None, None, {"softcap": 5.0}, "batch_heads"),
             ((1, 2, 50, 101, 64), None, 40, {"causal": True, "softmax_scale": 0.3}, "heads"),
             ((1, 4, 1, 301, 64), 1, None, {}, ""),
+            ((1, 8, 2, 1500, 128), 2, None, {"causal": True}, ""),
             ((1, 1, 5, 7, 3), None, 5, {"causal": True}, ""),
             ((1, 1, 20, 4, 16), None, None, {"causal": True}, ""),  # rows that see no key
         ]
@@ -178,6 +179,25 @@ def test_nan_scores_reach_their_rows(isa: str, program: Path) -> None:
         assert (row_is_nan.all(1) == row_is_nan.any(1)).all()
         assert row_is_nan.any(1).nonzero()[0].tolist() == [3, *range(100, 120)]
         np.testing.assert_array_equal(np.isnan(result.lse[0, 0]), row_is_nan[:, 0])
+
+
+@pytest.mark.parametrize("isa", FORCED)
+@pytest.mark.parametrize("spoiled", ["query", "key", "value"])
+def test_nan_stays_in_its_row_of_two(isa: str, spoiled: str, program: Path) -> None:
+    """The same for decoding: NaN in what only the last row sees."""
+    problems = []
+    for dtype in ("float32", "float16", "bfloat16"):
+        query, key, value = (
+            normal((1, length, heads, 64), dtype, seed=heads + length)
+            for length, heads in ((2, 4), (600, 1), (600, 1))
+        )
+        {"query": query, "key": key, "value": value}[spoiled][0, -1] = np.nan
+        problems.append(Problem(query, key, value, {"causal": True}))
+    for result in attend(program, problems, isa):
+        assert np.isfinite(result.out[0, 0].astype(np.float32)).all()
+        assert np.isnan(result.out[0, 1].astype(np.float32)).all()
+        assert np.isfinite(result.lse[0, :, 0]).all()
+        assert np.isnan(result.lse[0, :, 1]).all() == (spoiled != "value")
 
 
 @pytest.mark.parametrize("isa", ["neon", "neon_bf16"])

@@ -1,7 +1,7 @@
 // NEON with BF16 (Armv8.6, Apple M2): bfloat16 products at twice the rate of float ones. The rest is
 // neon.cpp's.
 //
-// Without FEAT_EBF16's mode, which no system turns on, BFDOT takes subnormals as 0: see Bf16Units.
+// Unless FPCR.EBF is set, BFDOT takes subnormal numbers as 0: see Bf16Units.
 #include <arm_neon.h>
 
 #include "cpu/isa/kernels.h"
@@ -50,11 +50,13 @@ private:
 };
 
 #include "cpu/isa/forward_kernel.h"
+// After what it builds on.
+#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 
 constinit const Kernels neon_bf16_kernels{
-    "neon_bf16", &neon_kernels, Simd::nv * Simd::W, {}, {}, forward_kernel<Simd, Bf16Units<Simd>>,
+    "neon_bf16", &neon_kernels, Simd::nv * Simd::W, {}, {}, dtype_kernels<Simd, Bf16Units<Simd>>,
 };
 
 }  // namespace umfa::cpu
