@@ -1,0 +1,56 @@
+// Where the sequences of a call lie: packed one after the other (varlen), in a cache, in pages, or
+// simply one per index of the batch. Read and checked once, on the host.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/export.h"
+#include "core/tensor_view.h"
+
+namespace umfa {
+
+/// Rows are counted in the tensors as Problem holds them: (batch, head, position, channel).
+struct SequenceRows {
+    int64_t query_batch = 0, query_row = 0;  // its first query
+    int64_t kv_batch = 0, kv_row = 0;        // its first key; unused with pages
+    int64_t seqlen_q = 0, seqlen_kv = 0;
+};
+
+/// The integer tensors that say so, as the caller gave them: int32 or int64, on the CPU.
+struct SequenceTables {
+    std::optional<TensorView> cu_seqlens_q, cu_seqlens_k;  // (batch + 1,): packed query, key
+    std::optional<TensorView> seqused_q, seqused_k;        // (batch,): how many rows count
+    std::optional<TensorView> cache_batch_idx;             // (batch,): index of the cache's batch
+    std::optional<TensorView> cache_leftpad;               // (batch,): first key that counts
+    std::optional<TensorView> block_table;  // (batch, pages of a sequence): pages of the cache
+    std::optional<int64_t> max_seqlen_q, max_seqlen_k;  // promises of the caller
+    // The caller's names of seqused_k and of the tensor of keys, for messages.
+    std::string_view seqused_k_name = "seqused_k", key_name = "k";
+
+    bool any() const {
+        return cu_seqlens_q || cu_seqlens_k || seqused_q || seqused_k || cache_batch_idx ||
+               cache_leftpad || block_table || max_seqlen_q || max_seqlen_k;
+    }
+};
+
+/// The shapes that the tables speak about, in rows and batch indices.
+struct SequenceShapes {
+    int64_t query_batch = 0, query_rows = 0;  // of a dense query; of a packed one 1 and its total
+    int64_t kv_batch = 0, kv_rows = 0;        // with pages: number of pages, and rows of a page
+};
+
+struct Sequences {
+    std::vector<SequenceRows> rows;  // one for each index of the batch
+    std::vector<int32_t> pages;      // (batch, pages_per_sequence), only with a block table
+    int64_t pages_per_sequence = 0;
+};
+
+/// Reads and checks everything; throws `Error` with the offending value and its place.
+UMFA_CORE_API Sequences read_sequences(std::string_view function, const SequenceTables& tables,
+                                       const SequenceShapes& shapes);
+
+}  // namespace umfa
