@@ -62,6 +62,9 @@ typedef struct umfa_attention_options {
                                      -slope * |i + seqlen_kv - seqlen_q - j| to the scores */
     int32_t backend;              /* umfa_backend */
     int32_t reserved;             /* 0 */
+    const DLTensor* attn_mask;    /* at most 4-dimensional, broadcasts to (batch, nheads, seqlen_q,
+                                     seqlen_kv) whatever the layout, and is never expanded; NULL: off.
+                                     bool: true = attend; float: added to the scores */
 } umfa_attention_options;
 
 #define UMFA_ATTENTION_OPTIONS_INIT  \
@@ -74,7 +77,8 @@ typedef struct umfa_attention_options {
      0,                              \
      NULL,                           \
      UMFA_BACKEND_AUTO,              \
-     0}
+     0,                              \
+     NULL}
 
 /* out = softmax(query key^T * softmax_scale) value, per head; query head h reads key head
  * h / (nheads_q / nheads_kv).

@@ -1,6 +1,7 @@
 """umfa: exact attention on any DLPack tensor, in O(N) memory.
 
-The functions carry the names, arguments and defaults of flash-attn 2. See `flash_attn_func`.
+The functions carry the names, arguments and defaults of flash-attn 2 and of torch. See
+`flash_attn_func` and `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import _ext
+from ._can_run import can_run
 from ._errors import UnsupportedError
 from ._flash_attn import (
-    can_run,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
 )
 from ._options import integer
+from ._sdpa import scaled_dot_product_attention
 
 __all__ = [
     "BackendInfo",
@@ -30,6 +32,7 @@ __all__ = [
     "get_include",
     "get_library",
     "get_num_threads",
+    "scaled_dot_product_attention",
     "set_num_threads",
     "stats",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _ext
-from ._errors import UnsupportedError, message
+from ._attention import Act, run
+from ._errors import message
 from ._frameworks import framework_of
 from ._options import WindowSize, make_options
 
@@ -86,9 +86,12 @@ def flash_attn_func(
     Online softmax over key tiles: Milakov & Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022
     (arXiv:2205.14135).
     """
-    return _attention(
+    return attend(
+        run,
         "umfa.flash_attn_func",
-        {"q": q, "k": k, "v": v},
+        q,
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -123,11 +126,10 @@ def flash_attn_qkvpacked_func(
 
     Everything else, results and errors included, is as in `flash_attn_func`.
     """
-    function = "umfa.flash_attn_qkvpacked_func"
-    _check_packed(function, "qkv", qkv, 3, "(batch, seqlen, 3, nheads, head_dim)")
-    return _attention(
-        function,
-        {"qkv[:, :, 0]": qkv[:, :, 0], "qkv[:, :, 1]": qkv[:, :, 1], "qkv[:, :, 2]": qkv[:, :, 2]},
+    return attend_qkvpacked(
+        run,
+        "umfa.flash_attn_qkvpacked_func",
+        qkv,
         dropout_p,
         softmax_scale,
         causal,
@@ -164,11 +166,11 @@ def flash_attn_kvpacked_func(
 
     Everything else, results and errors included, is as in `flash_attn_func`.
     """
-    function = "umfa.flash_attn_kvpacked_func"
-    _check_packed(function, "kv", kv, 2, "(batch, seqlen_kv, 2, nheads_kv, head_dim)")
-    return _attention(
-        function,
-        {"q": q, "kv[:, :, 0]": kv[:, :, 0], "kv[:, :, 1]": kv[:, :, 1]},
+    return attend_kvpacked(
+        run,
+        "umfa.flash_attn_kvpacked_func",
+        q,
+        kv,
         dropout_p,
         softmax_scale,
         causal,
@@ -181,62 +183,23 @@ def flash_attn_kvpacked_func(
     )
 
 
-def can_run(
-    q: Any,
-    k: Any,
-    v: Any,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    *,
-    backend: str = "auto",
-) -> tuple[bool, str]:
-    """Whether `flash_attn_func` would accept these arguments, and if not, why.
-
-    Asks the same code that routes the call; computes nothing and raises nothing that
-    `flash_attn_func` would raise about its arguments. What only shows while computing stays unseen:
-    that memory runs out, or that mlx will ask for a derivative.
-
-    Returns
-    -------
-    (bool, str)
-        ``(True, "")``, or False and the reason.
-    """
-    function = "umfa.can_run"
-    try:
-        framework = framework_of(function, _with_slopes({"q": q, "k": k, "v": v}, alibi_slopes))
-        options = make_options(
-            function,
-            ("q", "k", "v"),
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            deterministic,
-            return_attn_probs,
-            backend,
-        )
-        return _ext.attention_can_run(
-            options,
-            framework.export(q, function, "q", backend),
-            framework.export(k, function, "k", backend),
-            framework.export(v, function, "v", backend),
-            None
-            if alibi_slopes is None
-            else framework.export(alibi_slopes, function, "alibi_slopes", backend),
-        )
-    except (ValueError, TypeError, UnsupportedError) as error:
-        return False, str(error)
+# The functions without their docstrings, for whoever does something else at the end (see `Act`).
 
 
-def _with_slopes(tensors: dict[str, Any], alibi_slopes: Any) -> dict[str, Any]:
-    return tensors if alibi_slopes is None else {**tensors, "alibi_slopes": alibi_slopes}
+def attend(act: Act, function: str, q: Any, k: Any, v: Any, *options: Any) -> Any:
+    return _attend(act, function, {"q": q, "k": k, "v": v}, *options)
+
+
+def attend_qkvpacked(act: Act, function: str, qkv: Any, *options: Any) -> Any:
+    _check_packed(function, "qkv", qkv, 3, "(batch, seqlen, 3, nheads, head_dim)")
+    parts = {f"qkv[:, :, {i}]": qkv[:, :, i] for i in range(3)}
+    return _attend(act, function, parts, *options)
+
+
+def attend_kvpacked(act: Act, function: str, q: Any, kv: Any, *options: Any) -> Any:
+    _check_packed(function, "kv", kv, 2, "(batch, seqlen_kv, 2, nheads_kv, head_dim)")
+    parts = {"q": q, "kv[:, :, 0]": kv[:, :, 0], "kv[:, :, 1]": kv[:, :, 1]}
+    return _attend(act, function, parts, *options)
 
 
 def _check_packed(function: str, name: str, packed: Any, count: int, layout: str) -> None:
@@ -255,7 +218,8 @@ def _check_packed(function: str, name: str, packed: Any, count: int, layout: str
         raise ValueError(message(function, f"{name} has the wrong shape", shape, layout))
 
 
-def _attention(
+def _attend(
+    act: Act,
     function: str,
     tensors: dict[str, Any],
     dropout_p: Any,
@@ -268,12 +232,13 @@ def _attention(
     return_attn_probs: Any,
     backend: Any,
 ) -> Any:
-    """Every public function ends here. `tensors`: query, key, value under the caller's names."""
-    framework = framework_of(function, _with_slopes(tensors, alibi_slopes))
-    query_name, key_name, value_name = tensors
+    names = tuple(tensors)
+    if alibi_slopes is not None:
+        tensors["alibi_slopes"] = alibi_slopes
+    framework = framework_of(function, tensors)
     options = make_options(
         function,
-        (query_name, key_name, value_name),
+        names,
         dropout_p,
         softmax_scale,
         causal,
@@ -283,21 +248,5 @@ def _attention(
         return_attn_probs,
         backend,
     )
-
-    def compute(query: Any, key: Any, value: Any, *slopes: Any) -> tuple[Any, ...]:
-        def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-            return framework.allocate(query, shape, dtype, backend)
-
-        out, lse = _ext.attention_forward(
-            options,
-            framework.export(query, function, query_name, backend),
-            framework.export(key, function, key_name, backend),
-            framework.export(value, function, value_name, backend),
-            framework.export(slopes[0], function, "alibi_slopes", backend) if slopes else None,
-            allocate,
-        )
-        return (framework.finish(out), *(() if lse is None else (framework.finish(lse),)))
-
-    slopes = () if alibi_slopes is None else (alibi_slopes,)
-    results = framework.call(compute, function, *tensors.values(), *slopes)
+    results = act(framework, function, options, tensors, backend)
     return (results[0], results[1], None) if len(results) == 2 else results[0]

@@ -6,7 +6,7 @@ import numbers
 import operator
 import reprlib
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def _backend(function: str, backend: Any) -> str:
 
 def make_options(
     function: str,
-    names: tuple[str, str, str],
+    names: tuple[str, ...],
     dropout_p: Any,
     softmax_scale: Any,
     causal: Any,
@@ -99,9 +99,12 @@ def make_options(
     deterministic: Any,
     return_attn_probs: Any,
     backend: Any = "auto",
+    *,
+    top_left: bool = False,
 ) -> _ext.Options:
-    """The options of one call; raises TypeError or ValueError naming the offending value.
+    """The options of one call of flash-attn's kind; raises TypeError or ValueError.
 
+    `top_left`: where `causal` aligns, for tests of the kernels.
     `names`: the caller's spelling of query, key and value, for the core's messages.
     """
     # Of these plain types, nothing needs to be looked at twice. Types first: True == 1 == 1.0.
@@ -129,6 +132,7 @@ def make_options(
             dropout_p,
             return_attn_probs,
             backend,
+            top_left,
         )
         known = _made.get(key)
         if known is not None:
@@ -137,7 +141,7 @@ def make_options(
     _flag(function, "deterministic", deterministic)  # every result is; nothing to switch
     options = _ext.Options(
         function,
-        names,
+        cast("tuple[str, str, str]", names),
         causal=_flag(function, "causal", causal),
         softmax_scale=(
             None if softmax_scale is None else _number(function, "softmax_scale", softmax_scale)
@@ -148,6 +152,56 @@ def make_options(
         dropout_p=_number(function, "dropout_p", dropout_p),
         return_lse=_flag(function, "return_attn_probs", return_attn_probs),
         backend=_backend(function, backend),
+        top_left=top_left,
+    )
+    if key is not None and len(_made) < 256:
+        _made[key] = options
+    return options
+
+
+_SDPA_NAMES = ("query", "key", "value")
+
+
+def make_sdpa_options(
+    function: str,
+    dropout_p: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
+    backend: Any = "auto",
+    bias: str | None = None,
+) -> _ext.Options:
+    """The options of one call of torch's kind.
+
+    `bias`: "top_left" or "bottom_right" where a causal bias stands for the mask.
+    """
+    key = None
+    if (
+        type(is_causal) is bool
+        and type(enable_gqa) is bool
+        and type(dropout_p) is float
+        and (scale is None or type(scale) is float)
+        and type(backend) is str
+    ):
+        key = (function, is_causal, enable_gqa, dropout_p, scale, backend, bias)
+        known = _made.get(key)
+        if known is not None:
+            return known
+    causal = _flag(function, "is_causal", is_causal)
+    options = _ext.Options(
+        function,
+        _SDPA_NAMES,
+        causal=causal or bias is not None,
+        softmax_scale=None if scale is None else _number(function, "scale", scale),
+        window_left=-1,
+        window_right=-1,
+        softcap=0.0,
+        dropout_p=_number(function, "dropout_p", dropout_p),
+        return_lse=False,
+        backend=_backend(function, backend),
+        top_left=bias != "bottom_right",
+        torch_shapes=True,
+        grouped=_flag(function, "enable_gqa", enable_gqa),
     )
     if key is not None and len(_made) < 256:
         _made[key] = options

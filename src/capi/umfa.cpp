@@ -113,6 +113,7 @@ Call read_call(const char* function, const DLTensor* query, const DLTensor* key,
     request.window_right = options.window_right;
     request.softcap = options.softcap;
     if (options.alibi_slopes) request.alibi_slopes = view(options.alibi_slopes, "alibi_slopes");
+    if (options.attn_mask) request.attn_mask = view(options.attn_mask, "attn_mask");
     return {Problem::make(request),
             backend_names[checked_enum(options.backend, 2, "options->backend", function)]};
 }

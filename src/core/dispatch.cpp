@@ -90,7 +90,11 @@ const Backend& route(const Problem& problem, std::string_view name) {
 }
 
 void forward(const Backend& backend, const Problem& problem) {
-    backend.forward(problem);
+    if (problem.loops.empty()) {
+        backend.forward(problem);
+    } else {
+        for (int64_t i = 0; i < problem.slices(); ++i) backend.forward(problem.slice(i));
+    }
     count_call(backend);
 }
 
@@ -99,7 +103,8 @@ void encode_forward(const Problem& problem, std::string_view name, void* stream)
     if (!backend.encode_forward)
         fail(ErrorKind::unsupported, problem.function, "this backend has no streams", backend.name,
              "'metal'");
-    backend.encode_forward(problem, stream);
+    for (int64_t i = 0; i < problem.slices(); ++i)
+        backend.encode_forward(problem.loops.empty() ? problem : problem.slice(i), stream);
     count_call(backend);
 }
 

@@ -83,7 +83,8 @@ DType dtype_of(const DLDataType& dtype, std::string_view function, std::string_v
     const bool small_float = dtype.code >= first_small_float && dtype.code <= last_small_float;
     fail(small_float ? ErrorKind::unsupported : ErrorKind::type, function,
          std::string(argument) + " has the wrong dtype", dlpack_dtype_text(dtype),
-         "float32, float16 or bfloat16");
+         argument == "attn_mask" ? "bool, float32, float16 or bfloat16"
+                                 : "float32, float16 or bfloat16");
 }
 
 }  // namespace

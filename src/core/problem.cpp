@@ -1,5 +1,6 @@
 #include "core/problem.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 
@@ -27,9 +28,10 @@ struct Checker {
     }
 };
 
-std::string dims_text(Layout layout) {
-    return layout == Layout::bshd ? "(batch, seqlen, nheads, head_dim)"
-                                  : "(batch, nheads, seqlen, head_dim)";
+std::string dims_text(Layout layout, bool broadcasts) {
+    if (broadcasts) return "at least 2: (..., nheads, seqlen, head_dim)";
+    return layout == Layout::bshd ? "4: (batch, seqlen, nheads, head_dim)"
+                                  : "4: (batch, nheads, seqlen, head_dim)";
 }
 
 /// Span of bytes that a view touches, as [begin, end) offsets from element (0, ..., 0).
@@ -83,15 +85,26 @@ void check_float_dtype(const Checker& check, const TensorView& view, const std::
     check.type(what, name_of(view.dtype), expected);
 }
 
-/// (batch, head, position, channel) strides of a 4-D view.
+// Dimensions are counted from the last: 1 is the last one. One that is not there has size 1.
+int64_t size_at(const TensorView& view, int from_last) {
+    return from_last <= view.ndim ? view.shape[view.ndim - from_last] : 1;
+}
+
+/// 0 where there is one index only, so that the dimension may broadcast.
+int64_t stride_at(const TensorView& view, int from_last) {
+    return size_at(view, from_last) == 1 ? 0 : view.strides[view.ndim - from_last];
+}
+
+int row_of(Layout layout) { return layout == Layout::bshd ? 3 : 2; }
+int head_of(Layout layout) { return layout == Layout::bshd ? 2 : 3; }
+
+/// The strides but that of the batch, which Problem::merge_batch() finds.
 Operand operand_of(const TensorView& view, Layout layout) {
-    const int row = layout == Layout::bshd ? 1 : 2, head = 3 - row;
     Operand operand;
     operand.view = view;
-    operand.stride_batch = view.strides[0];
-    operand.stride_head = view.strides[head];
-    operand.stride_row = view.strides[row];
-    operand.stride_channel = view.strides[3];
+    operand.stride_head = stride_at(view, head_of(layout));
+    operand.stride_row = view.strides[view.ndim - row_of(layout)];
+    operand.stride_channel = view.strides[view.ndim - 1];
     return operand;
 }
 
@@ -147,28 +160,30 @@ void check_writable(const Checker& check, const Problem& problem, const TensorVi
     check_overlap(check, view, name, problem.key.view, std::string(problem.key_name));
     check_overlap(check, view, name, problem.value.view, std::string(problem.value_name));
     if (problem.alibi) check_overlap(check, view, name, problem.alibi->view, "alibi_slopes");
-    if (problem.mask) check_overlap(check, view, name, problem.mask->view, "attn_mask");
+    if (problem.mask) check_overlap(check, view, name, problem.mask->given, "attn_mask");
 }
 
-/// The mask as (batch, nheads, seqlen_q, seqlen_kv), with stride 0 where it broadcasts.
+/// The mask as (batch, nheads, seqlen_q, seqlen_kv), with stride 0 where it broadcasts; the batch is
+/// left to Problem::merge_batch().
 DenseMask broadcast_mask(const Checker& check, const Problem& problem, const TensorView& mask) {
-    const int64_t full[4] = {problem.batch, problem.nheads_q, problem.seqlen_q, problem.seqlen_kv};
-    bool fits = mask.ndim <= 4;
-    DenseMask found{mask};
-    found.view.ndim = 4;
-    for (int i = 3, from = mask.ndim - 1; fits && i >= 0; --i, --from) {
-        const int64_t size = from >= 0 ? mask.shape[from] : 1;
-        fits = size == full[i] || size == 1;
-        found.view.shape[i] = full[i];
-        found.view.strides[i] = size == full[i] && size != 1 ? mask.strides[from] : 0;
-    }
-    if (!fits) {
-        TensorView expected = mask;
-        expected.ndim = 4;
-        for (int i = 0; i < 4; ++i) expected.shape[i] = full[i];
+    TensorView full = mask;
+    full.ndim = problem.ndim;
+    std::copy_n(problem.batch_shape, TensorView::max_ndim, full.shape);
+    if (full.ndim >= 3) full.shape[full.ndim - 3] = problem.nheads_q;
+    full.shape[full.ndim - 2] = problem.seqlen_q;
+    full.shape[full.ndim - 1] = problem.seqlen_kv;
+    bool fits = mask.ndim <= full.ndim;
+    for (int i = 1; fits && i <= full.ndim; ++i)
+        fits = size_at(mask, i) == 1 || size_at(mask, i) == size_at(full, i);
+    if (!fits)
         check.value("attn_mask has the wrong shape", shape_text(mask),
-                    "a shape that broadcasts to " + shape_text(expected));
-    }
+                    "a shape that broadcasts to " + shape_text(full));
+    DenseMask found{mask, mask};
+    found.view.ndim = 4;
+    found.view.shape[1] = problem.nheads_q;
+    found.view.shape[2] = problem.seqlen_q;
+    found.view.shape[3] = problem.seqlen_kv;
+    for (int i = 1; i <= 3; ++i) found.view.strides[4 - i] = stride_at(mask, i);
     if (mask.dtype != DType::b8 && !is_attention_dtype(mask.dtype)) {
         const char *what = "attn_mask has the wrong dtype",
                    *expected = "bool, float32, float16 or bfloat16";
@@ -227,9 +242,9 @@ Problem Problem::make(const AttentionRequest& request) {
         const std::string& name;
     } inputs[] = {{request.query, q_name}, {request.key, k_name}, {request.value, v_name}};
     for (const auto& [view, name] : inputs) {
-        if (view.ndim != 4)
+        if (request.broadcasts ? view.ndim < 2 : view.ndim != 4)
             check.value(name + " has " + std::to_string(view.ndim) + " dimensions",
-                        "shape " + shape_text(view), "4: " + dims_text(request.layout));
+                        "shape " + shape_text(view), dims_text(request.layout, request.broadcasts));
         check_float_dtype(check, view, name);
         check_memory(check, view, name);
     }
@@ -246,29 +261,67 @@ Problem Problem::make(const AttentionRequest& request) {
                             " on " + device_text(view),
                         device_text(view), device_text(q));
     }
-    const int row = request.layout == Layout::bshd ? 1 : 2, head = 3 - row;
-    const auto same = [&](const char* what, int64_t a, const std::string& a_name, int64_t b,
-                          const std::string& b_name) {
-        if (a != b)
-            check.value(std::string(what) + " differs: " + a_name + " has " + std::to_string(a) +
-                            ", " + b_name + " has " + std::to_string(b),
-                        q_name + " " + shape_text(q) + ", " + k_name + " " + shape_text(k) + ", " +
-                            v_name + " " + shape_text(v),
-                        "equal " + std::string(what));
+    const int row = row_of(request.layout), head = head_of(request.layout);
+    const auto differ = [&](const std::string& what, const TensorView& a, const std::string& a_name,
+                            const TensorView& b, const std::string& b_name, int dimension,
+                            const std::string& expected) {
+        check.value(what + " differs: " + a_name + " has " + std::to_string(size_at(a, dimension)) +
+                        ", " + b_name + " has " + std::to_string(size_at(b, dimension)),
+                    q_name + " " + shape_text(q) + ", " + k_name + " " + shape_text(k) + ", " +
+                        v_name + " " + shape_text(v),
+                    expected);
     };
-    same("batch", q.shape[0], q_name, k.shape[0], k_name);
-    same("batch", q.shape[0], q_name, v.shape[0], v_name);
-    same("head_dim", q.shape[3], q_name, k.shape[3], k_name);
-    same("nheads", k.shape[head], k_name, v.shape[head], v_name);
-    same("seqlen", k.shape[row], k_name, v.shape[row], v_name);
+    const auto same = [&](const char* what, const TensorView& a, const std::string& a_name,
+                          const TensorView& b, const std::string& b_name, int dimension) {
+        if (size_at(a, dimension) != size_at(b, dimension))
+            differ(what, a, a_name, b, b_name, dimension, std::string("equal ") + what);
+    };
+    // The size that all of a dimension broadcast to.
+    const auto broadcast = [&](const char* what, int dimension, const char* expected) {
+        int64_t size = 1;
+        const TensorView* first = nullptr;
+        const std::string* first_name = nullptr;
+        for (const auto& [view, name] : inputs) {
+            const int64_t own = size_at(view, dimension);
+            if (own == 1) continue;
+            if (first && own != size)
+                differ(what, *first, *first_name, view, name, dimension, expected);
+            first = &view;
+            first_name = &name;
+            size = own;
+        }
+        return size;
+    };
+    problem.ndim = std::max({q.ndim, k.ndim, v.ndim});
+    if (!request.broadcasts) {
+        same("batch", q, q_name, k, k_name, 4);
+        same("batch", q, q_name, v, v_name, 4);
+        problem.batch_shape[0] = q.shape[0];
+    }
+    for (int i = 0; request.broadcasts && i < problem.ndim - 3; ++i)
+        problem.batch_shape[i] = broadcast("batch", problem.ndim - i, "equal batch sizes, or 1");
+    same("head_dim", q, q_name, k, k_name, 1);
+    if (!request.broadcasts) same("nheads", k, k_name, v, v_name, head);
+    same("seqlen", k, k_name, v, v_name, row);
 
-    problem.batch = q.shape[0];
-    problem.nheads_q = q.shape[head];
-    problem.nheads_kv = k.shape[head];
-    problem.seqlen_q = q.shape[row];
-    problem.seqlen_kv = k.shape[row];
-    problem.head_dim = q.shape[3];
-    problem.head_dim_v = v.shape[3];
+    problem.nheads_q = size_at(q, head);
+    problem.nheads_kv = size_at(k, head);
+    if (request.broadcasts && !request.grouped) {
+        problem.nheads_q =
+            broadcast("nheads", head, "equal nheads, or 1; enable_gqa=True lets heads share keys");
+        // One key head for all is read as a group, where both have but one.
+        if (size_at(k, head) != 1 || size_at(v, head) != 1) problem.nheads_kv = problem.nheads_q;
+    } else if (request.broadcasts) {
+        problem.nheads_kv = std::max(problem.nheads_kv, size_at(v, head));
+        if (size_at(k, head) == 0 || size_at(v, head) == 0) problem.nheads_kv = 0;
+        for (const TensorView* view : {&k, &v})
+            if (size_at(*view, head) != 1 && size_at(*view, head) != problem.nheads_kv)
+                same("nheads", k, k_name, v, v_name, head);
+    }
+    problem.seqlen_q = size_at(q, row);
+    problem.seqlen_kv = size_at(k, row);
+    problem.head_dim = size_at(q, 1);
+    problem.head_dim_v = size_at(v, 1);
     for (const auto& [dim, name] :
          {std::pair{problem.head_dim, q_name}, {problem.head_dim_v, v_name}}) {
         if (dim < 1)
@@ -285,7 +338,7 @@ Problem Problem::make(const AttentionRequest& request) {
                               "at most " + std::to_string(max_seqlen));
     const bool divides =
         problem.nheads_kv > 0 ? problem.nheads_q % problem.nheads_kv == 0 : problem.nheads_q == 0;
-    if (!divides)
+    if (!divides)  // where nheads broadcasts, it does
         check.value("nheads of " + q_name + " is not a multiple of nheads of " + k_name,
                     std::to_string(problem.nheads_q) + " and " + std::to_string(problem.nheads_kv),
                     "nheads_q % nheads_kv == 0");
@@ -324,13 +377,14 @@ Problem Problem::make(const AttentionRequest& request) {
     if (request.alibi_slopes) {
         const TensorView& slopes = *request.alibi_slopes;
         const bool per_head = slopes.ndim == 1 && slopes.shape[0] == problem.nheads_q;
-        const bool per_batch = slopes.ndim == 2 && slopes.shape[0] == problem.batch &&
+        const bool per_batch = problem.ndim == 4 && slopes.ndim == 2 &&
+                               slopes.shape[0] == problem.batch_shape[0] &&
                                slopes.shape[1] == problem.nheads_q;
         const std::string heads = std::to_string(problem.nheads_q);
         if (!per_head && !per_batch)
-            check.value(
-                "alibi_slopes has the wrong shape", shape_text(slopes),
-                "(" + heads + ",) or (" + std::to_string(problem.batch) + ", " + heads + ")");
+            check.value("alibi_slopes has the wrong shape", shape_text(slopes),
+                        "(" + heads + ",) or (" + std::to_string(problem.batch_shape[0]) + ", " +
+                            heads + ")");
         if (slopes.dtype != DType::f32)
             check.type("alibi_slopes has the wrong dtype", name_of(slopes.dtype), "float32");
         if (slopes.device != q.device || slopes.device_id != q.device_id)
@@ -341,6 +395,7 @@ Problem Problem::make(const AttentionRequest& request) {
     }
 
     if (request.attn_mask) problem.mask = broadcast_mask(check, problem, *request.attn_mask);
+    problem.merge_batch();
 
     problem.wants_lse = request.wants_lse || request.lse.has_value();
     if (request.out) problem.set_out(*request.out);
@@ -350,27 +405,152 @@ Problem Problem::make(const AttentionRequest& request) {
 
 TensorView Problem::out_shape() const {
     TensorView shape = query.view;
-    shape.shape[3] = head_dim_v;
+    shape.ndim = ndim;
+    std::copy_n(batch_shape, std::max(ndim - 3, 0), shape.shape);
+    if (ndim >= 3) shape.shape[ndim - head_of(layout)] = nheads_q;
+    shape.shape[ndim - row_of(layout)] = seqlen_q;
+    shape.shape[ndim - 1] = head_dim_v;
+    return shape;
+}
+
+TensorView Problem::lse_shape() const {
+    TensorView shape = out_shape();
+    shape.ndim = ndim - 1;
+    if (ndim >= 3) shape.shape[ndim - 3] = nheads_q;
+    shape.shape[ndim - 2] = seqlen_q;
+    shape.dtype = DType::f32;
     return shape;
 }
 
 void Problem::set_out(const TensorView& view) {
     check_writable(Checker{function}, *this, view, out_shape(), "out");
     out = operand_of(view, layout);
+    merge_batch();
 }
 
 void Problem::set_lse(const TensorView& view) {
-    TensorView shape = query.view;
-    shape.ndim = 3;
-    shape.shape[0] = batch;
-    shape.shape[1] = nheads_q;
-    shape.shape[2] = seqlen_q;
-    shape.dtype = DType::f32;
     const Checker check{function};
-    check_writable(check, *this, view, shape, "softmax_lse");
+    check_writable(check, *this, view, lse_shape(), "softmax_lse");
     if (out) check_overlap(check, view, "softmax_lse", out->view, "out");
-    lse = Operand{view, view.strides[0], view.strides[1], view.strides[2], 0};
+    lse = Operand{view, 0, stride_at(view, 2), view.strides[view.ndim - 1], 0};
     wants_lse = true;
+    merge_batch();
+}
+
+/// Finds `batch` and `loops` for the operands that are there. Neighbouring batch dimensions are one
+/// where, in every operand, a step of the outer is a whole turn of the inner.
+void Problem::merge_batch() {
+    std::vector<BatchLoop> groups;
+    batch = 1;
+    for (int i = 0; i < ndim - 3; ++i) {
+        const int from_last = ndim - i;  // in tensors with 3 dimensions behind the batch
+        BatchLoop one;
+        one.size = batch_shape[i];
+        one.query = stride_at(query.view, from_last);
+        one.key = stride_at(key.view, from_last);
+        one.value = stride_at(value.view, from_last);
+        if (mask) one.mask = stride_at(mask->given, from_last);
+        if (out) one.out = stride_at(out->view, from_last);
+        if (lse) one.lse = stride_at(lse->view, from_last - 1);
+        batch *= one.size;
+        if (one.size == 1) continue;
+        const auto turns = [&](int64_t BatchLoop::* stride) {
+            return groups.back().*stride == one.*stride * one.size;
+        };
+        if (!groups.empty() && turns(&BatchLoop::query) && turns(&BatchLoop::key) &&
+            turns(&BatchLoop::value) && turns(&BatchLoop::mask) && turns(&BatchLoop::out) &&
+            turns(&BatchLoop::lse)) {
+            one.size *= groups.back().size;
+            groups.back() = one;
+        } else {
+            groups.push_back(one);
+        }
+    }
+    // The longest is the batch that backends see: the fewest problems.
+    BatchLoop walked;
+    if (!groups.empty() && batch != 0) {
+        const auto longest = std::max_element(
+            groups.begin(), groups.end(),
+            [](const BatchLoop& a, const BatchLoop& b) { return a.size < b.size; });
+        walked = *longest;
+        groups.erase(longest);
+        batch = walked.size;
+    }
+    loops = batch == 0 ? std::vector<BatchLoop>() : std::move(groups);
+    query.stride_batch = walked.query;
+    key.stride_batch = walked.key;
+    value.stride_batch = walked.value;
+    if (out) out->stride_batch = walked.out;
+    if (lse) lse->stride_batch = walked.lse;
+    if (mask) {
+        mask->view.shape[0] = batch;
+        mask->view.strides[0] = walked.mask;
+    }
+}
+
+int64_t Problem::slices() const {
+    int64_t count = 1;
+    for (const BatchLoop& loop : loops) count *= loop.size;
+    return count;
+}
+
+Problem Problem::slice(int64_t index) const {
+    Problem one = *this;
+    one.loops.clear();
+    one.ndim = 4;
+    one.batch_shape[0] = batch;
+    const auto move = [](TensorView& view, int64_t elements) {
+        if (view.size() == 0) return;
+        const int64_t bytes = elements * (bits_of(view.dtype) / 8);
+        if (view.device == Device::cpu)
+            view.data = static_cast<char*>(view.data) + bytes;
+        else
+            view.byte_offset += static_cast<uint64_t>(bytes);
+    };
+    for (size_t i = loops.size(); i-- > 0; index /= loops[i].size) {
+        const BatchLoop& loop = loops[i];
+        const int64_t at = index % loop.size;
+        move(one.query.view, at * loop.query);
+        move(one.key.view, at * loop.key);
+        move(one.value.view, at * loop.value);
+        if (one.mask) move(one.mask->view, at * loop.mask);
+        if (one.out) move(one.out->view, at * loop.out);
+        if (one.lse) move(one.lse->view, at * loop.lse);
+    }
+    // What is left of each: its views end where the slice does.
+    const auto narrow = [&](Operand& operand, int64_t nheads, int64_t seqlen, int64_t channels) {
+        TensorView& view = operand.view;
+        const int row = 4 - row_of(layout), head = 4 - head_of(layout);
+        view.ndim = 4;
+        const auto set = [&](int i, int64_t size, int64_t stride) {
+            view.shape[i] = stride == 0 && size > 0 ? 1 : size;
+            view.strides[i] = stride;
+        };
+        set(0, batch, operand.stride_batch);
+        set(head, nheads, operand.stride_head);
+        set(row, seqlen, operand.stride_row);
+        set(3, channels, operand.stride_channel);
+    };
+    narrow(one.query, nheads_q, seqlen_q, head_dim);
+    narrow(one.key, nheads_kv, seqlen_kv, head_dim);
+    narrow(one.value, nheads_kv, seqlen_kv, head_dim_v);
+    if (one.out) narrow(*one.out, nheads_q, seqlen_q, head_dim_v);
+    if (one.lse) {
+        TensorView& view = one.lse->view;
+        view.ndim = 3;
+        const int64_t sizes[] = {batch, nheads_q, seqlen_q};
+        const int64_t strides[] = {one.lse->stride_batch, one.lse->stride_head,
+                                   one.lse->stride_row};
+        std::copy_n(sizes, 3, view.shape);
+        std::copy_n(strides, 3, view.strides);
+    }
+    if (one.mask) {
+        TensorView& given = one.mask->given;
+        given = one.mask->view;
+        for (int i = 0; i < 4; ++i)
+            if (given.strides[i] == 0 && given.shape[i] > 0) given.shape[i] = 1;
+    }
+    return one;
 }
 
 double Problem::score_scale() const {

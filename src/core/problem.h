@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "core/export.h"
 #include "core/tensor_view.h"
@@ -16,7 +17,8 @@ namespace umfa {
 constexpr int64_t max_head_dim = 512;
 constexpr int64_t max_seqlen = INT32_MAX;  // kernels hold key positions in 32 bits
 
-/// Order of the dimensions of query, key, value and out. LSE is always (batch, nheads, seqlen_q).
+/// Order of the last three dimensions of query, key, value and out; batch dimensions come before.
+/// LSE is always (batch, nheads, seqlen_q).
 enum class Layout : uint8_t { bshd, bhsd };
 
 /// Where the causal diagonal lies when seqlen_q != seqlen_kv.
@@ -33,7 +35,8 @@ enum class Causal : uint8_t {
 /// Dense mask, broadcast to (batch, nheads, seqlen_q, seqlen_kv) by stride 0 and never expanded.
 /// b8: true = attend. Float: added to the scores after softmax_scale.
 struct DenseMask {
-    TensorView view;
+    TensorView view;   // 4-D
+    TensorView given;  // the same memory in the caller's shape
 };
 
 /// Position-dependent bias -slope * |i + seqlen_kv - seqlen_q - j|, Press et al. 2022.
@@ -115,6 +118,11 @@ UMFA_CORE_API const char* name_of(Feature feature);
 struct AttentionRequest {
     std::string_view function;  // for messages, e.g. "umfa.flash_attn_func"; outlives the Problem
     Layout layout = Layout::bshd;
+    /// bhsd only: torch's shapes. Two dimensions or more, of which the batch dimensions and nheads
+    /// broadcast from size 1 or from not being there.
+    bool broadcasts = false;
+    /// Query heads may outnumber key and value heads, which they then share.
+    bool grouped = true;
     TensorView query, key, value;
     // The caller's spelling of the three, for messages; outlives the Problem.
     std::string_view query_name = "query", key_name = "key", value_name = "value";
@@ -125,19 +133,31 @@ struct AttentionRequest {
     int64_t window_left = -1, window_right = -1;
     double softcap = 0;
     std::optional<TensorView> alibi_slopes;
-    std::optional<TensorView> attn_mask;  // up to 4-D, broadcast from the right
+    std::optional<TensorView>
+        attn_mask;  // at most as many dimensions as out; broadcast from the right
     double dropout_p = 0;
 };
 
 /// A tensor of the problem: strides in elements, in the order (batch, head, position, channel).
 struct Operand {
-    TensorView view;
+    TensorView view;  // in the caller's shape
     int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_channel = 0;
+};
+
+/// A batch dimension that no stride walks together with the others. The problem is carried out once
+/// for each index, which moves the operands by these strides.
+struct BatchLoop {
+    int64_t size = 1;
+    int64_t query = 0, key = 0, value = 0, mask = 0, out = 0, lse = 0;
 };
 
 struct UMFA_CORE_API Problem {
     std::string_view function, query_name, key_name, value_name;  // as in the request
     Layout layout = Layout::bshd;
+    int ndim = 4;  // of out; less than 4 where it has no batch dimension, or no nheads
+    int64_t batch_shape[TensorView::max_ndim] = {};  // its first ndim - 3 dimensions
+    // They count as one, `batch`, as far as strides allow; the others are loops, outermost first.
+    std::vector<BatchLoop> loops;
     int64_t batch = 0, nheads_q = 0, nheads_kv = 0, seqlen_q = 0, seqlen_kv = 0;
     int64_t head_dim = 0, head_dim_v = 0;
     Operand query, key, value;
@@ -166,14 +186,23 @@ struct UMFA_CORE_API Problem {
     void set_out(const TensorView& view);
     void set_lse(const TensorView& view);
 
-    /// Shape that out must have, in `layout`.
+    /// Shape that out must have, in `layout`, and the dtype and device; likewise lse.
     TensorView out_shape() const;
+    TensorView lse_shape() const;
+
+    /// How many problems without loops this one is, and one of them. All share what make() checked.
+    int64_t slices() const;
+    Problem slice(int64_t index) const;
+
     /// Factor on q.k. Kernels use exp2, so it makes scores in units of log2; with softcap on it makes
     /// the argument of tanh, whose result softcap_log2() brings to units of log2.
     double score_scale() const;
     double softcap_log2() const;
     /// Bitwise or of `Feature`s that this problem uses.
     uint32_t features() const;
+
+private:
+    void merge_batch();
 };
 
 }  // namespace umfa

@@ -56,7 +56,7 @@ Operands::Operands(const Problem& problem, const Gpu& gpu, Copies copies)
     add(Source::value, problem.value.view);
     add(Source::out, problem.out->view, true);
     if (problem.lse) add(Source::lse, problem.lse->view, true);
-    if (problem.mask) add(Source::mask, problem.mask->view);
+    if (problem.mask) add(Source::mask, problem.mask->given);
     if (problem.alibi) add(Source::alibi_slopes, problem.alibi->view);
 
     std::vector<Operand*> in_host_memory;

@@ -56,18 +56,20 @@ using Output = Imported<nb::ndarray<>>;
 struct Options {
     std::string function;
     std::tuple<std::string, std::string, std::string> names;  // the caller's query, key, value
-    bool causal = false;
+    Causal causal = Causal::none;
     std::optional<double> softmax_scale;
     int64_t window_left = -1, window_right = -1;
     double softcap = 0, dropout_p = 0;
     bool return_lse = false;
     std::string backend = "auto";
+    Layout layout = Layout::bshd;
+    bool broadcasts = false, grouped = true;
 };
 
 /// The request with its inputs attached; `inputs` owns what the views point to.
 inline AttentionRequest make_request(const Options& options, nb::handle query, nb::handle key,
                                      nb::handle value, nb::handle alibi_slopes,
-                                     Input (&inputs)[4]) {
+                                     nb::handle attn_mask, Input (&inputs)[5]) {
     AttentionRequest request;
     const auto& [query_name, key_name, value_name] = options.names;
     request.function = options.function;
@@ -84,7 +86,14 @@ inline AttentionRequest make_request(const Options& options, nb::handle query, n
         inputs[3] = import<nb::ndarray<nb::ro>>(alibi_slopes, options.function, "alibi_slopes");
         request.alibi_slopes = inputs[3].view;
     }
-    request.causal = options.causal ? Causal::bottom_right : Causal::none;
+    if (!attn_mask.is_none()) {
+        inputs[4] = import<nb::ndarray<nb::ro>>(attn_mask, options.function, "attn_mask");
+        request.attn_mask = inputs[4].view;
+    }
+    request.layout = options.layout;
+    request.broadcasts = options.broadcasts;
+    request.grouped = options.grouped;
+    request.causal = options.causal;
     request.softmax_scale = options.softmax_scale;
     request.window_left = options.window_left;
     request.window_right = options.window_right;

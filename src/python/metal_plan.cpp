@@ -56,18 +56,13 @@ nb::dict launch_dict(const KernelLaunch& launch) {
 
 nb::dict metal_plan_forward(const Options& options, int family, int cores, nb::handle query,
                             nb::handle key, nb::handle value, nb::handle alibi_slopes,
-                            nb::handle out, nb::handle lse, nb::handle attn_mask, bool top_left) {
+                            nb::handle out, nb::handle lse, nb::handle attn_mask) {
     if (family < 7 || family > 10)
         fail(ErrorKind::value, options.function, "GPU family is unknown", std::to_string(family),
              "7 to 10");
-    Input inputs[4], mask;
-    AttentionRequest request = make_request(options, query, key, value, alibi_slopes, inputs);
-    if (!attn_mask.is_none()) {
-        mask = import<nb::ndarray<nb::ro>>(attn_mask, options.function, "attn_mask");
-        request.attn_mask = mask.view;
-    }
-    if (top_left && options.causal) request.causal = Causal::top_left;
-    Problem problem = Problem::make(request);
+    Input inputs[5];
+    Problem problem =
+        Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask, inputs));
     const Output out_array = import<nb::ndarray<>>(out, options.function, "out");
     problem.set_out(out_array.view);
     Output lse_array;
@@ -75,6 +70,9 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, nb::h
         lse_array = import<nb::ndarray<>>(lse, options.function, "softmax_lse");
         problem.set_lse(lse_array.view);
     }
+    if (!problem.loops.empty())
+        fail(ErrorKind::unsupported, options.function, "no single plan for this",
+             std::to_string(problem.slices()) + " plans", "batch dimensions that are one");
     const Verdict verdict = can_plan_forward(problem);
     if (!verdict.yes)
         fail(ErrorKind::unsupported, options.function, "no Metal kernel for this", verdict.reason,
@@ -97,11 +95,11 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, nb::h
 void bind_metal_plan(nb::module_& m) {
     m.def("metal_plan_forward", &metal_plan_forward, "options"_a, "family"_a, "cores"_a, "query"_a,
           "key"_a, "value"_a, "alibi_slopes"_a.none(), "out"_a, "lse"_a.none(),
-          "attn_mask"_a.none() = nb::none(), "top_left"_a = false,
+          "attn_mask"_a.none() = nb::none(),
           nb::sig("def metal_plan_forward(options: Options, family: int, cores: int, "
                   "query: object, key: object, value: object, alibi_slopes: object | None, "
-                  "out: object, lse: object | None, attn_mask: object | None = None, "
-                  "top_left: bool = False) -> dict[str, typing.Any]"),
+                  "out: object, lse: object | None, attn_mask: object | None = None) "
+                  "-> dict[str, typing.Any]"),
           "The LaunchPlan of a forward pass on an Apple GPU family (7 to 10), as plain values.");
 }
 

@@ -95,15 +95,20 @@ void without_gil(F&& body) {
     if (error) std::rethrow_exception(error);
 }
 
-nb::tuple shape_tuple(const TensorView& view) {  // of a tensor of 4 dimensions
+nb::object shape_tuple(const TensorView& view) {
     const int64_t* n = view.shape;
-    return nb::make_tuple(n[0], n[1], n[2], n[3]);
+    if (view.ndim == 4) return nb::make_tuple(n[0], n[1], n[2], n[3]);  // the usual one: no list
+    nb::list sizes;
+    for (int i = 0; i < view.ndim; ++i) sizes.append(n[i]);
+    return nb::tuple(sizes);
 }
 
 nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle key,
-                            nb::handle value, nb::handle alibi_slopes, nb::callable allocate) {
-    Input inputs[4];
-    Problem problem = Problem::make(make_request(options, query, key, value, alibi_slopes, inputs));
+                            nb::handle value, nb::handle alibi_slopes, nb::handle attn_mask,
+                            nb::callable allocate) {
+    Input inputs[5];
+    Problem problem =
+        Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask, inputs));
     const Backend& backend = route(problem, options.backend);
 
     // The façade allocates in the caller's framework, now that the shapes are known to be right.
@@ -112,8 +117,7 @@ nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle
     Output out_array = import<nb::ndarray<>>(out[0], options.function, "out"), lse_array;
     problem.set_out(out_array.view);
     if (options.return_lse) {
-        lse = allocate(nb::make_tuple(problem.batch, problem.nheads_q, problem.seqlen_q),
-                       name_of(DType::f32));
+        lse = allocate(shape_tuple(problem.lse_shape()), name_of(DType::f32));
         lse_array = import<nb::ndarray<>>(lse[0], options.function, "softmax_lse");
         problem.set_lse(lse_array.view);
     }
@@ -123,11 +127,11 @@ nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle
 
 std::pair<bool, std::string> attention_can_run(const Options& options, nb::handle query,
                                                nb::handle key, nb::handle value,
-                                               nb::handle alibi_slopes) {
-    Input inputs[4];
-    const Verdict verdict =
-        can_run(Problem::make(make_request(options, query, key, value, alibi_slopes, inputs)),
-                options.backend);
+                                               nb::handle alibi_slopes, nb::handle attn_mask) {
+    Input inputs[5];
+    const Verdict verdict = can_run(
+        Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask, inputs)),
+        options.backend);
     return {verdict.yes, verdict.reason};
 }
 
@@ -232,35 +236,42 @@ NB_MODULE(_ext, m) {
             [](Options* self, std::string function,
                std::tuple<std::string, std::string, std::string> names, bool causal,
                std::optional<double> scale, int64_t left, int64_t right, double softcap,
-               double dropout_p, bool return_lse, std::string backend) {
+               double dropout_p, bool return_lse, std::string backend, bool top_left,
+               bool torch_shapes, bool grouped) {
+                const Causal alignment = top_left ? Causal::top_left : Causal::bottom_right;
                 new (self) Options{std::move(function),
                                    std::move(names),
-                                   causal,
+                                   causal ? alignment : Causal::none,
                                    scale,
                                    left,
                                    right,
                                    softcap,
                                    dropout_p,
                                    return_lse,
-                                   std::move(backend)};
+                                   std::move(backend),
+                                   torch_shapes ? Layout::bhsd : Layout::bshd,
+                                   torch_shapes,
+                                   grouped};
             },
             "function"_a, "names"_a, nb::kw_only(), "causal"_a, "softmax_scale"_a.none(),
             "window_left"_a, "window_right"_a, "softcap"_a, "dropout_p"_a, "return_lse"_a,
-            "backend"_a);
+            "backend"_a, "top_left"_a = false, "torch_shapes"_a = false, "grouped"_a = true);
 
     m.def("attention_forward", &attention_forward, "options"_a, "query"_a, "key"_a, "value"_a,
-          "alibi_slopes"_a.none(), "allocate"_a,
+          "alibi_slopes"_a.none(), "attn_mask"_a.none(), "allocate"_a,
           nb::sig("def attention_forward(options: Options, query: object, key: object, "
-                  "value: object, alibi_slopes: object | None, "
+                  "value: object, alibi_slopes: object | None, attn_mask: object | None, "
                   "allocate: collections.abc.Callable[[tuple[int, ...], str], "
                   "tuple[object, object]]) -> tuple[object, object | None]"),
-          "Computes attention on (batch, seqlen, nheads, head_dim) tensors.\n\n"
+          "Computes attention on tensors (batch, seqlen, nheads, head_dim), or with the option\n"
+          "torch_shapes (..., nheads, seqlen, head_dim) that broadcast.\n\n"
           "`allocate(shape, dtype)` returns (DLPack tensor to write, what to hand back).\n"
           "Returns (out, lse or None) as allocate handed them back.");
     m.def("attention_can_run", &attention_can_run, "options"_a, "query"_a, "key"_a, "value"_a,
-          "alibi_slopes"_a.none(),
+          "alibi_slopes"_a.none(), "attn_mask"_a.none(),
           nb::sig("def attention_can_run(options: Options, query: object, key: object, "
-                  "value: object, alibi_slopes: object | None) -> tuple[bool, str]"),
+                  "value: object, alibi_slopes: object | None, attn_mask: object | None) "
+                  "-> tuple[bool, str]"),
           "The routing's verdict on the same call, and its reason.");
     m.def("empty", &empty, "shape"_a, "dtype"_a, "device"_a = "cpu",
           nb::sig("def empty(shape: collections.abc.Sequence[int], dtype: str, "

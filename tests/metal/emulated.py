@@ -104,11 +104,20 @@ def attention(
 ) -> tuple[Array, Array]:
     """`umfa.flash_attn_func(..., return_attn_probs=True)` on the emulated GPU: (out, lse).
 
-    mask, alignment: as `reference.attention` takes them. No public function does yet.
+    mask, alignment: as `reference.attention` takes them.
     """
     function = "umfa.flash_attn_func"
     options = make_options(
-        function, ("q", "k", "v"), 0.0, softmax_scale, causal, window_size, softcap, False, True
+        function,
+        ("q", "k", "v"),
+        0.0,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        False,
+        True,
+        top_left=alignment == "upper_left",
     )
     batch, seqlen_q, nheads, _ = query.shape
     tensors: dict[str, Any] = {
@@ -125,9 +134,7 @@ def attention(
         name: None if tensor is None else _numpy.export(tensor, function, name)
         for name, tensor in tensors.items()
     }
-    plan = _ext.metal_plan_forward(
-        options, settings.family, settings.cores, **exported, top_left=alignment == "upper_left"
-    )
+    plan = _ext.metal_plan_forward(options, settings.family, settings.cores, **exported)
     last_plan.clear()
     last_plan.update(plan)
     scratch = [np.full(size, 0xFF, np.uint8) for size in plan["scratch_bytes"]]  # NaN

@@ -51,11 +51,12 @@ def plan(
         "attn_mask": mask,
     }
     return _ext.metal_plan_forward(
-        make_options("umfa.test", ("q", "k", "v"), 0.0, *made.values(), False, lse),
+        make_options(
+            "umfa.test", ("q", "k", "v"), 0.0, *made.values(), False, lse, top_left=top_left
+        ),
         family,
         cores,
         **{k: None if t is None else _numpy.export(t, "umfa.test", k) for k, t in tensors.items()},
-        top_left=top_left,
     )
 
 

@@ -93,6 +93,18 @@ def framework_of(function: str, tensors: dict[str, Any]) -> Framework:
     return framework
 
 
+def causal_bias(mask: Any) -> tuple[str, int, int] | None:
+    """("top_left" or "bottom_right", seqlen_q, seqlen_kv) if `mask` is torch's CausalBias.
+
+    Such a mask is a torch.Tensor by class only: its memory holds nothing.
+    """
+    bias = sys.modules.get("torch.nn.attention.bias")
+    if bias is None or not isinstance(mask, getattr(bias, "CausalBias", ())):
+        return None
+    corner = "top_left" if mask.variant is bias.CausalVariant.UPPER_LEFT else "bottom_right"
+    return corner, mask.seq_len_q, mask.seq_len_kv
+
+
 def _short(value: object) -> str:
     text = repr(value) if value is None or isinstance(value, (str, int, float)) else ""
     return text[:60] or f"{type(value).__module__}.{type(value).__qualname__}"

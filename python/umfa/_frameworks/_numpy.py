@@ -11,16 +11,20 @@ from .. import _ext
 from .._errors import UnsupportedError, message
 
 _EXPECTED = "float32, float16 or ml_dtypes.bfloat16"
-_FLOAT32, _FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)  # numpy keeps one object of each
+# numpy keeps one object of each.
+_FLOAT32, _FLOAT16, _BOOL = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.bool_)
 
 
 def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
     dtype = tensor.dtype
     # The common case first: what follows takes 5 us, more than all the rest of a call.
-    plain = (dtype is _FLOAT32 or dtype is _FLOAT16) and type(tensor) is np.ndarray
+    known = dtype is _FLOAT32 or dtype is _FLOAT16 or dtype is _BOOL
+    plain = known and type(tensor) is np.ndarray
     if plain and tensor.flags.c_contiguous:
         return tensor
-    expected = "float32" if argument == "alibi_slopes" else _EXPECTED
+    expected = {"alibi_slopes": "float32", "attn_mask": f"bool, {_EXPECTED}"}.get(
+        argument, _EXPECTED
+    )
     if isinstance(tensor, np.ma.MaskedArray):
         raise TypeError(
             message(

@@ -28,6 +28,7 @@ def plan(case: Case) -> dict[str, Any]:
         case.softcap,
         False,
         case.lse,
+        top_left=case.causal == "upper_left",
     )
     tensors: dict[str, Any] = dict.fromkeys(
         ("query", "key", "value", "out", "lse", "alibi_slopes", "mask")
@@ -38,6 +39,4 @@ def plan(case: Case) -> dict[str, Any]:
             array = array.view({"bool": np.bool_, "bfloat16": ml_dtypes.bfloat16}[place.dtype])
         tensors[name] = _numpy.export(array, function, name)
     tensors["attn_mask"] = tensors.pop("mask")
-    return _ext.metal_plan_forward(
-        options, case.family, case.cores, **tensors, top_left=case.causal == "upper_left"
-    )
+    return _ext.metal_plan_forward(options, case.family, case.cores, **tensors)

@@ -1,0 +1,84 @@
+"""Asking before computing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, overload
+
+from ._attention import judge
+from ._errors import UnsupportedError
+from ._flash_attn import (
+    attend,
+    attend_kvpacked,
+    attend_qkvpacked,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+)
+from ._options import WindowSize
+from ._sdpa import attend_sdpa, scaled_dot_product_attention
+
+# Each takes what its function takes, in the same order, after (act, function).
+_BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
+    flash_attn_func: attend,
+    flash_attn_kvpacked_func: attend_kvpacked,
+    flash_attn_qkvpacked_func: attend_qkvpacked,
+    scaled_dot_product_attention: attend_sdpa,
+}
+
+
+@overload
+def can_run(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    backend: str = "auto",
+) -> tuple[bool, str]: ...
+
+
+@overload
+def can_run(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[bool, str]: ...
+
+
+def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """Whether a function of umfa would accept these arguments, and if not, why.
+
+    ``can_run(q, k, v, ...)`` is about `flash_attn_func`. Another function of umfa is named first,
+    before its arguments: ``can_run(umfa.scaled_dot_product_attention, query, key, value)``.
+
+    Asks the same code that routes the call; computes nothing and raises nothing that the function
+    would raise about its arguments. What only shows while computing stays unseen: that memory runs
+    out, or that mlx will ask for a derivative.
+
+    Returns
+    -------
+    (bool, str)
+        ``(True, "")``, or False and the reason.
+    """
+    function: Callable[..., Any] = flash_attn_func
+    rest = args
+    if args and isinstance(args[0], FunctionType) and args[0] in _BODIES:
+        function, rest = args[0], args[1:]
+    bound = inspect.signature(function).bind(*rest, **kwargs)
+    bound.apply_defaults()
+    try:
+        possible, reason = _BODIES[function](judge, "umfa.can_run", *bound.arguments.values())
+    except (ValueError, TypeError, UnsupportedError) as error:
+        return False, str(error)
+    return possible, reason
+
+
+can_run.__signature__ = inspect.signature(flash_attn_func).replace(  # type: ignore[attr-defined]
+    return_annotation="tuple[bool, str]"
+)

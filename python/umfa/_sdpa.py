@@ -1,0 +1,142 @@
+"""PyTorch's scaled_dot_product_attention, for the tensors of every framework."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._attention import Act, run
+from ._errors import message
+from ._frameworks import causal_bias, framework_of
+from ._options import make_sdpa_options
+
+
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Exact attention with the arguments of ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Takes tensors of every framework that `flash_attn_func` takes, reads them where they are, and
+    allocates nothing of the size of the scores: a mask is read through its own strides, never
+    expanded.
+
+    Parameters
+    ----------
+    query : tensor, shape (..., nheads, seqlen_q, head_dim)
+        float32, float16 or bfloat16. ``nheads`` and the dimensions before it, of which there may be
+        none or up to five, broadcast among query, key and value.
+    key : tensor, shape (..., nheads, seqlen_kv, head_dim)
+        Same dtype and framework.
+    value : tensor, shape (..., nheads, seqlen_kv, head_dim_v)
+        Same dtype and framework. ``head_dim_v`` may differ from ``head_dim``.
+    attn_mask : tensor that broadcasts to (..., nheads, seqlen_q, seqlen_kv), optional
+        bool: a query attends where it is True. float32, float16 or bfloat16: added to the scores
+        after `scale`; it need not have the dtype of `query`. Or torch's ``causal_upper_left`` or
+        ``causal_lower_right`` of ``torch.nn.attention.bias``, which is not materialised.
+    dropout_p : float
+        Only 0 for now; a larger probability raises `UnsupportedError`.
+    is_causal : bool
+        Query ``i`` sees the keys ``j <= i`` (aligned at the top left, unlike `flash_attn_func`).
+        Excludes `attn_mask`.
+    scale : float, optional
+        Factor on the scores; ``head_dim ** -0.5`` if None.
+    enable_gqa : bool
+        Let query heads share key and value heads: query head ``h`` of ``nheads`` reads key head
+        ``h // (nheads // nheads_kv)``.
+    backend : {"auto", "metal", "cpu"}
+        Who computes; see `flash_attn_func`.
+
+    Returns
+    -------
+    tensor, shape (..., nheads, seqlen_q, head_dim_v)
+        Contiguous, in the dtype and framework of `query`. A query that attends to no key gets 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is wrong; the message holds the offending value.
+    umfa.UnsupportedError
+        The call is sound but not implemented yet: gradients (tensors that require grad, traced
+        arrays), dropout, float64 and float8, ``head_dim`` above 512.
+    """
+    return attend_sdpa(
+        run,
+        "umfa.scaled_dot_product_attention",
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        backend,
+    )
+
+
+def attend_sdpa(
+    act: Act,
+    function: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
+    backend: Any,
+) -> Any:
+    """The function without its docstring, for whoever does something else at the end."""
+    tensors = {"query": query, "key": key, "value": value}
+    bias = None
+    if attn_mask is not None:
+        bias = causal_bias(attn_mask)
+        if bias is None:
+            tensors["attn_mask"] = attn_mask
+    framework = framework_of(function, tensors)
+    options = make_sdpa_options(
+        function,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        backend,
+        None if bias is None else bias[0],
+    )
+    if attn_mask is not None and is_causal:
+        raise ValueError(
+            message(
+                function,
+                "attn_mask and is_causal exclude each other",
+                "both",
+                "a mask that is causal itself, or is_causal alone",
+            )
+        )
+    if bias is not None:
+        _check_bias(function, bias, query, key)
+    return act(framework, function, options, tensors, backend)[0]
+
+
+def _check_bias(function: str, bias: tuple[str, int, int], query: Any, key: Any) -> None:
+    lengths = tuple(
+        tensor.shape[-2] if len(getattr(tensor, "shape", ())) >= 2 else None
+        for tensor in (query, key)
+    )
+    if None not in lengths and lengths != bias[1:]:
+        raise ValueError(
+            message(
+                function,
+                "attn_mask is a causal bias of other lengths",
+                f"seqlen_q, seqlen_kv = {bias[1:]}",
+                f"{lengths}, those of query and key",
+            )
+        )
