@@ -2,7 +2,9 @@
 // and index tables, or of the quantised formats that Problem has a place for.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace umfa {
 
@@ -51,6 +53,21 @@ constexpr bool is_attention_dtype(DType dtype) {
 /// A float type that attention could be asked for, but that no backend computes on yet.
 constexpr bool is_other_float(DType dtype) {
     return dtype == DType::f64 || dtype == DType::f8e4m3 || dtype == DType::f8e5m2;
+}
+
+/// The number that the bits of a bfloat16 or float16 say.
+inline float bfloat16_to_float(uint16_t bits) {
+    const uint32_t wide = uint32_t{bits} << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+inline float half_to_float(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    float value = exponent == 31  ? (fraction ? NAN : INFINITY)
+                  : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                  : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+    return bits >> 15 ? -value : value;
 }
 
 }  // namespace umfa

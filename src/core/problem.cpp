@@ -161,6 +161,7 @@ void check_writable(const Checker& check, const Problem& problem, const TensorVi
     check_overlap(check, view, name, problem.value.view, std::string(problem.value_name));
     if (problem.alibi) check_overlap(check, view, name, problem.alibi->view, "alibi_slopes");
     if (problem.mask) check_overlap(check, view, name, problem.mask->given, "attn_mask");
+    if (problem.sinks) check_overlap(check, view, name, problem.sinks->logits, "learnable_sink");
 }
 
 /// The mask as (batch, nheads, seqlen_q, seqlen_kv), with stride 0 where it broadcasts; the batch is
@@ -214,13 +215,14 @@ const char* name_of(Feature feature) {
         case Feature::lse: return "softmax_lse";
         case Feature::gqa: return "grouped-query attention";
         case Feature::mask: return "attn_mask";
-        case Feature::sinks: return "sinks";
+        case Feature::sinks: return "learnable_sink";
         case Feature::block_mask: return "block_mask";
         case Feature::score_program: return "score_mod";
         case Feature::varlen: return "cu_seqlens";
         case Feature::paged_kv: return "block_table";
         case Feature::dropout: return "dropout_p";
         case Feature::quantised: return "quantised operands";
+        case Feature::attention_chunk: return "attention_chunk";
     }
     return "unknown";
 }
@@ -241,10 +243,15 @@ Problem Problem::make(const AttentionRequest& request) {
         const TensorView& view;
         const std::string& name;
     } inputs[] = {{request.query, q_name}, {request.key, k_name}, {request.value, v_name}};
+    const SequenceTables& tables = request.tables;
     for (const auto& [view, name] : inputs) {
-        if (request.broadcasts ? view.ndim < 2 : view.ndim != 4)
+        const bool packed = &view == &request.query ? tables.cu_seqlens_q.has_value()
+                                                    : tables.cu_seqlens_k && !tables.block_table;
+        if (request.broadcasts ? view.ndim < 2 : view.ndim != (packed ? 3 : 4))
             check.value(name + " has " + std::to_string(view.ndim) + " dimensions",
-                        "shape " + shape_text(view), dims_text(request.layout, request.broadcasts));
+                        "shape " + shape_text(view),
+                        packed ? "3: (total, nheads, head_dim)"
+                               : dims_text(request.layout, request.broadcasts));
         check_float_dtype(check, view, name);
         check_memory(check, view, name);
     }
@@ -292,11 +299,11 @@ Problem Problem::make(const AttentionRequest& request) {
         }
         return size;
     };
-    problem.ndim = std::max({q.ndim, k.ndim, v.ndim});
+    problem.ndim = request.broadcasts ? std::max({q.ndim, k.ndim, v.ndim}) : q.ndim;
     if (!request.broadcasts) {
-        same("batch", q, q_name, k, k_name, 4);
-        same("batch", q, q_name, v, v_name, 4);
-        problem.batch_shape[0] = q.shape[0];
+        if (!tables.any()) same("batch", q, q_name, k, k_name, 4);
+        same("batch", k, k_name, v, v_name, 4);
+        problem.batch_shape[0] = size_at(q, 4);
     }
     for (int i = 0; request.broadcasts && i < problem.ndim - 3; ++i)
         problem.batch_shape[i] = broadcast("batch", problem.ndim - i, "equal batch sizes, or 1");
@@ -318,7 +325,8 @@ Problem Problem::make(const AttentionRequest& request) {
             if (size_at(*view, head) != 1 && size_at(*view, head) != problem.nheads_kv)
                 same("nheads", k, k_name, v, v_name, head);
     }
-    problem.seqlen_q = size_at(q, row);
+    problem.query_rows = size_at(q, row);
+    problem.seqlen_q = problem.query_rows;
     problem.seqlen_kv = size_at(k, row);
     problem.head_dim = size_at(q, 1);
     problem.head_dim_v = size_at(v, 1);
@@ -336,6 +344,20 @@ Problem Problem::make(const AttentionRequest& request) {
         if (length > max_seqlen)
             check.unsupported("seqlen of " + name + " is too large", std::to_string(length),
                               "at most " + std::to_string(max_seqlen));
+    if (tables.any()) {
+        problem.sequences = read_sequences(
+            request.function, tables,
+            {problem.batch_shape[0], problem.query_rows, size_at(k, 4), size_at(k, row)});
+        problem.page_size = tables.block_table ? size_at(k, row) : 0;
+        problem.seqlen_q = problem.seqlen_kv = 0;
+        for (const SequenceRows& rows : problem.sequences.rows) {
+            problem.seqlen_q = std::max(problem.seqlen_q, rows.seqlen_q);
+            problem.seqlen_kv = std::max(problem.seqlen_kv, rows.seqlen_kv);
+        }
+        if (request.attn_mask)
+            check.value("attn_mask and tables of sequences exclude each other", "both",
+                        "a dense mask over dense tensors");
+    }
     const bool divides =
         problem.nheads_kv > 0 ? problem.nheads_q % problem.nheads_kv == 0 : problem.nheads_q == 0;
     if (!divides)  // where nheads broadcasts, it does
@@ -367,24 +389,28 @@ Problem Problem::make(const AttentionRequest& request) {
     // Visibility. A causal mask is a window whose right edge is the diagonal.
     check_window(check, "left", request.window_left);
     check_window(check, "right", request.window_right);
+    if (request.attention_chunk < 0 || request.attention_chunk > max_seqlen)
+        check.value("attention_chunk is out of range", std::to_string(request.attention_chunk),
+                    "0 (none) to " + std::to_string(max_seqlen));
     problem.causal = request.causal != Causal::none;
+    problem.top_left = request.causal == Causal::top_left;
     problem.visible.seqlen_kv = problem.seqlen_kv;
-    problem.visible.offset =
-        request.causal == Causal::top_left ? 0 : problem.seqlen_kv - problem.seqlen_q;
+    problem.visible.offset = problem.top_left ? 0 : problem.seqlen_kv - problem.seqlen_q;
     problem.visible.left = request.window_left;
     problem.visible.right = problem.causal ? 0 : request.window_right;
+    problem.visible.chunk = request.attention_chunk;
 
     if (request.alibi_slopes) {
         const TensorView& slopes = *request.alibi_slopes;
         const bool per_head = slopes.ndim == 1 && slopes.shape[0] == problem.nheads_q;
-        const bool per_batch = problem.ndim == 4 && slopes.ndim == 2 &&
-                               slopes.shape[0] == problem.batch_shape[0] &&
-                               slopes.shape[1] == problem.nheads_q;
+        const int64_t batch =
+            tables.any() ? int64_t(problem.sequences.rows.size()) : problem.batch_shape[0];
+        const bool per_batch = (problem.ndim == 4 || tables.any()) && slopes.ndim == 2 &&
+                               slopes.shape[0] == batch && slopes.shape[1] == problem.nheads_q;
         const std::string heads = std::to_string(problem.nheads_q);
         if (!per_head && !per_batch)
             check.value("alibi_slopes has the wrong shape", shape_text(slopes),
-                        "(" + heads + ",) or (" + std::to_string(problem.batch_shape[0]) + ", " +
-                            heads + ")");
+                        "(" + heads + ",) or (" + std::to_string(batch) + ", " + heads + ")");
         if (slopes.dtype != DType::f32)
             check.type("alibi_slopes has the wrong dtype", name_of(slopes.dtype), "float32");
         if (slopes.device != q.device || slopes.device_id != q.device_id)
@@ -394,6 +420,18 @@ Problem Problem::make(const AttentionRequest& request) {
             Alibi{slopes, per_batch ? slopes.strides[0] : 0, slopes.strides[slopes.ndim - 1]};
     }
 
+    if (request.sinks) {
+        const TensorView& sinks = *request.sinks;
+        const std::string name = "learnable_sink";
+        if (sinks.ndim != 1 || sinks.shape[0] != problem.nheads_q)
+            check.value(name + " has the wrong shape", shape_text(sinks),
+                        "(" + std::to_string(problem.nheads_q) + ",)");
+        check_float_dtype(check, sinks, name);
+        if (sinks.device != q.device || sinks.device_id != q.device_id)
+            check.value(name + " is on another device", device_text(sinks), device_text(q));
+        check_memory(check, sinks, name);
+        problem.sinks = Sinks{sinks};
+    }
     if (request.attn_mask) problem.mask = broadcast_mask(check, problem, *request.attn_mask);
     problem.merge_batch();
 
@@ -408,7 +446,7 @@ TensorView Problem::out_shape() const {
     shape.ndim = ndim;
     std::copy_n(batch_shape, std::max(ndim - 3, 0), shape.shape);
     if (ndim >= 3) shape.shape[ndim - head_of(layout)] = nheads_q;
-    shape.shape[ndim - row_of(layout)] = seqlen_q;
+    shape.shape[ndim - row_of(layout)] = query_rows;
     shape.shape[ndim - 1] = head_dim_v;
     return shape;
 }
@@ -417,7 +455,7 @@ TensorView Problem::lse_shape() const {
     TensorView shape = out_shape();
     shape.ndim = ndim - 1;
     if (ndim >= 3) shape.shape[ndim - 3] = nheads_q;
-    shape.shape[ndim - 2] = seqlen_q;
+    shape.shape[ndim - 2] = query_rows;
     shape.dtype = DType::f32;
     return shape;
 }
@@ -440,6 +478,15 @@ void Problem::set_lse(const TensorView& view) {
 /// Finds `batch` and `loops` for the operands that are there. Neighbouring batch dimensions are one
 /// where, in every operand, a step of the outer is a whole turn of the inner.
 void Problem::merge_batch() {
+    if (sequences.given) {  // each says itself which index of which tensor it is
+        batch = static_cast<int64_t>(sequences.rows.size());
+        query.stride_batch = stride_at(query.view, 4);
+        key.stride_batch = stride_at(key.view, 4);
+        value.stride_batch = stride_at(value.view, 4);
+        if (out) out->stride_batch = stride_at(out->view, 4);
+        if (lse) lse->stride_batch = stride_at(lse->view, 3);
+        return;
+    }
     std::vector<BatchLoop> groups;
     batch = 1;
     for (int i = 0; i < ndim - 3; ++i) {
@@ -553,6 +600,18 @@ Problem Problem::slice(int64_t index) const {
     return one;
 }
 
+SequenceRows Problem::sequence(int64_t b) const {
+    if (sequences.given) return sequences.rows[static_cast<size_t>(b)];
+    return {b, 0, b, 0, seqlen_q, seqlen_kv};
+}
+
+Visible<int64_t> Problem::visible_of(const SequenceRows& rows) const {
+    Visible<int64_t> own = visible;
+    own.seqlen_kv = rows.seqlen_kv;
+    own.offset = top_left ? 0 : rows.seqlen_kv - rows.seqlen_q;
+    return own;
+}
+
 double Problem::score_scale() const {
     return softcap > 0 ? softmax_scale / softcap : softmax_scale * log2_e;
 }
@@ -574,8 +633,9 @@ uint32_t Problem::features() const {
     add(Feature::sinks, sinks.has_value());
     add(Feature::block_mask, block_mask.has_value());
     add(Feature::score_program, score_program.has_value());
-    add(Feature::varlen, varlen.has_value());
-    add(Feature::paged_kv, paged_kv.has_value());
+    add(Feature::varlen, sequences.given);
+    add(Feature::paged_kv, page_size > 0);
+    add(Feature::attention_chunk, visible.chunk > 0);
     add(Feature::dropout, dropout.has_value());
     add(Feature::quantised,
         quantised_query.has_value() || quantised_key.has_value() || quantised_value.has_value());

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/export.h"
+#include "core/sequences.h"
 #include "core/tensor_view.h"
 #include "umfa/visible.h"
 
@@ -47,7 +48,7 @@ struct Alibi {
 
 /// One extra softmax column per head with a natural-log logit and no value row.
 struct Sinks {
-    TensorView logits;  // (nheads,)
+    TensorView logits;  // (nheads,): f32, f16 or bf16
 };
 
 /// Key blocks that each query block visits, with those that need no mask told apart.
@@ -59,19 +60,6 @@ struct BlockMask {
 /// Traced score_mod / mask_mod: an SSA program that each backend compiles or evaluates per tile.
 struct ScoreProgram {
     std::string text;
-};
-
-/// Packed sequences: int32 or int64 offsets of shape (batch + 1,).
-struct Varlen {
-    TensorView cu_seqlens_q, cu_seqlens_kv;
-    std::optional<TensorView> seqused_q, seqused_kv;
-    int64_t max_seqlen_q = 0, max_seqlen_kv = 0;
-};
-
-/// K and V in pages: block_table (batch, max_pages) of page numbers.
-struct PagedKv {
-    TensorView block_table;
-    int64_t page_size = 0;
 };
 
 /// Counter-based (Philox) dropout of the probabilities.
@@ -107,6 +95,7 @@ enum class Feature : uint32_t {
     paged_kv = 1u << 11,
     dropout = 1u << 12,
     quantised = 1u << 13,
+    attention_chunk = 1u << 14,
 };
 constexpr uint32_t bit(Feature feature) { return static_cast<uint32_t>(feature); }
 /// The name users know it by: "window_size", "dropout_p", ...
@@ -132,7 +121,9 @@ struct AttentionRequest {
     Causal causal = Causal::none;
     int64_t window_left = -1, window_right = -1;
     double softcap = 0;
-    std::optional<TensorView> alibi_slopes;
+    int64_t attention_chunk = 0;  // > 0: queries see keys of their own chunk only
+    std::optional<TensorView> alibi_slopes, sinks;
+    SequenceTables tables;  // packed, cached, paged; layout bshd, packed tensors without the batch
     std::optional<TensorView>
         attn_mask;  // at most as many dimensions as out; broadcast from the right
     double dropout_p = 0;
@@ -158,7 +149,9 @@ struct UMFA_CORE_API Problem {
     int64_t batch_shape[TensorView::max_ndim] = {};  // its first ndim - 3 dimensions
     // They count as one, `batch`, as far as strides allow; the others are loops, outermost first.
     std::vector<BatchLoop> loops;
-    int64_t batch = 0, nheads_q = 0, nheads_kv = 0, seqlen_q = 0, seqlen_kv = 0;
+    int64_t batch = 0, nheads_q = 0, nheads_kv = 0;
+    int64_t seqlen_q = 0, seqlen_kv = 0;  // the longest, where sequences differ
+    int64_t query_rows = 0;               // of the tensor: seqlen_q, or of all packed sequences
     int64_t head_dim = 0, head_dim_v = 0;
     Operand query, key, value;
     std::optional<Operand> out;  // same dtype as query
@@ -166,7 +159,7 @@ struct UMFA_CORE_API Problem {
     bool wants_lse = false;
     double softmax_scale = 1;
     Visible<int64_t> visible{0, 0, -1, -1, 0};  // causal and window
-    bool causal = false;
+    bool causal = false, top_left = false;
     double softcap = 0;  // 0: off
 
     std::optional<Alibi> alibi;
@@ -174,8 +167,8 @@ struct UMFA_CORE_API Problem {
     std::optional<Sinks> sinks;
     std::optional<BlockMask> block_mask;
     std::optional<ScoreProgram> score_program;
-    std::optional<Varlen> varlen;
-    std::optional<PagedKv> paged_kv;
+    Sequences sequences;    // not given: index b of the batch is sequence b, all of it
+    int64_t page_size = 0;  // > 0: keys and values lie in pages
     std::optional<Dropout> dropout;
     std::optional<Quantised> quantised_query, quantised_key, quantised_value;
 
@@ -185,6 +178,10 @@ struct UMFA_CORE_API Problem {
     /// Attaches the tensors to be written, with the checks of make().
     void set_out(const TensorView& view);
     void set_lse(const TensorView& view);
+
+    /// Where sequence b lies, and what its queries see.
+    SequenceRows sequence(int64_t b) const;
+    Visible<int64_t> visible_of(const SequenceRows& rows) const;
 
     /// Shape that out must have, in `layout`, and the dtype and device; likewise lse.
     TensorView out_shape() const;

@@ -32,7 +32,8 @@ public:
     }
 
     static int64_t element(const TensorView& table, int64_t row, int64_t column = 0) {
-        const int64_t at = row * table.strides[0] + (table.ndim > 1 ? column * table.strides[1] : 0);
+        const int64_t at =
+            row * table.strides[0] + (table.ndim > 1 ? column * table.strides[1] : 0);
         if (table.dtype == DType::i32) {
             int32_t value;
             std::memcpy(&value, table.address() + at * 4, 4);
@@ -70,8 +71,9 @@ public:
             if (i == 0 && value != 0)
                 refuse(place + " is not the start", std::to_string(value), "0");
             if (i > 0 && value < values[static_cast<size_t>(i - 1)])
-                refuse(name + " is not monotone", place + " = " + std::to_string(value) + " after " +
-                                                      std::to_string(values[size_t(i - 1)]),
+                refuse(name + " is not monotone",
+                       place + " = " + std::to_string(value) + " after " +
+                           std::to_string(values[size_t(i - 1)]),
                        "offsets that do not decrease");
             if (value > total)
                 refuse(place + " is past the end", std::to_string(value),
@@ -90,6 +92,7 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
                          const SequenceShapes& shapes) {
     const Reader read{function};
     Sequences found;
+    found.given = true;
     std::vector<int64_t> q_offsets, k_offsets, used_q, used_k, index, leftpad;
     int64_t batch = shapes.query_batch;
     if (tables.cu_seqlens_q) {
@@ -135,7 +138,8 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
     else if (!tables.cu_seqlens_k && !tables.block_table && shapes.kv_batch != batch)
         read.refuse("batch differs: the query has " + std::to_string(batch) + ", " +
                         std::string(tables.key_name) + " has " + std::to_string(shapes.kv_batch),
-                    std::to_string(shapes.kv_batch), std::to_string(batch) + ", or cache_batch_idx");
+                    std::to_string(shapes.kv_batch),
+                    std::to_string(batch) + ", or cache_batch_idx");
     const auto end_of = [&](int64_t b) {
         return tables.seqused_k ? used_k[static_cast<size_t>(b)] : k_rows(b);
     };

@@ -44,6 +44,7 @@ struct SequenceShapes {
 };
 
 struct Sequences {
+    bool given = false;              // there are tables; else everything is in its place
     std::vector<SequenceRows> rows;  // one for each index of the batch
     std::vector<int32_t> pages;      // (batch, pages_per_sequence), only with a block table
     int64_t pages_per_sequence = 0;

@@ -15,50 +15,75 @@ int64_t keys_per_part(int64_t seqlen_kv) {
     return std::max<int64_t>(512, (seqlen_kv + 32 * tile - 1) / (32 * tile) * tile);
 }
 
+/// Keys [part * keys_per_part, ...) of the heads [head_begin, head_end) of a sequence.
+struct Task {
+    int64_t sequence, head_begin, head_end, key_begin, key_end;
+    int64_t memory;  // where its part begins; -1: it is all of the keys
+};
+
+/// A row of the result to be merged from its parts.
+struct Merge {
+    int64_t sequence, row;  // (query head, query) in one number
+    int64_t memory, stride, parts;
+};
+
 }  // namespace
 
-bool is_decode(const Problem& problem, int lanes) {
-    // A panel computes all its lanes and packs K and V first: with up to half of them in use, going
-    // over K and V in place costs less, and only it splits the keys between threads.
-    return problem.seqlen_q <= lanes / 2;
-}
-
-void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKernel& kernel) {
-    const int64_t rows = args.group * problem.seqlen_q;
-    const int64_t part_keys = keys_per_part(problem.seqlen_kv);
-    const int64_t parts = std::max<int64_t>(1, (problem.seqlen_kv + part_keys - 1) / part_keys);
-    const int64_t row_floats = kernel.row_floats(args);
-    const int64_t head_floats = rows * row_floats, part_floats = problem.nheads_kv * head_floats;
-    float* memory = parts > 1 ? call_scratch(problem.batch * parts * part_floats) : nullptr;
-
-    const double pairs = static_cast<double>(problem.batch * problem.nheads_kv) *
-                         static_cast<double>(rows) * static_cast<double>(problem.seqlen_kv);
+void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKernel& kernel,
+                const std::vector<int64_t>& chosen) {
+    const int64_t row_floats = kernel.row_floats(args), heads = problem.nheads_kv;
+    double pairs = 0;
+    int64_t most_queries = 0, parts_in_all = 0;
+    for (const int64_t b : chosen) {
+        const Sequence& sequence = args.sequences[b];
+        const int64_t keys = sequence.seqlen_kv, part = keys_per_part(keys);
+        pairs +=
+            static_cast<double>(problem.nheads_q * sequence.seqlen_q) * static_cast<double>(keys);
+        most_queries = std::max(most_queries, sequence.seqlen_q);
+        parts_in_all += std::max<int64_t>(1, (keys + part - 1) / part);
+    }
     const int threads = threads_worth(pairs * static_cast<double>(args.head_dim + args.head_dim_v));
     // Heads go together as far as that leaves every thread a few tasks.
-    int64_t together = problem.nheads_kv;
-    const auto groups = [&] { return (problem.nheads_kv + together - 1) / together; };
-    while (together > 1 && problem.batch * parts * groups() < int64_t{4} * threads) together /= 2;
-    const int64_t per_batch = parts * groups(),
-                  scratch = kernel.scratch_floats(args, together, problem.seqlen_q);
-    parallel_for(problem.batch * per_batch, threads, [&](int64_t task) {
-        const int64_t batch = task / per_batch, part = task % per_batch / groups();
-        const int64_t head = task % groups() * together;
-        kernel.run(
-            args, batch, head, std::min(problem.nheads_kv, head + together), part * part_keys,
-            std::min(problem.seqlen_kv, (part + 1) * part_keys), thread_scratch(scratch),
-            memory ? memory + (batch * parts + part) * part_floats + head * head_floats : nullptr);
+    int64_t together = heads;
+    while (together > 1 &&
+           parts_in_all * ((heads + together - 1) / together) < int64_t{4} * threads)
+        together /= 2;
+
+    std::vector<Task> tasks;
+    std::vector<Merge> merges;
+    int64_t floats = 0;
+    for (const int64_t b : chosen) {
+        const Sequence& sequence = args.sequences[b];
+        const int64_t keys = sequence.seqlen_kv, part_keys = keys_per_part(keys);
+        const int64_t parts = std::max<int64_t>(1, (keys + part_keys - 1) / part_keys);
+        const int64_t head_floats = args.group * sequence.seqlen_q * row_floats;
+        const int64_t stride = heads * head_floats;  // from one part to the next
+        for (int64_t part = 0; part < parts; ++part)
+            for (int64_t head = 0; head < heads; head += together)
+                tasks.push_back({b, head, std::min(heads, head + together), part * part_keys,
+                                 std::min(keys, (part + 1) * part_keys),
+                                 parts > 1 ? floats + part * stride + head * head_floats : -1});
+        if (parts == 1) continue;
+        for (int64_t row = 0; row < problem.nheads_q * sequence.seqlen_q; ++row)
+            merges.push_back({b, row, floats + row * row_floats, stride, parts});
+        floats += parts * stride;
+    }
+    float* memory = floats > 0 ? call_scratch(floats) : nullptr;
+    const int64_t scratch = kernel.scratch_floats(args, together, most_queries);
+    parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i) {
+        const Task& task = tasks[static_cast<size_t>(i)];
+        kernel.run(args, task.sequence, task.head_begin, task.head_end, task.key_begin,
+                   task.key_end, thread_scratch(scratch),
+                   task.memory < 0 ? nullptr : memory + task.memory);
     });
-    if (!memory) return;
-    const int64_t all_rows = problem.batch * problem.nheads_kv * rows;
-    const double floats = static_cast<double>(all_rows) * static_cast<double>(parts * row_floats);
-    parallel_for(all_rows, threads_worth(floats), [&](int64_t task) {
-        const int64_t batch = task / (problem.nheads_kv * rows);
-        const int64_t row =
-            task % (problem.nheads_kv * rows);  // (key head, head of its group, query)
-        kernel.merge(args, batch, row / problem.seqlen_q, row % problem.seqlen_q,
-                     memory + batch * parts * part_floats + row * row_floats, part_floats, parts,
-                     thread_scratch(scratch));
-    });
+    parallel_for(static_cast<int64_t>(merges.size()), threads_worth(static_cast<double>(floats)),
+                 [&](int64_t i) {
+                     const Merge& merge = merges[static_cast<size_t>(i)];
+                     const int64_t queries = args.sequences[merge.sequence].seqlen_q;
+                     kernel.merge(args, merge.sequence, merge.row / queries, merge.row % queries,
+                                  memory + merge.memory, merge.stride, merge.parts,
+                                  thread_scratch(scratch));
+                 });
 }
 
 }  // namespace umfa::cpu

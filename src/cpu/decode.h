@@ -1,14 +1,22 @@
 // Few queries over many keys: cuts the keys into parts that run on their own, and merges them.
 #pragma once
 
+#include <vector>
+
 #include "core/problem.h"
 #include "cpu/isa/kernels.h"
 
 namespace umfa::cpu {
 
-/// Whether `problem` is better served by the decode kernel than by panels of `lanes` queries.
-bool is_decode(const Problem& problem, int lanes);
+/// Whether a sequence is better served by the decode kernel than by panels of `lanes` queries.
+inline bool is_decode(const Sequence& sequence, int lanes) {
+    // A panel computes all its lanes and packs K and V first: with up to half of them in use, going
+    // over K and V in place costs less, and only it splits the keys between threads.
+    return sequence.seqlen_q <= lanes / 2;
+}
 
-void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKernel& kernel);
+/// Those of the sequences that `chosen` names.
+void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKernel& kernel,
+                const std::vector<int64_t>& chosen);
 
 }  // namespace umfa::cpu

@@ -1,5 +1,7 @@
 // Forward pass on the CPU: cuts a Problem into blocks of queries and hands them to the kernels.
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -20,12 +22,25 @@ Rows rows_of(const Operand& operand) {
 /// Query rows per task: a tile of K and V is packed once per block, so large blocks are cheaper
 /// (D=64: 6 % from 128 to 256 rows), but every thread should get a few tasks. Results do not depend
 /// on it.
-int64_t block_q_of(const Problem& problem, int64_t lanes) {
-    int64_t block = std::max<int64_t>(lanes, 256);
-    const int64_t heads = problem.batch * problem.nheads_q;
-    const int64_t wanted = int64_t{4} * num_threads();
-    while (block > lanes && heads * ((problem.seqlen_q + block - 1) / block) < wanted) block /= 2;
-    return std::max(lanes, std::min(block, (problem.seqlen_q + lanes - 1) / lanes * lanes));
+int64_t block_q_of(const std::vector<Sequence>& sequences, const std::vector<int64_t>& chosen,
+                   int64_t nheads, int64_t lanes) {
+    int64_t block = std::max<int64_t>(lanes, 256), longest = 0;
+    const auto tasks = [&] {
+        int64_t count = 0;
+        for (const int64_t b : chosen)
+            count += (sequences[static_cast<size_t>(b)].seqlen_q + block - 1) / block;
+        return count * nheads;
+    };
+    for (const int64_t b : chosen)
+        longest = std::max(longest, sequences[static_cast<size_t>(b)].seqlen_q);
+    while (block > lanes && tasks() < int64_t{4} * num_threads()) block /= 2;
+    return std::max(lanes, std::min(block, (longest + lanes - 1) / lanes * lanes));
+}
+
+float float_at(const char* data, int64_t element, DType dtype) {
+    if (dtype == DType::f32) return reinterpret_cast<const float*>(data)[element];
+    const uint16_t bits = reinterpret_cast<const uint16_t*>(data)[element];
+    return dtype == DType::f16 ? half_to_float(bits) : bfloat16_to_float(bits);
 }
 
 const DtypeKernels& kernels_for(const Kernels& set, DType dtype) {
@@ -51,9 +66,15 @@ Mask mask_of(const DenseMask& mask) {
 
 std::vector<Sequence> sequences_of(const Problem& problem) {
     std::vector<Sequence> sequences(static_cast<size_t>(problem.batch));
-    for (int64_t b = 0; b < problem.batch; ++b)
+    for (int64_t b = 0; b < problem.batch; ++b) {
+        const SequenceRows rows = problem.sequence(b);
+        const int32_t* pages = problem.page_size > 0 ? problem.sequences.pages.data() +
+                                                           b * problem.sequences.pages_per_sequence
+                                                     : nullptr;
         sequences[static_cast<size_t>(b)] = {
-            b, 0, b, 0, problem.seqlen_q, problem.seqlen_kv, problem.visible, nullptr};
+            rows.query_batch, rows.query_row,           rows.kv_batch, rows.kv_row, rows.seqlen_q,
+            rows.seqlen_kv,   problem.visible_of(rows), pages};
+    }
     return sequences;
 }
 
@@ -65,7 +86,7 @@ ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequenc
     args.out = rows_of(*problem.out);
     if (problem.lse) args.lse = rows_of(*problem.lse);
     args.sequences = sequences.data();
-    args.page_size = 1;
+    args.page_size = problem.page_size;
     args.group = problem.nheads_q / problem.nheads_kv;
     args.head_dim = problem.head_dim;
     args.head_dim_v = problem.head_dim_v;
@@ -81,35 +102,100 @@ ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequenc
     return args;
 }
 
-void run_forward(const Problem& problem) {
-    const int64_t heads = problem.batch * problem.nheads_q;
-    if (heads == 0 || problem.seqlen_q == 0) return;
-    const Kernels& set = kernels();
-    const std::vector<Sequence> sequences = sequences_of(problem);
-    ForwardArgs args = args_of(problem, sequences);
-    const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
-    if (is_decode(problem, set.lanes)) return run_decode(problem, args, own.decode);
+std::vector<float> sinks_of(const Sinks& sinks, int64_t nheads) {
+    std::vector<float> logits(static_cast<size_t>(nheads));
+    for (int64_t h = 0; h < nheads; ++h)
+        logits[static_cast<size_t>(h)] =
+            float_at(sinks.logits.address(), h * sinks.logits.strides[0], sinks.logits.dtype) *
+            1.44269504088896341f;
+    return logits;
+}
 
-    args.block_q = block_q_of(problem, set.lanes);
-    const int64_t scratch = own.forward.scratch_floats(args);
-    const int64_t blocks = (problem.seqlen_q + args.block_q - 1) / args.block_q;
-    const double pairs = static_cast<double>(heads) * static_cast<double>(problem.seqlen_q) *
-                         static_cast<double>(problem.seqlen_kv);
-    const int threads =
-        threads_worth(pairs * static_cast<double>(problem.head_dim + problem.head_dim_v));
-    parallel_for(heads * blocks, threads, [&](int64_t task) {
-        const int64_t head = task / blocks;
+/// Rows of out and lse that belong to no sequence: between packed ones, and past seqused_q.
+void clear_unused(const Problem& problem, const ForwardArgs& args) {
+    std::vector<std::pair<int64_t, int64_t>> used;  // [begin, end) of (batch, row) in one number
+    for (int64_t b = 0; b < problem.batch; ++b) {
+        const Sequence& sequence = args.sequences[b];
+        const int64_t begin = sequence.query_batch * problem.query_rows + sequence.query_row;
+        used.emplace_back(begin, begin + sequence.seqlen_q);
+    }
+    const int64_t batches = problem.ndim == 4 ? problem.batch_shape[0] : 1;
+    used.emplace_back(batches * problem.query_rows, batches * problem.query_rows);
+    const int64_t bytes = bits_of(problem.query.view.dtype) / 8;
+    int64_t row = 0;
+    for (const auto& [begin, end] : used) {
+        for (; row < begin; ++row)
+            for (int64_t h = 0; h < problem.nheads_q; ++h) {
+                const int64_t batch = row / problem.query_rows, i = row % problem.query_rows;
+                char* out = static_cast<char*>(args.out.data) +
+                            bytes * (batch * args.out.stride_batch + h * args.out.stride_head +
+                                     i * args.out.stride_row);
+                for (int64_t c = 0; c < problem.head_dim_v; ++c)
+                    std::memset(out + c * args.out.stride_channel * bytes, 0, size_t(bytes));
+                if (args.lse.data)
+                    static_cast<float*>(
+                        args.lse.data)[batch * args.lse.stride_batch + h * args.lse.stride_head +
+                                       i * args.lse.stride_row] =
+                        -std::numeric_limits<float>::infinity();
+            }
+        row = std::max(row, end);
+    }
+}
+
+/// A block of queries of one head.
+struct Task {
+    int64_t sequence, head, first;
+};
+
+void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
+                const ForwardKernel& kernel, const std::vector<int64_t>& chosen, int lanes) {
+    args.block_q = block_q_of(sequences, chosen, problem.nheads_q, lanes);
+    std::vector<Task> tasks;
+    double pairs = 0;
+    for (const int64_t b : chosen) {
+        const Sequence& sequence = sequences[static_cast<size_t>(b)];
+        const int64_t blocks = (sequence.seqlen_q + args.block_q - 1) / args.block_q;
+        pairs += static_cast<double>(problem.nheads_q * sequence.seqlen_q) *
+                 static_cast<double>(sequence.seqlen_kv);
         // Under a causal mask the last blocks see the most keys: they go first, so that no thread
         // starts a long one when the others are done.
-        const int64_t block = problem.causal ? blocks - 1 - task % blocks : task % blocks;
-        own.forward.run(args, head / problem.nheads_q, head % problem.nheads_q,
-                        block * args.block_q, thread_scratch(scratch));
+        for (int64_t head = 0; head < problem.nheads_q; ++head)
+            for (int64_t i = 0; i < blocks; ++i)
+                tasks.push_back({b, head, (problem.causal ? blocks - 1 - i : i) * args.block_q});
+    }
+    const int64_t scratch = kernel.scratch_floats(args);
+    const int threads = threads_worth(pairs * static_cast<double>(args.head_dim + args.head_dim_v));
+    parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i) {
+        const Task& task = tasks[static_cast<size_t>(i)];
+        kernel.run(args, task.sequence, task.head, task.first, thread_scratch(scratch));
     });
 }
 
-constexpr uint32_t forward_features = bit(Feature::causal) | bit(Feature::window) |
-                                      bit(Feature::softcap) | bit(Feature::alibi) |
-                                      bit(Feature::lse) | bit(Feature::gqa) | bit(Feature::mask);
+void run_forward(const Problem& problem) {
+    if (problem.nheads_q == 0) return;
+    const Kernels& set = kernels();
+    const std::vector<Sequence> sequences = sequences_of(problem);
+    ForwardArgs args = args_of(problem, sequences);
+    std::vector<float> sinks;
+    if (problem.sinks) {
+        sinks = sinks_of(*problem.sinks, problem.nheads_q);
+        args.sinks = sinks.data();
+    }
+    if (problem.sequences.given) clear_unused(problem, args);
+    std::vector<int64_t> few, many;
+    for (int64_t b = 0; b < problem.batch; ++b) {
+        const Sequence& sequence = sequences[static_cast<size_t>(b)];
+        if (sequence.seqlen_q > 0) (is_decode(sequence, set.lanes) ? few : many).push_back(b);
+    }
+    const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
+    if (!few.empty()) run_decode(problem, args, own.decode, few);
+    if (!many.empty()) run_panels(problem, args, sequences, own.forward, many, set.lanes);
+}
+
+constexpr uint32_t forward_features =
+    bit(Feature::causal) | bit(Feature::window) | bit(Feature::softcap) | bit(Feature::alibi) |
+    bit(Feature::lse) | bit(Feature::gqa) | bit(Feature::mask) | bit(Feature::sinks) |
+    bit(Feature::varlen) | bit(Feature::paged_kv) | bit(Feature::attention_chunk);
 
 Verdict available() {
     kernels();      // throws about UMFA_CPU_ISA
