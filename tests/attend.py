@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import emulated
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import cases
 import checks
+import reference
 import umfa
 from cases import Case
 from checks import Tolerance
@@ -42,17 +46,11 @@ class Attend:
             return Result(*emulated.attention(query, key, value, **options))
         if isinstance(options.get("alibi_slopes"), np.ndarray):
             options["alibi_slopes"] = self.framework.tensor(options["alibi_slopes"])
-        before = umfa.stats()
-        out, lse, probabilities = umfa.flash_attn_func(
-            query, key, value, return_attn_probs=True, backend=self.backend, **options
-        )
+        with self._done_here():
+            out, lse, probabilities = umfa.flash_attn_func(
+                query, key, value, return_attn_probs=True, backend=self.backend, **options
+            )
         assert probabilities is None
-        # Other threads may call the same backend meanwhile.
-        after = umfa.stats()
-        metal, cpu = after.metal_calls - before.metal_calls, after.cpu_calls - before.cpu_calls
-        mine, other = (metal, cpu) if self.backend == "metal" else (cpu, metal)
-        assert mine >= 1, "nobody has done it"
-        assert other == 0, "another backend has done it"
         assert isinstance(out, self.framework.array_type)
         assert isinstance(lse, self.framework.array_type)
         assert tuple(out.shape) == (*query.shape[:3], value.shape[3])
@@ -60,6 +58,66 @@ class Attend:
         assert self.framework.dtype_name(out) == self.framework.dtype_name(query)
         assert self.framework.dtype_name(lse) == "float32"
         return Result(out, lse)
+
+    @contextmanager
+    def _done_here(self) -> Iterator[None]:
+        """The calls inside are carried out by this backend."""
+        before = umfa.stats()
+        yield
+        # Other threads may call the same backend meanwhile.
+        after = umfa.stats()
+        metal, cpu = after.metal_calls - before.metal_calls, after.cpu_calls - before.cpu_calls
+        mine, other = (metal, cpu) if self.backend == "metal" else (cpu, metal)
+        assert mine >= 1, "nobody has done it"
+        assert other == 0, "another backend has done it"
+
+    def sdpa(
+        self, query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any
+    ) -> NDArray[np.float64]:
+        """`umfa.scaled_dot_product_attention` on this framework's tensors, as float64 numbers.
+
+        The emulator without the host knows (batch, seqlen, heads, head_dim) only.
+        """
+        if self.backend.startswith("metal-"):
+            return _sdpa_emulated(query, key, value, attn_mask, **options)
+        with self._done_here():
+            out = umfa.scaled_dot_product_attention(
+                query, key, value, attn_mask, backend=self.backend, **options
+            )
+        assert isinstance(out, self.framework.array_type)
+        assert self.framework.dtype_name(out) == self.framework.dtype_name(query)
+        if self.framework.name == "torch":
+            assert out.is_contiguous()
+        return self.framework.float64(out)
+
+    def sdpa_arrays(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        attn_mask: Array | None = None,
+        **options: Any,
+    ) -> NDArray[np.float64]:
+        """The same from NumPy arrays, by way of the framework."""
+        make = self.framework.tensor
+        tensors = (make(query), make(key), make(value))
+        return self.sdpa(*tensors, None if attn_mask is None else make(attn_mask), **options)
+
+    def sdpa_case(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        attn_mask: Array | None = None,
+        *,
+        tolerance: Tolerance | None = None,
+        **options: Any,
+    ) -> None:
+        """Compare with the reference."""
+        found = self.sdpa_arrays(query, key, value, attn_mask, **options)
+        expected = reference.scaled_dot_product(query, key, value, attn_mask, **options)
+        tolerance = tolerance or checks.BASE[str(query.dtype)]
+        checks.assert_close(found, expected, tolerance, "out")
 
     def arrays(self, query: Array, key: Array, value: Array, **options: Any) -> Result:
         """The same from NumPy arrays to NumPy arrays, by way of the framework."""
@@ -84,3 +142,24 @@ class Attend:
         tolerance = tolerance or checks.BASE[case.dtype]
         checks.assert_close(result.out.astype(np.float64), out, tolerance, "out")
         checks.assert_close(result.lse.astype(np.float64), lse, lse_tolerance, "lse")
+
+
+def _sdpa_emulated(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> NDArray[np.float64]:
+    flat = reference.flattened(query, key, value, attn_mask, enable_gqa=enable_gqa)
+    out, _ = emulated.attention(
+        *flat.tensors,
+        mask=flat.mask,
+        causal=is_causal,
+        alignment="upper_left",
+        softmax_scale=scale,
+    )
+    return out.transpose(0, 2, 1, 3).reshape(flat.shape).astype(np.float64)

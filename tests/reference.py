@@ -6,7 +6,7 @@ hand them in; this module widens them to float64 and from there on rounding does
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -115,6 +115,86 @@ def attention(
                 sees = sees & shown[b, h, rows]
             out[b, rows, h], lse[b, h, rows] = softmax_times(scores, sees, value[b, :, h_k])
     return out, lse
+
+
+def scaled_dot_product(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: ArrayLike | None = None,
+    *,
+    is_causal: bool = False,
+    alignment: Alignment = "upper_left",
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> FloatArray:
+    """Compute PyTorch's ``scaled_dot_product_attention`` by `attention`.
+
+    Parameters
+    ----------
+    query : array (..., heads, seqlen_q, head_dim)
+    key : array (..., heads, seqlen_k, head_dim)
+    value : array (..., heads, seqlen_k, head_dim_v)
+        Two dimensions or more; heads and what comes before them broadcast.
+    attn_mask : array that broadcasts to (..., heads, seqlen_q, seqlen_k), optional
+    enable_gqa : bool
+        Key and value heads are not broadcast but shared, as in `attention`.
+
+    Returns
+    -------
+    float64 array (..., heads, seqlen_q, head_dim_v)
+    """
+    flat = flattened(query, key, value, attn_mask, enable_gqa=enable_gqa)
+    out, _ = attention(
+        *flat.tensors,
+        mask=flat.mask,
+        causal=is_causal,
+        alignment=alignment,
+        softmax_scale=scale,
+    )
+    return out.transpose(0, 2, 1, 3).reshape(flat.shape)
+
+
+class Flattened(NamedTuple):
+    """Arguments of `scaled_dot_product` as `attention` takes them."""
+
+    tensors: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]  # (batch, seqlen, heads, head_dim)
+    mask: NDArray[Any] | None  # (batch, heads, seqlen_q, seqlen_k)
+    shape: tuple[int, ...]
+    """Of the result."""
+
+
+def flattened(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: ArrayLike | None,
+    *,
+    enable_gqa: bool,
+) -> Flattened:
+    """Broadcast all batch dimensions and make them one, heads likewise."""
+    arrays = [np.asarray(x) for x in (query, key, value)]
+    ndim = max(x.ndim for x in arrays)
+    arrays = [x.reshape((1,) * (max(ndim, 3) - x.ndim) + x.shape) for x in arrays]
+    batch = np.broadcast_shapes(*(x.shape[:-3] for x in arrays))
+    heads = [x.shape[-3] for x in arrays]
+    if enable_gqa:
+        heads[1:] = [max(heads[1:])] * 2
+    else:
+        heads = list(np.broadcast_shapes(*((h,) for h in heads))) * 3
+    flat = tuple(
+        np.broadcast_to(x, (*batch, h, *x.shape[-2:]))
+        .reshape(int(np.prod(batch)), h, *x.shape[-2:])
+        .transpose(0, 2, 1, 3)
+        for x, h in zip(arrays, heads, strict=True)
+    )
+    mask = None
+    if attn_mask is not None:
+        lengths = (flat[0].shape[1], flat[1].shape[1])
+        mask = np.broadcast_to(np.asarray(attn_mask), (*batch, heads[0], *lengths))
+        mask = mask.reshape(int(np.prod(batch)), *mask.shape[-3:])
+    shape = (*batch, heads[0], flat[0].shape[1], flat[2].shape[3])
+    return Flattened((flat[0], flat[1], flat[2]), mask, shape[-ndim:])
 
 
 def visible(

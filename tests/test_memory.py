@@ -78,6 +78,43 @@ def test_long_sequence_grows_memory_by_little(
         assert_close(result["lse"][:, :, i].astype(np.float64), lse[:, :, 0], LSE, f"lse of {i}")
 
 
+MASKED = """
+import sys
+import numpy as np
+import umfa
+
+def status(field):
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(field + ":"):
+                return 1024 * int(line.split()[1])
+
+seqlen, kind = int(sys.argv[1]), sys.argv[2]
+query, key, value = np.ones((3, 2, 1, seqlen, 64), np.float16)
+mask = np.arange(seqlen) < np.array([[seqlen // 2], [seqlen]])
+mask = mask[:, None, None, :]
+if kind == "float32":
+    mask = np.where(mask, np.float32(0), np.float32(-np.inf))
+if kind == "expanded":
+    mask = np.broadcast_to(mask, (2, 1, seqlen, seqlen))
+small = np.ones((1, 1, 8, 8), np.float16)
+umfa.scaled_dot_product_attention(small, small, small, small[..., :1, :])  # starts the threads
+before = status("VmRSS")
+out = umfa.scaled_dot_product_attention(query, key, value, mask)
+assert (out == 1).all()
+print(status("VmHWM") - before - out.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["bool", "float32", "expanded"])
+def test_a_mask_is_never_expanded(kind: str, run_python: RunPython) -> None:
+    """(2, 1, 1, 16384): written out, it would take 0.5 GB, or 2 GB in float32."""
+    process = run_python(MASKED, "16384", kind, timeout=600)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) < LIMIT / 2
+
+
 CALLS = """
 import resource
 import numpy as np, umfa

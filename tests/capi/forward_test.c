@@ -60,6 +60,7 @@ static void* allocate(size_t bytes) {
 
 static const DLDataType float32 = {kDLFloat, 32, 1};
 static const DLDataType bfloat16 = {kDLBfloat, 16, 1};
+static const DLDataType boolean = {kDLBool, 8, 1};
 
 /* A compact float32 tensor of zeros, with strides spelled out. `t` must stay where it is. */
 static void make(tensor* t, int ndim, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
@@ -137,6 +138,18 @@ static double at(const DLTensor* t, int32_t layout, int64_t b, int64_t s, int64_
     return layout == UMFA_LAYOUT_BSHD ? number(t, b, s, h, d) : number(t, b, h, s, d);
 }
 
+/* What a mask of one to four dimensions adds to a score. */
+static double masked(const DLTensor* t, int64_t b, int64_t h, int64_t i, int64_t j) {
+    const int64_t full[4] = {b, h, i, j};
+    int64_t index[4] = {0, 0, 0, 0};
+    int axis;
+    for (axis = 0; axis < t->ndim; ++axis)
+        index[axis] = t->shape[axis] == 1 ? 0 : full[4 - t->ndim + axis];
+    if (t->dtype.code == kDLBool)
+        return *(const uint8_t*)element(t, index[0], index[1], index[2], index[3]) ? 0 : -INFINITY;
+    return number(t, index[0], index[1], index[2], index[3]);
+}
+
 static void check_result(int line, const DLTensor* q, const DLTensor* k, const DLTensor* v,
                          const DLTensor* out, const DLTensor* lse,
                          const umfa_attention_options* given) {
@@ -164,6 +177,7 @@ static void check_result(int line, const DLTensor* q, const DLTensor* k, const D
                     if (o->alibi_slopes)
                         score -= (double)((const float*)o->alibi_slopes->data)[h] *
                                  fabs((double)(p - j));
+                    if (o->attn_mask) score += masked(o->attn_mask, b, h, i, j);
                     weights[j] = exp(score);
                     if (o->window_left >= 0 && j < p - o->window_left) weights[j] = 0;
                     if (o->causal != UMFA_CAUSAL_NONE
@@ -331,6 +345,41 @@ TEST(scale_softcap_and_alibi) {
     for (i = 0; i < HEADS; ++i) ((float*)slopes.dl.data)[i] = 0.05f * (float)(i + 1);
     options.alibi_slopes = &slopes.dl;
     CHECK_PROBLEM(&p, &options);
+}
+
+TEST(dense_masks) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    tensor mask;
+    int64_t i;
+    int layout;
+    options.attn_mask = &mask.dl;
+    for (layout = 0; layout < 2; ++layout) {
+        options.layout = layout;
+        make_problem(&p, layout);
+        make(&mask, 4, BATCH, HEADS, SEQLEN_Q, SEQLEN_K);
+        fill(&mask.dl);
+        CHECK_PROBLEM(&p, &options);
+        make(&mask, 4, BATCH, 1, 1, SEQLEN_K);
+        fill(&mask.dl);
+        CHECK_PROBLEM(&p, &options);
+        options.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+        CHECK_PROBLEM(&p, &options);
+        options.causal = UMFA_CAUSAL_NONE;
+        /* Booleans, one byte each, of two dimensions; the third row sees nothing. */
+        make(&mask, 2, SEQLEN_Q, SEQLEN_K, 1, 1);
+        mask.dl.dtype = boolean;
+        for (i = 0; i < SEQLEN_Q * SEQLEN_K; ++i)
+            ((uint8_t*)mask.dl.data)[i] = i / SEQLEN_K != 2 && uniform() > -1;
+        CHECK_PROBLEM(&p, &options);
+        CHECK(number(&p.lse.dl, 0, 0, 2, 0) == -INFINITY);
+        make(&mask, 1, SEQLEN_K + 1, 1, 1, 1);
+        CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE,
+                    "attn_mask has the wrong shape; got (38,)");
+        make(&mask, 1, SEQLEN_K, 1, 1, 1);
+        mask.dl.dtype.code = kDLInt;
+        CHECK_FAILS(run(&p, &options), UMFA_ERROR_TYPE, "attn_mask has the wrong dtype; got int32");
+    }
 }
 
 TEST(strides_and_offsets) {
@@ -683,6 +732,7 @@ static const struct {
     ENTRY(causal_both_ways),
     ENTRY(window),
     ENTRY(scale_softcap_and_alibi),
+    ENTRY(dense_masks),
     ENTRY(strides_and_offsets),
     ENTRY(bfloat16_tensors),
     ENTRY(no_keys_and_no_queries),
