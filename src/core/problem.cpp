@@ -162,6 +162,10 @@ void check_writable(const Checker& check, const Problem& problem, const TensorVi
     if (problem.alibi) check_overlap(check, view, name, problem.alibi->view, "alibi_slopes");
     if (problem.mask) check_overlap(check, view, name, problem.mask->given, "attn_mask");
     if (problem.sinks) check_overlap(check, view, name, problem.sinks->logits, "learnable_sink");
+    if (problem.append) {
+        check_overlap(check, view, name, problem.append->key.view, "k");
+        check_overlap(check, view, name, problem.append->value.view, "v");
+    }
 }
 
 /// The mask as (batch, nheads, seqlen_q, seqlen_kv), with stride 0 where it broadcasts; the batch is
@@ -198,6 +202,82 @@ DenseMask broadcast_mask(const Checker& check, const Problem& problem, const Ten
     return found;
 }
 
+/// New rows of key and value, as one index of the batch after the other.
+Append checked_append(const Checker& check, const Problem& problem,
+                      const AttentionRequest& request) {
+    const TensorView &k = *request.new_key, &v = *request.new_value;
+    const struct {
+        const TensorView &view, &cache;
+        const char* name;
+        std::string_view cache_name;
+    } pairs[] = {{k, request.key, "k", request.key_name}, {v, request.value, "v", request.value_name}};
+    for (const auto& [view, cache, name, cache_name] : pairs) {
+        if (view.ndim != 4 || view.shape[0] != problem.batch_shape[0] ||
+            view.shape[1] != k.shape[1] || view.shape[2] != problem.nheads_kv ||
+            view.shape[3] != cache.shape[3])
+            check.value(std::string(name) + " has the wrong shape", shape_text(view),
+                        "(" + std::to_string(problem.batch_shape[0]) + ", new rows, " +
+                            std::to_string(problem.nheads_kv) + ", " +
+                            std::to_string(cache.shape[3]) + ")");
+        if (view.dtype != cache.dtype)
+            check.type(std::string(name) + " has the wrong dtype", name_of(view.dtype),
+                       name_of(cache.dtype));
+        if (view.device != cache.device || view.device_id != cache.device_id)
+            check.value(std::string(name) + " is on another device", device_text(view),
+                        device_text(cache));
+        check_memory(check, view, name);
+        if (!elements_distinct(cache))
+            check.value(std::string(cache_name) + " has elements that share memory",
+                        "an expanded or overlapping view", "one address for each element");
+        check_overlap(check, cache, std::string(cache_name), k, "k");
+        check_overlap(check, cache, std::string(cache_name), v, "v");
+        check_overlap(check, cache, std::string(cache_name), request.query,
+                      std::string(request.query_name));
+    }
+    check_overlap(check, request.key, std::string(request.key_name), request.value,
+                  std::string(request.value_name));
+    Append append{operand_of(k, Layout::bshd), operand_of(v, Layout::bshd), k.shape[1]};
+    append.key.stride_batch = stride_at(k, 4);
+    append.value.stride_batch = stride_at(v, 4);
+    return append;
+}
+
+Rotary checked_rotary(const Checker& check, const Problem& problem,
+                      const AttentionRequest& request) {
+    if (!request.rotary_cos || !request.rotary_sin)
+        check.value("rotary_cos and rotary_sin must be given together",
+                    request.rotary_cos ? "rotary_cos alone" : "rotary_sin alone",
+                    "both or neither");
+    Rotary rotary{*request.rotary_cos, *request.rotary_sin, 0, request.rotary_interleaved,
+                  problem.causal || problem.visible.left >= 0 || problem.visible.right >= 0};
+    int64_t positions = problem.seqlen_q;
+    for (const SequenceRows& rows : problem.sequences.rows)
+        positions = std::max(positions, rows.position_q + rows.seqlen_q);
+    const struct {
+        const TensorView& view;
+        const char* name;
+    } tables[] = {{rotary.cos, "rotary_cos"}, {rotary.sin, "rotary_sin"}};
+    for (const auto& [view, name] : tables) {
+        const bool fits = view.ndim == 2 && view.shape[1] >= 1 &&
+                          view.shape[1] * 2 <= problem.head_dim &&
+                          view.shape[1] == rotary.cos.shape[1];
+        if (!fits)
+            check.value(std::string(name) + " has the wrong shape", shape_text(view),
+                        "(positions, half of the rotated channels), at most " +
+                            std::to_string(problem.head_dim / 2) + " of them");
+        if (view.shape[0] < positions)
+            check.value(std::string(name) + " has too few positions",
+                        std::to_string(view.shape[0]), "at least " + std::to_string(positions));
+        check_float_dtype(check, view, name);
+        if (view.device != request.query.device || view.device_id != request.query.device_id)
+            check.value(std::string(name) + " is on another device", device_text(view),
+                        device_text(request.query));
+        check_memory(check, view, name);
+    }
+    rotary.channels = rotary.cos.shape[1] * 2;
+    return rotary;
+}
+
 void check_window(const Checker& check, const char* side, int64_t width) {
     if (width < -1 || width > max_seqlen)
         check.value(std::string("window_size ") + side + " is out of range", std::to_string(width),
@@ -223,6 +303,8 @@ const char* name_of(Feature feature) {
         case Feature::dropout: return "dropout_p";
         case Feature::quantised: return "quantised operands";
         case Feature::attention_chunk: return "attention_chunk";
+        case Feature::append: return "appending to the cache";
+        case Feature::rotary: return "rotary_cos";
     }
     return "unknown";
 }
@@ -344,10 +426,15 @@ Problem Problem::make(const AttentionRequest& request) {
         if (length > max_seqlen)
             check.unsupported("seqlen of " + name + " is too large", std::to_string(length),
                               "at most " + std::to_string(max_seqlen));
-    if (tables.any()) {
-        problem.sequences = read_sequences(
-            request.function, tables,
-            {problem.batch_shape[0], problem.query_rows, size_at(k, 4), size_at(k, row)});
+    if (request.new_key.has_value() != request.new_value.has_value())
+        check.value("k and v must be given together", request.new_key ? "k alone" : "v alone",
+                    "both or neither");
+    if (request.new_key) problem.append = checked_append(check, problem, request);
+    if (tables.any() || problem.append) {
+        problem.sequences =
+            read_sequences(request.function, tables,
+                           {problem.batch_shape[0], problem.query_rows, size_at(k, 4),
+                            size_at(k, row), problem.append ? problem.append->rows : 0});
         problem.page_size = tables.block_table ? size_at(k, row) : 0;
         problem.seqlen_q = problem.seqlen_kv = 0;
         for (const SequenceRows& rows : problem.sequences.rows) {
@@ -420,6 +507,8 @@ Problem Problem::make(const AttentionRequest& request) {
             Alibi{slopes, per_batch ? slopes.strides[0] : 0, slopes.strides[slopes.ndim - 1]};
     }
 
+    if (request.rotary_cos || request.rotary_sin)
+        problem.rotary = checked_rotary(check, problem, request);
     if (request.sinks) {
         const TensorView& sinks = *request.sinks;
         const std::string name = "learnable_sink";
@@ -636,6 +725,8 @@ uint32_t Problem::features() const {
     add(Feature::varlen, sequences.given);
     add(Feature::paged_kv, page_size > 0);
     add(Feature::attention_chunk, visible.chunk > 0);
+    add(Feature::append, append.has_value());
+    add(Feature::rotary, rotary.has_value());
     add(Feature::dropout, dropout.has_value());
     add(Feature::quantised,
         quantised_query.has_value() || quantised_key.has_value() || quantised_value.has_value());

@@ -33,6 +33,12 @@ enum class Causal : uint8_t {
 // Each is absent (nullopt) or there; any two compose. A backend that lacks one says so by name in
 // can_run (see Feature). Tensors of size 1 in a broadcast dimension carry stride 0.
 
+/// A tensor of the problem: strides in elements, in the order (batch, head, position, channel).
+struct Operand {
+    TensorView view;  // in the caller's shape
+    int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_channel = 0;
+};
+
 /// Dense mask, broadcast to (batch, nheads, seqlen_q, seqlen_kv) by stride 0 and never expanded.
 /// b8: true = attend. Float: added to the scores after softmax_scale.
 struct DenseMask {
@@ -60,6 +66,20 @@ struct BlockMask {
 /// Traced score_mod / mask_mod: an SSA program that each backend compiles or evaluates per tile.
 struct ScoreProgram {
     std::string text;
+};
+
+/// Rows that go into key and value before attention.
+struct Append {
+    Operand key, value;
+    int64_t rows = 0;  // for each index of the batch
+};
+
+/// Rotary position embedding, Su et al. 2021. The first `channels` of a row are rotated.
+struct Rotary {
+    TensorView cos, sin;  // (positions, channels / 2)
+    int64_t channels = 0;
+    bool interleaved = true;
+    bool advances = true;  // query i stands at the first one's position + i; else all at the first's
 };
 
 /// Counter-based (Philox) dropout of the probabilities.
@@ -96,6 +116,8 @@ enum class Feature : uint32_t {
     dropout = 1u << 12,
     quantised = 1u << 13,
     attention_chunk = 1u << 14,
+    append = 1u << 15,
+    rotary = 1u << 16,
 };
 constexpr uint32_t bit(Feature feature) { return static_cast<uint32_t>(feature); }
 /// The name users know it by: "window_size", "dropout_p", ...
@@ -123,17 +145,19 @@ struct AttentionRequest {
     double softcap = 0;
     int64_t attention_chunk = 0;  // > 0: queries see keys of their own chunk only
     std::optional<TensorView> alibi_slopes, sinks;
+    /// (batch, rows, nheads, head_dim) to be written into key and value behind what they hold, before
+    /// anything else.
+    std::optional<TensorView> new_key, new_value;
+    /// (positions, half of the rotated channels): turns the queries, and the new keys, by the angle
+    /// of their position.
+    std::optional<TensorView> rotary_cos, rotary_sin;
+    bool rotary_interleaved = true;  // pairs (0, 1), (2, 3), ...; else one from each half
     SequenceTables tables;  // packed, cached, paged; layout bshd, packed tensors without the batch
     std::optional<TensorView>
         attn_mask;  // at most as many dimensions as out; broadcast from the right
     double dropout_p = 0;
 };
 
-/// A tensor of the problem: strides in elements, in the order (batch, head, position, channel).
-struct Operand {
-    TensorView view;  // in the caller's shape
-    int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_channel = 0;
-};
 
 /// A batch dimension that no stride walks together with the others. The problem is carried out once
 /// for each index, which moves the operands by these strides.
@@ -169,6 +193,8 @@ struct UMFA_CORE_API Problem {
     std::optional<ScoreProgram> score_program;
     Sequences sequences;    // not given: index b of the batch is sequence b, all of it
     int64_t page_size = 0;  // > 0: keys and values lie in pages
+    std::optional<Append> append;
+    std::optional<Rotary> rotary;
     std::optional<Dropout> dropout;
     std::optional<Quantised> quantised_query, quantised_key, quantised_value;
 

@@ -141,8 +141,15 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
                     std::to_string(shapes.kv_batch),
                     std::to_string(batch) + ", or cache_batch_idx");
     const auto end_of = [&](int64_t b) {
-        return tables.seqused_k ? used_k[static_cast<size_t>(b)] : k_rows(b);
+        return (tables.seqused_k ? used_k[static_cast<size_t>(b)] : k_rows(b)) + shapes.appended;
     };
+    for (int64_t b = 0; shapes.appended > 0 && b < batch; ++b)
+        if (end_of(b) > k_rows(b))
+            read.refuse(std::string(tables.key_name) + " overflows for sequence " +
+                            std::to_string(b),
+                        std::to_string(end_of(b) - shapes.appended) + " rows in use and " +
+                            std::to_string(shapes.appended) + " new ones",
+                        "at most " + std::to_string(k_rows(b)) + " in all");
     if (tables.cache_leftpad) {
         if (tables.block_table)
             read.refuse("cache_leftpad and block_table exclude each other", "both", "one of them");
@@ -163,6 +170,7 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
         const int64_t skipped = tables.cache_leftpad ? leftpad[i] : 0;
         rows.kv_row += skipped;
         rows.seqlen_kv = end_of(b) - skipped;
+        rows.position_q = end_of(b) - shapes.appended;
         found.rows.push_back(rows);
     }
 

@@ -18,6 +18,7 @@ struct SequenceRows {
     int64_t query_batch = 0, query_row = 0;  // its first query
     int64_t kv_batch = 0, kv_row = 0;        // its first key; unused with pages
     int64_t seqlen_q = 0, seqlen_kv = 0;
+    int64_t position_q = 0;  // of its first query, counted in the cache: where rotary angles start
 };
 
 /// The integer tensors that say so, as the caller gave them: int32 or int64, on the CPU.
@@ -41,6 +42,7 @@ struct SequenceTables {
 struct SequenceShapes {
     int64_t query_batch = 0, query_rows = 0;  // of a dense query; of a packed one 1 and its total
     int64_t kv_batch = 0, kv_rows = 0;        // with pages: number of pages, and rows of a page
+    int64_t appended = 0;                     // rows that each sequence is about to gain
 };
 
 struct Sequences {

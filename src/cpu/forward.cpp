@@ -50,18 +50,36 @@ const DtypeKernels& kernels_for(const Kernels& set, DType dtype) {
     return own.forward.run ? own : kernels_for(*set.base, dtype);
 }
 
+Kind kind_of(DType dtype) {
+    switch (dtype) {
+        case DType::b8: return Kind::boolean;
+        case DType::f16: return Kind::f16;
+        case DType::bf16: return Kind::bf16;
+        default: return Kind::f32;
+    }
+}
+
 Mask mask_of(const DenseMask& mask) {
-    MaskKind kind = MaskKind::f32;
-    if (mask.view.dtype == DType::b8) kind = MaskKind::boolean;
-    if (mask.view.dtype == DType::f16) kind = MaskKind::f16;
-    if (mask.view.dtype == DType::bf16) kind = MaskKind::bf16;
     const int64_t* strides = mask.view.strides;
     return {mask.view.size() ? mask.view.address() : nullptr,
             strides[0],
             strides[1],
             strides[2],
             strides[3],
-            kind};
+            kind_of(mask.view.dtype)};
+}
+
+umfa::cpu::Rotary rotary_of(const umfa::Rotary& rotary) {
+    return {rotary.cos.address(),
+            rotary.sin.address(),
+            rotary.cos.strides[0],
+            rotary.cos.strides[1],
+            rotary.sin.strides[0],
+            rotary.sin.strides[1],
+            kind_of(rotary.cos.dtype),
+            rotary.channels,
+            rotary.interleaved,
+            rotary.advances};
 }
 
 std::vector<Sequence> sequences_of(const Problem& problem) {
@@ -73,7 +91,7 @@ std::vector<Sequence> sequences_of(const Problem& problem) {
                                                      : nullptr;
         sequences[static_cast<size_t>(b)] = {
             rows.query_batch, rows.query_row,           rows.kv_batch, rows.kv_row, rows.seqlen_q,
-            rows.seqlen_kv,   problem.visible_of(rows), pages};
+            rows.seqlen_kv,   problem.visible_of(rows), rows.position_q, pages};
     }
     return sequences;
 }
@@ -91,6 +109,7 @@ ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequenc
     args.head_dim = problem.head_dim;
     args.head_dim_v = problem.head_dim_v;
     if (problem.mask) args.mask = mask_of(*problem.mask);
+    if (problem.rotary) args.rotary = rotary_of(*problem.rotary);
     args.score_scale = static_cast<float>(problem.score_scale());
     args.score_scale_low = static_cast<float>(problem.score_scale() - args.score_scale);
     args.softcap = static_cast<float>(problem.softcap_log2());
@@ -142,6 +161,38 @@ void clear_unused(const Problem& problem, const ForwardArgs& args) {
     }
 }
 
+/// Writes the new rows of key and value behind those in use.
+void append(const Problem& problem, const ForwardArgs& args, CopyRowFn copy_row) {
+    const Append& added = *problem.append;
+    const int64_t bytes = bits_of(problem.key.view.dtype) / 8;
+    const double floats = static_cast<double>(problem.batch * added.rows * problem.nheads_kv) *
+                          static_cast<double>(problem.head_dim + problem.head_dim_v);
+    parallel_for(problem.batch * added.rows, threads_worth(floats), [&](int64_t task) {
+        const int64_t b = task / added.rows, i = task % added.rows;
+        const Sequence& sequence = args.sequences[b];
+        const int64_t key = sequence.seqlen_kv - added.rows + i;
+        const auto copy = [&](const Operand& from, const Rows& to, int64_t channels,
+                              const umfa::cpu::Rotary& rotary) {
+            int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
+            if (sequence.pages) {
+                batch = sequence.pages[key / args.page_size];
+                row = key % args.page_size;
+            }
+            for (int64_t h = 0; h < problem.nheads_kv; ++h)
+                copy_row(rotary,
+                         from.view.address() + bytes * (b * from.stride_batch +
+                                                        h * from.stride_head + i * from.stride_row),
+                         from.stride_channel, channels, sequence.position_q + i,
+                         static_cast<char*>(to.data) +
+                             bytes * (batch * to.stride_batch + h * to.stride_head +
+                                      row * to.stride_row),
+                         to.stride_channel);
+        };
+        copy(added.key, args.key, problem.head_dim, args.rotary);
+        copy(added.value, args.value, problem.head_dim_v, {});
+    });
+}
+
 /// A block of queries of one head.
 struct Task {
     int64_t sequence, head, first;
@@ -181,13 +232,14 @@ void run_forward(const Problem& problem) {
         sinks = sinks_of(*problem.sinks, problem.nheads_q);
         args.sinks = sinks.data();
     }
+    const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
+    if (problem.append) append(problem, args, own.copy_row);
     if (problem.sequences.given) clear_unused(problem, args);
     std::vector<int64_t> few, many;
     for (int64_t b = 0; b < problem.batch; ++b) {
         const Sequence& sequence = sequences[static_cast<size_t>(b)];
         if (sequence.seqlen_q > 0) (is_decode(sequence, set.lanes) ? few : many).push_back(b);
     }
-    const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
     if (!few.empty()) run_decode(problem, args, own.decode, few);
     if (!many.empty()) run_panels(problem, args, sequences, own.forward, many, set.lanes);
 }
@@ -195,7 +247,8 @@ void run_forward(const Problem& problem) {
 constexpr uint32_t forward_features =
     bit(Feature::causal) | bit(Feature::window) | bit(Feature::softcap) | bit(Feature::alibi) |
     bit(Feature::lse) | bit(Feature::gqa) | bit(Feature::mask) | bit(Feature::sinks) |
-    bit(Feature::varlen) | bit(Feature::paged_kv) | bit(Feature::attention_chunk);
+    bit(Feature::varlen) | bit(Feature::paged_kv) | bit(Feature::attention_chunk) |
+                                      bit(Feature::append) | bit(Feature::rotary);
 
 Verdict available() {
     kernels();      // throws about UMFA_CPU_ISA

@@ -6,7 +6,9 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "core/dlpack_view.h"
 #include "core/error.h"
@@ -64,31 +66,83 @@ struct Options {
     std::string backend = "auto";
     Layout layout = Layout::bshd;
     bool broadcasts = false, grouped = true;
+    int64_t attention_chunk = 0;
+    std::optional<int64_t> max_seqlen_q, max_seqlen_k;
+    std::string lengths_name = "seqused_k";  // the caller's spelling
+    bool rotary_interleaved = true;
 };
 
-/// The request with its inputs attached; `inputs` owns what the views point to.
+/// Keeps what a request's views point to.
+struct Inputs {
+    Input query, key, value, alibi_slopes, attn_mask;
+    std::vector<Input> others;
+    Output key_cache, value_cache;  // where they are written to
+};
+
+/// Attaches the tensors of `others` to the request.
+inline void read_others(const Options& options, const nb::dict& others, Inputs& inputs,
+                        AttentionRequest& request) {
+    struct Place {
+        std::string_view name;
+        std::optional<TensorView>& view;
+    } places[] = {{"learnable_sink", request.sinks},
+                  {"cu_seqlens_q", request.tables.cu_seqlens_q},
+                  {"cu_seqlens_k", request.tables.cu_seqlens_k},
+                  {"seqused_q", request.tables.seqused_q},
+                  {"seqused_k", request.tables.seqused_k},
+                  {"cache_batch_idx", request.tables.cache_batch_idx},
+                  {"cache_leftpad", request.tables.cache_leftpad},
+                  {"block_table", request.tables.block_table},
+                  {"new_key", request.new_key},
+                  {"new_value", request.new_value},
+                  {"rotary_cos", request.rotary_cos},
+                  {"rotary_sin", request.rotary_sin}};
+    for (const auto& [key, tensor] : others) {
+        const std::string name = nb::cast<std::string>(key);
+        bool known = false;
+        for (Place& place : places) {
+            if (place.name != name) continue;
+            const std::string shown = name == "new_key" ? "k" : name == "new_value" ? "v" : name;
+            inputs.others.push_back(import<nb::ndarray<nb::ro>>(tensor, options.function, shown));
+            place.view = inputs.others.back().view;
+            known = true;
+        }
+        if (!known)
+            fail(ErrorKind::internal, options.function, "a tensor has no place", name,
+                 "a name of AttentionRequest");
+    }
+}
+
+/// The request with its inputs attached; `inputs` owns what the views point to. `others`: a dict of
+/// the tensors that few calls have, by their name in AttentionRequest or SequenceTables; or None.
 inline AttentionRequest make_request(const Options& options, nb::handle query, nb::handle key,
                                      nb::handle value, nb::handle alibi_slopes,
-                                     nb::handle attn_mask, Input (&inputs)[5]) {
+                                     nb::handle attn_mask, nb::handle others, Inputs& inputs) {
     AttentionRequest request;
     const auto& [query_name, key_name, value_name] = options.names;
     request.function = options.function;
     request.query_name = query_name;
     request.key_name = key_name;
     request.value_name = value_name;
-    inputs[0] = import<nb::ndarray<nb::ro>>(query, options.function, query_name);
-    inputs[1] = import<nb::ndarray<nb::ro>>(key, options.function, key_name);
-    inputs[2] = import<nb::ndarray<nb::ro>>(value, options.function, value_name);
-    request.query = inputs[0].view;
-    request.key = inputs[1].view;
-    request.value = inputs[2].view;
+    inputs.query = import<nb::ndarray<nb::ro>>(query, options.function, query_name);
+    inputs.key = import<nb::ndarray<nb::ro>>(key, options.function, key_name);
+    inputs.value = import<nb::ndarray<nb::ro>>(value, options.function, value_name);
+    request.query = inputs.query.view;
+    request.key = inputs.key.view;
+    request.value = inputs.value.view;
     if (!alibi_slopes.is_none()) {
-        inputs[3] = import<nb::ndarray<nb::ro>>(alibi_slopes, options.function, "alibi_slopes");
-        request.alibi_slopes = inputs[3].view;
+        inputs.alibi_slopes =
+            import<nb::ndarray<nb::ro>>(alibi_slopes, options.function, "alibi_slopes");
+        request.alibi_slopes = inputs.alibi_slopes.view;
     }
     if (!attn_mask.is_none()) {
-        inputs[4] = import<nb::ndarray<nb::ro>>(attn_mask, options.function, "attn_mask");
-        request.attn_mask = inputs[4].view;
+        inputs.attn_mask = import<nb::ndarray<nb::ro>>(attn_mask, options.function, "attn_mask");
+        request.attn_mask = inputs.attn_mask.view;
+    }
+    if (!others.is_none()) read_others(options, nb::cast<nb::dict>(others), inputs, request);
+    if (request.new_key || request.new_value) {  // must be writable
+        inputs.key_cache = import<nb::ndarray<>>(key, options.function, key_name);
+        inputs.value_cache = import<nb::ndarray<>>(value, options.function, value_name);
     }
     request.layout = options.layout;
     request.broadcasts = options.broadcasts;
@@ -100,6 +154,12 @@ inline AttentionRequest make_request(const Options& options, nb::handle query, n
     request.softcap = options.softcap;
     request.dropout_p = options.dropout_p;
     request.wants_lse = options.return_lse;
+    request.attention_chunk = options.attention_chunk;
+    request.tables.max_seqlen_q = options.max_seqlen_q;
+    request.tables.max_seqlen_k = options.max_seqlen_k;
+    request.tables.seqused_k_name = options.lengths_name;
+    request.tables.key_name = key_name;
+    request.rotary_interleaved = options.rotary_interleaved;
     return request;
 }
 

@@ -105,10 +105,10 @@ nb::object shape_tuple(const TensorView& view) {
 
 nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle key,
                             nb::handle value, nb::handle alibi_slopes, nb::handle attn_mask,
-                            nb::callable allocate) {
-    Input inputs[5];
+                            nb::callable allocate, nb::handle others) {
+    Inputs inputs;
     Problem problem =
-        Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask, inputs));
+        Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask, others, inputs));
     const Backend& backend = route(problem, options.backend);
 
     // The façade allocates in the caller's framework, now that the shapes are known to be right.
@@ -127,10 +127,11 @@ nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle
 
 std::pair<bool, std::string> attention_can_run(const Options& options, nb::handle query,
                                                nb::handle key, nb::handle value,
-                                               nb::handle alibi_slopes, nb::handle attn_mask) {
-    Input inputs[5];
+                                               nb::handle alibi_slopes, nb::handle attn_mask,
+                                               nb::handle others) {
+    Inputs inputs;
     const Verdict verdict = can_run(
-        Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask, inputs)),
+        Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask, others, inputs)),
         options.backend);
     return {verdict.yes, verdict.reason};
 }
@@ -237,7 +238,9 @@ NB_MODULE(_ext, m) {
                std::tuple<std::string, std::string, std::string> names, bool causal,
                std::optional<double> scale, int64_t left, int64_t right, double softcap,
                double dropout_p, bool return_lse, std::string backend, bool top_left,
-               bool torch_shapes, bool grouped) {
+               bool torch_shapes, bool grouped, int64_t attention_chunk,
+               std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
+               std::string lengths_name, bool rotary_interleaved) {
                 const Causal alignment = top_left ? Causal::top_left : Causal::bottom_right;
                 new (self) Options{std::move(function),
                                    std::move(names),
@@ -251,27 +254,35 @@ NB_MODULE(_ext, m) {
                                    std::move(backend),
                                    torch_shapes ? Layout::bhsd : Layout::bshd,
                                    torch_shapes,
-                                   grouped};
+                                   grouped,
+                                   attention_chunk,
+                                   max_seqlen_q,
+                                   max_seqlen_k,
+                                   std::move(lengths_name),
+                                   rotary_interleaved};
             },
             "function"_a, "names"_a, nb::kw_only(), "causal"_a, "softmax_scale"_a.none(),
             "window_left"_a, "window_right"_a, "softcap"_a, "dropout_p"_a, "return_lse"_a,
-            "backend"_a, "top_left"_a = false, "torch_shapes"_a = false, "grouped"_a = true);
+            "backend"_a, "top_left"_a = false, "torch_shapes"_a = false, "grouped"_a = true,
+            "attention_chunk"_a = 0, "max_seqlen_q"_a = nb::none(), "max_seqlen_k"_a = nb::none(),
+            "lengths_name"_a = "seqused_k", "rotary_interleaved"_a = true);
 
     m.def("attention_forward", &attention_forward, "options"_a, "query"_a, "key"_a, "value"_a,
-          "alibi_slopes"_a.none(), "attn_mask"_a.none(), "allocate"_a,
+          "alibi_slopes"_a.none(), "attn_mask"_a.none(), "allocate"_a, "others"_a = nb::none(),
           nb::sig("def attention_forward(options: Options, query: object, key: object, "
                   "value: object, alibi_slopes: object | None, attn_mask: object | None, "
                   "allocate: collections.abc.Callable[[tuple[int, ...], str], "
-                  "tuple[object, object]]) -> tuple[object, object | None]"),
+                  "tuple[object, object]], others: dict[str, object] | None = None) "
+                  "-> tuple[object, object | None]"),
           "Computes attention on tensors (batch, seqlen, nheads, head_dim), or with the option\n"
           "torch_shapes (..., nheads, seqlen, head_dim) that broadcast.\n\n"
           "`allocate(shape, dtype)` returns (DLPack tensor to write, what to hand back).\n"
           "Returns (out, lse or None) as allocate handed them back.");
     m.def("attention_can_run", &attention_can_run, "options"_a, "query"_a, "key"_a, "value"_a,
-          "alibi_slopes"_a.none(), "attn_mask"_a.none(),
+          "alibi_slopes"_a.none(), "attn_mask"_a.none(), "others"_a = nb::none(),
           nb::sig("def attention_can_run(options: Options, query: object, key: object, "
-                  "value: object, alibi_slopes: object | None, attn_mask: object | None) "
-                  "-> tuple[bool, str]"),
+                  "value: object, alibi_slopes: object | None, attn_mask: object | None, "
+                  "others: dict[str, object] | None = None) -> tuple[bool, str]"),
           "The routing's verdict on the same call, and its reason.");
     m.def("empty", &empty, "shape"_a, "dtype"_a, "device"_a = "cpu",
           nb::sig("def empty(shape: collections.abc.Sequence[int], dtype: str, "

@@ -1,32 +1,12 @@
 // A dense mask, in units of log2 and as scores are held: -inf where a key is hidden.
 
-/// W elements of the mask from `at` on, `stride` apart; those past `count` are 0.
+/// W elements of a mask from `at` on, `stride` apart; those past `count` are 0.
 template <class S>
-inline typename S::vf mask_values(MaskKind kind, const char* at, int64_t stride, int64_t count) {
-    using vf = typename S::vf;
-    constexpr int W = S::W;
-    if (kind == MaskKind::boolean) {
-        const uint8_t* shown = reinterpret_cast<const uint8_t*>(at);
-        vf x{};
-        for (int i = 0; i < W && i < count; ++i) x[i] = shown[i * stride] ? 0.f : -__builtin_inff();
-        return x;
-    }
-    const auto load = [&](auto element) {
-        using T = decltype(element);
-        const auto* from = reinterpret_cast<const typename T::storage*>(at);
-        if (stride == 1 && count >= W) return T::template load<S>(from);
-        typename T::storage buffer[W];
-        gather(from, stride, count < W ? count : int64_t{W}, buffer, W);
-        return T::template load<S>(buffer);
-    };
-    const vf x = kind == MaskKind::f32   ? load(F32{})
-                 : kind == MaskKind::f16 ? load(F16{})
-                                         : load(BF16{});
-    return x * log2_e;
-}
-
-inline int64_t size_of(const Mask& mask) {
-    return mask.kind == MaskKind::boolean ? 1 : mask.kind == MaskKind::f32 ? 4 : 2;
+inline typename S::vf mask_values(Kind kind, const char* at, int64_t stride, int64_t count) {
+    if (kind != Kind::boolean) return numbers<S>(kind, at, stride, count) * log2_e;
+    typename S::vf x{};
+    for (int i = 0; i < S::W && i < count; ++i) x[i] = at[i * stride] ? 0.f : -__builtin_inff();
+    return x;
 }
 
 inline const char* mask_at(const Mask& mask, int64_t batch, int64_t head, int64_t row,
@@ -34,7 +14,7 @@ inline const char* mask_at(const Mask& mask, int64_t batch, int64_t head, int64_
     return static_cast<const char*>(mask.data) +
            (batch * mask.stride_batch + head * mask.stride_head + row * mask.stride_row +
             key * mask.stride_key) *
-               size_of(mask);
+               size_of(mask.kind);
 }
 
 /// to[key][lane] for the keys [first, last) of a tile that begins at `tile`, and `rows` queries from

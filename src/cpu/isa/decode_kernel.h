@@ -104,7 +104,7 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
             if (scoring.slope != 0)
                 s -= scoring.slope * (vf)((vu)S::to_float(diagonal - key) & 0x7fffffffu);
             if (mask)
-                s += mask_values<S>(mask_of.kind, mask + k * mask_of.stride_key * size_of(mask_of),
+                s += mask_values<S>(mask_of.kind, mask + k * mask_of.stride_key * size_of(mask_of.kind),
                                     mask_of.stride_key, keys - k);
         }
         s = ((key >= first) & (key < last)) ? s : S::splat(-infinity);
@@ -232,9 +232,17 @@ struct DecodeHead {
         for (int64_t r = 0; r < at.rows; ++r) {
             const storage* row =
                 query_row<const storage>(args.query, sequence, head_of(r), query_of(r));
+            int64_t stride = args.query.stride_channel;
+            storage rotated[512];
+            if (args.rotary.kind != Kind::none) {
+                rotate_row<S, T>(args.rotary, row, stride, args.head_dim,
+                                 position_of(args, sequence, query_of(r)), rotated);
+                row = rotated;
+                stride = 1;
+            }
             for (int64_t u = 0; u < at.depth; u += W)
                 S::store(memory + at.query + r * at.depth + u,
-                         row_units<S, U>(row, args.query.stride_channel, u, args.head_dim));
+                         row_units<S, U>(row, stride, u, args.head_dim));
             for (int64_t c = 0; c < at.channels; ++c) memory[at.out + r * at.channels + c] = 0;
             for (int i = 0; i < W; ++i) memory[at.sum + r * W + i] = 0;
             memory[at.maximum + r] = -__builtin_inff();
@@ -273,7 +281,7 @@ struct DecodeHead {
                                memory + at.query + r0 * at.depth, at.depth, scores);
         float alpha[R];
         int64_t low = keys, high = 0;
-        bool same = args.mask.kind == MaskKind::none;
+        bool same = args.mask.kind == Kind::none;
         int64_t begin0 = 0, end0 = 0;
         for (int r = 0; r < R; ++r) {
             const int64_t i = query_of(r0 + r), head = head_of(r0 + r);
@@ -285,7 +293,7 @@ struct DecodeHead {
             same = same && begin == begin0 && end == end0;
             const Scoring scoring = scoring_of(args, batch, head);
             const char* mask =
-                args.mask.kind == MaskKind::none ? nullptr : mask_at(args.mask, batch, head, i, k0);
+                args.mask.kind == Kind::none ? nullptr : mask_at(args.mask, batch, head, i, k0);
             const int32_t diagonal =
                 static_cast<int32_t>(i + sequence.seqlen_kv - sequence.seqlen_q - k0);
             alpha[r] = (scoring.plain
@@ -403,8 +411,24 @@ int64_t decode_row_floats(const ForwardArgs& args) {
     return (args.head_dim_v + S::W - 1) / S::W * S::W + 2;
 }
 
+template <class S, class T>
+void copy_row(const Rotary& rotary, const void* from, int64_t from_stride, int64_t channels,
+              int64_t position, void* to, int64_t to_stride) {
+    using storage = typename T::storage;
+    const storage* source = static_cast<const storage*>(from);
+    storage* dst = static_cast<storage*>(to);
+    storage rotated[512];
+    if (rotary.kind != Kind::none) {
+        rotate_row<S, T>(rotary, source, from_stride, channels, position, rotated);
+        source = rotated;
+        from_stride = 1;
+    }
+    for (int64_t c = 0; c < channels; ++c) dst[c * to_stride] = source[c * from_stride];
+}
+
 /// Everything for one element type.
 template <class S, class U>
 constexpr DtypeKernels dtype_kernels{{forward_block<S, U>, forward_scratch_floats<S, U>},
                                      {decode_keys<S, U>, decode_merge<S, typename U::type>,
-                                      decode_scratch_floats<S, U>, decode_row_floats<S>}};
+                                      decode_scratch_floats<S, U>, decode_row_floats<S>},
+    copy_row<S, typename U::type>};

@@ -22,6 +22,7 @@ constexpr int64_t block_kv = 96;
 #include "cpu/isa/product.h"
 #include "cpu/isa/rows.h"
 #include "cpu/isa/pack.h"
+#include "cpu/isa/rotary.h"
 #include "cpu/isa/bias.h"
 #include "cpu/isa/softmax.h"
 // clang-format on
@@ -47,7 +48,7 @@ struct Scratch {
         bias = probabilities + block_kv * N;  // [key][lane], and what whole vectors of keys add
         query =
             bias +
-            (args.mask.kind == MaskKind::none ? 0 : (block_kv + S::W) * N);  // [panel][depth][N]
+            (args.mask.kind == Kind::none ? 0 : (block_kv + S::W) * N);  // [panel][depth][N]
         out = query + panel_count * depth * N;                               // [panel][channels][N]
         key = out + panel_count * channels * N;                              // [group][depth][mr]
         value = key + block_kv * depth + slack;
@@ -198,7 +199,7 @@ void forward_block(const ForwardArgs& args, int64_t batch, int64_t head, int64_t
         q_begin + args.block_q < sequence.seqlen_q ? q_begin + args.block_q : sequence.seqlen_q;
     const int64_t panels = (q_end - q_begin + N - 1) / N;
     const Scoring scoring = scoring_of(args, batch, head);
-    const bool has_mask = args.mask.kind != MaskKind::none;
+    const bool has_mask = args.mask.kind != Kind::none;
 
     const Scratch<S, U> at(args, panels);
     Panel<S>* panel = reinterpret_cast<Panel<S>*>(memory + at.panels);
@@ -211,7 +212,18 @@ void forward_block(const ForwardArgs& args, int64_t batch, int64_t head, int64_t
         const storage* rows[W];
         for (int r = 0; r < W; ++r)
             rows[r] = query_row<const storage>(args.query, sequence, head, q_begin + i + r);
-        pack_transposed<S, U>(rows, q_end - q_begin - i, args.query.stride_channel, W, N, D,
+        int64_t stride = args.query.stride_channel;
+        if (args.rotary.kind != Kind::none) {  // in the place of the keys, which come later
+            storage* rotated = reinterpret_cast<storage*>(memory + at.key);
+            for (int r = 0; r < W && q_begin + i + r < q_end; ++r, rotated += D) {
+                rotate_row<S, typename U::type>(args.rotary, rows[r], stride, D,
+                                                position_of(args, sequence, q_begin + i + r),
+                                                rotated);
+                rows[r] = rotated;
+            }
+            stride = 1;
+        }
+        pack_transposed<S, U>(rows, q_end - q_begin - i, stride, W, N, D,
                               memory + at.query + i / N * at.depth * N + i % N);
     }
     for (int64_t p = 0; p < panels; ++p) {

@@ -21,16 +21,28 @@ struct Sequence {
     int64_t kv_batch, kv_row;        // its first key; unused with pages
     int64_t seqlen_q, seqlen_kv;
     Visible<int64_t> visible;
+    int64_t position_q;    // of its first query, for rotary angles
     const int32_t* pages;  // batch index of every page_size keys; null: they follow each other
 };
 
-enum class MaskKind : int32_t { none, boolean, f32, f16, bf16 };
+/// Elements of a mask or of another table that kernels read.
+enum class Kind : int32_t { none, boolean, f32, f16, bf16 };
+
+/// cos and sin by position and pair of channels.
+struct Rotary {
+    const void *cos, *sin;
+    int64_t cos_stride_position, cos_stride_channel, sin_stride_position, sin_stride_channel;
+    Kind kind;         // none: off
+    int64_t channels;  // how many are rotated
+    bool interleaved;  // pairs (0, 1), (2, 3), ...; else one from each half
+    bool advances;     // query i stands at position_q + i; else all stand at position_q
+};
 
 /// Dense mask: boolean, true = attend, or numbers to be added. Stride 0 where it broadcasts.
 struct Mask {
     const void* data;
     int64_t stride_batch, stride_head, stride_row, stride_key;
-    MaskKind kind;
+    Kind kind;
 };
 
 struct ForwardArgs {
@@ -41,6 +53,7 @@ struct ForwardArgs {
     int64_t group;  // query heads that share one key head
     int64_t head_dim, head_dim_v;
     Mask mask;
+    Rotary rotary;
     float score_scale;      // multiplies q.k; holds log2(e) unless softcap is on
     float score_scale_low;  // what rounding score_scale to float left over
     float softcap;          // softcap * log2(e); 0: off
@@ -74,9 +87,14 @@ struct DecodeKernel {
     int64_t (*row_floats)(const ForwardArgs&);
 };
 
+/// Copies a row of `channels` elements, rotated where args.rotary is on.
+using CopyRowFn = void (*)(const Rotary&, const void* from, int64_t from_stride, int64_t channels,
+                           int64_t position, void* to, int64_t to_stride);
+
 struct DtypeKernels {
     ForwardKernel forward;
     DecodeKernel decode;
+    CopyRowFn copy_row;
 };
 
 struct Kernels {

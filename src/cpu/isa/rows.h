@@ -8,6 +8,11 @@ inline storage* query_row(const Rows& rows, const Sequence& sequence, int64_t he
            head * rows.stride_head + (sequence.query_row + row) * rows.stride_row;
 }
 
+/// Position of a query, for rotary angles.
+inline int64_t position_of(const ForwardArgs& args, const Sequence& sequence, int64_t row) {
+    return sequence.position_q + (args.rotary.advances ? row : 0);
+}
+
 /// Row of key or value. Called for a tile's keys one by one: a page may hold any number of them.
 template <class storage>
 inline const storage* key_row(const Rows& rows, const Sequence& sequence, int64_t page_size,

@@ -1,0 +1,36 @@
+// Rotary position embedding (Su et al. 2021) of one row, rounded to the row's type as if it had been
+// a pass of its own.
+
+/// dst[0, channels) from a row at `position`; channels past rotary.channels are copied.
+template <class S, class T>
+inline void rotate_row(const Rotary& rotary, const typename T::storage* row, int64_t stride,
+                       int64_t channels, int64_t position, typename T::storage* dst) {
+    constexpr int W = S::W, most = 512 + W;
+    float x[most], cos[most / 2 + W], sin[most / 2 + W], y[most];
+    const int64_t half = rotary.channels / 2;
+    for (int64_t c = 0; c < channels; c += W)
+        S::store(x + c, row_units<S, FloatUnits<S, T>>(row, stride, c, channels));
+    const auto table = [&](const void* data, int64_t stride_position, int64_t stride_channel,
+                           float* to) {
+        const char* from = static_cast<const char*>(data) +
+                           position * stride_position * size_of(rotary.kind);
+        for (int64_t c = 0; c < half; c += W)
+            S::store(to + c,
+                     numbers<S>(rotary.kind, from + c * stride_channel * size_of(rotary.kind),
+                                stride_channel, half - c));
+    };
+    table(rotary.cos, rotary.cos_stride_position, rotary.cos_stride_channel, cos);
+    table(rotary.sin, rotary.sin_stride_position, rotary.sin_stride_channel, sin);
+    for (int64_t c = 0; c < channels; ++c) y[c] = x[c];
+    for (int64_t i = 0; i < half; ++i) {
+        const int64_t a = rotary.interleaved ? 2 * i : i, b = rotary.interleaved ? a + 1 : i + half;
+        y[a] = x[a] * cos[i] - x[b] * sin[i];
+        y[b] = x[a] * sin[i] + x[b] * cos[i];
+    }
+    int64_t c = 0;
+    for (; c + W <= channels; c += W) T::template store<S>(dst + c, S::load(y + c));
+    if (c == channels) return;
+    typename T::storage tail[W];
+    T::template store<S>(tail, S::load(y + c));
+    for (int64_t i = 0; c + i < channels; ++i) dst[c + i] = tail[i];
+}
