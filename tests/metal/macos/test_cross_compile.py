@@ -10,10 +10,6 @@ import cross
 import macho
 import pytest
 
-METAL = "/System/Library/Frameworks/Metal.framework/Versions/A/Metal"
-FOUNDATION = "/System/Library/Frameworks/Foundation.framework/Versions/C/Foundation"
-SYSTEM, OBJC = "/usr/lib/libSystem.B.dylib", "/usr/lib/libobjc.A.dylib"
-
 
 def compile_text(text: str, folder: Path) -> Path:
     source = folder / "text.mm"
@@ -71,16 +67,16 @@ def test_libumfa_needs_metal_and_nothing_strange(built: tuple[Path, Path]) -> No
     assert image.arm64
     assert image.signed
     assert image.minimum_macos == cross.FLOOR
-    assert set(image.libraries) == {METAL, FOUNDATION, SYSTEM, OBJC}
-    assert set(image.undefined) <= {METAL, FOUNDATION, SYSTEM, OBJC}
-    assert "_MTLCreateSystemDefaultDevice" in image.undefined[METAL]
+    assert set(image.libraries) == cross.MAY_NEED
+    assert set(image.undefined) <= cross.MAY_NEED
+    assert "_MTLCreateSystemDefaultDevice" in image.undefined[cross.METAL]
 
 
 @pytest.mark.slow
 def test_the_extension_needs_python_and_libumfa(built: tuple[Path, Path]) -> None:
     image = macho.read(built[1])
-    assert set(image.libraries) == {"@rpath/libumfa.dylib", SYSTEM}
-    assert set(image.undefined) <= {"@rpath/libumfa.dylib", SYSTEM, macho.DYNAMIC_LOOKUP}
+    assert set(image.libraries) == {"@rpath/libumfa.dylib", cross.SYSTEM}
+    assert set(image.undefined) <= {"@rpath/libumfa.dylib", cross.SYSTEM, macho.DYNAMIC_LOOKUP}
     foreign = [
         name
         for name in image.undefined[macho.DYNAMIC_LOOKUP]
