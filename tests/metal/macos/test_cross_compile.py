@@ -24,6 +24,22 @@ def test_the_host_compiles_for_macos(source: Path, tmp_path: Path) -> None:
     assert image.minimum_macos == cross.FLOOR
 
 
+@pytest.mark.parametrize("source", cross.host_sources(), ids=lambda p: p.name)
+def test_the_host_compiles_with_older_headers_and_for_an_older_macos(
+    source: Path, tmp_path: Path
+) -> None:
+    """Those of macOS 14 and its Xcode; on an older system umfa must find out before it breaks."""
+    image = macho.read(
+        cross.compile_one(
+            source,
+            tmp_path / "host.o",
+            *(*cross.CORE, *cross.HOST, "-D__MAC_OS_X_VERSION_MAX_ALLOWED=140000"),
+            *("-target", "aarch64-macos.13.0"),
+        )
+    )
+    assert image.minimum_macos == "13.0"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
