@@ -25,7 +25,7 @@ file(GLOB_RECURSE shader_headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/shaders
 set(embedded ${CMAKE_CURRENT_BINARY_DIR}/embedded_shaders.cpp)
 set(metallib "")
 set(metallib_arguments "")
-if(umfa_metal STREQUAL "ON" AND NOT CMAKE_CROSSCOMPILING)
+if(umfa_metal STREQUAL "ON")
   execute_process(COMMAND xcrun --sdk macosx --find metal
     OUTPUT_VARIABLE found_metal RESULT_VARIABLE metal_missing OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
   if(NOT metal_missing)
@@ -64,10 +64,9 @@ file(GLOB host_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/metal/*.mm)
 
 if(umfa_metal STREQUAL "ON")
   enable_language(OBJCXX)
-  set(CMAKE_OBJCXX_STANDARD 20)
-  set(CMAKE_OBJCXX_STANDARD_REQUIRED ON)
-  set(CMAKE_OBJCXX_EXTENSIONS OFF)
-  set(CMAKE_OBJCXX_VISIBILITY_PRESET hidden)
+  # Of the target, which exists already: variables would come too late for it.
+  set_target_properties(libumfa PROPERTIES OBJCXX_STANDARD 20 OBJCXX_STANDARD_REQUIRED ON
+    OBJCXX_EXTENSIONS OFF OBJCXX_VISIBILITY_PRESET hidden)
   target_sources(libumfa PRIVATE ${host_sources})
   set_source_files_properties(${host_sources} PROPERTIES LANGUAGE OBJCXX
     COMPILE_OPTIONS "-fobjc-arc;-Wunguarded-availability-new")

@@ -43,7 +43,7 @@ typedef enum umfa_causal {
 } umfa_causal;
 
 typedef enum umfa_backend {
-    UMFA_BACKEND_AUTO = 0,
+    UMFA_BACKEND_AUTO = 0, /* or what the environment variable UMFA_BACKEND names */
     UMFA_BACKEND_CPU = 1,
     UMFA_BACKEND_METAL = 2
 } umfa_backend;

@@ -59,8 +59,10 @@ def flash_attn_func(
         Also return the log-sum-exp of the scores.
     backend : {"auto", "metal", "cpu"}
         Who computes. "auto" takes the Apple GPU where there is one, for tensors that it owns and
-        for work on CPU tensors that is large enough to be worth the way. The others insist: what
-        such a backend cannot do is refused, never done elsewhere. See `umfa.backends`.
+        for work on CPU tensors that is large enough to be worth the way (an estimate, not yet
+        measured on Apple hardware). The others insist: what such a backend cannot do is refused,
+        never done elsewhere. The environment variable ``UMFA_BACKEND`` can insist for "auto". See
+        `umfa.backends`.
 
     Returns
     -------

@@ -76,15 +76,12 @@ def _window(function: str, window_size: Any) -> tuple[int, int]:
 
 
 def _backend(function: str, backend: Any) -> str:
+    expected, got = "'auto', 'metal' or 'cpu'", reprlib.repr(backend)
     if not isinstance(backend, str):
-        raise TypeError(
-            message(
-                function,
-                "backend is not a string",
-                reprlib.repr(backend),
-                "'auto', 'metal' or 'cpu'",
-            )
-        )
+        raise TypeError(message(function, "backend is not a string", got, expected))
+    # The core knows the names, but could not show one with a NUL, half a surrogate or no end.
+    if not backend.isprintable() or len(backend) > 64:
+        raise ValueError(message(function, "backend is unknown", got, expected))
     return backend
 
 

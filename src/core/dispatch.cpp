@@ -1,6 +1,7 @@
 #include "core/dispatch.h"
 
 #include <atomic>
+#include <cstdlib>
 
 #include "core/error.h"
 #include "core/stats.h"
@@ -45,13 +46,20 @@ Verdict verdict_of(const Backend& backend, const Problem& problem) {
     return verdict;
 }
 
+bool known(std::string_view name) {
+    for (const Backend* backend : Backends{})
+        if (name == backend->name) return true;
+    return name == "auto";
+}
+
+constexpr const char* known_names = "'auto', 'metal' or 'cpu'";
+
 /// The backend that will run the problem, or nullptr with every candidate's reason.
-const Backend* choose(const Problem& problem, std::string_view name, std::string& reason) {
-    bool known = false;
+const Backend* choose(const Problem& problem, std::string_view wish, std::string& reason) {
+    const std::string name = backend_name(wish, problem.function);
     const Backend* possible = nullptr;  // can, though it may not be worth its start
     for (const Backend* backend : Backends{}) {
         if (name != "auto" && name != backend->name) continue;
-        known = true;
         const Verdict verdict = verdict_of(*backend, problem);
         if (verdict.yes) {
             const bool chosen = name != "auto" || !backend->worthwhile ||
@@ -64,9 +72,6 @@ const Backend* choose(const Problem& problem, std::string_view name, std::string
         if (!reason.empty()) reason += "; ";
         reason += std::string(backend->name) + ": " + verdict.reason;
     }
-    if (!known)
-        fail(ErrorKind::value, problem.function, "backend is unknown",
-             "'" + std::string(name) + "'", "'auto', 'cpu' or 'metal'");
     return possible;
 }
 
@@ -75,6 +80,22 @@ void count_call(const Backend& backend) {
 }
 
 }  // namespace
+
+std::string backend_name(std::string_view name, std::string_view function) {
+    if (!known(name))
+        fail(ErrorKind::value, function, "backend is unknown", "'" + std::string(name) + "'",
+             known_names);
+    if (name != "auto") return std::string(name);
+    static const std::string wish = [] {
+        const char* text = std::getenv("UMFA_BACKEND");
+        std::string found = text && *text ? text : "auto";
+        if (!known(found))
+            fail(ErrorKind::value, "umfa", "UMFA_BACKEND names no backend", "'" + found + "'",
+                 known_names);
+        return found;
+    }();
+    return wish;
+}
 
 Verdict can_run(const Problem& problem, std::string_view name) {
     std::string reason;
@@ -85,8 +106,12 @@ Verdict can_run(const Problem& problem, std::string_view name) {
 const Backend& route(const Problem& problem, std::string_view name) {
     std::string reason;
     if (const Backend* backend = choose(problem, name, reason)) return *backend;
-    fail(ErrorKind::unsupported, problem.function, "no backend can run this", reason,
-         "what one of the backends supports");
+    const std::string meant = backend_name(name, problem.function);
+    const bool free = meant == "auto";
+    fail(ErrorKind::unsupported, problem.function,
+         (free ? "no backend can run this (" : "the backend cannot run this (") + reason + ")",
+         "backend '" + meant + "'" + (meant == name ? "" : " by UMFA_BACKEND"),
+         free ? "what one of the backends supports" : "'auto', or what that backend supports");
 }
 
 void forward(const Backend& backend, const Problem& problem) {

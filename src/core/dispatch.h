@@ -11,7 +11,11 @@
 
 namespace umfa {
 
-/// `name`: "auto", "cpu" or "metal".
+/// `name`, or where that is "auto" what the environment's UMFA_BACKEND makes of it. Throws `Error`
+/// for a name that no backend has.
+UMFA_CORE_API std::string backend_name(std::string_view name, std::string_view function);
+
+/// `name`: "auto", "metal" or "cpu".
 UMFA_CORE_API Verdict can_run(const Problem& problem, std::string_view name);
 
 /// The backend for the problem. Throws `Error` with can_run's reason when there is none.

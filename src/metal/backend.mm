@@ -11,7 +11,8 @@ namespace {
 
 /// Below this many FLOP a call on host memory stays on the CPU unless "metal" is asked for. Committing
 /// a command buffer and waiting for it costs a fraction of a millisecond, in which the CPU kernels do
-/// about this much. An estimate: it has not been measured on Apple hardware.
+/// about this much. An estimate: it has not been measured on Apple hardware. The argument `backend`
+/// and UMFA_BACKEND overrule it.
 constexpr double worthwhile_flop = 2e7;
 
 bool worthwhile(const Problem& problem) {

@@ -8,11 +8,14 @@
 namespace umfa::metal {
 namespace {
 
+/// MTLGPUFamilyApple10, which only the headers of macOS 26 and newer name.
+constexpr auto apple10 = static_cast<MTLGPUFamily>(1010);
+
 std::optional<Family> family_of(id<MTLDevice> device) {
     constexpr struct {
         MTLGPUFamily metal;
         Family family;
-    } known[] = {{MTLGPUFamilyApple10, Family::apple10},
+    } known[] = {{apple10, Family::apple10},
                  {MTLGPUFamilyApple9, Family::apple9},
                  {MTLGPUFamilyApple8, Family::apple8},
                  {MTLGPUFamilyApple7, Family::apple7}};
@@ -53,7 +56,12 @@ std::optional<Gpu> open_gpu(std::string& reason) {
     Gpu gpu;
     gpu.device = device;
     gpu.name = text_of(device.name);
-    gpu.architecture = text_of(device.architecture.name);
+    if (@available(macOS 14.0, *)) {
+        gpu.architecture = text_of(device.architecture.name);
+    } else {
+        reason = "this macOS is older than 14, whose Metal the kernels are written in";
+        return std::nullopt;
+    }
     const std::optional<Family> family = family_of(device);
     if (!family) {
         reason = gpu.name + " is older than GPU family Apple7 (M1), whose matrix operations umfa "

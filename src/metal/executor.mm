@@ -123,6 +123,7 @@ void forward(const Problem& problem) {
     const Leases scratch = take_scratch(*context, work, problem.function);
 
     id<MTLCommandQueue> queue = context->queue(problem.function);
+    // Waits while 64 of the queue's are unfinished: for as many threads, since each sees its own end.
     id<MTLCommandBuffer> commands = [queue commandBuffer];
     if (!commands)
         fail(ErrorKind::device, problem.function, "Metal made no command buffer", "nil",

@@ -24,9 +24,11 @@ id<MTLLibrary> open_metallib(const Gpu& gpu, std::string& reason) {
 MTLCompileOptions* compile_options(const KernelLaunch& launch) {
     MTLCompileOptions* options = [MTLCompileOptions new];
     options.languageVersion = MTLLanguageVersion3_1;
+#if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
     if (@available(macOS 15.0, *))
         options.mathMode = MTLMathModeSafe;
     else
+#endif
         options.fastMathEnabled = NO;
     NSMutableDictionary<NSString*, NSObject*>* macros = [NSMutableDictionary new];
     for (const auto& [name, value] : launch.macros)

@@ -295,6 +295,10 @@ NB_MODULE(_ext, m) {
     m.def("version", [] { return umfa_version(); }, "Version of libumfa.");
     m.def("compiler", &compiler, "The compiler that built this module.");
     m.def(
+        "backend_name",
+        [](const std::string& name) { return backend_name(name, "umfa._ext.backend_name"); },
+        "name"_a, "The name, or what the environment makes of 'auto'.");
+    m.def(
         "backends",
         [] {
             std::vector<std::tuple<std::string, bool, std::string, std::string>> list;

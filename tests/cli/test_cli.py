@@ -248,7 +248,7 @@ def test_env_says_the_same_to_a_reader() -> None:
         assert fact in text
 
 
-@pytest.mark.parametrize("name", ["UMFA_NUM_THREADS", "UMFA_CPU_ISA"])
+@pytest.mark.parametrize("name", ["UMFA_NUM_THREADS", "UMFA_CPU_ISA", "UMFA_BACKEND"])
 def test_env_survives_a_bad_variable(name: str) -> None:
     """The report must work above all where umfa itself does not."""
     report = env_json(**{name: "banana"})
@@ -258,7 +258,7 @@ def test_env_survives_a_bad_variable(name: str) -> None:
     assert "banana" in report["problems"][0]
 
 
-@pytest.mark.parametrize("name", ["UMFA_NUM_THREADS", "UMFA_CPU_ISA"])
+@pytest.mark.parametrize("name", ["UMFA_NUM_THREADS", "UMFA_CPU_ISA", "UMFA_BACKEND"])
 def test_demo_names_a_bad_variable(name: str) -> None:
     result = run(**{name: "banana"})
     assert result.returncode == 1

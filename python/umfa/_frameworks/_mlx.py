@@ -14,7 +14,7 @@ from ._dlpack import METAL
 
 def _on_gpu(tensor: Any, backend: str) -> bool:
     """Whether umfa is to have the array as a Metal buffer."""
-    if backend == "cpu" or tensor.__dlpack_device__()[0] != METAL:
+    if tensor.__dlpack_device__()[0] != METAL or _ext.backend_name(backend) == "cpu":
         return False
     return any(name == "metal" and available for name, available, *_ in _ext.backends())
 

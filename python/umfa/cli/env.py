@@ -166,6 +166,7 @@ def collect() -> Report:
             problems.append(tidy(str(error)))
             return None
 
+    attempt(lambda: _ext.backend_name("auto"))
     libc = " ".join(platform.libc_ver()).strip()
     return {
         "umfa": {

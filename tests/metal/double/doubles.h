@@ -100,5 +100,5 @@ bool run(Dispatch& dispatch, std::string& error);
 @end
 
 @interface MTLCompileOptions (UMFADouble)
-- (BOOL)umfaMathGiven;
+- (BOOL)umfaMathIsSafe;
 @end

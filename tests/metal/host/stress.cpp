@@ -4,8 +4,10 @@
 //
 // The GPU is a function that reads every byte of the inputs it was bound, and writes every byte of
 // the outputs. It knows them by the addresses that the threads have told it: before they fill the
-// inputs, so that only the command queue orders the two.
+// inputs, so that only the command queue orders the two. What it does not know is scratch, through
+// which the sum of the inputs must reach the launch that merges.
 #include <atomic>
+#include <barrier>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +16,8 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -23,6 +27,7 @@
 namespace {
 
 constexpr int64_t heads = 2, head_dim = 32;
+constexpr int threads_at_once = 4;
 constexpr int calls = 200;  // of each thread
 
 struct Region {
@@ -40,16 +45,33 @@ void expect(bool ok, const char* what) {
     ++failures;
 }
 
-int prepare(const umfa_double_kernel*, uint64_t* static_bytes, char*, size_t) {
+/// While set, no pipeline may be built by two threads at once: they have one cache.
+std::atomic<bool> one_cache{false};
+std::set<std::string> building;
+
+int prepare(const umfa_double_kernel* kernel, uint64_t* static_bytes, char*, size_t) {
     *static_bytes = 4096;
+    if (!one_cache) return 0;
+    std::string key = kernel->kernel;
+    for (uint32_t i = 0; i < kernel->constant_count; ++i)
+        key += " " + std::to_string(kernel->constant_values[i]);
+    {
+        const std::lock_guard guard(lock);
+        expect(building.insert(key).second, "two threads build one pipeline");
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));  // as Metal's compiler, or less
+    const std::lock_guard guard(lock);
+    building.erase(key);
     return 0;
 }
 
 int run(const umfa_double_kernel* kernel, char*, size_t) {
     unsigned sum = 0;
     std::vector<std::pair<unsigned char*, uint64_t>> outputs;
+    std::vector<unsigned char*> scratch;
     for (uint32_t i = 0; i < kernel->buffer_count; ++i) {
         const umfa_double_buffer& buffer = kernel->buffers[i];
+        if (buffer.is_bytes) continue;
         auto* start = static_cast<unsigned char*>(buffer.data) + buffer.offset;
         Region region{};
         {
@@ -57,11 +79,21 @@ int run(const umfa_double_kernel* kernel, char*, size_t) {
             const auto found = regions.find(start);
             if (found != regions.end()) region = found->second;
         }
-        if (region.written)
+        if (region.bytes == 0) {
+            scratch.push_back(start);
+        } else if (region.written) {
             outputs.emplace_back(start, region.bytes);
-        else
+        } else {
             for (uint64_t j = 0; j < region.bytes; ++j) sum += start[j];
+        }
     }
+    // Buffers stay bound for the launches after, so that a merge has the inputs, too.
+    const bool merges = std::strstr(kernel->kernel, "merge") != nullptr;
+    if (!merges && !scratch.empty()) {
+        for (unsigned char* start : scratch) std::memcpy(start, &sum, sizeof sum);
+        return 0;
+    }
+    if (merges) std::memcpy(&sum, scratch.at(0), sizeof sum);
     for (auto& [start, bytes] : outputs) std::memset(start, static_cast<int>(sum & 0xff), bytes);
     return 0;
 }
@@ -113,15 +145,22 @@ struct Tensor {
     DLTensor tensor{};
 };
 
-void one_call(std::mt19937& random) {
-    const bool metal = random() % 2, encode = random() % 3 == 0;
-    const int64_t seqlen_q = 9 + random() % 30, seqlen_kv = 1 + random() % 40;
+struct Kind {
+    bool metal = false, encode = false;
+    bool decode = false;  // the keys in two parts: two launches, scratch between them
+    int softcap = 0;
+};
+
+void one_call(const Kind& kind, std::mt19937& random) {
+    const auto [metal, encode, decode, softcap] = kind;
+    const int64_t seqlen_q = decode ? 1 + random() % 8 : 9 + random() % 30;
+    const int64_t seqlen_kv = decode ? 256 + random() % 40 : 1 + random() % 40;
     Tensor q(metal, seqlen_q, false, random), k(metal, seqlen_kv, false, random),
         v(metal, seqlen_kv, false, random), out(metal, seqlen_q, true, random);
     const unsigned expected = q.sum() + k.sum() + v.sum();
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
     options.backend = UMFA_BACKEND_METAL;
-    options.softcap = random() % 4;  // some pipelines, wanted by several threads at once
+    options.softcap = softcap;  // another pipeline
     umfa_status status;
     if (encode) {
         void* queue = umfa_double_new_queue();
@@ -152,6 +191,25 @@ void one_call(std::mt19937& random) {
            "the output is not what the GPU wrote");
 }
 
+/// Threads that want the same pipelines, which do not exist, at the same moment.
+void first_use() {
+    one_cache = true;
+    std::barrier together(threads_at_once);
+    std::vector<std::thread> threads;
+    for (unsigned n = 0; n < threads_at_once; ++n)
+        threads.emplace_back([n, &together] {
+            std::mt19937 random(n);
+            for (int i = 0; i < 24; ++i) {
+                together.arrive_and_wait();
+                if (n == 0 && i % 4 == 0) umfa_double_release();
+                together.arrive_and_wait();
+                one_call({n % 2 == 0, false, i % 2 == 0, i / 2 % 2}, random);
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    one_cache = false;
+}
+
 }  // namespace
 
 int main() {
@@ -160,12 +218,18 @@ int main() {
     umfa_double_set_machine(&machine);
     umfa_double_install(1);
 
+    first_use();
+    expect(refused == 0, "a first use was refused");
+
     std::vector<std::thread> threads;
-    std::atomic<int> running{4};
-    for (unsigned n = 0; n < 4; ++n)
+    std::atomic<int> running{threads_at_once};
+    for (unsigned n = 0; n < threads_at_once; ++n)
         threads.emplace_back([n, &running] {
             std::mt19937 random(n);
-            for (int i = 0; i < calls; ++i) one_call(random);
+            for (int i = 0; i < calls; ++i)
+                one_call({random() % 2 == 0, random() % 3 == 0, random() % 4 == 0,
+                          static_cast<int>(random() % 4)},
+                         random);
             --running;
         });
     threads.emplace_back([&running] {  // things go wrong meanwhile

@@ -103,8 +103,12 @@ def test_no_device(double: Double) -> None:
     double.set_machine(present=False)
     assert umfa.can_run(x, x, x, backend="metal") == (False, "metal: no Metal device")
     assert umfa.can_run(x, x, x) == (True, "")
-    with pytest.raises(umfa.UnsupportedError, match="metal: no Metal device"):
+    with pytest.raises(umfa.UnsupportedError) as caught:
         umfa.flash_attn_func(x, x, x, backend="metal")
+    assert str(caught.value) == (
+        "[umfa.flash_attn_func] the backend cannot run this (metal: no Metal device); "
+        "got backend 'metal'; expected 'auto', or what that backend supports"
+    )
     double.set_machine()
     umfa.flash_attn_func(x, x, x, backend="metal")
 

@@ -67,23 +67,6 @@ def test_metal_tensors_go_to_metal_only(double: Double) -> None:
     assert not umfa.can_run(x, x, x, backend="cpu")[0]
 
 
-@pytest.mark.parametrize("value", ["gpu", "Metal", ""])
-def test_unknown_backend(value: str) -> None:
-    x = np.zeros(SMALL, np.float32)
-    for function in (umfa.flash_attn_func,):
-        with pytest.raises(
-            ValueError, match=rf"backend is unknown; got '{value}'; expected 'auto'"
-        ):
-            function(x, x, x, backend=value)
-    assert not umfa.can_run(x, x, x, backend=value)[0]
-
-
-def test_backend_that_is_no_string() -> None:
-    x = np.zeros(SMALL, np.float32)
-    with pytest.raises(TypeError, match=r"backend is not a string; got None"):
-        umfa.flash_attn_func(x, x, x, backend=None)  # type: ignore[arg-type]
-
-
 def test_every_function_takes_it(double: Double) -> None:
     packed = np.zeros((1, 8, 3, 2, 16), np.float32)
     before = umfa.stats()

@@ -47,10 +47,12 @@ def test_numpy_at_any_offset(
     assert after.bytes_copied == before.bytes_copied
 
 
-def test_torch_on_the_cpu(double: Double, recorder: Recorder) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("elements", [0, 1, 7, 511, 2049])
+def test_torch_on_the_cpu(elements: int, dtype: str, double: Double, recorder: Recorder) -> None:
     torch = pytest.importorskip("torch")
-    block = torch.randn(3 * 20 * 2 * 16 + 7, dtype=torch.float32)
-    q, k, v = (block[7 + 640 * i :][:640].view(1, 20, 2, 16) for i in range(3))
+    block = torch.randn(3 * 640 + elements).to(getattr(torch, dtype))
+    q, k, v = (block[elements + 640 * i :][:640].view(1, 20, 2, 16) for i in range(3))
     before = umfa.stats()
     out = umfa.flash_attn_func(q, k, v, backend="metal")
     found = recorder.addresses()

@@ -2,6 +2,4 @@
 
 import importlib.util
 
-collect_ignore = (
-    [] if importlib.util.find_spec("ziglang") else ["test_apple_names.py", "test_cross_compile.py"]
-)
+collect_ignore_glob = [] if importlib.util.find_spec("ziglang") else ["test_*.py"]

@@ -26,6 +26,11 @@ STUBS = Path(__file__).parent / "stubs"
 FLOOR = "14.0"
 TARGET = ("-target", f"aarch64-macos.{FLOOR}")
 
+METAL = "/System/Library/Frameworks/Metal.framework/Versions/A/Metal"
+FOUNDATION = "/System/Library/Frameworks/Foundation.framework/Versions/C/Foundation"
+SYSTEM, OBJC = "/usr/lib/libSystem.B.dylib", "/usr/lib/libobjc.A.dylib"
+MAY_NEED = {METAL, FOUNDATION, SYSTEM, OBJC}
+
 CXX = (
     *("-std=c++20", "-O2", "-DNDEBUG", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
     *("-Wall", "-Wextra", "-Werror", "-fno-sanitize=undefined"),
@@ -53,21 +58,25 @@ def extension_flags() -> tuple[str, ...]:
     )
 
 
-def zig(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """``zig c++`` for macOS."""
+def environment() -> dict[str, str]:
+    """This process's, with what zig keeps beside what the emulator keeps."""
     cache = cache_folder() / "zig"
     cache.mkdir(parents=True, exist_ok=True)
-    environment = {
+    return {
         **os.environ,
         "ZIG_GLOBAL_CACHE_DIR": str(cache),
         "ZIG_LOCAL_CACHE_DIR": str(cache / "local"),
     }
+
+
+def zig(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``zig c++`` for macOS."""
     return subprocess.run(
         [sys.executable, "-m", "ziglang", "c++", *TARGET, *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env=environment,
+        env=environment(),
     )
 
 

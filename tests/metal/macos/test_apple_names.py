@@ -95,3 +95,11 @@ def test_every_constant_is_apples(apple_enums: dict[str, int]) -> None:
 def test_a_wrong_constant_would_show(apple_enums: dict[str, int]) -> None:
     assert apple_enums["MTLCommandBufferStatusError"] == 5
     assert apple_enums["MTLDataTypeInt"] == 29
+
+
+def test_the_constant_that_older_headers_lack(apple_enums: dict[str, int]) -> None:
+    (value,) = re.findall(
+        r"apple10 = static_cast<MTLGPUFamily>\((\d+)\)",
+        (cross.ROOT / "src" / "metal" / "device.mm").read_text(),
+    )
+    assert apple_enums["MTLGPUFamilyApple10"] == int(value)

@@ -10,10 +10,6 @@ import cross
 import macho
 import pytest
 
-METAL = "/System/Library/Frameworks/Metal.framework/Versions/A/Metal"
-FOUNDATION = "/System/Library/Frameworks/Foundation.framework/Versions/C/Foundation"
-SYSTEM, OBJC = "/usr/lib/libSystem.B.dylib", "/usr/lib/libobjc.A.dylib"
-
 
 def compile_text(text: str, folder: Path) -> Path:
     source = folder / "text.mm"
@@ -26,6 +22,22 @@ def test_the_host_compiles_for_macos(source: Path, tmp_path: Path) -> None:
     image = macho.read(cross.compile_one(source, tmp_path / "host.o", *cross.CORE, *cross.HOST))
     assert image.arm64
     assert image.minimum_macos == cross.FLOOR
+
+
+@pytest.mark.parametrize("source", cross.host_sources(), ids=lambda p: p.name)
+def test_the_host_compiles_with_older_headers_and_for_an_older_macos(
+    source: Path, tmp_path: Path
+) -> None:
+    """Those of macOS 14 and its Xcode; on an older system umfa must find out before it breaks."""
+    image = macho.read(
+        cross.compile_one(
+            source,
+            tmp_path / "host.o",
+            *(*cross.CORE, *cross.HOST, "-D__MAC_OS_X_VERSION_MAX_ALLOWED=140000"),
+            *("-target", "aarch64-macos.13.0"),
+        )
+    )
+    assert image.minimum_macos == "13.0"
 
 
 @pytest.mark.parametrize(
@@ -71,16 +83,16 @@ def test_libumfa_needs_metal_and_nothing_strange(built: tuple[Path, Path]) -> No
     assert image.arm64
     assert image.signed
     assert image.minimum_macos == cross.FLOOR
-    assert set(image.libraries) == {METAL, FOUNDATION, SYSTEM, OBJC}
-    assert set(image.undefined) <= {METAL, FOUNDATION, SYSTEM, OBJC}
-    assert "_MTLCreateSystemDefaultDevice" in image.undefined[METAL]
+    assert set(image.libraries) == cross.MAY_NEED
+    assert set(image.undefined) <= cross.MAY_NEED
+    assert "_MTLCreateSystemDefaultDevice" in image.undefined[cross.METAL]
 
 
 @pytest.mark.slow
 def test_the_extension_needs_python_and_libumfa(built: tuple[Path, Path]) -> None:
     image = macho.read(built[1])
-    assert set(image.libraries) == {"@rpath/libumfa.dylib", SYSTEM}
-    assert set(image.undefined) <= {"@rpath/libumfa.dylib", SYSTEM, macho.DYNAMIC_LOOKUP}
+    assert set(image.libraries) == {"@rpath/libumfa.dylib", cross.SYSTEM}
+    assert set(image.undefined) <= {"@rpath/libumfa.dylib", cross.SYSTEM, macho.DYNAMIC_LOOKUP}
     foreign = [
         name
         for name in image.undefined[macho.DYNAMIC_LOOKUP]

@@ -31,20 +31,20 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
 @end
 
 @implementation MTLCompileOptions {
-    BOOL _math_given;
+    BOOL _math_is_safe;
 }
 @synthesize languageVersion = _languageVersion, mathMode = _mathMode,
             fastMathEnabled = _fastMathEnabled, preprocessorMacros = _preprocessorMacros;
 - (void)setMathMode:(MTLMathMode)mode {
     _mathMode = mode;
-    _math_given = YES;
+    _math_is_safe = mode == MTLMathModeSafe;
 }
 - (void)setFastMathEnabled:(BOOL)enabled {
     _fastMathEnabled = enabled;
-    _math_given = YES;
+    _math_is_safe = !enabled;
 }
-- (BOOL)umfaMathGiven {
-    return _math_given;
+- (BOOL)umfaMathIsSafe {
+    return _math_is_safe;
 }
 - (void)dealloc {
     [_preprocessorMacros release];
@@ -215,7 +215,7 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
     // What Apple's defaults are depends on the system: every choice must be made.
     if (options.languageVersion != MTLLanguageVersion3_1)
         violation("newLibraryWithSource: languageVersion is not 3.1");
-    if (![options umfaMathGiven]) violation("newLibraryWithSource: no math mode is chosen");
+    if (![options umfaMathIsSafe]) violation("newLibraryWithSource: mathematics is not safe");
     if (fault(UMFA_FAULT_LIBRARY)) {
         set_error(error, @"MTLLibraryErrorDomain", 3,
                   "injected: program_source:1:1: error: expected unqualified-id");

@@ -20,6 +20,7 @@ typedef signed char BOOL;
 #define YES __objc_yes
 #define NO __objc_no
 #define nil nullptr
+#define __MAC_OS_X_VERSION_MAX_ALLOWED 150000  // the macOS whose headers these are
 #endif
 
 #ifndef FOUNDATION_EXPORT

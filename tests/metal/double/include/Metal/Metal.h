@@ -21,7 +21,6 @@ typedef NS_ENUM(NSInteger, MTLGPUFamily) {
     MTLGPUFamilyApple7 = 1007,
     MTLGPUFamilyApple8 = 1008,
     MTLGPUFamilyApple9 = 1009,
-    MTLGPUFamilyApple10 = 1010,
 };
 typedef NS_OPTIONS(NSUInteger, MTLResourceOptions) {
     MTLResourceStorageModeShared = 0,
@@ -32,11 +31,13 @@ typedef NS_ENUM(NSUInteger, MTLDataType) {
     MTLDataTypeBool = 53,
 };
 typedef NS_ENUM(NSUInteger, MTLLanguageVersion) { MTLLanguageVersion3_1 = (3 << 16) + 1 };
+#if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
 typedef NS_ENUM(NSInteger, MTLMathMode) {
     MTLMathModeSafe = 0,
     MTLMathModeRelaxed = 1,
     MTLMathModeFast = 2,
 };
+#endif
 typedef NS_OPTIONS(NSUInteger, MTLPipelineOption) { MTLPipelineOptionNone = 0 };
 typedef NS_ENUM(NSUInteger, MTLDispatchType) {
     MTLDispatchTypeSerial = 0,
@@ -71,7 +72,9 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
 
 @interface MTLCompileOptions : NSObject
 @property(nonatomic) MTLLanguageVersion languageVersion;
+#if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
 @property(nonatomic) MTLMathMode mathMode UMFA_MACOS(15.0);
+#endif
 @property(nonatomic) BOOL fastMathEnabled UMFA_MACOS_UNTIL(10.11, 15.0);
 @property(nullable, nonatomic, copy) NSDictionary<NSString*, NSObject*>* preprocessorMacros;
 @end
