@@ -17,8 +17,14 @@ from ._flash_attn import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
 )
+from ._kvcache import flash_attn_with_kvcache
 from ._options import integer
 from ._sdpa import scaled_dot_product_attention
+from ._varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 __all__ = [
     "BackendInfo",
@@ -29,6 +35,10 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "get_include",
     "get_library",
     "get_num_threads",

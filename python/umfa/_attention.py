@@ -6,11 +6,24 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from . import _ext
-from ._frameworks import Framework
+from ._frameworks import Framework, framework_of
+
+TABLES = frozenset(
+    (
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "seqused_q",
+        "seqused_k",
+        "cache_batch_idx",
+        "cache_leftpad",
+        "block_table",
+    )
+)
+"""Integers that say where sequences lie; the core reads them on the CPU."""
 
 # (framework, function, options, tensors by argument name, backend). Query, key and value come first
-# among the tensors, under the caller's names; then those of "alibi_slopes" and "attn_mask" that are
-# there. Returns (out,) or (out, lse).
+# among the tensors, under the caller's names; then the others that are there, under the core's, the
+# TABLES among them as `table` gives them. Returns (out,) or (out, lse).
 Act: TypeAlias = Callable[[Framework, str, _ext.Options, dict[str, Any], Any], tuple[Any, ...]]
 
 
@@ -28,9 +41,8 @@ def run(
         def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
             return framework.allocate(inputs[0], shape, dtype, backend)
 
-        out, lse = _ext.attention_forward(
-            options, *_exported(framework, function, names, inputs, backend), allocate
-        )
+        *exported, others = _exported(framework, function, names, inputs, backend)
+        out, lse = _ext.attention_forward(options, *exported, allocate, others)
         return (
             (framework.finish(out),)
             if lse is None
@@ -59,15 +71,25 @@ def _exported(
     names: tuple[str, ...],
     tensors: tuple[Any, ...],
     backend: Any,
-) -> tuple[Any, Any, Any, Any, Any]:
+) -> tuple[Any, Any, Any, Any, Any, dict[str, Any] | None]:
     export = framework.export
     query = export(tensors[0], function, names[0], backend)
     key = export(tensors[1], function, names[1], backend)
     value = export(tensors[2], function, names[2], backend)
-    slopes = mask = None
+    slopes = mask = others = None
     for name, tensor in zip(names[3:], tensors[3:], strict=True):
         if name == "attn_mask":
             mask = export(tensor, function, name, backend)
-        else:
+        elif name == "alibi_slopes":
             slopes = export(tensor, function, name, backend)
-    return query, key, value, slopes, mask
+        else:
+            others = {} if others is None else others
+            own = tensor if name in TABLES else export(tensor, function, name, backend)
+            others[name] = own
+    return query, key, value, slopes, mask, others
+
+
+def table(function: str, name: str, value: Any) -> Any:
+    """A table of sequences, of whatever framework: the host reads it before anything runs."""
+    framework = framework_of(function, {name: value})
+    return framework.to_host(value)

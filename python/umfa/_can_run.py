@@ -17,14 +17,27 @@ from ._flash_attn import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
 )
+from ._kvcache import attend_kvcache, flash_attn_with_kvcache
 from ._options import WindowSize
 from ._sdpa import attend_sdpa, scaled_dot_product_attention
+from ._varlen import (
+    attend_varlen,
+    attend_varlen_kvpacked,
+    attend_varlen_qkvpacked,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 # Each takes what its function takes, in the same order, after (act, function).
 _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     flash_attn_func: attend,
     flash_attn_kvpacked_func: attend_kvpacked,
     flash_attn_qkvpacked_func: attend_qkvpacked,
+    flash_attn_varlen_func: attend_varlen,
+    flash_attn_varlen_kvpacked_func: attend_varlen_kvpacked,
+    flash_attn_varlen_qkvpacked_func: attend_varlen_qkvpacked,
+    flash_attn_with_kvcache: attend_kvcache,
     scaled_dot_product_attention: attend_sdpa,
 }
 

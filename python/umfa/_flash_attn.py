@@ -193,18 +193,21 @@ def attend(act: Act, function: str, q: Any, k: Any, v: Any, *options: Any) -> An
 
 
 def attend_qkvpacked(act: Act, function: str, qkv: Any, *options: Any) -> Any:
-    _check_packed(function, "qkv", qkv, 3, "(batch, seqlen, 3, nheads, head_dim)")
+    check_packed(function, "qkv", qkv, 3, 2, "(batch, seqlen, 3, nheads, head_dim)")
     parts = {f"qkv[:, :, {i}]": qkv[:, :, i] for i in range(3)}
     return _attend(act, function, parts, *options)
 
 
 def attend_kvpacked(act: Act, function: str, q: Any, kv: Any, *options: Any) -> Any:
-    _check_packed(function, "kv", kv, 2, "(batch, seqlen_kv, 2, nheads_kv, head_dim)")
+    check_packed(function, "kv", kv, 2, 2, "(batch, seqlen_kv, 2, nheads_kv, head_dim)")
     parts = {"q": q, "kv[:, :, 0]": kv[:, :, 0], "kv[:, :, 1]": kv[:, :, 1]}
     return _attend(act, function, parts, *options)
 
 
-def _check_packed(function: str, name: str, packed: Any, count: int, layout: str) -> None:
+def check_packed(
+    function: str, name: str, packed: Any, count: int, dimension: int, layout: str
+) -> None:
+    """Whether `packed` can be sliced into `count` parts along `dimension`, two before the last."""
     framework_of(function, {name: packed})
     if not hasattr(type(packed), "__getitem__"):
         raise TypeError(
@@ -216,7 +219,7 @@ def _check_packed(function: str, name: str, packed: Any, count: int, layout: str
             )
         )
     shape = tuple(getattr(packed, "shape", None) or ())
-    if len(shape) != 5 or shape[2] != count:
+    if len(shape) != dimension + 3 or shape[dimension] != count:
         raise ValueError(message(function, f"{name} has the wrong shape", shape, layout))
 
 

@@ -75,6 +75,15 @@ def _window(function: str, window_size: Any) -> tuple[int, int]:
     )
 
 
+def _length(function: str, name: str, value: Any) -> int | None:
+    """A number of rows; transformers passes tensors without dimensions."""
+    if value is None:
+        return None
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    return integer(function, name, value, "a number of rows")
+
+
 def _backend(function: str, backend: Any) -> str:
     expected, got = "'auto', 'metal' or 'cpu'", reprlib.repr(backend)
     if not isinstance(backend, str):
@@ -98,10 +107,16 @@ def make_options(
     backend: Any = "auto",
     *,
     top_left: bool = False,
+    attention_chunk: Any = 0,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    lengths_name: str = "seqused_k",
+    rotary_interleaved: Any = True,
 ) -> _ext.Options:
     """The options of one call of flash-attn's kind; raises TypeError or ValueError.
 
     `top_left`: where `causal` aligns, for tests of the kernels.
+    `lengths_name`: the caller's spelling of seqused_k.
     `names`: the caller's spelling of query, key and value, for the core's messages.
     """
     # Of these plain types, nothing needs to be looked at twice. Types first: True == 1 == 1.0.
@@ -118,10 +133,15 @@ def make_options(
         and type(softcap) is float
         and (softmax_scale is None or type(softmax_scale) is float)
         and type(backend) is str
+        and attention_chunk == 0
+        and max_seqlen_q is None
+        and max_seqlen_k is None
+        and rotary_interleaved is True
     ):
         key = (
             function,
             names,
+            lengths_name,
             window_size,
             causal,
             softmax_scale,
@@ -150,6 +170,13 @@ def make_options(
         return_lse=_flag(function, "return_attn_probs", return_attn_probs),
         backend=_backend(function, backend),
         top_left=top_left,
+        attention_chunk=integer(
+            function, "attention_chunk", attention_chunk, "0 (none) or a number of positions"
+        ),
+        max_seqlen_q=_length(function, "max_seqlen_q", max_seqlen_q),
+        max_seqlen_k=_length(function, "max_seqlen_k", max_seqlen_k),
+        lengths_name=lengths_name,
+        rotary_interleaved=_flag(function, "rotary_interleaved", rotary_interleaved),
     )
     if key is not None and len(_made) < 256:
         _made[key] = options

@@ -29,6 +29,9 @@ class Framework(Protocol):
     def finish(self, handle: Any) -> Any:
         """The caller's tensor, once the memory has been written."""
 
+    def to_host(self, tensor: Any) -> Any:
+        """A DLPack object with the same numbers in the CPU's memory; for small tables."""
+
     def call(self, compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
         """compute(*tensors), so that the framework's autograd notices."""
 

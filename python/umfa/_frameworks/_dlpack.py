@@ -41,3 +41,7 @@ def finish(handle: Any) -> Any:
 
 def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
     return compute(*tensors)
+
+
+def to_host(tensor: Any) -> Any:
+    return tensor

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from .. import _ext
 from .._errors import UnsupportedError, message
@@ -53,3 +54,7 @@ def finish(handle: Any) -> Any:
 
 def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
     return compute(*tensors)
+
+
+def to_host(tensor: Any) -> Any:
+    return np.asarray(tensor)
