@@ -87,7 +87,6 @@ _HOST_BY_DEFAULT = {
     "test_negative_strides",
     "test_no_keys",
     "test_no_queries",
-    "test_sdpa_against_torch",
     "test_sdpa_batch_dimensions",
     "test_small",
     "test_value_has_its_own_head_dim",

@@ -30,12 +30,17 @@ SHAPES = {
     "v": (BATCH, SEQLEN_K, HEADS_K, HEAD_DIM),
     "qkv": (BATCH, SEQLEN_K, 3, HEADS, HEAD_DIM),
     "kv": (BATCH, SEQLEN_K, 2, HEADS_K, HEAD_DIM),
+    "query": (BATCH, HEADS, SEQLEN_Q, HEAD_DIM),
+    "key": (BATCH, HEADS, SEQLEN_K, HEAD_DIM),
+    "value": (BATCH, HEADS, SEQLEN_K, HEAD_DIM),
 }
-ROLES = {
+FLASH = {
     "flash_attn_func": ("q", "k", "v"),
     "flash_attn_qkvpacked_func": ("qkv",),
     "flash_attn_kvpacked_func": ("q", "kv"),
 }
+SDPA = "scaled_dot_product_attention"
+ROLES = {**FLASH, SDPA: ("query", "key", "value")}
 UNSUPPORTED = umfa.UnsupportedError
 Errors = type[Exception] | tuple[type[Exception], ...]
 
@@ -532,8 +537,158 @@ def jax_and_mlx_cases() -> Iterator[Bad]:
         yield from shape_cases(framework)
 
 
+# ---- scaled_dot_product_attention ----------------------------------------------------------------
+
+
+def sdpa_cases(framework: str) -> Iterator[Bad]:
+    def bad(
+        label: str,
+        error: Errors,
+        offending: Any,
+        change: Callable[[Framework], dict[str, Any]],
+    ) -> Bad:
+        text = offending if isinstance(offending, tuple) else texts(offending)
+        return Bad(label, change, error, text, SDPA, framework)
+
+    def wrong_shapes(error: Errors, offending: Any, **shapes: tuple[int, ...]) -> Bad:
+        parts = [f"{name} {shape}" for name, shape in shapes.items()]
+        return bad(" ".join(parts), error, texts(offending), shaped(**shapes))
+
+    for role in ("query", "key", "value"):
+        for shape in [(), (8,)]:
+            yield wrong_shapes(ValueError, shape, **{role: shape})
+        yield wrong_shapes(ValueError, 9, **{role: (1,) * 9})
+        for axis in (0, 1):  # what broadcasts takes 1, and nothing else that differs
+            for size in (0, 3, 1000):
+                yield wrong_shapes(ValueError, size, **{role: with_axis(role, axis, size)})
+    for role in ("key", "value"):
+        deeper = {role: (3, *SHAPES[role]), "query": (2, 1, HEADS, SEQLEN_Q, HEAD_DIM)}
+        yield wrong_shapes(ValueError, 3, **deeper)
+        for size in (0, 1, 9, 11):
+            yield wrong_shapes(ValueError, size, **{role: with_axis(role, 2, size)})
+    for role in ("query", "key"):
+        for size in (1, 7, 9, 80):
+            yield wrong_shapes(ValueError, size, **{role: with_axis(role, 3, size)})
+    for size in (0, 513, 4096):
+        error = UNSUPPORTED if size else ValueError
+        yield wrong_shapes(error, size, value=with_axis("value", 3, size))
+        both = {role: with_axis(role, 3, size) for role in ("query", "key")}
+        yield wrong_shapes(error, size, **both)
+
+    # Grouped heads: only when asked for, and only where they divide.
+    grouped = {role: with_axis(role, 1, 2) for role in ("key", "value")}
+    yield wrong_shapes(ValueError, "enable_gqa", **grouped)
+    for heads in (3, 8, 0):
+        shapes = {role: with_axis(role, 1, heads) for role in ("key", "value")}
+        yield bad(
+            f"{heads} shared heads",
+            ValueError,
+            f"{HEADS} and {heads}",
+            lambda fw, shapes=shapes: {**shaped(**shapes)(fw), "enable_gqa": True},
+        )
+    yield bad(
+        "grouped, key and value differ", ValueError, "key has 2, value has 4",
+        lambda fw: {"key": make(fw, with_axis("key", 1, 2)), "enable_gqa": True},
+    )  # fmt: skip
+
+    # Masks.
+    for shape in [
+        (SEQLEN_Q,), (SEQLEN_Q, SEQLEN_K + 1), (SEQLEN_K, SEQLEN_Q), (SEQLEN_Q, 0), (0, SEQLEN_K),
+        (3, SEQLEN_Q, SEQLEN_K), (BATCH, SEQLEN_Q, SEQLEN_K), (BATCH, 2, SEQLEN_Q, SEQLEN_K),
+        (3, HEADS, SEQLEN_Q, SEQLEN_K), (HEADS, BATCH, SEQLEN_Q, SEQLEN_K), (BATCH, SEQLEN_K),
+        (BATCH, HEADS, SEQLEN_Q, SEQLEN_K, 1), (1, BATCH, HEADS, SEQLEN_Q, SEQLEN_K), (1,) * 9,
+    ]:  # fmt: skip
+        for name in ("float32", "bool"):
+            yield bad(
+                f"{name} mask {shape}",
+                ValueError,
+                (str(shape), str(len(shape))) if len(shape) > 8 else str(shape),
+                lambda fw, shape=shape, name=name: {"attn_mask": fw.tensor(np.zeros(shape, name))},
+            )
+    narrow = framework in ("jax", "mlx")  # they turn 64-bit arrays into 32-bit ones
+    for name in ("int8", "int16", "int32", "uint8", "uint16", *(() if narrow else ("int64",))):
+        yield bad(
+            f"{name} mask", TypeError, name,
+            lambda fw, name=name: {"attn_mask": fw.tensor(np.ones((6, 10), name))},
+        )  # fmt: skip
+    if not narrow:
+        yield bad(
+            "float64 mask", UNSUPPORTED, "float64",
+            lambda fw: {"attn_mask": fw.tensor(np.ones((6, 10)))},
+        )  # fmt: skip
+    for i, value in enumerate(([[0.0] * 10] * 6, True, False, 0.5, "causal", {}, object, b"1")):
+        text = (repr(value)[:60], type(value).__name__)
+        yield bad(f"mask is no tensor #{i}", TypeError, text, same("attn_mask", value))
+    yield bad(
+        "mask and is_causal", ValueError, "both",
+        lambda fw: {"attn_mask": fw.tensor(np.ones((6, 10), bool)), "is_causal": True},
+    )  # fmt: skip
+
+    for i, (name, value, error) in enumerate(BY_VALUE):
+        name = {"softmax_scale": "scale"}.get(name, name)
+        if name in ("scale", "dropout_p"):
+            label = f"{name}={value!r:.30}#{i}"
+            yield bad(label, error, offending_number(value), same(name, value))
+    for i, (name, value) in enumerate(BY_TYPE):
+        name = {"softmax_scale": "scale", "causal": "is_causal", "deterministic": "enable_gqa"}.get(
+            name, name
+        )
+        if name in ("scale", "dropout_p", "is_causal", "enable_gqa"):
+            label, text = f"{name}={value!r:.30}#{i}", (repr(value), type(value).__name__)
+            yield bad(label, TypeError, text, same(name, value))
+    for value, error in [(None, TypeError), (1, TypeError), ("gpu", ValueError), ("", ValueError)]:
+        yield bad(f"backend={value!r}", error, repr(value), same("backend", value))
+
+
+def sdpa_torch_cases() -> Iterator[Bad]:
+    def bias(corner: str, *lengths: int, **more: Any) -> Callable[[Framework], dict[str, Any]]:
+        def change(_: Framework) -> dict[str, Any]:
+            from torch.nn.attention import bias as module
+
+            return {"attn_mask": getattr(module, f"causal_{corner}")(*lengths), **more}
+
+        return change
+
+    for corner in ("upper_left", "lower_right"):
+        for lengths in [(SEQLEN_Q, SEQLEN_K + 1), (SEQLEN_Q - 1, SEQLEN_K), (SEQLEN_K, SEQLEN_K)]:
+            yield Bad(
+                f"{corner} {lengths}", bias(corner, *lengths), ValueError, texts(lengths), SDPA,
+                "torch",
+            )  # fmt: skip
+        yield Bad(
+            f"{corner} and is_causal", bias(corner, SEQLEN_Q, SEQLEN_K, is_causal=True), ValueError,
+            ("both",), SDPA, "torch",
+        )  # fmt: skip
+    yield Bad(
+        "numpy tensors beside a causal bias of other lengths", bias("upper_left", 5, 5), ValueError,
+        ("(5, 5)",), SDPA, "numpy", ("torch",),
+    )  # fmt: skip
+    for role in ("query", "key", "value", "attn_mask"):
+        yield Bad(
+            f"{role} requiring grad",
+            lambda fw, role=role: {role: make(fw, SHAPES.get(role, (6, 10))).requires_grad_()},
+            UNSUPPORTED,
+            ("requires_grad",),
+            SDPA,
+            "torch",
+        )
+    for other in ("numpy", "jax", "mlx"):
+        yield Bad(
+            f"mask of {other}",
+            lambda _, other=other: {"attn_mask": make(frameworks.load(other), (6, 10))},
+            TypeError,
+            (other,),
+            SDPA,
+            "torch",
+            (other,),
+        )
+
+
 def all_cases() -> Iterator[Bad]:
-    for function in ROLES:
+    for framework in frameworks.NAMES:
+        yield from sdpa_cases(framework)
+    yield from sdpa_torch_cases()
+    for function in FLASH:
         yield from option_cases(function, "numpy")
         yield from alibi_cases(function, "numpy")
     for framework in ("numpy", "torch"):
@@ -585,10 +740,11 @@ def assert_refused(bad: Bad) -> None:
     assert_well_formed(message, bad.function, bad.offending)
     assert contents(arguments) == before, "an input was changed"
 
+    possible, reason = umfa.can_run(getattr(umfa, bad.function), **arguments)
+    assert possible is False
+    assert any(text in reason for text in bad.offending), reason
     if bad.function == "flash_attn_func":
-        possible, reason = umfa.can_run(**arguments)
-        assert possible is False
-        assert any(text in reason for text in bad.offending), reason
+        assert umfa.can_run(**arguments) == (possible, reason)
 
 
 def assert_well_formed(message: str, function: str, offending: tuple[str, ...]) -> None:

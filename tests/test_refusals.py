@@ -18,6 +18,13 @@ from frameworks import Framework
 
 SHAPE = (1, 12, 2, 8)
 PREFIX = r"^\[umfa\.flash_attn_func\] "
+FUNCTIONS = pytest.mark.parametrize(
+    "function", [umfa.flash_attn_func, umfa.scaled_dot_product_attention]
+)
+
+
+def prefix(function: Callable[..., Any]) -> str:
+    return rf"^\[umfa\.{function.__name__}\] "
 
 
 def arrays() -> list[Any]:
@@ -136,32 +143,37 @@ def torch_transforms(torch: Any) -> dict[str, Callable[[Any, list[Any]], Any]]:
 # PyTorch's own forward mode still compiles its formulas with torch.jit, which it deprecates.
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "functionalize", "forward_ad"])
-def test_torch_transforms_are_refused(transform: str) -> None:
+@FUNCTIONS
+def test_torch_transforms_are_refused(function: Callable[..., Any], transform: str) -> None:
     torch, tensors = torch_tensors()
-    with pytest.raises(umfa.UnsupportedError, match=PREFIX):
-        torch_transforms(torch)[transform](umfa.flash_attn_func, tensors)
+    with pytest.raises(umfa.UnsupportedError, match=prefix(function)):
+        torch_transforms(torch)[transform](function, tensors)
 
 
 @pytest.mark.parametrize("transform", ["jit", "grad", "vmap", "jvp"])
-def test_jax_transforms_are_refused(transform: str) -> None:
+@FUNCTIONS
+def test_jax_transforms_are_refused(function: Callable[..., Any], transform: str) -> None:
     framework = frameworks.load("jax")
     import jax
 
     tensors = [framework.tensor(array) for array in arrays()]
-    f = umfa.flash_attn_func
+    f = function
     transforms: dict[str, Callable[[], Any]] = {
         "jit": lambda: jax.jit(f)(*tensors),
         "grad": lambda: jax.grad(lambda *x: f(*x).sum())(*tensors),
         "vmap": lambda: jax.vmap(f)(*(t[None] for t in tensors)),
         "jvp": lambda: jax.jvp(f, tensors, tensors),
     }
-    with pytest.raises(umfa.UnsupportedError, match=PREFIX):
+    with pytest.raises(umfa.UnsupportedError, match=prefix(function)):
         transforms[transform]()
 
 
 @pytest.mark.parametrize("argument", [0, 1, 2])
 @pytest.mark.parametrize("transform", ["grad", "value_and_grad", "vjp", "jvp"])
-def test_mlx_gradients_are_refused(transform: str, argument: int) -> None:
+@FUNCTIONS
+def test_mlx_gradients_are_refused(
+    function: Callable[..., Any], transform: str, argument: int
+) -> None:
     """mlx would take a result from outside for a constant, and its gradient for zero."""
     framework = frameworks.load("mlx")
     mx = framework.module
@@ -169,7 +181,7 @@ def test_mlx_gradients_are_refused(transform: str, argument: int) -> None:
 
     def f(x: Any) -> Any:
         changed = [*tensors[:argument], x, *tensors[argument + 1 :]]
-        return umfa.flash_attn_func(*changed).sum()
+        return function(*changed).sum()
 
     x, one = tensors[argument], mx.ones(())
     transforms: dict[str, Callable[[], Any]] = {
@@ -178,20 +190,39 @@ def test_mlx_gradients_are_refused(transform: str, argument: int) -> None:
         "vjp": lambda: mx.eval(mx.vjp(f, [x], [one])),
         "jvp": lambda: mx.eval(mx.jvp(f, [x], [x])),
     }
-    with pytest.raises(umfa.UnsupportedError, match=PREFIX):
+    with pytest.raises(umfa.UnsupportedError, match=prefix(function)):
+        transforms[transform]()
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp"])
+def test_mlx_gradients_of_a_mask_are_refused(transform: str) -> None:
+    framework = frameworks.load("mlx")
+    mx = framework.module
+    tensors = [framework.tensor(array) for array in arrays()]
+    mask = mx.zeros((2, 2))
+
+    def f(mask: Any) -> Any:
+        return umfa.scaled_dot_product_attention(*tensors, mask).sum()
+
+    transforms: dict[str, Callable[[], Any]] = {
+        "grad": lambda: mx.eval(mx.grad(f)(mask)),
+        "vjp": lambda: mx.eval(mx.vjp(f, [mask], [mx.ones(())])),
+    }
+    with pytest.raises(umfa.UnsupportedError, match=prefix(umfa.scaled_dot_product_attention)):
         transforms[transform]()
 
 
 @pytest.mark.parametrize("transform", ["compile", "vmap"])
-def test_mlx_traces_are_refused(transform: str) -> None:
+@FUNCTIONS
+def test_mlx_traces_are_refused(function: Callable[..., Any], transform: str) -> None:
     framework = frameworks.load("mlx")
     mx = framework.module
     tensors = [framework.tensor(array) for array in arrays()]
     transforms: dict[str, Callable[[], Any]] = {
-        "compile": lambda: mx.eval(mx.compile(umfa.flash_attn_func)(*tensors)),
-        "vmap": lambda: mx.eval(mx.vmap(umfa.flash_attn_func)(*(x[None] for x in tensors))),
+        "compile": lambda: mx.eval(mx.compile(function)(*tensors)),
+        "vmap": lambda: mx.eval(mx.vmap(function)(*(x[None] for x in tensors))),
     }
-    with pytest.raises(umfa.UnsupportedError, match=PREFIX):
+    with pytest.raises(umfa.UnsupportedError, match=prefix(function)):
         transforms[transform]()
 
 

@@ -319,7 +319,7 @@ def problems(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
 
     def somewhere(shape: Shape, make: Any) -> Array:
         order = draw(st.permutations(range(len(shape))))
-        memory = make(tuple(shape[i] for i in order))
+        memory = np.asarray(make(tuple(shape[i] for i in order)))
         return np.transpose(memory, np.argsort(order))
 
     def numbers(kind: str, seed: int) -> Any:
@@ -346,7 +346,7 @@ def problems(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     shape = shape[draw(st.integers(0, len(shape))) :]
     seed = draw(st.integers(4, 2**32 - 1))
     if kind == "bool":
-        mask = somewhere(shape, lambda s: np.asarray(np.random.default_rng(seed).random(s) < 0.7))
+        mask = somewhere(shape, lambda s: np.random.default_rng(seed).random(s) < 0.7)
     else:
         mask = somewhere(shape, numbers(kind, seed))
     return [*arrays, mask], options
