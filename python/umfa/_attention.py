@@ -36,20 +36,32 @@ def run(
 ) -> tuple[Any, ...]:
     """Computes."""
     names = tuple(tensors)
+    if framework.call is None:
+        return _compute(framework, function, options, names, tuple(tensors.values()), backend)
 
     def compute(*inputs: Any) -> tuple[Any, ...]:
-        def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-            return framework.allocate(inputs[0], shape, dtype, backend)
+        return _compute(framework, function, options, names, inputs, backend)
 
-        *exported, others = _exported(framework, function, names, inputs, backend)
-        out, lse = _ext.attention_forward(options, *exported, allocate, others)
-        return (
-            (framework.finish(out),)
-            if lse is None
-            else (framework.finish(out), framework.finish(lse))
-        )
+    results: tuple[Any, ...] = framework.call(compute, function, *tensors.values())
+    return results
 
-    return framework.call(compute, function, *tensors.values())
+
+def _compute(
+    framework: Framework,
+    function: str,
+    options: _ext.Options,
+    names: tuple[str, ...],
+    inputs: tuple[Any, ...],
+    backend: Any,
+) -> tuple[Any, ...]:
+    def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+        return framework.allocate(inputs[0], shape, dtype, backend)
+
+    query, key, value, slopes, mask, others = _exported(framework, function, names, inputs, backend)
+    out, lse = _ext.attention_forward(options, query, key, value, slopes, mask, allocate, others)
+    if lse is None:
+        return (framework.finish(out),)
+    return framework.finish(out), framework.finish(lse)
 
 
 def judge(
@@ -77,6 +89,8 @@ def _exported(
     key = export(tensors[1], function, names[1], backend)
     value = export(tensors[2], function, names[2], backend)
     slopes = mask = others = None
+    if len(names) == 3:  # the common case
+        return query, key, value, None, None, None
     for name, tensor in zip(names[3:], tensors[3:], strict=True):
         if name == "attn_mask":
             mask = export(tensor, function, name, backend)

@@ -88,12 +88,10 @@ def flash_attn_func(
     Online softmax over key tiles: Milakov & Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022
     (arXiv:2205.14135).
     """
-    return attend(
+    return _attend(
         run,
         "umfa.flash_attn_func",
-        q,
-        k,
-        v,
+        {"q": q, "k": k, "v": v},
         dropout_p,
         softmax_scale,
         causal,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ._attention import Act, run, table
-from ._errors import UnsupportedError, message
+from ._errors import message
 from ._frameworks import framework_of
 from ._options import WindowSize, integer, make_options
 
@@ -176,7 +176,8 @@ def attend_kvcache(
         rotary_interleaved=rotary_interleaved,
     )
     if k is not None or v is not None:
-        _check_writable(function, framework.__name__.rpartition("._")[2], k_cache, v_cache)
+        framework.check_writable(k_cache, function, "k_cache")
+        framework.check_writable(v_cache, function, "v_cache")
     elif rotary_cos is not None or rotary_sin is not None:
         raise ValueError(
             message(
@@ -203,22 +204,5 @@ def _lengths(function: str, cache_seqlens: Any, q: Any) -> Any:
     if cache_seqlens is None or hasattr(cache_seqlens, "__dlpack__"):
         return cache_seqlens
     length = integer(function, "cache_seqlens", cache_seqlens, "a number of rows, or a tensor")
-    shape = getattr(q, "shape", ())
-    return np.full(shape[0] if len(shape) == 4 else 0, length, dtype=np.int64)
-
-
-def _check_writable(function: str, framework: str, *caches: Any) -> None:
-    if framework in ("jax", "mlx"):
-        raise UnsupportedError(
-            message(
-                function,
-                f"arrays of {framework} cannot be written in place",
-                "k and v",
-                "caches of torch or numpy, or a cache that holds the new rows already",
-            )
-        )
-    for name, cache in zip(("k_cache", "v_cache"), caches, strict=True):
-        if framework == "numpy" and not cache.flags.writeable:
-            raise ValueError(
-                message(function, f"{name} is read-only", "a view without writeable", "a copy")
-            )
+    shape = tuple(getattr(q, "shape", ()))
+    return np.full(shape[:1] if len(shape) == 4 else 0, length, dtype=np.int64)

@@ -15,6 +15,10 @@ from .._errors import message
 class Framework(Protocol):
     """What umfa needs to know about one framework's tensors. Each module here is one."""
 
+    call: Callable[..., Any] | None
+    """call(compute, function, *tensors) is compute(*tensors), so that the framework's autograd
+    notices. None: it has no need to be told."""
+
     def export(self, tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
         """A DLPack object on the tensor's memory, which holds its value; raises if it cannot.
 
@@ -32,8 +36,8 @@ class Framework(Protocol):
     def to_host(self, tensor: Any) -> Any:
         """A DLPack object with the same numbers in the CPU's memory; for small tables."""
 
-    def call(self, compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
-        """compute(*tensors), so that the framework's autograd notices."""
+    def check_writable(self, tensor: Any, function: str, argument: str) -> None:
+        """Raises unless the tensor's memory may be written in place."""
 
 
 # Module of the tensor class -> class; jax tracers are jax.Array too.
@@ -62,9 +66,15 @@ def framework_of(function: str, tensors: dict[str, Any]) -> Framework:
     TypeError
         An argument is no tensor, or they come from different frameworks.
     """
-    kinds = set(map(type, tensors.values()))
-    if len(kinds) == 1 and (known := _KNOWN.get(kinds.pop())) is not None:
-        return known
+    kind = None
+    for tensor in tensors.values():
+        kind = type(tensor) if kind is None else kind
+        if type(tensor) is not kind:
+            break
+    else:
+        known = _KNOWN.get(kind) if kind is not None else None
+        if known is not None:
+            return known
     first_name = first_argument = None
     for argument, tensor in tensors.items():
         name = _name_of(tensor)
@@ -101,9 +111,10 @@ def causal_bias(mask: Any) -> tuple[str, int, int] | None:
 
     Such a mask is a torch.Tensor by class only: its memory holds nothing.
     """
-    bias = sys.modules.get("torch.nn.attention.bias")
+    bias: Any = sys.modules.get("torch.nn.attention.bias")
     if bias is None or not isinstance(mask, getattr(bias, "CausalBias", ())):
         return None
+    mask = cast(Any, mask)
     corner = "top_left" if mask.variant is bias.CausalVariant.UPPER_LEFT else "bottom_right"
     return corner, mask.seq_len_q, mask.seq_len_kv
 

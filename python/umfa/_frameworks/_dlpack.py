@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from .. import _ext
@@ -39,9 +38,12 @@ def finish(handle: Any) -> Any:
     return memory if namespace is None else namespace.from_dlpack(memory)
 
 
-def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
-    return compute(*tensors)
+call = None
 
 
 def to_host(tensor: Any) -> Any:
     return tensor
+
+
+def check_writable(tensor: Any, function: str, argument: str) -> None:
+    """Every such tensor may be."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,9 +51,19 @@ def finish(handle: Any) -> Any:
     return array if array.sharding == sharding else jax.device_put(array, sharding)
 
 
-def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
-    return compute(*tensors)
+call = None
 
 
 def to_host(tensor: Any) -> Any:
     return np.asarray(tensor)
+
+
+def check_writable(tensor: Any, function: str, argument: str) -> None:
+    raise UnsupportedError(
+        message(
+            function,
+            f"{argument} would have to be written in place, which jax arrays cannot be",
+            "new keys and values",
+            "caches of torch or numpy, or a cache that holds the new rows already",
+        )
+    )

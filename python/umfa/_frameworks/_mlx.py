@@ -72,3 +72,14 @@ def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
 
 def to_host(tensor: Any) -> Any:
     return np.array(tensor)
+
+
+def check_writable(tensor: Any, function: str, argument: str) -> None:
+    raise UnsupportedError(
+        message(
+            function,
+            f"{argument} would have to be written in place, which mlx arrays cannot be",
+            "new keys and values",
+            "caches of torch or numpy, or a cache that holds the new rows already",
+        )
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -77,9 +76,15 @@ def finish(handle: Any) -> Any:
     return handle
 
 
-def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
-    return compute(*tensors)
+call = None
 
 
 def to_host(tensor: Any) -> Any:
     return tensor if tensor.flags.c_contiguous else np.ascontiguousarray(tensor)
+
+
+def check_writable(tensor: Any, function: str, argument: str) -> None:
+    if not tensor.flags.writeable:
+        raise ValueError(
+            message(function, f"{argument} is read-only", "flags.writeable False", "a copy")
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,9 +97,12 @@ def finish(handle: Any) -> Any:
     return handle
 
 
-def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
-    return compute(*tensors)
+call = None
 
 
 def to_host(tensor: Any) -> Any:
     return tensor.detach().cpu()
+
+
+def check_writable(tensor: Any, function: str, argument: str) -> None:
+    """Every such tensor may be."""
