@@ -193,15 +193,10 @@ void append(const Problem& problem, const ForwardArgs& args, CopyRowFn copy_row)
     });
 }
 
-/// A block of queries of one head.
-struct Task {
-    int64_t sequence, head, first;
-};
-
 void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
                 const ForwardKernel& kernel, const std::vector<int64_t>& chosen, int lanes) {
     args.block_q = block_q_of(sequences, chosen, problem.nheads_q, lanes);
-    std::vector<Task> tasks;
+    std::vector<Block> tasks;
     double pairs = 0;
     for (const int64_t b : chosen) {
         const Sequence& sequence = sequences[static_cast<size_t>(b)];
@@ -217,8 +212,9 @@ void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Seq
     const int64_t scratch = kernel.scratch_floats(args);
     const int threads = threads_worth(pairs * static_cast<double>(args.head_dim + args.head_dim_v));
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i) {
-        const Task& task = tasks[static_cast<size_t>(i)];
-        kernel.run(args, task.sequence, task.head, task.first, thread_scratch(scratch));
+        const size_t now = static_cast<size_t>(i), then = now + static_cast<size_t>(threads);
+        kernel.run(args, tasks[now], then < tasks.size() ? &tasks[then] : nullptr,
+                   thread_scratch(scratch));
     });
 }
 

@@ -9,13 +9,21 @@
 constexpr int64_t decode_tile = 32;  // keys per softmax step
 constexpr int decode_rows = 4;       // rows at a time: 16 accumulators with 4 vectors of channels
 
+/// What does not change while a row goes over the keys, and its maximum, which does.
+struct DecodeRow {
+    Scoring scoring;
+    float maximum;
+    int64_t head, query;
+};
+constexpr int64_t decode_row_floats_of_state = sizeof(DecodeRow) / 4;
+
 /// Where the pieces of one key head's scratch begin, in floats; the scores' tile is shared by all.
 template <class S, class U>
 struct DecodeScratch {
     static constexpr int64_t scores = decode_rows * decode_tile;
     int64_t rows;             // queries of the heads that share the key head
     int64_t depth, channels;  // units of a row of Q and channels of a row of O, whole vectors
-    int64_t query, out, sum, maximum, size;
+    int64_t query, out, sum, state, size;
 
     DecodeScratch(const ForwardArgs& args, int64_t seqlen_q) {
         constexpr int64_t W = S::W;
@@ -25,8 +33,8 @@ struct DecodeScratch {
         query = 0;                    // [row][depth]
         out = query + rows * depth;   // [row][channels]
         sum = out + rows * channels;  // [row][W], to be added up
-        maximum = sum + rows * W;     // [row]
-        size = maximum + (rows + 15) / 16 * 16;
+        state = sum + rows * W;       // [row]: DecodeRow
+        size = state + (rows * decode_row_floats_of_state + 15) / 16 * 16;
     }
 };
 
@@ -111,8 +119,9 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
         S::store(scores + k, s);
         highest = S::max(s, highest);
     }
-    float now = highest[0];
-    for (int i = 1; i < W; ++i) now = highest[i] > now ? highest[i] : now;
+    float lanes[W], now = maximum;
+    S::store(lanes, highest);
+    for (int i = 0; i < W; ++i) now = lanes[i] > now ? lanes[i] : now;
     const float pivot = now == -infinity ? 0.f : now;
     vf total{};
     for (int64_t k = 0; k < keys; k += W) {
@@ -224,19 +233,21 @@ struct DecodeHead {
     int64_t batch, head_kv;
     float *memory, *scores;
 
-    int64_t head_of(int64_t row) const { return head_kv * args.group + row / sequence.seqlen_q; }
-    int64_t query_of(int64_t row) const { return row % sequence.seqlen_q; }
+    DecodeRow* rows_state() const { return reinterpret_cast<DecodeRow*>(memory + at.state); }
 
     void start() {
         constexpr int W = S::W;
+        DecodeRow* state = rows_state();
         for (int64_t r = 0; r < at.rows; ++r) {
-            const storage* row =
-                query_row<const storage>(args.query, sequence, head_of(r), query_of(r));
+            const int64_t head = head_kv * args.group + r / sequence.seqlen_q;
+            const int64_t query = r % sequence.seqlen_q;
+            state[r] = {scoring_of(args, batch, head), -__builtin_inff(), head, query};
+            const storage* row = query_row<const storage>(args.query, sequence, head, query);
             int64_t stride = args.query.stride_channel;
             storage rotated[512];
             if (args.rotary.kind != Kind::none) {
                 rotate_row<S, T>(args.rotary, row, stride, args.head_dim,
-                                 position_of(args, sequence, query_of(r)), rotated);
+                                 position_of(args, sequence, query), rotated);
                 row = rotated;
                 stride = 1;
             }
@@ -245,12 +256,20 @@ struct DecodeHead {
                          row_units<S, U>(row, stride, u, args.head_dim));
             for (int64_t c = 0; c < at.channels; ++c) memory[at.out + r * at.channels + c] = 0;
             for (int i = 0; i < W; ++i) memory[at.sum + r * W + i] = 0;
-            memory[at.maximum + r] = -__builtin_inff();
         }
     }
 
     void find(const Rows& where, int64_t k0, int64_t keys, int64_t next,
               TileRows<storage>& rows) const {
+        if (!sequence.pages) {
+            const storage* row = key_row<storage>(where, sequence, 1, head_kv, k0);
+            const int64_t ahead = decode_tile * where.stride_row;
+            for (int64_t k = 0; k < keys; ++k, row += where.stride_row) {
+                rows.now[k] = row;
+                rows.next[k] = k < next ? row + ahead : nullptr;
+            }
+            return;
+        }
         for (int64_t k = 0; k < keys; ++k) {
             rows.now[k] = key_row<storage>(where, sequence, args.page_size, head_kv, k0 + k);
             rows.next[k] = k < next ? key_row<storage>(where, sequence, args.page_size, head_kv,
@@ -283,24 +302,25 @@ struct DecodeHead {
         int64_t low = keys, high = 0;
         bool same = args.mask.kind == Kind::none;
         int64_t begin0 = 0, end0 = 0;
+        DecodeRow* state = rows_state() + r0;
         for (int r = 0; r < R; ++r) {
-            const int64_t i = query_of(r0 + r), head = head_of(r0 + r);
+            const int64_t i = state[r].query;
             const int64_t begin = clamp_key(visible_begin(sequence.visible, i) - k0, keys);
             const int64_t end = clamp_key(visible_end(sequence.visible, i) - k0, keys);
             low = begin < low ? begin : low;
             high = end > high ? end : high;
             if (r == 0) begin0 = begin, end0 = end;
             same = same && begin == begin0 && end == end0;
-            const Scoring scoring = scoring_of(args, batch, head);
+            const Scoring& scoring = state[r].scoring;
             const char* mask =
-                args.mask.kind == Kind::none ? nullptr : mask_at(args.mask, batch, head, i, k0);
+                args.mask.kind == Kind::none ? nullptr : mask_at(args.mask, batch, state[r].head, i, k0);
             const int32_t diagonal =
                 static_cast<int32_t>(i + sequence.seqlen_kv - sequence.seqlen_q - k0);
             alpha[r] = (scoring.plain
                             ? decode_softmax<S, true>
                             : decode_softmax<S, false>)(scoring, begin, end, keys, diagonal,
                                                         args.mask, mask, scores + r * decode_tile,
-                                                        memory[at.maximum + r0 + r],
+                                                        state[r].maximum,
                                                         memory + at.sum + (r0 + r) * S::W);
         }
         if (low >= high) return;
@@ -320,16 +340,16 @@ struct DecodeHead {
     void finish(float* part) const {
         for (int64_t r = 0; r < at.rows; ++r) {
             const float *o = memory + at.out + r * at.channels, *sum = memory + at.sum + r * S::W;
-            const float maximum = memory[at.maximum + r];
+            const DecodeRow& state = rows_state()[r];
             float total = 0;
             for (int i = 0; i < S::W; ++i) total += sum[i];
             if (!part) {
-                write_row<S, T>(args, batch, head_of(r), query_of(r), o, maximum, total);
+                write_row<S, T>(args, batch, state.head, state.query, o, state.maximum, total);
                 continue;
             }
             float* to = part + r * (at.channels + 2);
             for (int64_t c = 0; c < at.channels; ++c) to[c] = o[c];
-            to[at.channels] = maximum;
+            to[at.channels] = state.maximum;
             to[at.channels + 1] = total;
         }
     }

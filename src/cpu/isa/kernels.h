@@ -63,9 +63,14 @@ struct ForwardArgs {
     int64_t block_q;     // query rows per task, a multiple of `lanes`
 };
 
-/// Queries [q_begin, q_begin + block_q) of one head. `scratch`: scratch_floats() floats, 64-byte
-/// aligned, contents undefined.
-using ForwardFn = void (*)(const ForwardArgs&, int64_t batch, int64_t head, int64_t q_begin,
+/// Queries [first, first + block_q) of one head.
+struct Block {
+    int64_t sequence, head, first;
+};
+
+/// `next`: the block that this thread will probably be given after this one, or null; its first rows
+/// are fetched meanwhile. `scratch`: scratch_floats() floats, 64-byte aligned, contents undefined.
+using ForwardFn = void (*)(const ForwardArgs&, const Block& block, const Block* next,
                            float* scratch);
 
 struct ForwardKernel {
