@@ -627,8 +627,8 @@ def sdpa_cases(framework: str) -> Iterator[Bad]:
     for i, (name, value, error) in enumerate(BY_VALUE):
         name = {"softmax_scale": "scale"}.get(name, name)
         if name in ("scale", "dropout_p"):
-            label = f"{name}={value!r:.30}#{i}"
-            yield bad(label, error, offending_number(value), same(name, value))
+            label, text = f"{name}={value!r:.30}#{i}", offending_number(value)
+            yield bad(label, error, text, same(name, value))
     for i, (name, value) in enumerate(BY_TYPE):
         name = {"softmax_scale": "scale", "causal": "is_causal", "deterministic": "enable_gqa"}.get(
             name, name

@@ -451,6 +451,17 @@ Problem Problem::make(const AttentionRequest& request) {
         check.value("nheads of " + q_name + " is not a multiple of nheads of " + k_name,
                     std::to_string(problem.nheads_q) + " and " + std::to_string(problem.nheads_kv),
                     "nheads_q % nheads_kv == 0");
+    // Expanded tensors that broadcast can ask for more than there are addresses.
+    int64_t elements = problem.nheads_q;
+    bool fits = !__builtin_mul_overflow(elements, problem.seqlen_q, &elements) &&
+                !__builtin_mul_overflow(elements, problem.head_dim_v, &elements);
+    for (int i = 0; i < problem.ndim - 3; ++i)
+        fits = fits && !__builtin_mul_overflow(elements, problem.batch_shape[i], &elements);
+    if (!fits)
+        check.value("the result is too large",
+                    q_name + " " + shape_text(q) + ", " + k_name + " " + shape_text(k) + ", " +
+                        v_name + " " + shape_text(v),
+                    "less than 2^63 elements");
     problem.query = operand_of(q, request.layout);
     problem.key = operand_of(k, request.layout);
     problem.value = operand_of(v, request.layout);
@@ -460,7 +471,7 @@ Problem Problem::make(const AttentionRequest& request) {
         request.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(problem.head_dim)));
     // Kernels compute with float32, and in powers of two: what they are given must fit.
     if (!std::isfinite(static_cast<float>(problem.score_scale())))
-        check.value("softmax_scale is not a number of float32's range",
+        check.value(std::string(request.scale_name) + " is not a number of float32's range",
                     text_of(problem.softmax_scale), "a finite number below 2e38");
     problem.softcap = request.softcap;
     const bool cap_fits = problem.softcap >= FLT_MIN &&
@@ -591,7 +602,9 @@ void Problem::merge_batch() {
         batch *= one.size;
         if (one.size == 1) continue;
         const auto turns = [&](int64_t BatchLoop::* stride) {
-            return groups.back().*stride == one.*stride * one.size;
+            int64_t turn = 0;
+            return !__builtin_mul_overflow(one.*stride, one.size, &turn) &&
+                   groups.back().*stride == turn;
         };
         if (!groups.empty() && turns(&BatchLoop::query) && turns(&BatchLoop::key) &&
             turns(&BatchLoop::value) && turns(&BatchLoop::mask) && turns(&BatchLoop::out) &&

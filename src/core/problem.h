@@ -137,7 +137,8 @@ struct AttentionRequest {
     TensorView query, key, value;
     // The caller's spelling of the three, for messages; outlives the Problem.
     std::string_view query_name = "query", key_name = "key", value_name = "value";
-    std::optional<TensorView> out, lse;  // absent while only can_run is asked
+    std::string_view scale_name = "softmax_scale";  // likewise
+    std::optional<TensorView> out, lse;             // absent while only can_run is asked
     bool wants_lse = false;
     std::optional<double> softmax_scale;  // absent: head_dim ** -0.5
     Causal causal = Causal::none;
@@ -153,8 +154,7 @@ struct AttentionRequest {
     std::optional<TensorView> rotary_cos, rotary_sin;
     bool rotary_interleaved = true;  // pairs (0, 1), (2, 3), ...; else one from each half
     SequenceTables tables;  // packed, cached, paged; layout bshd, packed tensors without the batch
-    std::optional<TensorView>
-        attn_mask;  // at most as many dimensions as out; broadcast from the right
+    std::optional<TensorView> attn_mask;  // of out's dimensions at most; broadcast from the right
     double dropout_p = 0;
 };
 

@@ -146,6 +146,7 @@ inline AttentionRequest make_request(const Options& options, nb::handle query, n
     }
     request.layout = options.layout;
     request.broadcasts = options.broadcasts;
+    if (options.broadcasts) request.scale_name = "scale";  // as torch has it
     request.grouped = options.grouped;
     request.causal = options.causal;
     request.softmax_scale = options.softmax_scale;

@@ -195,6 +195,7 @@ EMPTY = [
 ]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("shapes", EMPTY, ids=str)
 def test_empty_tensors(shapes: Shapes, attend: Attend) -> None:
     """Without keys the answer is 0."""
@@ -236,6 +237,7 @@ def test_a_mask_of_negative_strides(attend_numpy: Attend) -> None:
     np.testing.assert_array_equal(found, attend_numpy.sdpa_arrays(*arrays, mask))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("framework", ["numpy", "torch"], indirect=True)
 @pytest.mark.parametrize("axes", [(1, 0, 2, 3, 4), (2, 0, 1, 4, 3), (0, 2, 1, 3, 4)], ids=str)
 def test_batch_dimensions_that_no_stride_joins(axes: Shape, attend: Attend) -> None:
@@ -252,6 +254,19 @@ def test_batch_dimensions_that_no_stride_joins(axes: Shape, attend: Attend) -> N
         mask = mask[:1, :1]
     copies = [fw.tensor(np.ascontiguousarray(fw.numpy(x))) for x in (*views, mask)]
     np.testing.assert_array_equal(attend.sdpa(*views, mask), attend.sdpa(*copies))
+
+
+def test_a_result_past_64_bits_is_refused() -> None:
+    """Expanded tensors are small themselves."""
+    one = np.ones((1, 1, 1, 1, 1, 1), np.float32)
+    long = 2**21
+    query = np.broadcast_to(one, (long, 1, long, 1, 1, 1))
+    key = np.broadcast_to(one, (1, long, 1, long, 1, 1))
+    possible, reason = umfa.can_run(umfa.scaled_dot_product_attention, query, key, one)
+    assert not possible
+    assert "the result is too large" in reason
+    with pytest.raises(ValueError, match="the result is too large; got query"):
+        umfa.scaled_dot_product_attention(query, key, one)
 
 
 def test_an_output_in_pieces_is_one_call() -> None:
