@@ -210,7 +210,8 @@ Append checked_append(const Checker& check, const Problem& problem,
         const TensorView &view, &cache;
         const char* name;
         std::string_view cache_name;
-    } pairs[] = {{k, request.key, "k", request.key_name}, {v, request.value, "v", request.value_name}};
+    } pairs[] = {{k, request.key, "k", request.key_name},
+                 {v, request.value, "v", request.value_name}};
     for (const auto& [view, cache, name, cache_name] : pairs) {
         if (view.ndim != 4 || view.shape[0] != problem.batch_shape[0] ||
             view.shape[1] != k.shape[1] || view.shape[2] != problem.nheads_kv ||
@@ -266,8 +267,8 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
                         "(positions, half of the rotated channels), at most " +
                             std::to_string(problem.head_dim / 2) + " of them");
         if (view.shape[0] < positions)
-            check.value(std::string(name) + " has too few positions",
-                        std::to_string(view.shape[0]), "at least " + std::to_string(positions));
+            check.value(std::string(name) + " has too few positions", std::to_string(view.shape[0]),
+                        "at least " + std::to_string(positions));
         check_float_dtype(check, view, name);
         if (view.device != request.query.device || view.device_id != request.query.device_id)
             check.value(std::string(name) + " is on another device", device_text(view),

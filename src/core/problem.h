@@ -79,7 +79,8 @@ struct Rotary {
     TensorView cos, sin;  // (positions, channels / 2)
     int64_t channels = 0;
     bool interleaved = true;
-    bool advances = true;  // query i stands at the first one's position + i; else all at the first's
+    bool advances =
+        true;  // query i stands at the first one's position + i; else all at the first's
 };
 
 /// Counter-based (Philox) dropout of the probabilities.
@@ -157,7 +158,6 @@ struct AttentionRequest {
     std::optional<TensorView> attn_mask;  // of out's dimensions at most; broadcast from the right
     double dropout_p = 0;
 };
-
 
 /// A batch dimension that no stride walks together with the others. The problem is carried out once
 /// for each index, which moves the operands by these strides.

@@ -145,11 +145,11 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
     };
     for (int64_t b = 0; shapes.appended > 0 && b < batch; ++b)
         if (end_of(b) > k_rows(b))
-            read.refuse(std::string(tables.key_name) + " overflows for sequence " +
-                            std::to_string(b),
-                        std::to_string(end_of(b) - shapes.appended) + " rows in use and " +
-                            std::to_string(shapes.appended) + " new ones",
-                        "at most " + std::to_string(k_rows(b)) + " in all");
+            read.refuse(
+                std::string(tables.key_name) + " overflows for sequence " + std::to_string(b),
+                std::to_string(end_of(b) - shapes.appended) + " rows in use and " +
+                    std::to_string(shapes.appended) + " new ones",
+                "at most " + std::to_string(k_rows(b)) + " in all");
     if (tables.cache_leftpad) {
         if (tables.block_table)
             read.refuse("cache_leftpad and block_table exclude each other", "both", "one of them");

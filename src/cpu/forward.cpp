@@ -70,16 +70,11 @@ Mask mask_of(const DenseMask& mask) {
 }
 
 umfa::cpu::Rotary rotary_of(const umfa::Rotary& rotary) {
-    return {rotary.cos.address(),
-            rotary.sin.address(),
-            rotary.cos.strides[0],
-            rotary.cos.strides[1],
-            rotary.sin.strides[0],
-            rotary.sin.strides[1],
-            kind_of(rotary.cos.dtype),
-            rotary.channels,
-            rotary.interleaved,
-            rotary.advances};
+    return {rotary.cos.address(),      rotary.sin.address(),
+            rotary.cos.strides[0],     rotary.cos.strides[1],
+            rotary.sin.strides[0],     rotary.sin.strides[1],
+            kind_of(rotary.cos.dtype), rotary.channels,
+            rotary.interleaved,        rotary.advances};
 }
 
 std::vector<Sequence> sequences_of(const Problem& problem) {
@@ -90,7 +85,7 @@ std::vector<Sequence> sequences_of(const Problem& problem) {
                                                            b * problem.sequences.pages_per_sequence
                                                      : nullptr;
         sequences[static_cast<size_t>(b)] = {
-            rows.query_batch, rows.query_row,           rows.kv_batch, rows.kv_row, rows.seqlen_q,
+            rows.query_batch, rows.query_row,           rows.kv_batch,   rows.kv_row, rows.seqlen_q,
             rows.seqlen_kv,   problem.visible_of(rows), rows.position_q, pages};
     }
     return sequences;
@@ -244,7 +239,7 @@ constexpr uint32_t forward_features =
     bit(Feature::causal) | bit(Feature::window) | bit(Feature::softcap) | bit(Feature::alibi) |
     bit(Feature::lse) | bit(Feature::gqa) | bit(Feature::mask) | bit(Feature::sinks) |
     bit(Feature::varlen) | bit(Feature::paged_kv) | bit(Feature::attention_chunk) |
-                                      bit(Feature::append) | bit(Feature::rotary);
+    bit(Feature::append) | bit(Feature::rotary);
 
 Verdict available() {
     kernels();      // throws about UMFA_CPU_ISA

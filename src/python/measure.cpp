@@ -21,8 +21,8 @@ double time_forward(const Options& options, nb::handle query, nb::handle key, nb
         fail(ErrorKind::value, options.function, "calls is out of range", std::to_string(calls),
              "at least 1");
     Inputs inputs;
-    Problem problem =
-        Problem::make(make_request(options, query, key, value, nb::none(), nb::none(), nb::none(), inputs));
+    Problem problem = Problem::make(
+        make_request(options, query, key, value, nb::none(), nb::none(), nb::none(), inputs));
     const Backend& backend = route(problem, options.backend);
     const Output out_array = import<nb::ndarray<>>(out, options.function, "out");
     problem.set_out(out_array.view);

@@ -61,8 +61,8 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, nb::h
         fail(ErrorKind::value, options.function, "GPU family is unknown", std::to_string(family),
              "7 to 10");
     Inputs inputs;
-    Problem problem =
-        Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask, nb::none(), inputs));
+    Problem problem = Problem::make(
+        make_request(options, query, key, value, alibi_slopes, attn_mask, nb::none(), inputs));
     const Output out_array = import<nb::ndarray<>>(out, options.function, "out");
     problem.set_out(out_array.view);
     Output lse_array;

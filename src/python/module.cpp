@@ -107,8 +107,8 @@ nb::tuple attention_forward(const Options& options, nb::handle query, nb::handle
                             nb::handle value, nb::handle alibi_slopes, nb::handle attn_mask,
                             nb::callable allocate, nb::handle others) {
     Inputs inputs;
-    Problem problem =
-        Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask, others, inputs));
+    Problem problem = Problem::make(
+        make_request(options, query, key, value, alibi_slopes, attn_mask, others, inputs));
     const Backend& backend = route(problem, options.backend);
 
     // The façade allocates in the caller's framework, now that the shapes are known to be right.
@@ -130,9 +130,10 @@ std::pair<bool, std::string> attention_can_run(const Options& options, nb::handl
                                                nb::handle alibi_slopes, nb::handle attn_mask,
                                                nb::handle others) {
     Inputs inputs;
-    const Verdict verdict = can_run(
-        Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask, others, inputs)),
-        options.backend);
+    const Verdict verdict =
+        can_run(Problem::make(make_request(options, query, key, value, alibi_slopes, attn_mask,
+                                           others, inputs)),
+                options.backend);
     return {verdict.yes, verdict.reason};
 }
 

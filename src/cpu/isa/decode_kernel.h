@@ -112,7 +112,8 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
             if (scoring.slope != 0)
                 s -= scoring.slope * (vf)((vu)S::to_float(diagonal - key) & 0x7fffffffu);
             if (mask)
-                s += mask_values<S>(mask_of.kind, mask + k * mask_of.stride_key * size_of(mask_of.kind),
+                s += mask_values<S>(mask_of.kind,
+                                    mask + k * mask_of.stride_key * size_of(mask_of.kind),
                                     mask_of.stride_key, keys - k);
         }
         s = ((key >= first) & (key < last)) ? s : S::splat(-infinity);
@@ -312,16 +313,17 @@ struct DecodeHead {
             if (r == 0) begin0 = begin, end0 = end;
             same = same && begin == begin0 && end == end0;
             const Scoring& scoring = state[r].scoring;
-            const char* mask =
-                args.mask.kind == Kind::none ? nullptr : mask_at(args.mask, batch, state[r].head, i, k0);
+            const char* mask = args.mask.kind == Kind::none
+                                   ? nullptr
+                                   : mask_at(args.mask, batch, state[r].head, i, k0);
             const int32_t diagonal =
                 static_cast<int32_t>(i + sequence.seqlen_kv - sequence.seqlen_q - k0);
-            alpha[r] = (scoring.plain
-                            ? decode_softmax<S, true>
-                            : decode_softmax<S, false>)(scoring, begin, end, keys, diagonal,
-                                                        args.mask, mask, scores + r * decode_tile,
-                                                        state[r].maximum,
-                                                        memory + at.sum + (r0 + r) * S::W);
+            alpha[r] =
+                (scoring.plain
+                     ? decode_softmax<S, true>
+                     : decode_softmax<S, false>)(scoring, begin, end, keys, diagonal, args.mask,
+                                                 mask, scores + r * decode_tile, state[r].maximum,
+                                                 memory + at.sum + (r0 + r) * S::W);
         }
         if (low >= high) return;
         float* out = memory + at.out + r0 * at.channels;
@@ -451,4 +453,4 @@ template <class S, class U>
 constexpr DtypeKernels dtype_kernels{{forward_block<S, U>, forward_scratch_floats<S, U>},
                                      {decode_keys<S, U>, decode_merge<S, typename U::type>,
                                       decode_scratch_floats<S, U>, decode_row_floats<S>},
-    copy_row<S, typename U::type>};
+                                     copy_row<S, typename U::type>};

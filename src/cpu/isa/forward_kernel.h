@@ -47,10 +47,9 @@ struct Scratch {
         probabilities = scores + (U::E == 1 ? 0 : block_kv * N);
         bias = probabilities + block_kv * N;  // [key][lane], and what whole vectors of keys add
         query =
-            bias +
-            (args.mask.kind == Kind::none ? 0 : (block_kv + S::W) * N);  // [panel][depth][N]
-        out = query + panel_count * depth * N;                               // [panel][channels][N]
-        key = out + panel_count * channels * N;                              // [group][depth][mr]
+            bias + (args.mask.kind == Kind::none ? 0 : (block_kv + S::W) * N);  // [panel][depth][N]
+        out = query + panel_count * depth * N;   // [panel][channels][N]
+        key = out + panel_count * channels * N;  // [group][depth][mr]
         value = key + block_kv * depth + slack;
         // An odd number of cache lines: rows of V spread over all sets of the L1 cache.
         value_pitch = ((channels + 15) / 16 | 1) * 16;
@@ -196,8 +195,7 @@ inline void prefetch_block(const ForwardArgs& args, const Block& block, int64_t 
     for (int64_t i = queries * part / parts; i < queries * (part + 1) / parts; ++i)
         prefetch_row(query_row<const storage>(args.query, sequence, block.head, block.first + i),
                      args.query, args.head_dim);
-    const int64_t first =
-        visible_begin(sequence.visible, block.first) / block_kv * block_kv;
+    const int64_t first = visible_begin(sequence.visible, block.first) / block_kv * block_kv;
     const int64_t left = sequence.seqlen_kv - first, keys = left < block_kv ? left : block_kv;
     for (int64_t k = first + keys * part / parts; k < first + keys * (part + 1) / parts; ++k) {
         const int64_t head = block.head / args.group;

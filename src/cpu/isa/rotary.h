@@ -12,8 +12,8 @@ inline void rotate_row(const Rotary& rotary, const typename T::storage* row, int
         S::store(x + c, row_units<S, FloatUnits<S, T>>(row, stride, c, channels));
     const auto table = [&](const void* data, int64_t stride_position, int64_t stride_channel,
                            float* to) {
-        const char* from = static_cast<const char*>(data) +
-                           position * stride_position * size_of(rotary.kind);
+        const char* from =
+            static_cast<const char*>(data) + position * stride_position * size_of(rotary.kind);
         for (int64_t c = 0; c < half; c += W)
             S::store(to + c,
                      numbers<S>(rotary.kind, from + c * stride_channel * size_of(rotary.kind),
