@@ -4,6 +4,30 @@ struct Avx512 : SimdBase {
     static constexpr int mr = 12, nv = 2;  // 24 accumulators of 32 registers
     static constexpr bool native_exponent = true;
 
+    // One whole store each: a load that met two smaller ones would wait for both.
+    static void fill(const float* src, int64_t n, float* dst, int64_t) {
+        _mm512_storeu_ps(dst, _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), src));
+    }
+    static void fill(const uint16_t* src, int64_t n, uint16_t* dst, int64_t size) {
+        const __mmask32 part = n < 32 ? (1u << n) - 1 : 0xffffffffu;
+        if (size == 32)
+            _mm512_storeu_si512(dst, _mm512_maskz_loadu_epi16(part, src));
+        else
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),
+                                _mm256_maskz_loadu_epi16(static_cast<__mmask16>(part), src));
+    }
+    static void copy(const float* src, int64_t n, float* dst) {
+        for (; n > 0; n -= 16, src += 16, dst += 16) {
+            const __mmask16 part = static_cast<__mmask16>(n < 16 ? (1u << n) - 1 : 0xffffu);
+            _mm512_mask_storeu_ps(dst, part, _mm512_maskz_loadu_ps(part, src));
+        }
+    }
+    static void copy(const uint16_t* src, int64_t n, uint16_t* dst) {
+        for (; n > 0; n -= 32, src += 32, dst += 32) {
+            const __mmask32 part = n < 32 ? (1u << n) - 1 : 0xffffffffu;
+            _mm512_mask_storeu_epi16(dst, part, _mm512_maskz_loadu_epi16(part, src));
+        }
+    }
     static vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
     static vf round(vf x) {
         return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -216,8 +216,11 @@ inline void write_row(const ForwardArgs& args, int64_t batch, int64_t head, int6
     for (int64_t c = 0; c < args.head_dim_v; c += W) {
         storage buffer[W];
         T::template store<S>(buffer, sum == 0 ? typename S::vf{} : S::load(o + c) / sum);
-        for (int64_t i = 0; i < W && c + i < args.head_dim_v; ++i)
-            to[(c + i) * args.out.stride_channel] = buffer[i];
+        const int64_t left = args.head_dim_v - c, count = left < W ? left : int64_t{W};
+        if (args.out.stride_channel == 1)
+            S::copy(buffer, count, to + c);
+        else
+            for (int64_t i = 0; i < count; ++i) to[(c + i) * args.out.stride_channel] = buffer[i];
     }
     store_lse(args, scoring, batch, head, row, maximum, sum);
 }

@@ -305,7 +305,11 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
             const int64_t first = begin / S::mr * S::mr;
             const int64_t full = (end + S::mr - 1) / S::mr * S::mr;
             const int64_t last = full < padded ? full : padded;
-            const bool masked = has_mask || first < seen_begin || last > seen_end;
+            // The groups that every row sees, if there is no mask that knows better.
+            const int64_t open_begin = (seen_begin + S::mr - 1) / S::mr * S::mr;
+            const int64_t open_end = seen_end / S::mr * S::mr;
+            const bool open = !has_mask && open_begin < open_end;
+            const int64_t open_first = open ? open_begin : last, open_last = open ? open_end : last;
             set_visible(visible, i0, k0, keys, panel[p]);
             const bool fresh = panel[p].fresh;
             panel[p].fresh = false;
@@ -319,12 +323,8 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
                 constexpr bool Plain = decltype(plain)::value;
                 score_panel<S, U, Plain>(scoring, key, query, at.depth, first, last, seen_begin,
                                          seen_end, diagonal, bias, scores, panel[p]);
-                if (masked)
-                    exponentials<S, U, true, Plain>(scoring, first, last, scores, probabilities,
-                                                    panel[p]);
-                else
-                    exponentials<S, U, false, Plain>(scoring, first, last, scores, probabilities,
-                                                     panel[p]);
+                exponentials<S, U, Plain>(scoring, first, open_first, open_last, last, scores,
+                                          probabilities, panel[p]);
             };
             if (scoring.plain)
                 softmax(Constant<1>{});

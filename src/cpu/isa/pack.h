@@ -1,10 +1,10 @@
 // Copies a tile of Q, K or V into the panels that the micro-kernel reads, converting on the way.
 
 /// dst[0, n) = src[0], src[stride], ...; zeros up to `size`.
-template <class Element>
+template <class S, class Element>
 inline void gather(const Element* src, int64_t stride, int64_t n, Element* dst, int64_t size) {
-    for (int64_t i = 0; i < n; ++i) dst[i] = src[i * stride];
-    for (int64_t i = n; i < size; ++i) dst[i] = 0;
+    if (stride == 1) return S::fill(src, n, dst, size);
+    for (int64_t i = 0; i < size; ++i) dst[i] = i < n ? src[i * stride] : Element{};
 }
 
 inline int64_t size_of(Kind kind) { return kind == Kind::boolean ? 1 : kind == Kind::f32 ? 4 : 2; }
@@ -17,7 +17,7 @@ inline typename S::vf numbers(Kind kind, const char* at, int64_t stride, int64_t
         const auto* from = reinterpret_cast<const typename T::storage*>(at);
         if (stride == 1 && count >= S::W) return T::template load<S>(from);
         typename T::storage buffer[S::W];
-        gather(from, stride, count < S::W ? count : int64_t{S::W}, buffer, S::W);
+        gather<S>(from, stride, count < S::W ? count : int64_t{S::W}, buffer, S::W);
         return T::template load<S>(buffer);
     };
     return kind == Kind::f32 ? load(F32{}) : kind == Kind::f16 ? load(F16{}) : load(BF16{});
@@ -31,7 +31,7 @@ inline typename S::vf row_units(const typename U::storage* row, int64_t stride, 
     const int64_t left = channels - first * U::E;
     if (stride == 1 && left >= count) return U::from_row(row + first * U::E);
     typename U::storage buffer[count];
-    gather(row + first * U::E * stride, stride, left < count ? left : int64_t{count}, buffer,
+    gather<S>(row + first * U::E * stride, stride, left < count ? left : int64_t{count}, buffer,
            count);
     return U::from_row(buffer);
 }
@@ -86,7 +86,7 @@ inline bool pack_values(const typename U::storage* const* rows, int64_t count,
             for (int e = 0; e < U::E; ++e) {
                 part[e] = k + e < count ? buffer[e] : nothing;
                 if (k + e < count)
-                    gather(rows[k + e] + c * stride_channel, stride_channel, left, buffer[e], W);
+                    gather<S>(rows[k + e] + c * stride_channel, stride_channel, left, buffer[e], W);
             }
             put(dst + c, U::from_rows(part, 0));
         }
@@ -137,7 +137,10 @@ inline void store_transposed(const float* x, int64_t pitch, const float* divisor
             }
             storage buffer[W];
             T::template store<S>(buffer, y[r]);
-            for (int64_t i = 0; i < count; ++i) to[i * layout.stride_channel] = buffer[i];
+            if (layout.stride_channel == 1)
+                S::copy(buffer, count, to);
+            else
+                for (int64_t i = 0; i < count; ++i) to[i * layout.stride_channel] = buffer[i];
         }
     }
 }

@@ -49,6 +49,18 @@ struct SimdBase {
         __builtin_memcpy(&x, p, sizeof x);
         return x;
     }
+    /// dst[0, size) = src[0, n) and zeros; src is not read past n. size: a vector of floats, or of
+    /// 16-bit elements for one or two of them.
+    template <class Element>
+    static void fill(const Element* src, int64_t n, Element* dst, int64_t size) {
+        for (int64_t i = 0; i < size; ++i) dst[i] = 0;
+        for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
+    }
+    /// dst[0, n) = src[0, n), neither read nor written past that.
+    template <class Element>
+    static void copy(const Element* src, int64_t n, Element* dst) {
+        for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
+    }
     static vf max(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
     static vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 

@@ -109,11 +109,13 @@ inline __attribute__((always_inline)) void finish_scores(typename S::vf (&acc)[M
 }
 
 /// Scores -> probabilities for keys [first, last) of a tile, as units of keys in `units`, which may
-/// be `scores`; updates maximum, sum, alpha. first and last are multiples of U::E. The probability
-/// of a hidden key is -0: it adds nothing, and can be told from one that is merely too small.
-template <class S, class U, bool Masked, bool Plain>
-inline void exponentials(const Scoring& scoring, int64_t first, int64_t last, const float* scores,
-                         float* units, Panel<S>& panel) {
+/// be `scores`; updates maximum, sum, alpha. All bounds are multiples of U::E. The probability of a
+/// hidden key is -0: it adds nothing, and can be told from one that is merely too small. There are
+/// none in [seen_first, seen_last), so that nobody looks for them there.
+template <class S, class U, bool Plain>
+inline void exponentials(const Scoring& scoring, int64_t first, int64_t seen_first,
+                         int64_t seen_last, int64_t last, const float* scores, float* units,
+                         Panel<S>& panel) {
     using vf = typename S::vf;
     constexpr int NV = S::nv, W = S::W, E = U::E;
     constexpr float infinity = __builtin_inff();
@@ -129,18 +131,23 @@ inline void exponentials(const Scoring& scoring, int64_t first, int64_t last, co
         S::store(panel.alpha + n * W, alpha);
         sum[n] = vf{};
     }
-    for (int64_t k = first; k < last; k += E)
-        for (int n = 0; n < NV; ++n) {
-            vf p[E];
-            for (int e = 0; e < E; ++e) {
-                const vf s = S::load(scores + ((k + e) * NV + n) * W);
-                p[e] = exponential<S, Plain>(scoring, s - pivot[n]);
-                if constexpr (Masked)  // hidden, whatever the scale
-                    p[e] = s == -infinity ? S::splat(-0.f) : p[e];
-                sum[n] += p[e];
+    const auto range = [&](auto masked, int64_t from, int64_t to) {
+        for (int64_t k = from; k < to; k += E)
+            for (int n = 0; n < NV; ++n) {
+                vf p[E];
+                for (int e = 0; e < E; ++e) {
+                    const vf s = S::load(scores + ((k + e) * NV + n) * W);
+                    p[e] = exponential<S, Plain>(scoring, s - pivot[n]);
+                    if constexpr (decltype(masked)::value)  // hidden, whatever the scale
+                        p[e] = s == -infinity ? S::splat(-0.f) : p[e];
+                    sum[n] += p[e];
+                }
+                S::store(units + (k / E * NV + n) * W, U::pack(p));
             }
-            S::store(units + (k / E * NV + n) * W, U::pack(p));
-        }
+    };
+    range(Constant<1>{}, first, seen_first);
+    range(Constant<0>{}, seen_first, seen_last);
+    range(Constant<1>{}, seen_last, last);
     for (int n = 0; n < NV; ++n)
         S::store(panel.sum + n * W,
                  sum[n] + S::load(panel.sum + n * W) * S::load(panel.alpha + n * W));
