@@ -94,6 +94,33 @@ def test_set_num_threads_refuses(value: Any, error: Any) -> None:
 CASE = Case((2, 4, 150, 170, 48), "float32", heads_k=2, options=(("causal", True),))
 
 
+def test_small_calls_wake_no_threads(run_python: RunPython) -> None:
+    """Waking a thread costs more than a small call; a large one is worth it."""
+    run = run_python(
+        """
+import os, sys
+os.environ["UMFA_NUM_THREADS"] = "3"
+import numpy as np, umfa
+def threads():
+    return len(os.listdir("/proc/self/task"))
+def call(length):
+    x = np.ones((1, length, 2, 16), np.float32)
+    umfa.flash_attn_func(x, x, x)
+if not os.path.isdir("/proc/self/task"):
+    print("skip"); sys.exit()
+before = threads()
+for length in (1, 7, 40, 64): call(length)
+assert threads() == before, "a small call woke threads"
+call(2048)
+assert threads() == before + 2, "a large call did not"
+print("done")
+"""
+    )
+    assert run.returncode == 0, run.stderr
+    if run.stdout.strip() == "skip":
+        pytest.skip("no /proc")
+
+
 def test_many_python_threads_at_once(attend_numpy: Attend) -> None:
     """Different problems at the same time, each with the bits it has alone."""
     problems = [

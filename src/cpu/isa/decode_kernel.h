@@ -362,7 +362,7 @@ struct DecodeHead {
 
 /// Heads are taken together, tile by tile: where they lie side by side in memory, going over all
 /// keys of one of them would touch every page of the cache for each head (on the 2-core machine,
-/// with 8 heads and pages of 4 KiB, 5 GB/s instead of DECODE_RATE per core).
+/// with 8 heads and pages of 4 KiB, 5 GB/s per core instead of 12).
 template <class S, class U>
 void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int64_t head_end,
                  int64_t key_begin, int64_t key_end, float* memory, float* part) {
