@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -52,6 +53,20 @@ class Turn:
     call: Call
     out: Any = None
     samples: list[float] = field(default_factory=list)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, for this process.
+
+    It gives large blocks back otherwise, so that the system hands out fresh pages for the result of
+    every call, and clears them: 1280 of them, 3 ms, for an attention that takes 3 ms.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    trim_threshold, mmap_max = -1, -4
+    mallopt(trim_threshold, 1 << 30)
+    mallopt(mmap_max, 0)
 
 
 def settle(limit_s: float = 0.3) -> None:

@@ -129,6 +129,8 @@ def progress_bar(console: Console) -> Progress:
 
 def measured(arguments: argparse.Namespace, console: Console) -> results.Run:
     """Run the cases that were asked for."""
+    if not arguments.quick:
+        measure.keep_freed_memory()
     names = names_of(arguments.against)
     chosen = cases.select(arguments.suite, arguments.case, long=arguments.long)
     if arguments.quick:
