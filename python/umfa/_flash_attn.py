@@ -24,6 +24,8 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     backend: str = "auto",
+    attention_chunk: int = 0,
+    learnable_sink: Any = None,
 ) -> Any:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
 
@@ -101,6 +103,8 @@ def flash_attn_func(
         deterministic,
         return_attn_probs,
         backend,
+        attention_chunk,
+        learnable_sink,
     )
 
 
@@ -234,10 +238,14 @@ def _attend(
     deterministic: Any,
     return_attn_probs: Any,
     backend: Any,
+    attention_chunk: Any = 0,
+    learnable_sink: Any = None,
 ) -> Any:
     names = tuple(tensors)
     if alibi_slopes is not None:
         tensors["alibi_slopes"] = alibi_slopes
+    if learnable_sink is not None:
+        tensors["learnable_sink"] = learnable_sink
     framework = framework_of(function, tensors)
     options = make_options(
         function,
@@ -250,6 +258,7 @@ def _attend(
         deterministic,
         return_attn_probs,
         backend,
+        attention_chunk=attention_chunk,
     )
     results = act(framework, function, options, tensors, backend)
     return (results[0], results[1], None) if len(results) == 2 else results[0]
