@@ -19,6 +19,7 @@ from ._flash_attn import (
 )
 from ._kvcache import flash_attn_with_kvcache
 from ._options import integer
+from ._rope import fused_rope_attention
 from ._sdpa import scaled_dot_product_attention
 from ._varlen import (
     flash_attn_varlen_func,
@@ -39,6 +40,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "fused_rope_attention",
     "get_include",
     "get_library",
     "get_num_threads",

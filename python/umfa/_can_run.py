@@ -19,6 +19,7 @@ from ._flash_attn import (
 )
 from ._kvcache import attend_kvcache, flash_attn_with_kvcache
 from ._options import WindowSize
+from ._rope import attend_rope, fused_rope_attention
 from ._sdpa import attend_sdpa, scaled_dot_product_attention
 from ._varlen import (
     attend_varlen,
@@ -38,6 +39,7 @@ _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
     flash_attn_varlen_kvpacked_func: attend_varlen_kvpacked,
     flash_attn_varlen_qkvpacked_func: attend_varlen_qkvpacked,
     flash_attn_with_kvcache: attend_kvcache,
+    fused_rope_attention: attend_rope,
     scaled_dot_product_attention: attend_sdpa,
 }
 

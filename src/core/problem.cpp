@@ -249,11 +249,22 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
         check.value("rotary_cos and rotary_sin must be given together",
                     request.rotary_cos ? "rotary_cos alone" : "rotary_sin alone",
                     "both or neither");
-    Rotary rotary{*request.rotary_cos, *request.rotary_sin, 0, request.rotary_interleaved,
-                  problem.causal || problem.visible.left >= 0 || problem.visible.right >= 0};
-    int64_t positions = problem.seqlen_q;
+    // New keys are rotated on their way into the cache, which holds the others rotated already.
+    const bool keys = !request.new_key;
+    Rotary rotary{*request.rotary_cos,
+                  *request.rotary_sin,
+                  0,
+                  request.rotary_interleaved,
+                  keys || problem.causal || problem.visible.left >= 0 || problem.visible.right >= 0,
+                  keys};
+    int64_t positions = std::max(problem.seqlen_q, problem.seqlen_kv);
     for (const SequenceRows& rows : problem.sequences.rows)
         positions = std::max(positions, rows.position_q + rows.seqlen_q);
+    if (keys && problem.seqlen_q > problem.seqlen_kv)
+        check.value("rotary angles need a position for each query",
+                    std::to_string(problem.seqlen_q) + " queries of " +
+                        std::to_string(problem.seqlen_kv) + " keys",
+                    "no more queries than keys: the last query stands where the last key does");
     const struct {
         const TensorView& view;
         const char* name;
@@ -705,7 +716,7 @@ Problem Problem::slice(int64_t index) const {
 
 SequenceRows Problem::sequence(int64_t b) const {
     if (sequences.given) return sequences.rows[static_cast<size_t>(b)];
-    return {b, 0, b, 0, seqlen_q, seqlen_kv};
+    return {b, 0, b, 0, seqlen_q, seqlen_kv, seqlen_kv - seqlen_q};
 }
 
 Visible<int64_t> Problem::visible_of(const SequenceRows& rows) const {

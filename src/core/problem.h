@@ -79,8 +79,8 @@ struct Rotary {
     TensorView cos, sin;  // (positions, channels / 2)
     int64_t channels = 0;
     bool interleaved = true;
-    bool advances =
-        true;  // query i stands at the first one's position + i; else all at the first's
+    bool advances = true;  // query i stands i behind the first; else all stand where it does
+    bool keys = false;     // key j is rotated too, by the angles of position j
 };
 
 /// Counter-based (Philox) dropout of the probabilities.
@@ -150,8 +150,8 @@ struct AttentionRequest {
     /// (batch, rows, nheads, head_dim) to be written into key and value behind what they hold, before
     /// anything else.
     std::optional<TensorView> new_key, new_value;
-    /// (positions, half of the rotated channels): turns the queries, and the new keys, by the angle
-    /// of their position.
+    /// (positions, half of the rotated channels): turns the queries, and the new keys or else all
+    /// keys, by the angles of their position.
     std::optional<TensorView> rotary_cos, rotary_sin;
     bool rotary_interleaved = true;  // pairs (0, 1), (2, 3), ...; else one from each half
     SequenceTables tables;  // packed, cached, paged; layout bshd, packed tensors without the batch

@@ -72,11 +72,17 @@ Mask mask_of(const DenseMask& mask) {
 }
 
 umfa::cpu::Rotary rotary_of(const umfa::Rotary& rotary) {
-    return {rotary.cos.address(),      rotary.sin.address(),
-            rotary.cos.strides[0],     rotary.cos.strides[1],
-            rotary.sin.strides[0],     rotary.sin.strides[1],
-            kind_of(rotary.cos.dtype), rotary.channels,
-            rotary.interleaved,        rotary.advances};
+    return {rotary.cos.address(),
+            rotary.sin.address(),
+            rotary.cos.strides[0],
+            rotary.cos.strides[1],
+            rotary.sin.strides[0],
+            rotary.sin.strides[1],
+            kind_of(rotary.cos.dtype),
+            rotary.channels,
+            rotary.interleaved,
+            rotary.advances,
+            rotary.keys};
 }
 
 std::vector<Sequence> sequences_of(const Problem& problem) {

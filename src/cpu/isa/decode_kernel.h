@@ -20,13 +20,14 @@ constexpr int64_t decode_row_floats_of_state = sizeof(DecodeRow) / 4;
 /// Where the pieces of one key head's scratch begin, in floats; the scores' tile is shared by all.
 template <class S, class U>
 struct DecodeScratch {
-    static constexpr int64_t scores = decode_rows * decode_tile;
+    int64_t shared;           // the scores of a tile, and its keys where they are rotated
     int64_t rows;             // queries of the heads that share the key head
     int64_t depth, channels;  // units of a row of Q and channels of a row of O, whole vectors
     int64_t query, out, sum, state, size;
 
     DecodeScratch(const ForwardArgs& args, int64_t seqlen_q) {
         constexpr int64_t W = S::W;
+        shared = decode_rows * decode_tile + (args.rotary.keys ? decode_tile * args.head_dim : 0);
         rows = args.group * seqlen_q;
         depth = ((args.head_dim + U::E - 1) / U::E + W - 1) / W * W;
         channels = (args.head_dim_v + W - 1) / W * W;
@@ -287,20 +288,30 @@ struct DecodeHead {
         TileRows<storage> key, value;
         find(args.key, k0, keys, next, key);
         find(args.value, k0, keys, next, value);
+        Rows key_layout = args.key;
+        if (args.rotary.keys) {
+            storage* rotated = reinterpret_cast<storage*>(scores + decode_rows * decode_tile);
+            for (int64_t k = 0; k < keys; ++k, rotated += args.head_dim) {
+                rotate_row<S, T>(args.rotary, key.now[k], key_layout.stride_channel, args.head_dim,
+                                 k0 + k, rotated);
+                key.now[k] = rotated;
+            }
+            key_layout.stride_channel = 1;
+        }
         for (int64_t r0 = 0; r0 < at.rows; r0 += decode_rows) switch (at.rows - r0) {
-                case 1: step_rows<1>(r0, k0, keys, key, value); break;
-                case 2: step_rows<2>(r0, k0, keys, key, value); break;
-                case 3: step_rows<3>(r0, k0, keys, key, value); break;
-                default: step_rows<decode_rows>(r0, k0, keys, key, value);
+                case 1: step_rows<1>(r0, k0, keys, key, key_layout, value); break;
+                case 2: step_rows<2>(r0, k0, keys, key, key_layout, value); break;
+                case 3: step_rows<3>(r0, k0, keys, key, key_layout, value); break;
+                default: step_rows<decode_rows>(r0, k0, keys, key, key_layout, value);
             }
     }
 
     template <int R>
     void step_rows(int64_t r0, int64_t k0, int64_t keys, const TileRows<storage>& key,
-                   const TileRows<storage>& value) {
+                   const Rows& key_layout, const TileRows<storage>& value) {
         const int64_t Dv = args.head_dim_v;
         const bool ahead = r0 == 0;  // the first rows to come this way bring the next tile
-        decode_scores<S, U, R>(key, args.key, keys, ahead, args.head_dim,
+        decode_scores<S, U, R>(key, key_layout, keys, ahead, args.head_dim,
                                memory + at.query + r0 * at.depth, at.depth, scores);
         float alpha[R];
         int64_t low = keys, high = 0;
@@ -371,7 +382,7 @@ void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int
     const int64_t heads = head_end - head_begin;
     const auto head = [&](int64_t h) {
         return DecodeHead<S, U>{
-            args, sequence, at, batch, head_begin + h, memory + at.scores + h * at.size, memory};
+            args, sequence, at, batch, head_begin + h, memory + at.shared + h * at.size, memory};
     };
     for (int64_t h = 0; h < heads; ++h) head(h).start();
 
@@ -427,7 +438,7 @@ void decode_merge(const ForwardArgs& args, int64_t batch, int64_t head, int64_t 
 template <class S, class U>
 int64_t decode_scratch_floats(const ForwardArgs& args, int64_t heads, int64_t seqlen_q) {
     const DecodeScratch<S, U> at(args, seqlen_q);
-    return at.scores + heads * at.size;
+    return at.shared + heads * at.size;
 }
 
 /// Floats that one row of a part takes.

@@ -37,7 +37,7 @@ struct Scratch {
     static constexpr int64_t N = S::nv * S::W, slack = 64;
     int64_t depth, channels;  // units of Q.K; padded channels of O
     int64_t value_pitch;
-    int64_t panels, scores, probabilities, bias, query, out, key, value, size;
+    int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, size;
 
     Scratch(const ForwardArgs& args, int64_t panel_count) {
         depth = (args.head_dim + U::E - 1) / U::E;
@@ -53,7 +53,8 @@ struct Scratch {
         value = key + block_kv * depth + slack;
         // An odd number of cache lines: rows of V spread over all sets of the L1 cache.
         value_pitch = ((channels + 15) / 16 | 1) * 16;
-        size = value + block_kv / U::E * value_pitch + slack;
+        rotated = value + block_kv / U::E * value_pitch + slack;
+        size = rotated + (args.rotary.keys ? block_kv * args.head_dim : 0);
     }
 };
 
@@ -266,10 +267,20 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
             k_rows[k] = key_row<storage>(args.key, sequence, args.page_size, head_kv, k0 + k);
             v_rows[k] = key_row<storage>(args.value, sequence, args.page_size, head_kv, k0 + k);
         }
+        int64_t key_stride = args.key.stride_channel;
+        if (args.rotary.keys) {
+            storage* rotated = reinterpret_cast<storage*>(memory + at.rotated);
+            for (int64_t k = 0; k < keys; ++k, rotated += D) {
+                rotate_row<S, typename U::type>(args.rotary, k_rows[k], key_stride, D, k0 + k,
+                                                rotated);
+                k_rows[k] = rotated;
+            }
+            key_stride = 1;
+        }
         const int64_t padded = padded_rows<S>(keys);
         for (int64_t k = 0; k < padded; k += S::mr) {
             const int64_t height = padded - k < S::mr ? padded - k : S::mr;
-            pack_transposed<S, U>(k_rows + k, keys - k, args.key.stride_channel, height, height, D,
+            pack_transposed<S, U>(k_rows + k, keys - k, key_stride, height, height, D,
                                   key + k * at.depth);
         }
         const int64_t units = (keys + E - 1) / E;

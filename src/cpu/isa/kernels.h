@@ -36,6 +36,7 @@ struct Rotary {
     int64_t channels;  // how many are rotated
     bool interleaved;  // pairs (0, 1), (2, 3), ...; else one from each half
     bool advances;     // query i stands at position_q + i; else all stand at position_q
+    bool keys;         // key j is rotated too, by the angles of position j
 };
 
 /// Dense mask: boolean, true = attend, or numbers to be added. Stride 0 where it broadcasts.

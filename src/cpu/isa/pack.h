@@ -32,7 +32,7 @@ inline typename S::vf row_units(const typename U::storage* row, int64_t stride, 
     if (stride == 1 && left >= count) return U::from_row(row + first * U::E);
     typename U::storage buffer[count];
     gather<S>(row + first * U::E * stride, stride, left < count ? left : int64_t{count}, buffer,
-           count);
+              count);
     return U::from_row(buffer);
 }
 

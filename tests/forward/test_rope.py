@@ -1,0 +1,97 @@
+"""fused_rope_attention: the same as rotating first, in its dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import reference
+import umfa
+from checks import BASE, LSE, Tolerance, assert_close
+
+
+def rotated(x: Any, positions: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
+    """x (batch, rows, heads, channels) turned in float64 and rounded to its dtype."""
+    half = cos.shape[1]
+    wide, out = x.astype(np.float64), x.astype(np.float64)
+    c, s = (t.astype(np.float64)[positions][None, :, None] for t in (cos, sin))
+    a, b = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        if interleaved
+        else (slice(0, half), slice(half, 2 * half))
+    )
+    out[..., a] = wide[..., a] * c - wide[..., b] * s
+    out[..., b] = wide[..., a] * s + wide[..., b] * c
+    return out.astype(x.dtype)
+
+
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_kv", "head_dim", "rotary_dim"),
+    [
+        (192, 192, 128, 128),
+        (7, 130, 64, 64),
+        (40, 77, 40, 16),
+        (1, 300, 72, 72),
+        (130, 131, 80, 32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_equals_rotating_first(
+    seqlen_q: int,
+    seqlen_kv: int,
+    head_dim: int,
+    rotary_dim: int,
+    dtype: str,
+    interleaved: bool,
+    causal: bool,
+) -> None:
+    """A30, at sizes for every run; both kernels of the CPU, partial rotation, grouped heads."""
+    random = np.random.default_rng(5)
+    query, key, value = (
+        random.standard_normal((2, rows, heads, head_dim)).astype(dtype)
+        for rows, heads in ((seqlen_q, 4), (seqlen_kv, 2), (seqlen_kv, 2))
+    )
+    angles = np.outer(np.arange(seqlen_kv), 10000.0 ** -np.linspace(0, 1, rotary_dim // 2))
+    cos, sin = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+    out, lse, _ = umfa.fused_rope_attention(
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        rotary_interleaved=interleaved,
+        causal=causal,
+        return_attn_probs=True,
+    )
+    at = np.arange(seqlen_q) + seqlen_kv - seqlen_q
+    want, want_lse = reference.attention(
+        rotated(query, at, cos, sin, interleaved),
+        rotated(key, np.arange(seqlen_kv), cos, sin, interleaved),
+        value,
+        causal=causal,
+    )
+    assert_close(out.astype(np.float64), want, BASE[dtype], "out")
+    # A float32 product that is rounded to float16 may land on the other side of a tie.
+    assert_close(
+        lse.astype(np.float64), want_lse, LSE if dtype == "float32" else Tolerance(1e-3, 0)
+    )
+
+
+def test_refuses_more_queries_than_keys() -> None:
+    x = np.zeros((1, 5, 1, 8), np.float32)
+    table = np.ones((9, 4), np.float32)
+    with pytest.raises(ValueError, match=r"position for each query.*5 queries of 3 keys"):
+        umfa.fused_rope_attention(x, x[:, :3], x[:, :3], table, table)
+
+
+def test_refuses_short_tables() -> None:
+    x = np.zeros((1, 5, 1, 8), np.float32)
+    with pytest.raises(
+        ValueError, match=r"rotary_cos has too few positions; got 4; expected at lea"
+    ):
+        umfa.fused_rope_attention(x, x, x, np.ones((4, 4), np.float32), np.ones((5, 4), np.float32))
