@@ -30,6 +30,8 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    attention_chunk: int = 0,
+    learnable_sink: ArrayLike | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     r"""Compute softmax attention and its log-sum-exp, head by head.
 
@@ -46,7 +48,8 @@ def attention(
         s_{ij} &\leftarrow s_{ij} + \mathrm{mask}_{ij}
                   \quad\text{if a mask of numbers is given} \\
         s_{ij} &\leftarrow -\infty \quad\text{if row } i \text{ does not see key } j \\
-        \mathrm{lse}_i &= \log \sum_j e^{s_{ij}} \\
+        \mathrm{lse}_i &= \log \bigl(\sum_j e^{s_{ij}}
+                  + e^{\mathrm{sink}} \text{ if learnable\_sink is given}\bigr) \\
         o_i &= \sum_j e^{s_{ij} - \mathrm{lse}_i} \, v_j
 
     Parameters
@@ -70,13 +73,17 @@ def attention(
     alibi_slopes : array (heads,) or (batch, heads), optional
     mask : array that broadcasts to (batch, heads, seqlen_q, seqlen_k), optional
         bool: row `i` sees key `j` only where it is true. Numbers: added to the scores.
+    attention_chunk : int
+        If above 0, row `i` sees only keys with ``j // attention_chunk == p_i // attention_chunk``.
+    learnable_sink : array (heads,), optional
+        A logit of its own in each head's softmax, neither scaled nor capped, without a value.
 
     Returns
     -------
     out : float64 array (batch, seqlen_q, heads, head_dim_v)
         Zero in rows that see no key.
     lse : float64 array (batch, heads, seqlen_q)
-        Natural logarithm; ``-inf`` in rows that see no key.
+        Natural logarithm; in rows that see no key ``-inf``, or the sink.
     """
     query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
     batch, seqlen_q, heads, head_dim = query.shape
@@ -86,6 +93,10 @@ def attention(
     slopes = np.zeros((batch, heads))
     if alibi_slopes is not None:
         slopes = np.broadcast_to(np.asarray(alibi_slopes, dtype=np.float64), (batch, heads))
+
+    sinks = np.full(heads, -np.inf)
+    if learnable_sink is not None:
+        sinks = np.asarray(learnable_sink).astype(np.float64)
 
     shown, bias = None, None
     if mask is not None:
@@ -102,7 +113,13 @@ def attention(
         for start in range(0, seqlen_q, ROWS_AT_A_TIME):
             rows = slice(start, min(start + ROWS_AT_A_TIME, seqlen_q))
             positions = np.arange(rows.start, rows.stop) + offset
-            sees = visible(positions, seqlen_k, causal=causal, window_size=window_size)
+            sees = visible(
+                positions,
+                seqlen_k,
+                causal=causal,
+                window_size=window_size,
+                attention_chunk=attention_chunk,
+            )
             scores = scale * (query[b, rows, h] @ key[b, :, h_k].T)
             if softcap > 0.0:
                 scores = softcap * np.tanh(scores / softcap)
@@ -113,7 +130,9 @@ def attention(
                 scores = scores + bias[b, h, rows]
             if shown is not None:
                 sees = sees & shown[b, h, rows]
-            out[b, rows, h], lse[b, h, rows] = softmax_times(scores, sees, value[b, :, h_k])
+            out[b, rows, h], lse[b, h, rows] = softmax_times(
+                scores, sees, value[b, :, h_k], sinks[h]
+            )
     return out, lse
 
 
@@ -203,6 +222,7 @@ def visible(
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
 ) -> NDArray[np.bool_]:
     """Say which keys each row sees.
 
@@ -227,19 +247,22 @@ def visible(
         sees &= j >= p - left
     if right >= 0:
         sees &= j <= p + right
+    if attention_chunk > 0:
+        sees &= j // attention_chunk == p // attention_chunk
     return sees
 
 
 def softmax_times(
-    scores: FloatArray, sees: NDArray[np.bool_], value: FloatArray
+    scores: FloatArray, sees: NDArray[np.bool_], value: FloatArray, sink: float = -np.inf
 ) -> tuple[FloatArray, FloatArray]:
     """Softmax over the visible keys times the values, and the log-sum-exp of each row."""
-    empty = ~sees.any(axis=1)
     scores = np.where(sees, scores, -np.inf)
+    largest = np.maximum(scores.max(axis=1, initial=-np.inf), sink)
+    empty = np.isneginf(largest)
     # The maximum only keeps exp() in range. An empty row has none; any finite number will do.
-    largest = np.where(empty, 0.0, scores.max(axis=1, initial=-np.inf))
+    largest = np.where(empty, 0.0, largest)
     weights = np.exp(scores - largest[:, None])
-    total = np.where(empty, 1.0, weights.sum(axis=1))
+    total = np.where(empty, 1.0, weights.sum(axis=1) + np.exp(sink - largest))
     out = (weights @ value) / total[:, None]
     lse = np.where(empty, -np.inf, largest + np.log(total))
     return out, lse

@@ -23,6 +23,15 @@ LOOP_CASES = [
     Case((1, 2, 6, 6, 3), options=(("window_size", (0, -1)), ("softmax_scale", -0.3))),
     Case((2, 3, 5, 6, 3), options=(("causal", True),), alibi="batch_heads"),
     Case((2, 3, 5, 6, 3), alibi="heads"),
+    Case((1, 2, 6, 9, 3), options=(("attention_chunk", 4),)),
+    Case((1, 2, 9, 6, 3), options=(("attention_chunk", 2), ("causal", True))),
+    Case((1, 2, 8, 8, 3), options=(("attention_chunk", 3), ("window_size", (1, 2)))),
+    Case((2, 2, 5, 7, 3), options=(("learnable_sink", (0.5, -2.0)),)),
+    Case((1, 2, 7, 5, 3), options=(("learnable_sink", (3.0, 0.0)), ("causal", True))),
+    Case(
+        (1, 2, 5, 5, 3),
+        options=(("learnable_sink", (1.0, -1.0)), ("softcap", 2.0), ("softmax_scale", 0.7)),
+    ),
 ]
 
 
@@ -39,6 +48,7 @@ def test_equals_plain_loops(
     scale = options.get("softmax_scale", 1 / math.sqrt(query.shape[3]))
     left, right = options.get("window_size", (-1, -1))
     softcap = options.get("softcap", 0.0)
+    chunk = options.get("attention_chunk", 0)
     slopes = np.asarray(options.get("alibi_slopes", np.zeros(query.shape[2])), dtype=float)
     for b, i, h in np.ndindex(query.shape[:3]):
         p = i + (key.shape[1] - query.shape[1] if alignment == "lower_right" else 0)
@@ -49,12 +59,16 @@ def test_equals_plain_loops(
                 continue
             if right >= 0 and j > p + right:
                 continue
+            if chunk and math.floor(j / chunk) != math.floor(p / chunk):
+                continue
             score = scale * sum(query[b, i, h, d] * key[b, j, h_k, d] for d in range(key.shape[3]))
             if softcap:
                 score = softcap * math.tanh(score / softcap)
             score -= (slopes[h] if slopes.ndim == 1 else slopes[b, h]) * abs(p - j)
             weights += math.exp(score)
             weighted += math.exp(score) * value[b, j, h_k]
+        if "learnable_sink" in options:
+            weights += math.exp(options["learnable_sink"][h])
         where = f"row {b, i, h}"
         if weights == 0.0:
             assert lse[b, h, i] == -np.inf, where
@@ -62,6 +76,37 @@ def test_equals_plain_loops(
         else:
             assert_close(lse[b, h, i], np.asarray(math.log(weights)), EXACT, where)
             assert_close(out[b, i, h], weighted / weights, EXACT, where)
+
+
+def test_sink_is_one_more_key_without_a_value() -> None:
+    case = Case((2, 3, 4, 6, 5))
+    query, key, value = (array.astype(float) for array in cases.inputs(case))
+    sink = np.array([0.7, -1.0, 2.0])
+    # A key whose score is the sink, whatever the query: a channel of its own, unscaled.
+    wide = np.concatenate([query, np.ones((2, 4, 3, 1))], axis=3)
+    keys = np.concatenate([key, np.zeros((2, 6, 3, 1))], axis=3)
+    extra = np.zeros((2, 1, 3, 6))
+    scale = 5**-0.5
+    extra[:, 0, :, 5] = sink / scale
+    expected = reference.attention(
+        wide,
+        np.concatenate([keys, extra], axis=1),
+        np.concatenate([value, np.zeros((2, 1, 3, 5))], axis=1),
+        softmax_scale=scale,
+    )
+    found = reference.attention(query, key, value, learnable_sink=sink)
+    assert_close(found[0], expected[0], EXACT, "out")
+    assert_close(found[1], expected[1], EXACT, "lse")
+
+
+def test_sinks_beyond_the_range_of_exp() -> None:
+    case = Case((1, 2, 3, 4, 5))
+    out, lse = reference.attention(*cases.inputs(case), learnable_sink=[2000.0, -2000.0])
+    without, lse_without = reference.attention(*cases.inputs(case))
+    assert not out[:, :, 0].any()
+    assert (lse[:, 0] == 2000.0).all()
+    assert_close(out[:, :, 1], without[:, :, 1], EXACT, "out")
+    assert_close(lse[:, 1], lse_without[:, 1], EXACT, "lse")
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

@@ -106,4 +106,4 @@ def _exported(
 def table(function: str, name: str, value: Any) -> Any:
     """A table of sequences, of whatever framework: the host reads it before anything runs."""
     framework = framework_of(function, {name: value})
-    return framework.to_host(value)
+    return framework.to_host(value, function, name)

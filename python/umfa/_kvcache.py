@@ -50,8 +50,8 @@ def flash_attn_with_kvcache(
         anything is read. Not for jax and mlx, whose arrays cannot be written.
     rotary_cos, rotary_sin : tensor, shape (positions, rotary_dim / 2), optional
         Only with `k` and `v`: rotates the new keys by the angles of their positions in the cache,
-        and the queries from position ``cache_seqlens`` on: with `causal` or a window one after the
-        other, else all by that position's. The first ``rotary_dim`` channels turn.
+        and the queries from position ``cache_seqlens`` on: with `causal`, a window or a chunk one
+        after the other, else all by that position's. The first ``rotary_dim`` channels turn.
     cache_seqlens : int, or int32 or int64 tensor, shape (batch,), optional
         Rows in use; all of them if None.
     cache_batch_idx : int32 or int64 tensor, shape (batch,), optional

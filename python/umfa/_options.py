@@ -133,6 +133,7 @@ def make_options(
         and type(softcap) is float
         and (softmax_scale is None or type(softmax_scale) is float)
         and type(backend) is str
+        and type(attention_chunk) is int
         and attention_chunk == 0
         and max_seqlen_q is None
         and max_seqlen_k is None

@@ -143,6 +143,21 @@ bool elements_distinct(const TensorView& view) {
     return true;
 }
 
+/// Whether two views are slices of one tensor that lie between one another without touching, as key
+/// and value of a cache that holds both.
+bool interleaved(const TensorView& a, const TensorView& b) {
+    if (a.ndim != b.ndim || a.ndim >= TensorView::max_ndim || a.dtype != b.dtype) return false;
+    TensorView both = a;
+    for (int i = 0; i < a.ndim; ++i) {
+        if (a.strides[i] != b.strides[i]) return false;
+        both.shape[i] = std::max(a.shape[i], b.shape[i]);
+    }
+    both.shape[a.ndim] = 2;
+    both.strides[a.ndim] = (b.address() - a.address()) / (bits_of(a.dtype) / 8);
+    ++both.ndim;
+    return elements_distinct(both);
+}
+
 void check_writable(const Checker& check, const Problem& problem, const TensorView& view,
                     const TensorView& shape, const std::string& name) {
     bool same = view.ndim == shape.ndim;
@@ -235,8 +250,9 @@ Append checked_append(const Checker& check, const Problem& problem,
         check_overlap(check, cache, std::string(cache_name), request.query,
                       std::string(request.query_name));
     }
-    check_overlap(check, request.key, std::string(request.key_name), request.value,
-                  std::string(request.value_name));
+    if (!interleaved(request.key, request.value))
+        check_overlap(check, request.key, std::string(request.key_name), request.value,
+                      std::string(request.value_name));
     Append append{operand_of(k, Layout::bshd), operand_of(v, Layout::bshd), k.shape[1]};
     append.key.stride_batch = stride_at(k, 4);
     append.value.stride_batch = stride_at(v, 4);
@@ -251,15 +267,17 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
                     "both or neither");
     // New keys are rotated on their way into the cache, which holds the others rotated already.
     const bool keys = !request.new_key;
-    Rotary rotary{*request.rotary_cos,
-                  *request.rotary_sin,
-                  0,
-                  request.rotary_interleaved,
-                  keys || problem.causal || problem.visible.left >= 0 || problem.visible.right >= 0,
-                  keys};
-    int64_t positions = std::max(problem.seqlen_q, problem.seqlen_kv);
+    const bool advances = keys || problem.causal || problem.visible.left >= 0 ||
+                          problem.visible.right >= 0 || problem.visible.chunk > 0;
+    Rotary rotary{*request.rotary_cos,        *request.rotary_sin, 0,
+                  request.rotary_interleaved, advances,            keys};
+    const int64_t appended = problem.append ? problem.append->rows : 0;
+    const auto reach = [&](int64_t queries) {
+        return std::max(appended, advances ? queries : std::min<int64_t>(queries, 1));
+    };
+    int64_t positions = keys ? problem.seqlen_kv : 0;
     for (const SequenceRows& rows : problem.sequences.rows)
-        positions = std::max(positions, rows.position_q + rows.seqlen_q);
+        positions = std::max(positions, rows.position_q + reach(rows.seqlen_q));
     if (keys && problem.seqlen_q > problem.seqlen_kv)
         check.value("rotary angles need a position for each query",
                     std::to_string(problem.seqlen_q) + " queries of " +
@@ -281,6 +299,10 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
             check.value(std::string(name) + " has too few positions", std::to_string(view.shape[0]),
                         "at least " + std::to_string(positions));
         check_float_dtype(check, view, name);
+        if (view.dtype != rotary.cos.dtype)
+            check.type("dtype differs: rotary_cos has " + std::string(name_of(rotary.cos.dtype)) +
+                           ", " + name + " has " + name_of(view.dtype),
+                       name_of(view.dtype), name_of(rotary.cos.dtype));
         if (view.device != request.query.device || view.device_id != request.query.device_id)
             check.value(std::string(name) + " is on another device", device_text(view),
                         device_text(request.query));

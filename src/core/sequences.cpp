@@ -86,6 +86,48 @@ private:
     std::string_view function_;
 };
 
+/// Refuses sequences that would write the same row of the cache: which one comes last would be
+/// chance.
+void check_apart(const Reader& read, const Sequences& found, const SequenceTables& tables,
+                 const SequenceShapes& shapes) {
+    struct Span {
+        int64_t begin, end;  // (batch index or page, row) in one number
+        size_t sequence;
+    };
+    std::vector<Span> spans;
+    for (size_t b = 0; b < found.rows.size(); ++b) {
+        const SequenceRows& rows = found.rows[b];
+        int64_t first = rows.kv_row + rows.seqlen_kv - shapes.appended;
+        if (!tables.block_table) {
+            first += rows.kv_batch * shapes.kv_rows;
+            spans.push_back({first, first + shapes.appended, b});
+            continue;
+        }
+        for (const int64_t end = first + shapes.appended; first < end;) {
+            const int64_t page = first / shapes.kv_rows, row = first % shapes.kv_rows;
+            const int64_t count = std::min(end - first, shapes.kv_rows - row);
+            const int64_t at =
+                found.pages[b * static_cast<size_t>(found.pages_per_sequence) + size_t(page)] *
+                    shapes.kv_rows +
+                row;
+            spans.push_back({at, at + count, b});
+            first += count;
+        }
+    }
+    std::sort(spans.begin(), spans.end(), [](const Span& x, const Span& y) {
+        return x.begin != y.begin ? x.begin < y.begin : x.sequence < y.sequence;
+    });
+    for (size_t i = 1; i < spans.size(); ++i)
+        if (spans[i].begin < spans[i - 1].end)
+            read.refuse("sequences " + std::to_string(spans[i - 1].sequence) + " and " +
+                            std::to_string(spans[i].sequence) + " would write the same row of " +
+                            std::string(tables.key_name),
+                        "row " + std::to_string(spans[i].begin % shapes.kv_rows) + " of " +
+                            (tables.block_table ? "page " : "index ") +
+                            std::to_string(spans[i].begin / shapes.kv_rows),
+                        "a place of its own for each new row");
+}
+
 }  // namespace
 
 Sequences read_sequences(std::string_view function, const SequenceTables& tables,
@@ -118,8 +160,8 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
         if (tables.cache_batch_idx)
             read.refuse("cache_batch_idx and block_table exclude each other", "both",
                         "one of them: a block table already says where a sequence lies");
-        found.pages_per_sequence = tables.block_table->shape[1];
-        paged_rows = found.pages_per_sequence * shapes.kv_rows;
+        if (__builtin_mul_overflow(tables.block_table->shape[1], shapes.kv_rows, &paged_rows))
+            paged_rows = INT64_MAX;
     }
     const auto k_rows = [&](int64_t b) {
         const size_t i = static_cast<size_t>(b);
@@ -179,13 +221,22 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
             read.refuse(std::string(tables.key_name) + " has pages without rows",
                         "page size " + std::to_string(shapes.kv_rows), "at least 1");
         // What lies past a sequence's last page is never read, and may hold anything.
+        const auto pages_of = [&](const SequenceRows& rows) {
+            return rows.seqlen_kv / shapes.kv_rows + (rows.seqlen_kv % shapes.kv_rows != 0);
+        };
+        for (const SequenceRows& rows : found.rows) {
+            if (rows.seqlen_kv > INT32_MAX)
+                read.refuse("a sequence of " + std::string(tables.key_name) + " is too long",
+                            std::to_string(rows.seqlen_kv), "at most " + std::to_string(INT32_MAX));
+            found.pages_per_sequence = std::max(found.pages_per_sequence, pages_of(rows));
+        }
         found.pages.resize(static_cast<size_t>(batch * found.pages_per_sequence));
         for (int64_t b = 0; b < batch; ++b) {
             const int64_t rows = found.rows[static_cast<size_t>(b)].seqlen_kv;
-            const int64_t used = (rows + shapes.kv_rows - 1) / shapes.kv_rows;
-            if (used > found.pages_per_sequence)
+            const int64_t used = pages_of(found.rows[static_cast<size_t>(b)]);
+            if (used > tables.block_table->shape[1])
                 read.refuse("block_table has too few pages for sequence " + std::to_string(b),
-                            std::to_string(found.pages_per_sequence) + " pages of " +
+                            std::to_string(tables.block_table->shape[1]) + " pages of " +
                                 std::to_string(shapes.kv_rows) + " rows",
                             "pages for " + std::to_string(rows) + " rows");
             for (int64_t p = 0; p < used; ++p) {
@@ -200,6 +251,8 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
             }
         }
     }
+
+    if (shapes.appended > 0) check_apart(read, found, tables, shapes);
 
     const auto promise = [&](const std::optional<int64_t>& most, const char* side, auto&& length) {
         if (!most) return;

@@ -29,7 +29,8 @@ template <class Array>
 Imported<Array> import(nb::handle object, const std::string& function, const std::string& name) {
     Imported<Array> imported;
     if (!nb::try_cast<Array>(object, imported.array, false))
-        fail(ErrorKind::type, function, name + " is not a readable DLPack tensor",
+        fail(ErrorKind::type, function,
+             name + " is not a " + (Array::ReadOnly ? "readable" : "writable") + " DLPack tensor",
              PyCapsule_CheckExact(object.ptr()) ? "a DLPack capsule with an impossible tensor"
                                                 : nb::type_name(object.type()).c_str(),
              "a tensor of torch, numpy, jax, mlx or any DLPack library");
@@ -102,7 +103,10 @@ inline void read_others(const Options& options, const nb::dict& others, Inputs& 
         bool known = false;
         for (Place& place : places) {
             if (place.name != name) continue;
-            const std::string shown = name == "new_key" ? "k" : name == "new_value" ? "v" : name;
+            const std::string shown = name == "new_key"     ? "k"
+                                      : name == "new_value" ? "v"
+                                      : name == "seqused_k" ? options.lengths_name
+                                                            : name;
             inputs.others.push_back(import<nb::ndarray<nb::ro>>(tensor, options.function, shown));
             place.view = inputs.others.back().view;
             known = true;
@@ -125,11 +129,19 @@ inline AttentionRequest make_request(const Options& options, nb::handle query, n
     request.key_name = key_name;
     request.value_name = value_name;
     inputs.query = import<nb::ndarray<nb::ro>>(query, options.function, query_name);
-    inputs.key = import<nb::ndarray<nb::ro>>(key, options.function, key_name);
-    inputs.value = import<nb::ndarray<nb::ro>>(value, options.function, value_name);
     request.query = inputs.query.view;
-    request.key = inputs.key.view;
-    request.value = inputs.value.view;
+    if (!others.is_none()) read_others(options, nb::cast<nb::dict>(others), inputs, request);
+    if (request.new_key || request.new_value) {  // they are written to; a capsule opens only once
+        inputs.key_cache = import<nb::ndarray<>>(key, options.function, key_name);
+        inputs.value_cache = import<nb::ndarray<>>(value, options.function, value_name);
+        request.key = inputs.key_cache.view;
+        request.value = inputs.value_cache.view;
+    } else {
+        inputs.key = import<nb::ndarray<nb::ro>>(key, options.function, key_name);
+        inputs.value = import<nb::ndarray<nb::ro>>(value, options.function, value_name);
+        request.key = inputs.key.view;
+        request.value = inputs.value.view;
+    }
     if (!alibi_slopes.is_none()) {
         inputs.alibi_slopes =
             import<nb::ndarray<nb::ro>>(alibi_slopes, options.function, "alibi_slopes");
@@ -138,11 +150,6 @@ inline AttentionRequest make_request(const Options& options, nb::handle query, n
     if (!attn_mask.is_none()) {
         inputs.attn_mask = import<nb::ndarray<nb::ro>>(attn_mask, options.function, "attn_mask");
         request.attn_mask = inputs.attn_mask.view;
-    }
-    if (!others.is_none()) read_others(options, nb::cast<nb::dict>(others), inputs, request);
-    if (request.new_key || request.new_value) {  // must be writable
-        inputs.key_cache = import<nb::ndarray<>>(key, options.function, key_name);
-        inputs.value_cache = import<nb::ndarray<>>(value, options.function, value_name);
     }
     request.layout = options.layout;
     request.broadcasts = options.broadcasts;

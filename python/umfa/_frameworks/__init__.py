@@ -33,8 +33,9 @@ class Framework(Protocol):
     def finish(self, handle: Any) -> Any:
         """The caller's tensor, once the memory has been written."""
 
-    def to_host(self, tensor: Any) -> Any:
-        """A DLPack object with the same numbers in the CPU's memory; for small tables."""
+    def to_host(self, tensor: Any, function: str, argument: str) -> Any:
+        """A DLPack object with the same numbers in the CPU's memory, for small tables; raises if
+        the tensor has no numbers now."""
 
     def check_writable(self, tensor: Any, function: str, argument: str) -> None:
         """Raises unless the tensor's memory may be written in place."""

@@ -54,8 +54,8 @@ def finish(handle: Any) -> Any:
 call = None
 
 
-def to_host(tensor: Any) -> Any:
-    return np.asarray(tensor)
+def to_host(tensor: Any, function: str, argument: str) -> Any:
+    return np.asarray(export(tensor, function, argument))
 
 
 def check_writable(tensor: Any, function: str, argument: str) -> None:

@@ -20,7 +20,7 @@ def _on_gpu(tensor: Any, backend: str) -> bool:
     return any(name == "metal" and available for name, available, *_ in _ext.backends())
 
 
-def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
+def _evaluate(tensor: Any, function: str, argument: str) -> None:
     try:
         mx.eval(tensor)
     except (RuntimeError, ValueError) as error:
@@ -34,6 +34,10 @@ def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> 
                 "an array with a value; call it outside the transform",
             )
         ) from None
+
+
+def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
+    _evaluate(tensor, function, argument)
     # eval() has waited: umfa's own queue may read. On a Mac, mlx offers its unified memory as
     # Metal; the CPU view is asked for by name.
     return tensor.__dlpack__() if _on_gpu(tensor, backend) else tensor.__dlpack__(dl_device=(1, 0))
@@ -70,7 +74,8 @@ def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
     return guarded(*tensors)
 
 
-def to_host(tensor: Any) -> Any:
+def to_host(tensor: Any, function: str, argument: str) -> Any:
+    _evaluate(tensor, function, argument)
     return np.array(tensor)
 
 

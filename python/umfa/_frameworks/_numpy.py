@@ -24,15 +24,7 @@ def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> 
     expected = {"alibi_slopes": "float32", "attn_mask": f"bool, {_EXPECTED}"}.get(
         argument, _EXPECTED
     )
-    if isinstance(tensor, np.ma.MaskedArray):
-        raise TypeError(
-            message(
-                function,
-                f"{argument} is a masked array, whose mask would be ignored",
-                "numpy.ma.MaskedArray",
-                "a plain array",
-            )
-        )
+    _check_not_masked(tensor, function, argument)
     if not dtype.isnative:
         raise TypeError(
             message(function, f"{argument} is not in native byte order", dtype.str, expected)
@@ -62,6 +54,18 @@ def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> 
     return tensor
 
 
+def _check_not_masked(tensor: Any, function: str, argument: str) -> None:
+    if isinstance(tensor, np.ma.MaskedArray):
+        raise TypeError(
+            message(
+                function,
+                f"{argument} is a masked array, whose mask would be ignored",
+                "numpy.ma.MaskedArray",
+                "a plain array",
+            )
+        )
+
+
 def allocate(
     like: Any, shape: tuple[int, ...], dtype: str, backend: str = "auto"
 ) -> tuple[Any, Any]:
@@ -79,7 +83,8 @@ def finish(handle: Any) -> Any:
 call = None
 
 
-def to_host(tensor: Any) -> Any:
+def to_host(tensor: Any, function: str, argument: str) -> Any:
+    _check_not_masked(tensor, function, argument)
     return tensor if tensor.flags.c_contiguous else np.ascontiguousarray(tensor)
 
 

@@ -100,7 +100,8 @@ def finish(handle: Any) -> Any:
 call = None
 
 
-def to_host(tensor: Any) -> Any:
+def to_host(tensor: Any, function: str, argument: str) -> Any:
+    _check_plain(tensor, function, argument)
     return tensor.detach().cpu()
 
 

@@ -63,7 +63,9 @@ inline void store_lse(const ForwardArgs& args, const Scoring& scoring, int64_t b
                  head * args.lse.stride_head + (sequence.query_row + row) * args.lse.stride_row;
     const double unit = scoring.plain ? double{scoring.scale} + scoring.scale_low : 1.0;
     const double empty = args.sinks ? args.sinks[head] * ln_2 : -__builtin_inf();
-    *lse = static_cast<float>(sum == 0 ? empty : (maximum * unit + __builtin_log2(sum)) * ln_2);
+    // A sink that float cannot hold beside the keys is all there is.
+    const bool sink_only = sum == 0 || (args.sinks && sum > 3e38f);
+    *lse = static_cast<float>(sink_only ? empty : (maximum * unit + __builtin_log2(sum)) * ln_2);
 }
 
 /// Scores of MR keys from `first` on: scaled, capped, biased, masked as asked; stored, and their
