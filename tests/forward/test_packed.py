@@ -94,8 +94,11 @@ def test_signatures_are_those_of_flash_attn(function: Any, tensors: list[str]) -
     """Libraries look at the names and pass some arguments by position: both are the interface."""
     assert inspect.isfunction(function), "transformers introspects real Python functions only"
     parameters = dict(inspect.signature(function).parameters)
-    # umfa's own option comes by keyword only, and so never in the way.
-    assert parameters.pop("backend").kind is inspect.Parameter.KEYWORD_ONLY
+    # umfa's own option, and later versions', come by keyword only, and so never in the way.
+    for name in ("backend", "attention_chunk", "learnable_sink"):
+        own = parameters.pop(name, None)
+        assert own is None or own.kind is inspect.Parameter.KEYWORD_ONLY
+        assert own is not None or name != "backend"
     assert list(parameters) == [*tensors, *TAIL]
     for name, parameter in parameters.items():
         assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
