@@ -84,6 +84,7 @@ _HOST_BY_DEFAULT = {
     "test_a20_bhsd_memory_seen_as_bshd",
     "test_a21_slices_of_packed_qkv",
     "test_alibi",
+    "test_metal_names_what_it_lacks",
     "test_negative_strides",
     "test_no_keys",
     "test_no_queries",

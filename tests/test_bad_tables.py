@@ -7,6 +7,7 @@ give the same reason; and no input, the caches above all, may have changed by a 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -483,13 +484,14 @@ def test_cu_seqlens_missing() -> None:
         assert_refused(VARLEN, arguments, numpy, TypeError, f"{name} is missing", "None")
 
 
-def test_tables_that_are_traced() -> None:
-    jax = pytest.importorskip("jax")
-    q, k, v, cu_q, cu_k, *_ = (
-        Bad("varlen", {}, ValueError, "", "").arguments(frameworks.load("jax")).values()
-    )
-    with pytest.raises(umfa.UnsupportedError, match=r"cu_seqlens_q is being traced"):
-        jax.jit(lambda c: umfa.flash_attn_varlen_func(q, k, v, c, cu_k, 12, 15))(cu_q)
+@pytest.mark.parametrize("framework", ["jax", "mlx"], indirect=True)
+def test_tables_that_are_traced(framework: Framework) -> None:
+    arguments = Bad("varlen", {}, ValueError, "", "").arguments(framework)
+    table = arguments.pop("cu_seqlens_q")
+    module, trace = {"jax": ("jax", "jit"), "mlx": ("mlx.core", "compile")}[framework.name]
+    traced = getattr(importlib.import_module(module), trace)
+    with pytest.raises(umfa.UnsupportedError, match="cu_seqlens_q is being traced"):
+        traced(lambda x: umfa.flash_attn_varlen_func(cu_seqlens_q=x, **arguments))(table)
 
 
 def test_expanded_tables_of_any_length() -> None:
@@ -509,3 +511,21 @@ def test_expanded_tables_of_any_length() -> None:
     endless = {k: x for k, x in (plain | refused).items() if not k.startswith("rotary")}
     with pytest.raises(ValueError, match=rf"is too long; got {2**31 + 4}; expected at most"):
         umfa.flash_attn_with_kvcache(**endless)
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("metal", marks=[pytest.mark.metal, pytest.mark.gpu])], indirect=True
+)
+@pytest.mark.parametrize("good", GOOD)
+def test_metal_names_what_it_lacks(good: str, backend: str) -> None:
+    numpy = frameworks.load("numpy")
+    arguments = Bad(good, {}, ValueError, "", "").arguments(numpy)
+    function = getattr(umfa, GOOD[good][0])
+    assert umfa.can_run(function, **arguments) == (True, "")  # the CPU does it
+    before = contents(arguments, numpy)
+    reason = "metal: a table of sequences (cu_seqlens, cache_seqlens) is not implemented"
+    assert umfa.can_run(function, **arguments, backend=backend) == (False, reason)
+    with pytest.raises(umfa.UnsupportedError) as caught:
+        function(**arguments, backend=backend)
+    assert reason in str(caught.value)
+    assert contents(arguments, numpy) == before

@@ -332,7 +332,7 @@ const char* name_of(Feature feature) {
         case Feature::sinks: return "learnable_sink";
         case Feature::block_mask: return "block_mask";
         case Feature::score_program: return "score_mod";
-        case Feature::varlen: return "cu_seqlens";
+        case Feature::varlen: return "a table of sequences (cu_seqlens, cache_seqlens)";
         case Feature::paged_kv: return "block_table";
         case Feature::dropout: return "dropout_p";
         case Feature::quantised: return "quantised operands";

@@ -299,6 +299,7 @@ def check(first: str, second: str, seed: int) -> None:
         raise AssertionError(f"check({first!r}, {second!r}, {seed}): {problem}") from error
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_pairs(pair: tuple[str, str]) -> None:
     for seed in range(3):

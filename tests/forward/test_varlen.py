@@ -369,6 +369,19 @@ def test_tables_may_be_strided_torch_views() -> None:
     assert torch.equal(found, expected)
 
 
+def test_threads_change_no_bit(numpy: Framework) -> None:
+    lengths_q, lengths_k = [1, 300, 2, 0, 70], [5000, 400, 900, 3, 130]
+    tensors = packed(lengths_q, lengths_k, "float16", heads_k=2)
+    tables = offsets(lengths_q), offsets(lengths_k)
+    found = []
+    for threads in (1, 2, 5):
+        umfa.set_num_threads(threads)
+        found.append(attend(numpy, tensors, *tables, causal=True))
+    for out, lse in found[1:]:
+        assert_same_bits(numpy.bits(out), numpy.bits(found[0][0]))
+        assert_same_bits(numpy.bits(lse), numpy.bits(found[0][1]), "lse")
+
+
 def test_signature_is_that_of_flash_attn() -> None:
     tail = ["dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes"]
     tail += ["deterministic", "return_attn_probs"]
