@@ -10,7 +10,7 @@ namespace umfa::metal {
 /// Whether the problem has few enough queries, and a head_dim that the decode kernel holds.
 bool is_decode(const Problem& problem);
 
-/// Requires is_decode(problem), and out attached.
-LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu);
+/// Adds the launches to the plan. Requires is_decode(problem), and out attached.
+void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu);
 
 }  // namespace umfa::metal
