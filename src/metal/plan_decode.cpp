@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "metal/plan_parts.h"
-#include "metal/plan_sequences.h"
 #include "umfa/decode_shapes.h"
 #include "umfa/indices.h"
 
@@ -42,8 +41,9 @@ const Shape* shape_of(const Problem& problem, int64_t rows) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t rows_of(const Problem& problem) {
-    return problem.nheads_q / std::max<int64_t>(problem.nheads_kv, 1) * problem.seqlen_q;
+/// Rows of a key head.
+int64_t rows_of(const Problem& problem, int64_t seqlen_q) {
+    return problem.nheads_q / std::max<int64_t>(problem.nheads_kv, 1) * seqlen_q;
 }
 
 /// Keys that any query of a sequence sees.
@@ -61,35 +61,40 @@ Range keys_of(const Problem& problem, int64_t b) {
 }
 
 /// One threadgroup of each key head for each block of rows and piece of the keys of each sequence.
-std::vector<SequenceTask> decode_tasks(const std::vector<SequenceParams>& sequences, int64_t group,
-                                       int block) {
+std::vector<SequenceTask> decode_tasks(const std::vector<SequenceParams>& sequences,
+                                       const Chosen& chosen, int64_t group, int64_t block) {
     std::vector<SequenceTask> tasks;
-    for (size_t b = 0; b < sequences.size(); ++b)
-        for (int64_t row = 0; row < group * sequences[b].seqlen_q; row += block)
-            for (int32_t split = 0; split < sequences[b].splits; ++split)
+    for (const int64_t b : chosen) {
+        const SequenceParams& own = sequences[static_cast<size_t>(b)];
+        for (int64_t row = 0; row < group * own.seqlen_q; row += block)
+            for (int32_t split = 0; split < own.splits; ++split)
                 tasks.push_back({static_cast<int32_t>(b), static_cast<int32_t>(row), split, 0});
+    }
     return tasks;
 }
 
 /// One threadgroup of each head for each query.
-std::vector<SequenceTask> merge_tasks(const std::vector<SequenceParams>& sequences) {
+std::vector<SequenceTask> merge_tasks(const std::vector<SequenceParams>& sequences,
+                                      const Chosen& chosen) {
     std::vector<SequenceTask> tasks;
-    for (size_t b = 0; b < sequences.size(); ++b)
-        for (int32_t row = 0; row < sequences[b].seqlen_q; ++row)
+    for (const int64_t b : chosen)
+        for (int32_t row = 0; row < sequences[static_cast<size_t>(b)].seqlen_q; ++row)
             tasks.push_back({static_cast<int32_t>(b), row, 0, 0});
     return tasks;
 }
 
 }  // namespace
 
-bool is_decode(const Problem& problem) {
-    return problem.seqlen_q <= max_queries && shape_of(problem, rows_of(problem));
+bool is_decode(const Problem& problem, int64_t seqlen_q) {
+    return seqlen_q <= max_queries && shape_of(problem, rows_of(problem, seqlen_q));
 }
 
-void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu) {
+void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
+                 const Chosen& chosen, uint32_t pages) {
     const ElementType type = element_type(problem.query.view.dtype, gpu);
-    const int64_t rows = rows_of(problem);
-    const Shape& usual = *shape_of(problem, rows);
+    int64_t seqlen_q = 0;  // the longest
+    for (const int64_t b : chosen) seqlen_q = std::max(seqlen_q, problem.sequence(b).seqlen_q);
+    const Shape& usual = *shape_of(problem, rows_of(problem, seqlen_q));
     Shape shape = usual;
     shape.simdgroups = fitting_simdgroups(shape.simdgroups, 2, gpu);
     const int64_t group = problem.nheads_q / problem.nheads_kv, block = 8 * shape.qf;
@@ -97,7 +102,7 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
     // The keys that any query sees, in pieces of whole rounds of the simdgroups: as many as fill the
     // GPU, equal also where sequences are not.
     int64_t keys = 0, work = 0;  // of the longest sequence; of all, in keys of a threadgroup
-    for (int64_t b = 0; b < problem.batch; ++b) {
+    for (const int64_t b : chosen) {
         const int64_t own = keys_of(problem, b).size();
         keys = std::max(keys, own);
         work += own * problem.nheads_kv * ceil_div(group * problem.sequence(b).seqlen_q, block);
@@ -113,11 +118,11 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
 
     std::vector<SequenceParams> sequences;
     uint64_t partial_rows =
-        static_cast<uint64_t>(problem.batch * problem.nheads_q * problem.seqlen_q * splits);
+        static_cast<uint64_t>(problem.batch * problem.nheads_q * seqlen_q * splits);
     if (problem.sequences.given) {
         sequences = sequence_params(problem);
         int64_t part = 0;
-        for (int64_t b = 0; b < problem.batch; ++b) {
+        for (const int64_t b : chosen) {
             SequenceParams& own = sequences[static_cast<size_t>(b)];
             own.splits = static_cast<int32_t>(
                 std::max<int64_t>(1, ceil_div(keys_of(problem, b).size(), keys_per_split)));
@@ -149,18 +154,16 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
     bind_inputs(decode, problem);
     bind_outputs(decode, problem);
     set_params(decode, UMFA_BUFFER_PARAMS, params);
-    decode.grid = {
-        static_cast<uint32_t>(splits),
-        static_cast<uint32_t>(problem.nheads_kv * ceil_div(group * problem.seqlen_q, block)),
-        static_cast<uint32_t>(problem.batch)};
+    decode.grid = {static_cast<uint32_t>(splits),
+                   static_cast<uint32_t>(problem.nheads_kv * ceil_div(group * seqlen_q, block)),
+                   static_cast<uint32_t>(problem.batch)};
     uint32_t places = 0;
     if (problem.sequences.given) {
-        const std::vector<SequenceTask> tasks =
-            decode_tasks(sequences, group, static_cast<int>(block));
+        const std::vector<SequenceTask> tasks = decode_tasks(sequences, chosen, group, block);
         places = add_data(plan, sequences);
         bind_data(decode, UMFA_BUFFER_SEQUENCES, places);
         bind_data(decode, UMFA_BUFFER_TASKS, add_data(plan, tasks));
-        bind_pages(decode, problem, add_pages(plan, problem));
+        bind_pages(decode, problem, pages);
         decode.grid = {static_cast<uint32_t>(tasks.size()),
                        static_cast<uint32_t>(problem.nheads_kv), 1};
     }
@@ -213,7 +216,7 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
     merge.grid = {static_cast<uint32_t>(problem.seqlen_q), static_cast<uint32_t>(problem.nheads_q),
                   static_cast<uint32_t>(problem.batch)};
     if (problem.sequences.given) {
-        const std::vector<SequenceTask> tasks = merge_tasks(sequences);
+        const std::vector<SequenceTask> tasks = merge_tasks(sequences, chosen);
         bind_data(merge, UMFA_BUFFER_SEQUENCES, places);
         bind_data(merge, UMFA_BUFFER_TASKS, add_data(plan, tasks));
         merge.grid = {static_cast<uint32_t>(tasks.size()), static_cast<uint32_t>(problem.nheads_q),

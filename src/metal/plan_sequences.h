@@ -6,10 +6,13 @@
 
 namespace umfa::metal {
 
+/// Indices of the batch that one launch is about.
+using Chosen = std::vector<int64_t>;
+
 /// Where every sequence lies. Without the fields of split-KV.
 std::vector<SequenceParams> sequence_params(const Problem& problem);
 
-/// Adds the table of pages to the plan's data, where there is one; its piece is for bind_pages.
+/// Adds the table of pages to the plan's data, where there is one; the piece is for bind_pages.
 uint32_t add_pages(LaunchPlan& plan, const Problem& problem);
 void bind_pages(KernelLaunch& launch, const Problem& problem, uint32_t piece);
 

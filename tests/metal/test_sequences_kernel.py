@@ -127,13 +127,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "window_size": (30, 0), "softcap": 5.0,
     },
 }  # fmt: skip
-# Empty ones, queries without keys, more queries than keys, several tiles, one query.
-LENGTHS = ([10, 0, 70, 5, 40], [40, 20, 65, 0, 11])
+# Empty ones, queries without keys, more queries than keys, several tiles.
+LENGTHS = ([10, 0, 70, 15, 40], [40, 20, 65, 0, 11])
 FEW = ([1, 0, 3, 2, 8], [400, 20, 1, 0, 777])
+KINDS = pytest.mark.parametrize("lengths", [LENGTHS, FEW], ids=["tiles", "decode"])
 
 
 @pytest.mark.parametrize("machine", [None, "permuted lane map"])
-@pytest.mark.parametrize("lengths", [LENGTHS, FEW], ids=["tiles", "decode"])
+@KINDS
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_packed(options: dict[str, Any], lengths: Any, machine: str | None) -> None:
     if machine:
@@ -155,7 +156,7 @@ def test_acceptance(dtype: str, index_dtype: Any, causal: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(40, 24), (192, 128), (300, 300)])
-@pytest.mark.parametrize("lengths", [LENGTHS, FEW], ids=["tiles", "decode"])
+@KINDS
 def test_head_dims(lengths: Any, head_dim: int, head_dim_v: int, dtype: str) -> None:
     """Narrow loads, simdgroups that share channels, and one tile for K and V among them."""
     tensors = packed(*lengths, dtype, head_dim=head_dim, head_dim_v=head_dim_v)
@@ -163,7 +164,7 @@ def test_head_dims(lengths: Any, head_dim: int, head_dim_v: int, dtype: str) -> 
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("lengths", [LENGTHS, FEW], ids=["tiles", "decode"])
+@KINDS
 def test_any_schedule(lengths: Any, seed: int) -> None:
     emulated.settings.schedule_seed = seed
     tensors = packed(*lengths)
@@ -297,8 +298,21 @@ def test_packed_queries_over_pages() -> None:
 # ---- cost ----------------------------------------------------------------------------------------
 
 
+def test_few_queries_among_many_are_decoded() -> None:
+    emulated.settings.cores = 40
+    lengths_q, lengths_k = [1, 70, 8, 0, 9], [900, 70, 30, 10, 200]
+    tensors = packed(lengths_q, lengths_k)
+    check_packed(varlen(*tensors, causal=True), *tensors, causal=True)
+    tiles, decode, merge = emulated.last_plan["launches"]
+    assert tiles["kernel"].startswith("forward")
+    assert tiles["grid"] == (2 + 1, 4, 1)
+    assert decode["kernel"].startswith("decode")
+    assert decode["grid"][0] > 2
+    assert merge["grid"] == (1 + 8, 4, 1)
+
+
 def test_no_threadgroup_is_empty() -> None:
-    lengths_q, lengths_k = [1, 0, 65, 200, 64], [50, 9, 70, 200, 0]
+    lengths_q, lengths_k = [9, 0, 65, 200, 64], [50, 9, 70, 200, 0]
     varlen(*packed(lengths_q, lengths_k))
     (launch,) = emulated.last_plan["launches"]
     assert launch["grid"] == (sum(-(-n // 64) for n in lengths_q), 4, 1)
