@@ -19,6 +19,7 @@
 #include "umfa/operand.h"
 #include "umfa/params.h"
 #include "umfa/scores.h"
+#include "umfa/sequence.h"
 #include "umfa/softmax.h"
 #include "umfa/visible.h"
 
@@ -53,30 +54,22 @@ inline int value_channel(int d, int column) {
     return (nth / CHUNK * 4 + column / 2) * CHUNK + nth % CHUNK;
 }
 
-/// A lane's elements of one row, chunk by chunk.
+/// A lane's elements of one row of K or V, chunk by chunk; zeros past the last row and channel.
 template <int PER_LANE, int LANES, typename M, typename T>
 inline void load_chunks(thread M (&elements)[PER_LANE], device const T* rows,
-                        constant OperandStrides& strides, int row, int row_count, int lane,
-                        int columns) {
+                        constant OperandStrides& strides, thread const Pages& pages, int row,
+                        int row_count, int lane, int columns) {
     constexpr int CHUNK = chunk_of<T>(PER_LANE);
+    const bool there = row < row_count;
+    // Rows past the end are in no page.
+    device const T* at = has_pages && !there ? rows : key_row(rows, strides, pages, row);
 #pragma clang loop unroll(full)
     for (int i = 0; i < PER_LANE / CHUNK; ++i) {
         M chunk[CHUNK];
-        load_elements<CHUNK>(chunk, rows, strides, row, row_count, (i * LANES + lane) * CHUNK,
-                             columns);
+        load_elements<CHUNK>(chunk, at, strides, there, (i * LANES + lane) * CHUNK, columns);
 #pragma clang loop unroll(full)
         for (int e = 0; e < CHUNK; ++e) elements[i * CHUNK + e] = chunk[e];
     }
-}
-
-/// Takes in what another simdgroup, or another part of the keys, found of the same row.
-inline void merge(thread SoftmaxRow& row, float other_reference, float other_sum,
-                  thread float& mine, thread float& theirs) {
-    const float reference = max(row.reference, other_reference);
-    mine = row.reference <= lowest ? 0.0f : fast::exp2(row.reference - reference);
-    theirs = other_reference <= lowest ? 0.0f : fast::exp2(other_reference - reference);
-    row.reference = reference;
-    row.sum = row.sum * mine + other_sum * theirs;
 }
 
 template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
@@ -87,6 +80,12 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     device float* lse [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
     device const uchar* mask [[buffer(UMFA_BUFFER_MASK), function_constant(has_mask)]],
     device const float* slopes [[buffer(UMFA_BUFFER_SLOPES), function_constant(has_alibi)]],
+    device const uchar* sinks [[buffer(UMFA_BUFFER_SINKS), function_constant(has_sinks)]],
+    device const SequenceParams* sequences
+    [[buffer(UMFA_BUFFER_SEQUENCES), function_constant(has_sequences)]],
+    device const SequenceTask* tasks
+    [[buffer(UMFA_BUFFER_TASKS), function_constant(has_sequences)]],
+    device const int* page_table [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
     constant DecodeParams& decode_params [[buffer(UMFA_BUFFER_PARAMS)]],
     device float* partial_out [[buffer(UMFA_BUFFER_PARTIAL_OUT), function_constant(is_split)]],
     device float2* partial_state [[buffer(UMFA_BUFFER_PARTIAL_STATE), function_constant(is_split)]],
@@ -101,13 +100,25 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 
     constant ForwardParams& params = decode_params.forward;
     const LaneMap at = lane_map(lane);
-    const int split = group.x, batch = group.z;
-    const int row_count = params.group * params.seqlen_q;  // of this key head
-    const int row_blocks = (row_count + 8 * QF - 1) / (8 * QF);
-    const int head_kv = group.y / row_blocks, first_row = group.y % row_blocks * (8 * QF);
+    int split = group.x, batch = group.z;
+    if (has_sequences) {
+        split = tasks[group.x].split;
+        batch = tasks[group.x].sequence;
+    }
+    const SequenceParams sequence = sequence_at(params, sequences, batch);
+    const int seqlen_q = sequence.seqlen_q, row_count = params.group * seqlen_q;  // of a key head
+    int head_kv = group.y, first_row = 0;
+    if (has_sequences) {
+        first_row = tasks[group.x].first_row;
+    } else {
+        const int row_blocks = (row_count + 8 * QF - 1) / (8 * QF);
+        head_kv = group.y / row_blocks;
+        first_row = group.y % row_blocks * (8 * QF);
+    }
 
-    key += batch * params.key.batch + head_kv * params.key.head;
-    value += batch * params.value.batch + head_kv * params.value.head;
+    key = first_key(key, params.key, sequence, head_kv);
+    value = first_key(value, params.value, sequence, head_kv);
+    const Pages pages = pages_of(params, page_table, sequence);
 
     Fragment<M> q[QF][Q_STAYS ? DF : 1];
     Fragment<float> o[QF][DVF];
@@ -119,16 +130,19 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
         // Row n is query n % seqlen_q of the group's head n / seqlen_q. Those past the end repeat
         // the last one and are not stored.
         const int n = min(first_row + f * 8 + at.row, row_count - 1);
-        heads[f] = head_kv * params.group + n / params.seqlen_q;
+        heads[f] = head_kv * params.group + n / seqlen_q;
         start(softmax[f]);
-        rows[f] = score_row(params, slopes, batch, heads[f], n % params.seqlen_q);
-        device const T* of_head = query + batch * params.query.batch + heads[f] * params.query.head;
+        rows[f] =
+            score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.seqlen_kv - seqlen_q);
+        device const T* of_head = query + sequence.query_batch * params.query.batch +
+                                  sequence.query_row * params.query.row +
+                                  heads[f] * params.query.head;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {
             if (!Q_STAYS && d % SIMDGROUPS != int(simdgroup)) continue;
-            const M first = element<M>(of_head, params.query, rows[f].row, params.seqlen_q,
+            const M first = element<M>(of_head, params.query, rows[f].row, seqlen_q,
                                        key_channel<T, D>(d, at.column), params.head_dim);
-            const M second = element<M>(of_head, params.query, rows[f].row, params.seqlen_q,
+            const M second = element<M>(of_head, params.query, rows[f].row, seqlen_q,
                                         key_channel<T, D>(d, at.column + 1), params.head_dim);
             if (Q_STAYS)
                 set(q[f][Q_STAYS ? d : 0], first, second);
@@ -141,20 +155,26 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 
     if (!Q_STAYS) threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    const Visible<int> visible = {params.seqlen_kv, params.offset, params.left, params.right};
-    const int begin = decode_params.first_key + split * decode_params.keys_per_split;
-    const int end = min(begin + decode_params.keys_per_split, decode_params.last_key);
-    const int last_query = params.seqlen_q - 1;
+    const Visible<int> visible = visible_of(params, sequence);
+    const int last_query = seqlen_q - 1;
     const int all_begin = visible_begin(visible, last_query), all_end = visible_end(visible, 0);
+    int first = decode_params.first_key, last = decode_params.last_key;
+    if (has_sequences) {
+        first = visible_begin(visible, 0);
+        last = visible_end(visible, last_query);
+    }
+    const int begin = first + split * decode_params.keys_per_split;
+    const int end = min(begin + decode_params.keys_per_split, last);
     const float unit = scale_last ? params.score_scale : 1.0f;
 
     for (int k0 = begin + int(simdgroup) * 8; k0 < end; k0 += 8 * SIMDGROUPS) {
         // B(channel, key) of K takes two keys a lane, B(key, channel) of V one.
         M k0_row[DF], k1_row[DF], v_row[2 * DVF];
-        load_chunks<DF, 8>(k0_row, key, params.key, k0 + at.column, end, at.row, params.head_dim);
-        load_chunks<DF, 8>(k1_row, key, params.key, k0 + at.column + 1, end, at.row,
+        load_chunks<DF, 8>(k0_row, key, params.key, pages, k0 + at.column, end, at.row,
                            params.head_dim);
-        load_chunks<2 * DVF, 4>(v_row, value, params.value, k0 + at.row, end, at.column / 2,
+        load_chunks<DF, 8>(k1_row, key, params.key, pages, k0 + at.column + 1, end, at.row,
+                           params.head_dim);
+        load_chunks<2 * DVF, 4>(v_row, value, params.value, pages, k0 + at.row, end, at.column / 2,
                                 params.head_dim_v);
 
         Fragment<float> s[QF];
@@ -258,9 +278,10 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
         const int row = rows[f].row;
         if (is_split) {
             const int64_t heads_q = decode_params.heads;
-            const int64_t to =
-                ((batch * heads_q + heads[f]) * params.seqlen_q + row) * decode_params.splits +
-                split;
+            int64_t to = ((batch * heads_q + heads[f]) * seqlen_q + row) * decode_params.splits;
+            if (has_sequences)
+                to = sequence.part + int64_t(heads[f] * seqlen_q + row) * sequence.splits;
+            to += split;
 #pragma clang loop unroll(full)
             for (int d = 0; d < DVF; ++d) {
 #pragma clang loop unroll(full)
@@ -273,9 +294,9 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             if (at.column == 0) partial_state[to] = float2(softmax[f].reference, softmax[f].sum);
             continue;
         }
-        const float sum = softmax[f].sum, inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        device T* to =
-            out + batch * params.out.batch + heads[f] * params.out.head + row * params.out.row;
+        const float inverse = finish(softmax[f], sinks, heads[f] * params.sink);
+        device T* to = out + sequence.query_batch * params.out.batch + heads[f] * params.out.head +
+                       (sequence.query_row + row) * params.out.row;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DVF; ++d) {
 #pragma clang loop unroll(full)
@@ -287,45 +308,59 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             }
         }
         if (has_lse && at.column == 0)
-            lse[batch * params.lse.batch + heads[f] * params.lse.head + row * params.lse.row] =
-                log_sum_exp(softmax[f].reference, sum);
+            lse[sequence.query_batch * params.lse.batch + heads[f] * params.lse.head +
+                (sequence.query_row + row) * params.lse.row] =
+                log_sum_exp(softmax[f].reference, softmax[f].sum);
     }
 }
 
 /// One threadgroup merges one row: its simdgroups take every SIMDGROUPS-th split, its lanes the
 /// channels, and the parts are added in a fixed order.
 template <typename T, int SIMDGROUPS, int PER_LANE>
-[[kernel]] void decode_merge(device const float* partial_out [[buffer(UMFA_BUFFER_PARTIAL_OUT)]],
-                             device const float2* partial_state
-                             [[buffer(UMFA_BUFFER_PARTIAL_STATE)]],
-                             device T* out [[buffer(UMFA_BUFFER_OUT)]],
-                             device float* lse
-                             [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
-                             constant MergeParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
-                             uint3 group [[threadgroup_position_in_grid]],
-                             uint simdgroup [[simdgroup_index_in_threadgroup]],
-                             uint lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void decode_merge(
+    device const float* partial_out [[buffer(UMFA_BUFFER_PARTIAL_OUT)]],
+    device const float2* partial_state [[buffer(UMFA_BUFFER_PARTIAL_STATE)]],
+    device T* out [[buffer(UMFA_BUFFER_OUT)]],
+    device float* lse [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
+    device const uchar* sinks [[buffer(UMFA_BUFFER_SINKS), function_constant(has_sinks)]],
+    device const SequenceParams* sequences
+    [[buffer(UMFA_BUFFER_SEQUENCES), function_constant(has_sequences)]],
+    device const SequenceTask* tasks
+    [[buffer(UMFA_BUFFER_TASKS), function_constant(has_sequences)]],
+    constant MergeParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
+    uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
     threadgroup float parts[SIMDGROUPS * PER_LANE * 32];
     threadgroup float sums[SIMDGROUPS];
 
-    const int row = group.x, head = group.y, batch = group.z;
-    const int64_t from =
-        ((int64_t(batch) * params.heads + head) * params.seqlen_q + row) * params.splits;
+    const int head = group.y;
+    int splits = params.splits;
+    int64_t batch = group.z, row = group.x;
+    int64_t from = ((batch * params.heads + head) * params.seqlen_q + row) * splits;
+    if (has_sequences) {
+        const int index = tasks[group.x].sequence, query = tasks[group.x].first_row;
+        const SequenceParams sequence = sequences[index];
+        splits = sequence.splits;
+        from = sequence.part + int64_t(head * sequence.seqlen_q + query) * splits;
+        batch = sequence.query_batch;
+        row = sequence.query_row + query;
+    }
     partial_out += from * params.head_dim_v;
     partial_state += from;
 
     // The common reference first, so that the parts can be read side by side, none waiting for
     // another.
-    float reference = lowest;
-    for (int split = lane; split < params.splits; split += 32)
-        reference = max(reference, partial_state[split].x);
-    reference = simd_max(reference);
+    SoftmaxRow softmax;
+    start(softmax);
+    for (int split = lane; split < splits; split += 32)
+        softmax.reference = max(softmax.reference, partial_state[split].x);
+    softmax.reference = simd_max(softmax.reference);
 
     float o[PER_LANE] = {}, sum = 0.0f;
 #pragma clang loop unroll_count(4)
-    for (int split = simdgroup; split < params.splits; split += SIMDGROUPS) {
+    for (int split = simdgroup; split < splits; split += SIMDGROUPS) {
         const float2 state = partial_state[split];
-        const float factor = state.x <= lowest ? 0.0f : fast::exp2(state.x - reference);
+        const float factor = state.x <= lowest ? 0.0f : fast::exp2(state.x - softmax.reference);
         sum += state.y * factor;
 #pragma clang loop unroll(full)
         for (int i = 0; i < PER_LANE; ++i) {
@@ -346,7 +381,8 @@ template <typename T, int SIMDGROUPS, int PER_LANE>
 #pragma clang loop unroll(full)
         for (int i = 0; i < PER_LANE; ++i) o[i] += parts[(other * PER_LANE + i) * 32 + lane];
     }
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    softmax.sum = sum;
+    const float inverse = finish(softmax, sinks, head * params.sink);
     device T* to = out + batch * params.out.batch + head * params.out.head + row * params.out.row;
 #pragma clang loop unroll(full)
     for (int i = 0; i < PER_LANE; ++i) {
@@ -355,7 +391,7 @@ template <typename T, int SIMDGROUPS, int PER_LANE>
     }
     if (has_lse && lane == 0)
         lse[batch * params.lse.batch + head * params.lse.head + row * params.lse.row] =
-            log_sum_exp(reference, sum);
+            log_sum_exp(softmax.reference, softmax.sum);
 }
 
 }  // namespace umfa

@@ -17,6 +17,7 @@
 #include "umfa/operand.h"
 #include "umfa/params.h"
 #include "umfa/scores.h"
+#include "umfa/sequence.h"
 #include "umfa/softmax.h"
 #include "umfa/tile.h"
 #include "umfa/visible.h"
@@ -55,6 +56,12 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     device float* lse [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
     device const uchar* mask [[buffer(UMFA_BUFFER_MASK), function_constant(has_mask)]],
     device const float* slopes [[buffer(UMFA_BUFFER_SLOPES), function_constant(has_alibi)]],
+    device const uchar* sinks [[buffer(UMFA_BUFFER_SINKS), function_constant(has_sinks)]],
+    device const SequenceParams* sequences
+    [[buffer(UMFA_BUFFER_SEQUENCES), function_constant(has_sequences)]],
+    device const SequenceTask* tasks
+    [[buffer(UMFA_BUFFER_TASKS), function_constant(has_sequences)]],
+    device const int* page_table [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
     constant ForwardParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -69,15 +76,24 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 
     const LaneMap at = lane_map(lane);
     const ushort thread_index = simdgroup * 32 + lane;
-    const int head = group.y, batch = group.z, head_kv = head / params.group;
-    const int seqlen_q = params.seqlen_q, seqlen_kv = params.seqlen_kv;
-    const int first_row = group.x * BQ, my_row = first_row + simdgroup / SPLIT * 8 * QF;
+    const int head = group.y, head_kv = head / params.group;
+    int batch = group.z, first_row = group.x * BQ;
+    if (has_sequences) {
+        batch = tasks[group.x].sequence;
+        first_row = tasks[group.x].first_row;
+    }
+    const SequenceParams sequence = sequence_at(params, sequences, batch);
+    const int seqlen_q = sequence.seqlen_q, seqlen_kv = sequence.seqlen_kv;
+    const int my_row = first_row + simdgroup / SPLIT * 8 * QF;
     const int part = simdgroup % SPLIT;
 
-    query += batch * params.query.batch + head * params.query.head;
-    key += batch * params.key.batch + head_kv * params.key.head;
-    value += batch * params.value.batch + head_kv * params.value.head;
-    out += batch * params.out.batch + head * params.out.head;
+    query += sequence.query_batch * params.query.batch + sequence.query_row * params.query.row +
+             head * params.query.head;
+    key = first_key(key, params.key, sequence, head_kv);
+    value = first_key(value, params.value, sequence, head_kv);
+    const Pages pages = pages_of(params, page_table, sequence);
+    out += sequence.query_batch * params.out.batch + sequence.query_row * params.out.row +
+           head * params.out.head;
 
     Fragment<M> q[QF][DF];
     Fragment<float> o[QF][DVF];
@@ -87,7 +103,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     for (int f = 0; f < QF; ++f) {
         const int row = my_row + f * 8 + at.row;
         start(softmax[f]);
-        rows[f] = score_row(params, slopes, batch, head, row);
+        rows[f] = score_row(params, slopes, batch, head, row, seqlen_kv - seqlen_q);
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {
             const int column = (part * DF + d) * 8 + at.column;
@@ -100,7 +116,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 
     // Visible ranges grow with the query: the first and last rows bound the threadgroup, and the
     // first and last of a simdgroup tell whether a tile is hidden, whole or mixed for it.
-    const Visible<int> visible = {seqlen_kv, params.offset, params.left, params.right};
+    const Visible<int> visible = visible_of(params, sequence);
     const int tiles_begin = visible_begin(visible, first_row) / BK * BK;
     const int tiles_end = visible_end(visible, min(first_row + BQ, seqlen_q) - 1);
     const int my_last = min(my_row + 8 * QF, seqlen_q) - 1;
@@ -110,11 +126,11 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 
     for (int k0 = tiles_begin; k0 < tiles_end; k0 += BK) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        stage<M, D, BK, THREADS>(k_tile, key + k0 * params.key.row, params.key, seqlen_kv - k0,
+        stage<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
                                  params.head_dim, thread_index);
         if (!ONE_TILE)
-            stage<M, DV, BK, THREADS>(v_tile, value + k0 * params.value.row, params.value,
-                                      seqlen_kv - k0, params.head_dim_v, thread_index);
+            stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
+                                      params.head_dim_v, thread_index);
         threadgroup_barrier(mem_flags::mem_threadgroup);
         const bool sees = my_row < seqlen_q && some_end > k0 && some_begin < k0 + BK;
         if (SPLIT == 1 && !sees) continue;  // no barrier below would wait for this simdgroup
@@ -141,8 +157,8 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         }
         if (SPLIT > 1) add_parts<SPLIT>(s, parts, simdgroup, lane);
         if (ONE_TILE) {
-            stage<M, DV, BK, THREADS>(v_tile, value + k0 * params.value.row, params.value,
-                                      seqlen_kv - k0, params.head_dim_v, thread_index);
+            stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
+                                      params.head_dim_v, thread_index);
             threadgroup_barrier(mem_flags::mem_threadgroup);
         }
         if (!sees) continue;
@@ -213,9 +229,9 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
         const int row = rows[f].row;
-        const float sum = total(softmax[f]);
+        softmax[f].sum = total(softmax[f]);
         if (row >= seqlen_q) continue;
-        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        const float inverse = finish(softmax[f], sinks, head * params.sink);
 #pragma clang loop unroll(full)
         for (int d = 0; d < DVF; ++d) {
 #pragma clang loop unroll(full)
@@ -227,8 +243,9 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             }
         }
         if (has_lse && part == 0 && at.column == 0)
-            lse[batch * params.lse.batch + head * params.lse.head + row * params.lse.row] =
-                log_sum_exp(softmax[f].reference, sum);
+            lse[sequence.query_batch * params.lse.batch + head * params.lse.head +
+                (sequence.query_row + row) * params.lse.row] =
+                log_sum_exp(softmax[f].reference, softmax[f].sum);
     }
 }
 

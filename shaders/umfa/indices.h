@@ -13,6 +13,10 @@
 #define UMFA_BUFFER_PARAMS 7
 #define UMFA_BUFFER_PARTIAL_OUT 8    // split-KV: what each split found
 #define UMFA_BUFFER_PARTIAL_STATE 9  // and its (reference, sum)
+#define UMFA_BUFFER_SINKS 10
+#define UMFA_BUFFER_SEQUENCES 11
+#define UMFA_BUFFER_TASKS 12
+#define UMFA_BUFFER_PAGES 13
 
 #define UMFA_CONSTANT_HAS_LSE 0
 #define UMFA_CONSTANT_MASK_KIND 1
@@ -23,8 +27,13 @@
 #define UMFA_CONSTANT_UNIT_CHANNELS 6
 #define UMFA_CONSTANT_WIDE_LOADS 7
 #define UMFA_CONSTANT_IS_SPLIT 8
+#define UMFA_CONSTANT_HAS_CHUNK 9
+#define UMFA_CONSTANT_HAS_SEQUENCES 10
+#define UMFA_CONSTANT_HAS_PAGES 11
+#define UMFA_CONSTANT_HAS_SINKS 12
+#define UMFA_CONSTANT_SINK_KIND 13
 
-// Values of mask_kind.
+// Values of mask_kind; those of floats of sink_kind too.
 #define UMFA_MASK_NONE 0
 #define UMFA_MASK_BOOL 1
 #define UMFA_MASK_F32 2

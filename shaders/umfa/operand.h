@@ -6,6 +6,7 @@
 
 #include "umfa/indices.h"
 #include "umfa/params.h"
+#include "umfa/sequence.h"
 
 constant bool unit_channels
     [[function_constant(UMFA_CONSTANT_UNIT_CHANNELS)]];  // every channel stride is 1
@@ -27,6 +28,15 @@ inline M element(device const T* rows, constant OperandStrides& strides, int row
                  int column, int columns) {
     return row < row_count && column < columns
                ? M(rows[row * strides.row + column * channel_stride(strides)])
+               : M(0);
+}
+
+/// The same of K and V, whose rows may lie in pages.
+template <typename M, typename T>
+inline M element(device const T* rows, constant OperandStrides& strides, thread const Pages& pages,
+                 int row, int row_count, int column, int columns) {
+    return row < row_count && column < columns
+               ? M(key_row(rows, strides, pages, row)[column * channel_stride(strides)])
                : M(0);
 }
 
@@ -85,23 +95,22 @@ struct Words<4> {
     }
 };
 
-/// N neighbours of one row, which take 4, 8 or 16 bytes; zeros past the last row and channel.
+/// N neighbours of the row that starts at `row`, which take 4, 8 or 16 bytes; zeros past the last
+/// channel, and where there is no row.
 template <int N, typename M, typename T>
-inline void load_elements(thread M (&elements)[N], device const T* rows,
-                          constant OperandStrides& strides, int row, int row_count, int column,
-                          int columns) {
+inline void load_elements(thread M (&elements)[N], device const T* row,
+                          constant OperandStrides& strides, bool there, int column, int columns) {
     if (wide_loads) {
         constexpr int PER_WORD = 4 / sizeof(T), WORDS = N / PER_WORD;
         uint words[WORDS] = {};
-        if (row < row_count && column < columns)
-            Words<WORDS>::load(words, rows + row * strides.row + column);
+        if (there && column < columns) Words<WORDS>::load(words, row + column);
 #pragma clang loop unroll(full)
         for (int i = 0; i < N; ++i)
             elements[i] = Unpack<M, T>::get(words[i / PER_WORD], i % PER_WORD != 0);
     } else {
 #pragma clang loop unroll(full)
         for (int i = 0; i < N; ++i)
-            elements[i] = element<M>(rows, strides, row, row_count, column + i, columns);
+            elements[i] = element<M>(row, strides, 0, int(there), column + i, columns);
     }
 }
 

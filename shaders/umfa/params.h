@@ -18,12 +18,43 @@ struct ForwardParams {
     OperandStrides lse;  // row: stride between queries; channel unused
     int64_t mask_batch, mask_head, mask_row, mask_column;  // 0 where the mask broadcasts
     int64_t slopes_batch, slopes_head;
-    int32_t seqlen_q, seqlen_kv;
+    int64_t sink;                  // stride between heads
+    int32_t chunk;                 // Visible<int>
+    int32_t page_size;             // rows of a page of keys
+    int32_t seqlen_q, seqlen_kv;   // of the longest sequences
     int32_t head_dim, head_dim_v;  // what the tensors have; the kernel's D may be larger
     int32_t group;                 // query heads per key head
     int32_t offset, left, right;   // Visible<int>
     float score_scale;             // log2(e) is in it, unless softcap is on
     float softcap;                 // softcap * log2(e)
+};
+
+/// Where one sequence of the batch lies, in rows of the tensors.
+struct SequenceParams {
+    int64_t query_batch, query_row;  // its first query
+    int64_t kv_batch, kv_row;        // its first key; unused with pages
+    int64_t pages;                   // its first page in the table
+    int64_t part;                    // split-KV: the first of its partial results
+    int32_t seqlen_q, seqlen_kv;
+    int32_t offset;  // Visible<int>
+    int32_t splits;  // split-KV
+};
+
+/// What one threadgroup does, for each head: sequences differ in length, and a grid over the longest
+/// would be mostly empty.
+struct SequenceTask {
+    int32_t sequence, first_row, split, reserved;
+};
+
+/// Rows of the results that belong to no sequence: no key, so 0 and a log-sum-exp of -inf.
+struct UnusedRows {
+    int64_t batch, row;
+    int32_t rows, reserved;
+};
+
+struct ClearParams {
+    OperandStrides out, lse;
+    int32_t head_dim_v, reserved;
 };
 
 /// Split-KV decode: the keys that any query sees, [first_key, last_key), in `splits` equal pieces.
@@ -38,6 +69,7 @@ struct DecodeParams {
 /// Merge of what the splits found. Rows are (batch, query head, query), as the partial results lie.
 struct MergeParams {
     OperandStrides out, lse;
+    int64_t sink;  // stride between heads
     int32_t heads, seqlen_q, head_dim_v;
     int32_t splits;
 };

@@ -17,6 +17,9 @@ constant bool has_softcap [[function_constant(UMFA_CONSTANT_HAS_SOFTCAP)]];
 // it costs nothing.
 constant bool scale_last [[function_constant(UMFA_CONSTANT_SCALE_LAST)]];
 
+constant bool has_sinks [[function_constant(UMFA_CONSTANT_HAS_SINKS)]];
+constant int sink_kind [[function_constant(UMFA_CONSTANT_SINK_KIND)]];
+
 namespace umfa {
 
 using namespace metal;
@@ -30,14 +33,17 @@ constant constexpr float ln_2 = 0.693147181f;
 /// What the scores of one row need.
 struct ScoreRow {
     int row;       // of the query
+    int diagonal;  // key at its position, when the last ones of both are aligned
     float slope;   // ALiBi, in units of log2
     int64_t mask;  // offset of the row in the mask, in elements
 };
 
+/// `batch` is the index of the sequence, which has seqlen_kv - seqlen_q more keys than queries.
 inline ScoreRow score_row(constant ForwardParams& params, device const float* slopes, int batch,
-                          int head, int row) {
+                          int head, int row, int more_keys) {
     ScoreRow found;
     found.row = row;
+    found.diagonal = row + more_keys;
     found.slope = 0.0f;
     found.mask = 0;
     if (has_alibi)
@@ -49,17 +55,30 @@ inline ScoreRow score_row(constant ForwardParams& params, device const float* sl
     return found;
 }
 
+/// One of the floats that masks and sinks may hold. `kind` is a function constant.
+inline float number_at(device const uchar* numbers, int kind, int64_t at) {
+    if (kind == UMFA_MASK_F32) return reinterpret_cast<device const float*>(numbers)[at];
+    if (kind == UMFA_MASK_F16) return float(reinterpret_cast<device const half*>(numbers)[at]);
+    if (kind == UMFA_MASK_BF16)
+        return as_type<float>(uint(reinterpret_cast<device const ushort*>(numbers)[at]) << 16);
+    return 0.0f;
+}
+
+/// x in units of log2, or `lowest` for -inf: told by its bits, since comparing with it may be folded
+/// away. Other values may be as low as the type goes, which times log2(e) would overflow.
+inline float to_log2(float x) {
+    return as_type<uint>(x) == 0xff800000u || x < lowest / 2 ? lowest : x * log2_e;
+}
+
 /// The additive mask at one place in units of log2, or `lowest` where the key must not be seen.
 inline float mask_at(device const uchar* mask, int64_t at) {
     if (mask_kind == UMFA_MASK_BOOL) return mask[at] != 0 ? 0.0f : lowest;
-    float bias = 0.0f;
-    if (mask_kind == UMFA_MASK_F32) bias = reinterpret_cast<device const float*>(mask)[at];
-    if (mask_kind == UMFA_MASK_F16) bias = float(reinterpret_cast<device const half*>(mask)[at]);
-    if (mask_kind == UMFA_MASK_BF16)
-        bias = as_type<float>(uint(reinterpret_cast<device const ushort*>(mask)[at]) << 16);
-    // -inf by its bits, since comparing with it may be folded away; other values may be as low as
-    // the type goes, which times log2(e) would overflow.
-    return as_type<uint>(bias) == 0xff800000u || bias < lowest / 2 ? lowest : bias * log2_e;
+    return to_log2(number_at(mask, mask_kind, at));
+}
+
+/// A head's sink: the logit of one more column of the softmax, which has no value. In units of log2.
+inline float sink_at(device const uchar* sinks, int64_t at) {
+    return min(to_log2(number_at(sinks, sink_kind, at)), -lowest);
 }
 
 /// x = q.k with all that depends on positions alone: with `scale_last` x itself, else in units of
@@ -68,8 +87,7 @@ inline float biased(float x, thread const ScoreRow& row, int column,
                     constant ForwardParams& params) {
     if (!scale_last) x *= params.score_scale;
     if (has_softcap) x = params.softcap * precise::tanh(x);
-    if (has_alibi)
-        x -= row.slope * abs(float(row.row + params.seqlen_kv - params.seqlen_q - column));
+    if (has_alibi) x -= row.slope * abs(float(row.diagonal - column));
     return x;
 }
 

@@ -54,6 +54,24 @@ inline float weight(float x, float unit, float base) { return fast::exp2(fma(x, 
 /// Sum over the row's lanes.
 inline float total(thread const SoftmaxRow& row) { return row_sum(row.sum); }
 
+/// Takes in what another simdgroup, or another part of the keys, found of the same row.
+inline void merge(thread SoftmaxRow& row, float other_reference, float other_sum,
+                  thread float& mine, thread float& theirs) {
+    const float reference = max(row.reference, other_reference);
+    mine = row.reference <= lowest ? 0.0f : fast::exp2(row.reference - reference);
+    theirs = other_reference <= lowest ? 0.0f : fast::exp2(other_reference - reference);
+    row.reference = reference;
+    row.sum = row.sum * mine + other_sum * theirs;
+}
+
+/// Factor on O of a row, whose sum is the total: the inverse of it. A sink is a part of the keys
+/// whose value is 0.
+inline float finish(thread SoftmaxRow& row, device const uchar* sinks, int64_t sink) {
+    float mine = 1.0f, theirs;
+    if (has_sinks) merge(row, sink_at(sinks, sink), 1.0f, mine, theirs);
+    return row.sum == 0.0f ? 0.0f : mine / row.sum;
+}
+
 /// Natural log-sum-exp of a row with this total.
 inline float log_sum_exp(float reference, float total) {
     return total == 0.0f ? as_type<float>(0xff800000u)  // -inf, as bits

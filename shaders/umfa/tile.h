@@ -36,10 +36,13 @@ struct Store<float, bfloat> {
     }
 };
 
-/// Copies ROWS rows of D channels into threadgroup memory, zeros past the last row and channel.
+/// Copies ROWS rows of D channels of K or V into threadgroup memory, from key `first` on; zeros past
+/// the last row and channel.
 template <typename M, int D, int ROWS, int THREADS, typename T>
-inline void stage(threadgroup M* tile, device const T* rows, constant OperandStrides& strides,
-                  int row_count, int columns, ushort thread_index) {
+inline void stage(threadgroup M* tile, device const T* keys, constant OperandStrides& strides,
+                  Pages pages, int first, int row_count, int columns, ushort thread_index) {
+    device const T* rows = has_pages ? keys : keys + first * strides.row;
+    pages.first = first;
     constexpr int ROW = tile_row<M>(D);
     if (wide_loads) {
         constexpr int N = 16 / sizeof(T), STEPS = (ROWS * D / N + THREADS - 1) / THREADS;
@@ -51,8 +54,8 @@ inline void stage(threadgroup M* tile, device const T* rows, constant OperandStr
                       column = i % (D / N) * N;
             words[step] = uint4(0u);
             if (row < ROWS && row < row_count && column < columns)
-                words[step] =
-                    *reinterpret_cast<device const uint4*>(rows + row * strides.row + column);
+                words[step] = *reinterpret_cast<device const uint4*>(
+                    key_row(rows, strides, pages, row) + column);
         }
 #pragma clang loop unroll(full)
         for (int step = 0; step < STEPS; ++step) {
@@ -63,7 +66,8 @@ inline void stage(threadgroup M* tile, device const T* rows, constant OperandStr
     } else {
         for (int i = thread_index; i < ROWS * D; i += THREADS) {
             const int row = i / D, column = i % D;
-            tile[row * ROW + column] = element<M>(rows, strides, row, row_count, column, columns);
+            tile[row * ROW + column] =
+                element<M>(rows, strides, pages, row, row_count, column, columns);
         }
     }
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace umfa {
 
@@ -63,8 +64,9 @@ inline float bfloat16_to_float(uint16_t bits) {
     return value;
 }
 inline float half_to_float(uint16_t bits) {
+    using limits = std::numeric_limits<float>;
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    float value = exponent == 31  ? (fraction ? NAN : INFINITY)
+    float value = exponent == 31  ? (fraction ? limits::quiet_NaN() : limits::infinity())
                   : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                                   : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
     return bits >> 15 ? -value : value;

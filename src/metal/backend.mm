@@ -16,10 +16,13 @@ namespace {
 constexpr double worthwhile_flop = 2e7;
 
 bool worthwhile(const Problem& problem) {
-    const double pairs =
-        static_cast<double>(problem.batch) * static_cast<double>(problem.nheads_q) *
-        static_cast<double>(problem.seqlen_q) * static_cast<double>(problem.seqlen_kv);
-    const double flop = 2.0 * pairs * static_cast<double>(problem.head_dim + problem.head_dim_v);
+    double pairs = 0;
+    for (int64_t b = 0; b < problem.batch; ++b) {
+        const SequenceRows rows = problem.sequence(b);
+        pairs += static_cast<double>(rows.seqlen_q) * static_cast<double>(rows.seqlen_kv);
+    }
+    const double flop = 2.0 * pairs * static_cast<double>(problem.nheads_q) *
+                        static_cast<double>(problem.head_dim + problem.head_dim_v);
     return (problem.causal ? flop / 2 : flop) >= worthwhile_flop;
 }
 

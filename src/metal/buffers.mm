@@ -58,6 +58,7 @@ Operands::Operands(const Problem& problem, const Gpu& gpu, Copies copies)
     if (problem.lse) add(Source::lse, problem.lse->view, true);
     if (problem.mask) add(Source::mask, problem.mask->given);
     if (problem.alibi) add(Source::alibi_slopes, problem.alibi->view);
+    if (problem.sinks) add(Source::sinks, problem.sinks->logits);
 
     std::vector<Operand*> in_host_memory;
     for (Operand& operand : operands_) {

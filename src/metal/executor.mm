@@ -1,5 +1,6 @@
 #import "metal/executor.h"
 
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -14,7 +15,7 @@ namespace umfa::metal {
 namespace {
 
 /// setBytes takes less than 4 KB.
-constexpr size_t max_params_bytes = 4096;
+constexpr size_t max_set_bytes = 4096;
 
 /// A plan, with a pipeline for each of its launches.
 struct Work {
@@ -33,7 +34,7 @@ Work prepare(Context& context, const Problem& problem) {
         for (const KernelLaunch& launch : work.plan.launches) {
             const Pipeline pipeline =
                 context.pipelines().get(context.gpu(), launch, problem.function);
-            if (launch.params.size() >= max_params_bytes)
+            if (launch.params.size() >= max_set_bytes)
                 fail(ErrorKind::internal, problem.function, "a kernel's parameters are too many",
                      std::to_string(launch.params.size()) + " bytes", "less than 4096");
             if (pipeline.threadgroup_bytes > gpu.max_threadgroup_bytes)
@@ -68,6 +69,24 @@ Leases take_scratch(Context& context, const Work& work, std::string_view caller)
     return leases;
 }
 
+/// Buffers of the plan's data; nil for those small enough for setBytes.
+std::vector<id<MTLBuffer>> upload(Context& context, const Work& work, std::string_view caller) {
+    std::vector<id<MTLBuffer>> buffers;
+    for (const std::vector<std::byte>& data : work.plan.data) {
+        id<MTLBuffer> buffer = nil;
+        if (data.size() >= max_set_bytes) {
+            buffer = [context.gpu().device newBufferWithLength:data.size()
+                                                       options:MTLResourceStorageModeShared];
+            if (!buffer)
+                fail(ErrorKind::memory, caller, "no memory for a table of sequences",
+                     std::to_string(data.size()) + " bytes", "a smaller problem");
+            std::memcpy(buffer.contents, data.data(), data.size());
+        }
+        buffers.push_back(buffer);
+    }
+    return buffers;
+}
+
 /// Ends the encoder also when an exception leaves: Metal aborts where one is still open.
 class Encoder {
 public:
@@ -88,8 +107,9 @@ private:
 
 MTLSize metal_size(const Size3& size) { return MTLSizeMake(size.x, size.y, size.z); }
 
-void encode(const Work& work, const Operands& operands, const Leases& scratch,
+void encode(Context& context, const Work& work, const Operands& operands, const Leases& scratch,
             id<MTLCommandBuffer> commands, std::string_view caller) {
+    const std::vector<id<MTLBuffer>> uploaded = upload(context, work, caller);
     const Encoder owner(commands, caller);
     id<MTLComputeCommandEncoder> encoder = owner.get();
     for (size_t i = 0; i < work.plan.launches.size(); ++i) {
@@ -98,10 +118,19 @@ void encode(const Work& work, const Operands& operands, const Leases& scratch,
         if (i > 0) [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
         [encoder setComputePipelineState:work.pipelines[i].state];
         for (const Binding& binding : launch.buffers) {
-            const Operands::Bound bound =
-                binding.source == Binding::Source::scratch
-                    ? Operands::Bound{scratch[binding.scratch].buffer(), binding.byte_offset}
-                    : operands.bound(binding);
+            Operands::Bound bound;
+            if (binding.source == Binding::Source::data) {
+                const std::vector<std::byte>& data = work.plan.data[binding.piece];
+                if (!uploaded[binding.piece]) {
+                    [encoder setBytes:data.data() length:data.size() atIndex:binding.index];
+                    continue;
+                }
+                bound = {uploaded[binding.piece], binding.byte_offset};
+            } else if (binding.source == Binding::Source::scratch) {
+                bound = {scratch[binding.piece].buffer(), binding.byte_offset};
+            } else {
+                bound = operands.bound(binding);
+            }
             [encoder setBuffer:bound.buffer offset:bound.offset atIndex:binding.index];
         }
         [encoder setBytes:launch.params.data()
@@ -128,7 +157,7 @@ void forward(const Problem& problem) {
     if (!commands)
         fail(ErrorKind::device, problem.function, "Metal made no command buffer", "nil",
              "a queue that takes work");
-    encode(work, operands, scratch, commands, problem.function);
+    encode(*context, work, operands, scratch, commands, problem.function);
     [commands commit];
     ++stats().command_buffers;
     [commands waitUntilCompleted];
@@ -157,7 +186,7 @@ void encode_forward(const Problem& problem, void* command_buffer) {
     const Operands operands(problem, context->gpu(), Operands::Copies::refused);
     // The command buffer retains the buffers it uses; scratch must not reach another call before.
     const auto scratch = std::make_shared<Leases>(take_scratch(*context, work, problem.function));
-    encode(work, operands, *scratch, commands, problem.function);
+    encode(*context, work, operands, *scratch, commands, problem.function);
     if (!scratch->empty())
         [commands addCompletedHandler:^(id<MTLCommandBuffer>) {
           scratch->clear();

@@ -21,12 +21,23 @@ struct Constant {
     int32_t value = 0;
 };
 
-/// A tensor of the Problem, or a piece of scratch, at a buffer index of the kernel.
+/// A tensor of the Problem, or a piece of scratch or data, at a buffer index of the kernel.
 struct Binding {
-    enum class Source : uint8_t { query, key, value, out, lse, mask, alibi_slopes, scratch };
+    enum class Source : uint8_t {
+        query,
+        key,
+        value,
+        out,
+        lse,
+        mask,
+        alibi_slopes,
+        sinks,
+        scratch,
+        data
+    };
     uint32_t index = 0;
     Source source = Source::query;
-    uint32_t scratch = 0;      // which piece, when source is scratch
+    uint32_t piece = 0;        // which one, of scratch or data
     uint64_t byte_offset = 0;  // from the start of the buffer
 };
 
@@ -48,6 +59,7 @@ struct KernelLaunch {
 struct LaunchPlan {
     std::vector<KernelLaunch> launches;
     std::vector<uint64_t> scratch_bytes;
+    std::vector<std::vector<std::byte>> data;  // what kernels only read: tables, lists of tasks
 };
 
 }  // namespace umfa::metal

@@ -41,30 +41,74 @@ const Shape* shape_of(const Problem& problem, int64_t rows) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t rows_of(const Problem& problem) {
-    return problem.nheads_q / std::max<int64_t>(problem.nheads_kv, 1) * problem.seqlen_q;
+/// Rows of a key head.
+int64_t rows_of(const Problem& problem, int64_t seqlen_q) {
+    return problem.nheads_q / std::max<int64_t>(problem.nheads_kv, 1) * seqlen_q;
+}
+
+/// Keys that any query of a sequence sees.
+struct Range {
+    int64_t first = 0, last = 0;
+    int64_t size() const { return last - first; }
+};
+
+Range keys_of(const Problem& problem, int64_t b) {
+    const SequenceRows rows = problem.sequence(b);
+    if (rows.seqlen_q == 0) return {};
+    const Visible<int64_t> visible = problem.visible_of(rows);
+    const int64_t first = visible_begin(visible, int64_t{0});
+    return {first, std::max(first, visible_end(visible, rows.seqlen_q - 1))};
+}
+
+/// One threadgroup of each key head for each block of rows and piece of the keys of each sequence.
+std::vector<SequenceTask> decode_tasks(const std::vector<SequenceParams>& sequences,
+                                       const Chosen& chosen, int64_t group, int64_t block) {
+    std::vector<SequenceTask> tasks;
+    for (const int64_t b : chosen) {
+        const SequenceParams& own = sequences[static_cast<size_t>(b)];
+        for (int64_t row = 0; row < group * own.seqlen_q; row += block)
+            for (int32_t split = 0; split < own.splits; ++split)
+                tasks.push_back({static_cast<int32_t>(b), static_cast<int32_t>(row), split, 0});
+    }
+    return tasks;
+}
+
+/// One threadgroup of each head for each query.
+std::vector<SequenceTask> merge_tasks(const std::vector<SequenceParams>& sequences,
+                                      const Chosen& chosen) {
+    std::vector<SequenceTask> tasks;
+    for (const int64_t b : chosen)
+        for (int32_t row = 0; row < sequences[static_cast<size_t>(b)].seqlen_q; ++row)
+            tasks.push_back({static_cast<int32_t>(b), row, 0, 0});
+    return tasks;
 }
 
 }  // namespace
 
-bool is_decode(const Problem& problem) {
-    return problem.seqlen_q <= max_queries && shape_of(problem, rows_of(problem));
+bool is_decode(const Problem& problem, int64_t seqlen_q) {
+    return seqlen_q <= max_queries && shape_of(problem, rows_of(problem, seqlen_q));
 }
 
-LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
+void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
+                 const Chosen& chosen, uint32_t pages) {
     const ElementType type = element_type(problem.query.view.dtype, gpu);
-    const int64_t rows = rows_of(problem);
-    const Shape& usual = *shape_of(problem, rows);
+    int64_t seqlen_q = 0;  // the longest
+    for (const int64_t b : chosen) seqlen_q = std::max(seqlen_q, problem.sequence(b).seqlen_q);
+    const Shape& usual = *shape_of(problem, rows_of(problem, seqlen_q));
     Shape shape = usual;
     shape.simdgroups = fitting_simdgroups(shape.simdgroups, 2, gpu);
-    const int64_t row_blocks = ceil_div(rows, 8 * shape.qf);
+    const int64_t group = problem.nheads_q / problem.nheads_kv, block = 8 * shape.qf;
 
-    // The keys that any query sees, in equal pieces of whole rounds of the simdgroups.
-    const int64_t first = visible_begin(problem.visible, int64_t{0});
-    const int64_t last = std::max(first, visible_end(problem.visible, problem.seqlen_q - 1)),
-                  keys = last - first;
-    const int64_t groups = problem.batch * problem.nheads_kv * row_blocks;
-    const int64_t wanted = std::max<int64_t>(gpu.cores * threadgroups_per_core / groups, 1);
+    // The keys that any query sees, in pieces of whole rounds of the simdgroups: as many as fill the
+    // GPU, equal also where sequences are not.
+    int64_t keys = 0, work = 0;  // of the longest sequence; of all, in keys of a threadgroup
+    for (const int64_t b : chosen) {
+        const int64_t own = keys_of(problem, b).size();
+        keys = std::max(keys, own);
+        work += own * problem.nheads_kv * ceil_div(group * problem.sequence(b).seqlen_q, block);
+    }
+    const int64_t wanted =
+        std::max<int64_t>(gpu.cores * threadgroups_per_core * keys / std::max<int64_t>(work, 1), 1);
     const int64_t round = 8 * shape.simdgroups;
     const int64_t keys_per_split = std::max(
         round,
@@ -72,15 +116,30 @@ LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
             round);
     const int64_t splits = std::max<int64_t>(1, ceil_div(keys, keys_per_split));
 
+    std::vector<SequenceParams> sequences;
+    uint64_t partial_rows =
+        static_cast<uint64_t>(problem.batch * problem.nheads_q * seqlen_q * splits);
+    if (problem.sequences.given) {
+        sequences = sequence_params(problem);
+        int64_t part = 0;
+        for (const int64_t b : chosen) {
+            SequenceParams& own = sequences[static_cast<size_t>(b)];
+            own.splits = static_cast<int32_t>(
+                std::max<int64_t>(1, ceil_div(keys_of(problem, b).size(), keys_per_split)));
+            own.part = part;
+            part += problem.nheads_q * own.seqlen_q * own.splits;
+        }
+        partial_rows = static_cast<uint64_t>(part);
+    }
+
     DecodeParams params{};
     params.forward = forward_params(problem);
-    params.first_key = static_cast<int32_t>(first);
-    params.last_key = static_cast<int32_t>(last);
+    params.first_key = static_cast<int32_t>(keys_of(problem, 0).first);  // where there is no list
+    params.last_key = static_cast<int32_t>(keys_of(problem, 0).last);
     params.keys_per_split = static_cast<int32_t>(keys_per_split);
     params.splits = static_cast<int32_t>(splits);
     params.heads = static_cast<int32_t>(problem.nheads_q);
 
-    LaunchPlan plan;
     KernelLaunch decode;
     decode.kernel = std::string("decode_") + type.name + "_d" + std::to_string(shape.d) + "_v" +
                     std::to_string(shape.dv) + "_q" + std::to_string(shape.qf) +
@@ -96,29 +155,41 @@ LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
     bind_outputs(decode, problem);
     set_params(decode, UMFA_BUFFER_PARAMS, params);
     decode.grid = {static_cast<uint32_t>(splits),
-                   static_cast<uint32_t>(problem.nheads_kv * row_blocks),
+                   static_cast<uint32_t>(problem.nheads_kv * ceil_div(group * seqlen_q, block)),
                    static_cast<uint32_t>(problem.batch)};
+    uint32_t places = 0;
+    if (problem.sequences.given) {
+        const std::vector<SequenceTask> tasks = decode_tasks(sequences, chosen, group, block);
+        places = add_data(plan, sequences);
+        bind_data(decode, UMFA_BUFFER_SEQUENCES, places);
+        bind_data(decode, UMFA_BUFFER_TASKS, add_data(plan, tasks));
+        bind_pages(decode, problem, pages);
+        decode.grid = {static_cast<uint32_t>(tasks.size()),
+                       static_cast<uint32_t>(problem.nheads_kv), 1};
+    }
     decode.threadgroup = {static_cast<uint32_t>(32 * shape.simdgroups), 1, 1};
     // As decode.metal declares it: O and state of half of the simdgroups, and Q where it is large.
     const int q_bytes = shape.d * type.operand_bytes <= 512 ? 8 : shape.qf * shape.d / 8 * 32 * 8;
     decode.threadgroup_bytes = static_cast<uint32_t>(
         shape.simdgroups / 2 * shape.qf * (shape.dv / 8 + 1) * 32 * 8 + q_bytes);
     if (splits == 1) {
+        bind_sinks(decode, problem);
         plan.launches.push_back(std::move(decode));
-        return plan;
+        return;
     }
 
-    const uint64_t partial_rows =
-        static_cast<uint64_t>(problem.batch * problem.nheads_q * problem.seqlen_q * splits);
     plan.scratch_bytes = {partial_rows * static_cast<uint64_t>(problem.head_dim_v) * sizeof(float),
                           partial_rows * 2 * sizeof(float)};
     bind_scratch(decode, UMFA_BUFFER_PARTIAL_OUT, 0);
     bind_scratch(decode, UMFA_BUFFER_PARTIAL_STATE, 1);
+    // The merge divides, so the sinks are its.
+    set_constant(decode, UMFA_CONSTANT_HAS_SINKS, false);
     plan.launches.push_back(std::move(decode));
 
     MergeParams merge_params{};
     merge_params.out = params.forward.out;
     merge_params.lse = params.forward.lse;
+    merge_params.sink = params.forward.sink;
     merge_params.heads = params.heads;
     merge_params.seqlen_q = params.forward.seqlen_q;
     merge_params.head_dim_v = params.forward.head_dim_v;
@@ -138,15 +209,22 @@ LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu) {
     add_constants(merge, problem);
     add_constant(merge, UMFA_CONSTANT_IS_SPLIT, true);
     bind_outputs(merge, problem);
+    bind_sinks(merge, problem);
     bind_scratch(merge, UMFA_BUFFER_PARTIAL_OUT, 0);
     bind_scratch(merge, UMFA_BUFFER_PARTIAL_STATE, 1);
     set_params(merge, UMFA_BUFFER_PARAMS, merge_params);
     merge.grid = {static_cast<uint32_t>(problem.seqlen_q), static_cast<uint32_t>(problem.nheads_q),
                   static_cast<uint32_t>(problem.batch)};
+    if (problem.sequences.given) {
+        const std::vector<SequenceTask> tasks = merge_tasks(sequences, chosen);
+        bind_data(merge, UMFA_BUFFER_SEQUENCES, places);
+        bind_data(merge, UMFA_BUFFER_TASKS, add_data(plan, tasks));
+        merge.grid = {static_cast<uint32_t>(tasks.size()), static_cast<uint32_t>(problem.nheads_q),
+                      1};
+    }
     merge.threadgroup = {static_cast<uint32_t>(32 * simdgroups), 1, 1};
     merge.threadgroup_bytes = static_cast<uint32_t>(simdgroups * (channels + 1) * sizeof(float));
     plan.launches.push_back(std::move(merge));
-    return plan;
 }
 
 }  // namespace umfa::metal

@@ -1,16 +1,17 @@
 // Planner of the forward pass with few queries: the keys are split among threadgroups.
 #pragma once
 
-#include "core/problem.h"
 #include "metal/capabilities.h"
-#include "metal/launch_plan.h"
+#include "metal/plan_sequences.h"
 
 namespace umfa::metal {
 
-/// Whether the problem has few enough queries, and a head_dim that the decode kernel holds.
-bool is_decode(const Problem& problem);
+/// Whether so many queries are few enough, and the head_dim one that the decode kernel holds.
+bool is_decode(const Problem& problem, int64_t seqlen_q);
 
-/// Requires is_decode(problem), and out attached.
-LaunchPlan plan_decode(const Problem& problem, const Capabilities& gpu);
+/// Adds the launches for the chosen indices of the batch (where there are no sequences: all) to the
+/// plan. Requires is_decode of each, and out attached. `pages` as add_pages gave it.
+void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
+                 const Chosen& chosen, uint32_t pages);
 
 }  // namespace umfa::metal

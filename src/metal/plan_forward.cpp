@@ -2,7 +2,7 @@
 
 #include "core/error.h"
 #include "metal/plan_decode.h"
-#include "metal/plan_parts.h"
+#include "metal/plan_sequences.h"
 #include "umfa/forward_shapes.h"
 #include "umfa/indices.h"
 
@@ -36,20 +36,18 @@ uint32_t threadgroup_bytes(const Shape& shape, int operand_bytes) {
     return static_cast<uint32_t>(k_tile + v_tile + parts);
 }
 
-}  // namespace
-
-Verdict can_plan_forward(const Problem& problem) {
-    if (const uint32_t missing = problem.features() & ~forward_features)
-        return {false, std::string(name_of(static_cast<Feature>(missing & -missing))) +
-                           " is not implemented"};
-    return {};
+/// One threadgroup for each block of queries of each sequence.
+std::vector<SequenceTask> tasks_of(const Problem& problem, const Chosen& chosen, int block_q) {
+    std::vector<SequenceTask> tasks;
+    for (const int64_t b : chosen)
+        for (int64_t row = 0; row < problem.sequence(b).seqlen_q; row += block_q)
+            tasks.push_back({static_cast<int32_t>(b), static_cast<int32_t>(row), 0, 0});
+    return tasks;
 }
 
-LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu) {
-    LaunchPlan plan;
-    if (problem.batch * problem.nheads_q * problem.seqlen_q == 0) return plan;
-    if (is_decode(problem)) return plan_decode(problem, gpu);
-
+/// Adds the launch for the chosen indices of the batch, as plan_decode.
+void plan_tiles(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
+                const Chosen& chosen, uint32_t pages) {
     const ElementType type = element_type(problem.query.view.dtype, gpu);
     const int family = static_cast<int>(gpu.family);
     const Shape* usual = type.operand_bytes == 2 ? first_fit(shapes_16, problem, family)
@@ -74,13 +72,46 @@ LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu) {
                                             shape.split, shape.one_tile)}};
     add_constants(launch, problem);
     bind_inputs(launch, problem);
+    bind_sinks(launch, problem);
     bind_outputs(launch, problem);
     set_params(launch, UMFA_BUFFER_PARAMS, forward_params(problem));
     launch.grid = {static_cast<uint32_t>((problem.seqlen_q + block_q - 1) / block_q),
                    static_cast<uint32_t>(problem.nheads_q), static_cast<uint32_t>(problem.batch)};
+    if (problem.sequences.given) {
+        const std::vector<SequenceTask> tasks = tasks_of(problem, chosen, block_q);
+        bind_data(launch, UMFA_BUFFER_SEQUENCES, add_data(plan, sequence_params(problem)));
+        bind_data(launch, UMFA_BUFFER_TASKS, add_data(plan, tasks));
+        bind_pages(launch, problem, pages);
+        launch.grid = {static_cast<uint32_t>(tasks.size()), static_cast<uint32_t>(problem.nheads_q),
+                       1};
+    }
     launch.threadgroup = {static_cast<uint32_t>(32 * shape.simdgroups), 1, 1};
     launch.threadgroup_bytes = threadgroup_bytes(shape, type.operand_bytes);
     plan.launches.push_back(std::move(launch));
+}
+
+}  // namespace
+
+Verdict can_plan_forward(const Problem& problem) {
+    if (const uint32_t missing = problem.features() & ~forward_features)
+        return {false, std::string(name_of(static_cast<Feature>(missing & -missing))) +
+                           " is not implemented"};
+    return {};
+}
+
+LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu) {
+    LaunchPlan plan;
+    if (problem.nheads_q == 0) return plan;
+    if (problem.sequences.given) plan_unused_rows(plan, problem);
+    // Sequences with few queries among others with many are still decoded.
+    Chosen few, many;
+    for (int64_t b = 0; b < problem.batch; ++b) {
+        const int64_t seqlen_q = problem.sequence(b).seqlen_q;
+        if (seqlen_q > 0) (is_decode(problem, seqlen_q) ? few : many).push_back(b);
+    }
+    const uint32_t pages = few.empty() && many.empty() ? 0 : add_pages(plan, problem);
+    if (!many.empty()) plan_tiles(plan, problem, gpu, many, pages);
+    if (!few.empty()) plan_decode(plan, problem, gpu, few, pages);
     return plan;
 }
 

@@ -5,9 +5,8 @@
 namespace umfa::metal {
 namespace {
 
-int mask_kind(const Problem& problem) {
-    if (!problem.mask) return UMFA_MASK_NONE;
-    switch (problem.mask->view.dtype) {
+int kind_of(DType dtype) {
+    switch (dtype) {
         case DType::b8: return UMFA_MASK_BOOL;
         case DType::f32: return UMFA_MASK_F32;
         case DType::f16: return UMFA_MASK_F16;
@@ -65,6 +64,9 @@ ForwardParams forward_params(const Problem& problem) {
         params.slopes_batch = problem.alibi->stride_batch;
         params.slopes_head = problem.alibi->stride_head;
     }
+    if (problem.sinks) params.sink = problem.sinks->logits.strides[0];
+    params.chunk = static_cast<int32_t>(problem.visible.chunk);
+    params.page_size = static_cast<int32_t>(problem.page_size);
     params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
     params.seqlen_kv = static_cast<int32_t>(problem.seqlen_kv);
     params.head_dim = static_cast<int32_t>(problem.head_dim);
@@ -87,6 +89,11 @@ void add_constant(KernelLaunch& launch, uint16_t index, bool value) {
     launch.constants.push_back({index, Constant::Type::boolean, value ? 1 : 0});
 }
 
+void set_constant(KernelLaunch& launch, uint16_t index, bool value) {
+    for (Constant& constant : launch.constants)
+        if (constant.index == index) constant.value = value ? 1 : 0;
+}
+
 void add_constants(KernelLaunch& launch, const Problem& problem) {
     const bool scale_last = problem.softcap == 0 && !problem.alibi && !problem.mask &&
                             problem.score_scale() >= 1e-30 && problem.score_scale() <= 1;
@@ -94,14 +101,21 @@ void add_constants(KernelLaunch& launch, const Problem& problem) {
         problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
         problem.value.stride_channel == 1 && problem.out->stride_channel == 1;
     add_constant(launch, UMFA_CONSTANT_HAS_LSE, problem.lse.has_value());
-    launch.constants.push_back(
-        {UMFA_CONSTANT_MASK_KIND, Constant::Type::int32, mask_kind(problem)});
+    launch.constants.push_back({UMFA_CONSTANT_MASK_KIND, Constant::Type::int32,
+                                problem.mask ? kind_of(problem.mask->view.dtype) : UMFA_MASK_NONE});
     add_constant(launch, UMFA_CONSTANT_HAS_MASK, problem.mask.has_value());
     add_constant(launch, UMFA_CONSTANT_HAS_ALIBI, problem.alibi.has_value());
     add_constant(launch, UMFA_CONSTANT_HAS_SOFTCAP, problem.softcap > 0);
     add_constant(launch, UMFA_CONSTANT_SCALE_LAST, scale_last);
     add_constant(launch, UMFA_CONSTANT_UNIT_CHANNELS, unit_channels);
     add_constant(launch, UMFA_CONSTANT_WIDE_LOADS, wide_loads(problem));
+    add_constant(launch, UMFA_CONSTANT_HAS_CHUNK, problem.visible.chunk > 0);
+    add_constant(launch, UMFA_CONSTANT_HAS_SEQUENCES, problem.sequences.given);
+    add_constant(launch, UMFA_CONSTANT_HAS_PAGES, problem.page_size > 0);
+    add_constant(launch, UMFA_CONSTANT_HAS_SINKS, problem.sinks.has_value());
+    launch.constants.push_back(
+        {UMFA_CONSTANT_SINK_KIND, Constant::Type::int32,
+         problem.sinks ? kind_of(problem.sinks->logits.dtype) : UMFA_MASK_NONE});
 }
 
 void bind_inputs(KernelLaunch& launch, const Problem& problem) {
@@ -120,6 +134,15 @@ void bind_outputs(KernelLaunch& launch, const Problem& problem) {
 
 void bind_scratch(KernelLaunch& launch, uint32_t index, uint32_t piece) {
     launch.buffers.push_back({index, Binding::Source::scratch, piece, 0});
+}
+
+void bind_data(KernelLaunch& launch, uint32_t index, uint32_t piece) {
+    launch.buffers.push_back({index, Binding::Source::data, piece, 0});
+}
+
+void bind_sinks(KernelLaunch& launch, const Problem& problem) {
+    if (problem.sinks)
+        bind(launch, UMFA_BUFFER_SINKS, Binding::Source::sinks, problem.sinks->logits);
 }
 
 int fitting_simdgroups(int usual, int smallest, const Capabilities& gpu) {

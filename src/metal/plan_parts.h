@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <vector>
 
 #include "core/problem.h"
 #include "metal/capabilities.h"
@@ -29,11 +31,16 @@ bool wide_loads(const Problem& problem);
 /// Adds the function constants of scores.h and operand.h.
 void add_constants(KernelLaunch& launch, const Problem& problem);
 void add_constant(KernelLaunch& launch, uint16_t index, bool value);
+/// Changes one that is there.
+void set_constant(KernelLaunch& launch, uint16_t index, bool value);
 /// Binds query, key, value, and of mask and slopes those there are.
 void bind_inputs(KernelLaunch& launch, const Problem& problem);
 /// Binds out, and lse where it is there.
 void bind_outputs(KernelLaunch& launch, const Problem& problem);
 void bind_scratch(KernelLaunch& launch, uint32_t index, uint32_t piece);
+void bind_data(KernelLaunch& launch, uint32_t index, uint32_t piece);
+/// Binds the sinks where they are there: whoever divides by the sum takes them in.
+void bind_sinks(KernelLaunch& launch, const Problem& problem);
 
 /// Simdgroups of a threadgroup: `usual`, or half of them and half again (down to `smallest`) while
 /// they are more threads than the GPU's pipelines take. How many those are shows when a pipeline is
@@ -47,6 +54,13 @@ void set_params(KernelLaunch& launch, uint32_t index, const T& value) {
     launch.params_index = index;
     launch.params.resize(sizeof value);
     std::memcpy(launch.params.data(), &value, sizeof value);
+}
+
+template <class T>
+uint32_t add_data(LaunchPlan& plan, const std::vector<T>& values) {
+    const auto* bytes = reinterpret_cast<const std::byte*>(values.data());
+    plan.data.emplace_back(bytes, bytes + values.size() * sizeof(T));
+    return static_cast<uint32_t>(plan.data.size() - 1);
 }
 
 /// "192, 128, 16, true": the values of template parameters, for a macro.

@@ -22,7 +22,9 @@ const char* source_name(Binding::Source source) {
         case Binding::Source::lse: return "lse";
         case Binding::Source::mask: return "mask";
         case Binding::Source::alibi_slopes: return "alibi_slopes";
+        case Binding::Source::sinks: return "learnable_sink";
         case Binding::Source::scratch: return "scratch";
+        case Binding::Source::data: return "data";
     }
     return "unknown";
 }
@@ -38,7 +40,7 @@ nb::dict launch_dict(const KernelLaunch& launch) {
     }
     nb::list buffers;
     for (const Binding& binding : launch.buffers)
-        buffers.append(nb::make_tuple(binding.index, source_name(binding.source), binding.scratch,
+        buffers.append(nb::make_tuple(binding.index, source_name(binding.source), binding.piece,
                                       binding.byte_offset));
     result["kernel"] = launch.kernel;
     result["source"] = launch.source;
@@ -56,13 +58,14 @@ nb::dict launch_dict(const KernelLaunch& launch) {
 
 nb::dict metal_plan_forward(const Options& options, int family, int cores, nb::handle query,
                             nb::handle key, nb::handle value, nb::handle alibi_slopes,
-                            nb::handle out, nb::handle lse, nb::handle attn_mask) {
+                            nb::handle out, nb::handle lse, nb::handle attn_mask,
+                            nb::handle others) {
     if (family < 7 || family > 10)
         fail(ErrorKind::value, options.function, "GPU family is unknown", std::to_string(family),
              "7 to 10");
     Inputs inputs;
     Problem problem = Problem::make(
-        make_request(options, query, key, value, alibi_slopes, attn_mask, nb::none(), inputs));
+        make_request(options, query, key, value, alibi_slopes, attn_mask, others, inputs));
     const Output out_array = import<nb::ndarray<>>(out, options.function, "out");
     problem.set_out(out_array.view);
     Output lse_array;
@@ -81,12 +84,15 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, nb::h
     gpu.family = static_cast<Family>(family);
     gpu.cores = cores;
     const LaunchPlan plan = plan_forward(problem, gpu);
-    nb::list launches, scratch;
+    nb::list launches, scratch, data;
     for (const KernelLaunch& launch : plan.launches) launches.append(launch_dict(launch));
     for (const uint64_t bytes : plan.scratch_bytes) scratch.append(bytes);
+    for (const std::vector<std::byte>& piece : plan.data)
+        data.append(nb::bytes(reinterpret_cast<const char*>(piece.data()), piece.size()));
     nb::dict result;
     result["launches"] = launches;
     result["scratch_bytes"] = scratch;
+    result["data"] = data;
     return result;
 }
 
@@ -95,11 +101,11 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, nb::h
 void bind_metal_plan(nb::module_& m) {
     m.def("metal_plan_forward", &metal_plan_forward, "options"_a, "family"_a, "cores"_a, "query"_a,
           "key"_a, "value"_a, "alibi_slopes"_a.none(), "out"_a, "lse"_a.none(),
-          "attn_mask"_a.none() = nb::none(),
+          "attn_mask"_a.none() = nb::none(), "others"_a = nb::none(),
           nb::sig("def metal_plan_forward(options: Options, family: int, cores: int, "
                   "query: object, key: object, value: object, alibi_slopes: object | None, "
-                  "out: object, lse: object | None, attn_mask: object | None = None) "
-                  "-> dict[str, typing.Any]"),
+                  "out: object, lse: object | None, attn_mask: object | None = None, "
+                  "others: dict[str, object] | None = None) -> dict[str, typing.Any]"),
           "The LaunchPlan of a forward pass on an Apple GPU family (7 to 10), as plain values.");
 }
 

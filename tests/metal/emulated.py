@@ -15,6 +15,7 @@ from metal_emulator import Counters, Library, Options
 
 import reference
 from umfa import _ext
+from umfa._attention import TABLES
 from umfa._frameworks import _numpy
 from umfa._options import make_options
 
@@ -120,30 +121,67 @@ def attention(
         top_left=alignment == "upper_left",
     )
     batch, seqlen_q, nheads, _ = query.shape
-    tensors: dict[str, Any] = {
-        "query": query,
-        "key": key,
-        "value": value,
-        # Poisoned, as recycled memory may be: every element must be written.
-        "out": np.full((batch, seqlen_q, nheads, value.shape[3]), np.nan, query.dtype),
-        "lse": np.full((batch, nheads, seqlen_q), np.nan, np.float32),
-        "alibi_slopes": alibi_slopes,
-        "attn_mask": mask,
-    }
+    return run(
+        options,
+        {
+            "query": query,
+            "key": key,
+            "value": value,
+            "alibi_slopes": alibi_slopes,
+            "attn_mask": mask,
+        },
+        (batch, seqlen_q, nheads, value.shape[3]),
+        (batch, nheads, seqlen_q),
+    )
+
+
+def act(
+    framework: Any, function: str, options: _ext.Options, tensors: dict[str, Any], backend: Any
+) -> tuple[Array, Array]:
+    """What umfa's functions end with (`umfa._attention.Act`), on the emulated GPU."""
+    query, _, value, *_ = tensors.values()
+    named = dict(zip(("query", "key", "value", *list(tensors)[3:]), tensors.values(), strict=True))
+    *batch, rows, heads, _ = query.shape
+    return run(options, named, (*query.shape[:-1], value.shape[-1]), (*batch, heads, rows))
+
+
+def run(
+    options: _ext.Options,
+    tensors: dict[str, Array | None],
+    out_shape: tuple[int, ...],
+    lse_shape: tuple[int, ...],
+) -> tuple[Array, Array]:
+    """Plans a call and plays the plan: (out, lse). `tensors`: by the names of the Python door."""
+    query = tensors["query"]
+    assert query is not None
+    # Poisoned, as recycled memory may be: every element must be written.
+    out, lse = np.full(out_shape, np.nan, query.dtype), np.full(lse_shape, np.nan, np.float32)
+    all_tensors = {**tensors, "out": out, "lse": lse}
     exported = {
-        name: None if tensor is None else _numpy.export(tensor, function, name)
-        for name, tensor in tensors.items()
+        name: tensor
+        if tensor is None or name in TABLES
+        else _numpy.export(tensor, "umfa.test", name)
+        for name, tensor in all_tensors.items()
     }
-    plan = _ext.metal_plan_forward(options, settings.family, settings.cores, **exported)
+    usual = ("query", "key", "value", "alibi_slopes", "attn_mask", "out", "lse")
+    plan = _ext.metal_plan_forward(
+        options,
+        settings.family,
+        settings.cores,
+        **{name: exported.pop(name, None) for name in usual},
+        others=exported,
+    )
     last_plan.clear()
     last_plan.update(plan)
     scratch = [np.full(size, 0xFF, np.uint8) for size in plan["scratch_bytes"]]  # NaN
     for launch in plan["launches"]:
-        counters.append(_play(launch, tensors, scratch))
-    return tensors["out"], tensors["lse"]
+        counters.append(_play(launch, all_tensors, scratch, plan["data"]))
+    return out, lse
 
 
-def _play(launch: dict[str, Any], tensors: dict[str, Any], scratch: list[Array]) -> Counters:
+def _play(
+    launch: dict[str, Any], tensors: dict[str, Any], scratch: list[Array], data: list[bytes]
+) -> Counters:
     library = Library(
         embed.flatten(launch["source"]),  # as umfa carries it, so that both share the cache
         macros=launch["macros"],
@@ -155,6 +193,9 @@ def _play(launch: dict[str, Any], tensors: dict[str, Any], scratch: list[Array])
     for index, source, piece, byte_offset in launch["buffers"]:
         if source == "scratch":
             buffers[index], offsets[index] = scratch[piece], byte_offset
+            continue
+        if source == "data":
+            buffers[index] = data[piece]
             continue
         tensor = tensors["attn_mask" if source == "mask" else source]
         if tensor.dtype == ml_dtypes.bfloat16:

@@ -35,6 +35,7 @@ def plan(
     cores: int = 8,
     mask: Any = None,
     top_left: bool = False,
+    others: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     batch, seqlen_q, nheads, head_dim = shape
@@ -57,6 +58,7 @@ def plan(
         family,
         cores,
         **{k: None if t is None else _numpy.export(t, "umfa.test", k) for k, t in tensors.items()},
+        others=others,
     )
 
 
@@ -78,6 +80,12 @@ def shape(launch: dict[str, Any]) -> list[int]:
     return [int(n) for n in launch["macros"]["UMFA_SHAPE"].split(", ")[:6]]
 
 
+def shape_rows(launch: dict[str, Any]) -> int:
+    """Queries of a threadgroup of a forward launch."""
+    _, _, _, fragments, simdgroups, split = shape(launch)
+    return 8 * fragments * simdgroups // split
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -95,6 +103,15 @@ def test_every_launch_fits_every_gpu(seqlen_q: int, head_dim: int, dtype: str, f
         assert x % 32 == 0  # whole simdgroups
         assert launch["kernel"] in host_names(launch["source"])
     assert int(launches[0]["macros"]["UMFA_SHAPE"].split(",")[0]) >= head_dim
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unused_rows_have_a_kernel_compiled_ahead(dtype: str) -> None:
+    used = {"seqused_q": np.array([90, 100])}
+    clear, forward = plan(DTYPES[dtype], (2, 100, 4, 64), others=used)["launches"]
+    assert clear["kernel"] in host_names("clear.metal")
+    assert clear["grid"] == (1, 4, 1)
+    assert forward["grid"] == (sum(-(-n // shape_rows(forward)) for n in (90, 100)), 4, 1)
 
 
 def test_kernels_compiled_ahead_are_all_asked_for() -> None:
@@ -131,18 +148,20 @@ def test_bfloat_fragments_only_where_they_are_native(family: int) -> None:
 @pytest.mark.parametrize("seqlen_q", [9, 31, 32, 33, 63, 64, 65, 100])
 def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
     launch = only_launch(shape=(3, seqlen_q, 4, 64), nheads_kv=2)
-    _, _, _, fragments, simdgroups, split = shape(launch)
-    rows = 8 * fragments * simdgroups // split
+    rows = shape_rows(launch)
     x, y, z = launch["grid"]
     assert (x - 1) * rows < seqlen_q <= x * rows
     assert (y, z) == (4, 3)
 
 
 def test_constants_follow_the_problem() -> None:
+    rest = {9: False, 10: False, 11: False, 12: False, 13: 0}  # chunk, sequences, pages, sinks
     plain = only_launch(lse=False)["constants"]
-    assert plain == {0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True}
+    assert plain == rest | {
+        0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True,
+    }  # fmt: skip
     assert only_launch()["constants"][0] is True
-    assert only_launch(alibi=True)["constants"] | {0: True} == {
+    assert only_launch(alibi=True)["constants"] | {0: True} == rest | {
         0: True, 1: 0, 2: False, 3: True, 4: False, 5: False, 6: True, 7: True,
     }  # fmt: skip
     assert only_launch(softcap=5.0)["constants"][4] is True
@@ -330,3 +349,57 @@ def test_causal_alignment(top_left: bool, offset: int) -> None:
     launch = only_launch(shape=(1, 50, 4, 64), seqlen_kv=70, causal=True, top_left=top_left)
     integers = struct.unpack("<8i2f", launch["params"][-40:])
     assert integers[5:8] == (offset, -1, 0)
+
+
+# ---- sequences -----------------------------------------------------------------------------------
+
+SEQUENCES, TASKS, PAGES = 11, 12, 13
+
+
+def data_of(made: dict[str, Any], launch: dict[str, Any], index: int) -> bytes:
+    """What a launch finds in one of its buffers of data."""
+    (piece,) = (p for i, source, p, _ in launch["buffers"] if (i, source) == (index, "data"))
+    return made["data"][piece]
+
+
+def test_sequences_are_data_of_the_plan() -> None:
+    others = {
+        "seqused_k": np.array([70, 3]),
+        "cache_batch_idx": np.array([1, 0]),
+        "cache_leftpad": np.array([20, 0]),
+    }
+    made = plan(shape=(2, 50, 4, 64), seqlen_kv=80, others=others)
+    (launch,) = made["launches"]
+    found = list(struct.iter_unpack("<6q4i", data_of(made, launch, SEQUENCES)))
+    assert found == [(0, 0, 1, 20, 0, 0, 50, 50, 0, 0), (1, 0, 0, 0, 0, 0, 50, 3, -47, 0)]
+    tasks = [task[:2] for task in struct.iter_unpack("<4i", data_of(made, launch, TASKS))]
+    rows = shape_rows(launch)
+    assert tasks == [(b, row) for b in (0, 1) for row in range(0, 50, rows)]
+    assert launch["constants"][10] is True
+    assert launch["constants"][11] is False
+
+
+def test_pages_are_one_table_for_all_launches() -> None:
+    table = np.array([[4, 1, 0], [3, 3, 3]])
+    others = {
+        "cu_seqlens_q": np.array([0, 40, 41]), "seqused_k": np.array([25, 12]),
+        "block_table": table,
+    }  # fmt: skip
+    tensors = {
+        "query": np.zeros((41, 4, 64), np.float16), "key": np.zeros((5, 10, 2, 64), np.float16),
+        "value": np.zeros((5, 10, 2, 64), np.float16), "out": np.zeros((41, 4, 64), np.float16),
+    }  # fmt: skip
+    options = make_options(
+        "umfa.test", ("q", "k", "v"), 0.0, None, False, (-1, -1), 0.0, False, False
+    )
+    made = _ext.metal_plan_forward(
+        options, 7, 8, **tensors, alibi_slopes=None, lse=None, others=others
+    )
+    forward, decode = made["launches"]
+    for launch in (forward, decode):
+        assert launch["constants"][11] is True
+        pages = struct.unpack("<6i", data_of(made, launch, PAGES))
+        assert pages == (4, 1, 0, 3, 3, 0)  # of those in use
+    assert len(made["data"]) == 5
+    places = list(struct.iter_unpack("<6q4i", data_of(made, decode, SEQUENCES)))
+    assert [place[4] for place in places] == [0, 3]

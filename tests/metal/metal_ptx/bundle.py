@@ -57,6 +57,7 @@ def build(
                 "purpose": purpose,
                 "case": case.plain(),
                 "scratch_bytes": planned["scratch_bytes"],
+                "data": [piece.hex() for piece in planned["data"]],
                 "launches": [
                     {
                         **written[_identity(x)],

@@ -30,12 +30,22 @@ class Case:
     mask: str = ""  # its dtype
     mask_varies: tuple[bool, bool, bool, bool] = (True, True, True, True)  # else broadcast
     lse: bool = True
+    # Sequences of these lengths, packed; seqlen_q and seqlen_k are the longest, batch their number.
+    seqlens_q: tuple[int, ...] = ()
+    seqlens_k: tuple[int, ...] = ()
+    page_size: int = 0  # > 0: their keys lie in pages
+    sinks: bool = False
+    chunk: int = 0
     family: int = 9
     cores: int = 40
     label: str = ""
     compared_with: str = ""  # of a timed case: label of the one that its ratio is to
 
     def __post_init__(self) -> None:
+        if self.seqlens_q:
+            object.__setattr__(self, "batch", len(self.seqlens_q))
+            object.__setattr__(self, "seqlen_q", max(self.seqlens_q))
+            object.__setattr__(self, "seqlen_k", max(self.seqlens_k))
         for name, other in (
             ("heads_k", self.heads),
             ("seqlen_k", self.seqlen_q),
@@ -138,6 +148,29 @@ def _checks() -> list[Case]:
         replace(decode, family=7, dtype="bfloat16"),
         replace(decode, seqlen_k=20000, causal="lower_right"),
     ]
+    # Sequences: tiles, decode with and without splits; packed, in pages.
+    for dtype in ("float16", "bfloat16", "float32"):
+        tiles = Case(
+            heads=2, heads_k=1, seqlens_q=(40, 0, 70, 1), seqlens_k=(65, 9, 50, 130), dtype=dtype
+        )
+        few = replace(tiles, heads=4, heads_k=2, seqlens_q=(1, 0), seqlens_k=(300, 9), cores=132)
+        for base in (tiles, few):
+            found += [
+                base,
+                replace(base, causal="lower_right", alibi=True),
+                replace(base, head_dim=72, head_dim_v=40, layout="odd", page_size=5),
+                replace(base, page_size=1),
+                replace(base, page_size=16, causal="lower_right", lse=False),
+                replace(base, page_size=48, head_dim=128, sinks=True, chunk=30),
+                replace(base, window=(30, 4), softcap=8.0, sinks=True),
+            ]
+        found.append(replace(few, seqlens_q=(1, 2, 5), seqlens_k=(20000, 300, 5000), page_size=64))
+    found += [
+        Case(heads=4, seqlen_q=100, sinks=True, causal="lower_right"),
+        Case(heads=4, seqlen_q=100, chunk=37),
+        replace(decode, sinks=True, seqlen_k=3000),
+        replace(decode, seqlen_q=5, chunk=40, causal="lower_right"),
+    ]
     # Larger ones, many tiles long.
     for dtype in ("float16", "bfloat16", "float32"):
         found += [
@@ -180,6 +213,24 @@ def _timings() -> list[Case]:
         ),
         replace(decode, label="decode-b1"),
         replace(decode, batch=8, label="decode-b8"),
+        replace(
+            decode,
+            seqlens_q=(1,) * 8,
+            seqlens_k=(16384,) * 8,
+            page_size=16,
+            label="decode-b8-pages16",
+            compared_with="decode-b8",
+        ),
+        replace(
+            base,
+            seqlen_k=4096,
+            head_dim=128,
+            head_dim_v=128,
+            seqlens_q=(4096, 1024, 3072, 4096, 4096),
+            seqlens_k=(4096, 1024, 3072, 4096, 4096),
+            label="varlen-d128",
+            compared_with="f16-d128",
+        ),
     ]
     return found
 

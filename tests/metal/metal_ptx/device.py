@@ -65,6 +65,9 @@ class Prepared:
             upload(np.full(max(size, 1), 0xFF, np.uint8)) if poisoned else cupy.cuda.alloc(size)
             for size in described["scratch_bytes"]
         ]
+        self.data = [
+            upload(np.frombuffer(bytes.fromhex(piece), np.uint8)) for piece in described["data"]
+        ]
         self.launches: list[tuple[Any, tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = []
         self.keep: list[Any] = []
         for launch in described["launches"]:
@@ -77,6 +80,8 @@ class Prepared:
         for index, source, piece, byte_offset in launch["bindings"]:
             if source == "scratch":
                 pointers[index] = self.scratch[piece].ptr + byte_offset
+            elif source == "data":
+                pointers[index] = self.data[piece].ptr
             else:
                 place = self.places[source]
                 start = place.start * place.item_bytes

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .cases import Case
-from .placement import STORAGE, Placement, placements
+from .placement import STORAGE, Placement, block_table, placements
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -56,5 +56,16 @@ def random_buffers(case: Case, rng: np.random.Generator) -> dict[str, Array]:
             if name == "mask":
                 values[rng.random(place.shape) < 0.1] = -np.inf
             view[...] = store(values, place.dtype)
+            if name in ("key", "value") and case.page_size:
+                view[~_rows_in_use(case, place)] = poison(place)[0]
         found[name] = buffer
     return found
+
+
+def _rows_in_use(case: Case, place: Placement) -> Array:
+    """Of the pages: (pages, page_size) bools."""
+    used = np.zeros(place.shape[:2], bool)
+    for pages, length in zip(block_table(case), case.seqlens_k, strict=True):
+        keys = np.arange(length)
+        used[pages[keys // case.page_size], keys % case.page_size] = True
+    return used

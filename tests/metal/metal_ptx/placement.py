@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,7 +41,11 @@ def placements(case: Case) -> dict[str, Placement]:
         "value": _tensor(c, c.seqlen_k, c.heads_k, c.head_dim_v, 2),
         "out": _tensor(c, c.seqlen_q, c.heads, c.head_dim_v, 0),
     }
-    if c.lse:
+    if c.sinks:
+        found["learnable_sink"] = _contiguous("float32", (c.heads,))
+    if c.seqlens_q:
+        found |= _packed(c)
+    elif c.lse:
         found["lse"] = _contiguous("float32", (c.batch, c.heads, c.seqlen_q))
     if c.alibi:
         found["alibi_slopes"] = _contiguous("float32", (c.batch, c.heads))
@@ -50,6 +54,49 @@ def placements(case: Case) -> dict[str, Placement]:
         shape = tuple(n if v else 1 for n, v in zip(full, c.mask_varies, strict=True))
         found["mask"] = _contiguous(c.mask, shape)
     return found
+
+
+UNUSED_ROWS = 20  # of packed queries, behind the last sequence
+
+
+def _packed(c: Case) -> dict[str, Placement]:
+    one = replace(c, batch=1, seqlens_q=(), seqlens_k=())
+    rows_q, rows_k = sum(c.seqlens_q) + UNUSED_ROWS, sum(c.seqlens_k)
+    found = {
+        "query": _without_batch(_tensor(one, rows_q, c.heads, c.head_dim, 0)),
+        "out": _without_batch(_tensor(one, rows_q, c.heads, c.head_dim_v, 0)),
+    }
+    for i, (name, columns) in enumerate((("key", c.head_dim), ("value", c.head_dim_v)), 1):
+        if c.page_size:
+            pages = replace(one, batch=int(block_table(c).max()) + 2)
+            found[name] = _tensor(pages, c.page_size, c.heads_k, columns, i)
+        else:
+            found[name] = _without_batch(_tensor(one, rows_k, c.heads_k, columns, i))
+    if c.lse:
+        found["lse"] = _contiguous("float32", (c.heads, rows_q))
+    return found
+
+
+def _without_batch(place: Placement) -> Placement:
+    return replace(place, shape=place.shape[1:], strides=place.strides[1:])
+
+
+def block_table(c: Case) -> np.ndarray:
+    """Pages in any order."""
+    columns = -(-max(c.seqlens_k) // c.page_size)
+    return np.random.default_rng(0).permutation(c.batch * columns).reshape(c.batch, columns)
+
+
+def tables(c: Case) -> dict[str, np.ndarray]:
+    """What says where the sequences lie, by umfa's names."""
+    if not c.seqlens_q:
+        return {}
+    found = {"cu_seqlens_q": np.concatenate([[0], np.cumsum(c.seqlens_q)])}
+    if c.page_size:
+        found |= {"block_table": block_table(c), "seqused_k": np.array(c.seqlens_k)}
+    else:
+        found["cu_seqlens_k"] = np.concatenate([[0], np.cumsum(c.seqlens_k)])
+    return {name: table.astype(np.int32) for name, table in found.items()}
 
 
 def _contiguous(dtype: str, shape: tuple[int, ...]) -> Placement:

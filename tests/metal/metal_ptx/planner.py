@@ -12,7 +12,7 @@ from umfa._frameworks import _numpy
 from umfa._options import make_options
 
 from .cases import Case
-from .placement import STORAGE, placements
+from .placement import STORAGE, placements, tables
 
 
 def plan(case: Case) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def plan(case: Case) -> dict[str, Any]:
         False,
         case.lse,
         top_left=case.causal == "upper_left",
+        attention_chunk=case.chunk,
     )
     tensors: dict[str, Any] = dict.fromkeys(
         ("query", "key", "value", "out", "lse", "alibi_slopes", "mask")
@@ -39,4 +40,7 @@ def plan(case: Case) -> dict[str, Any]:
             array = array.view({"bool": np.bool_, "bfloat16": ml_dtypes.bfloat16}[place.dtype])
         tensors[name] = _numpy.export(array, function, name)
     tensors["attn_mask"] = tensors.pop("mask")
-    return _ext.metal_plan_forward(options, case.family, case.cores, **tensors)
+    others: dict[str, Any] = dict(tables(case))
+    if "learnable_sink" in tensors:
+        others["learnable_sink"] = tensors.pop("learnable_sink")
+    return _ext.metal_plan_forward(options, case.family, case.cores, **tensors, others=others)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .cases import Case
+from .placement import block_table
 
 ROWS_AT_A_TIME = 1024
 
@@ -21,6 +24,8 @@ def visible(case: Case, positions: Any, keys: Any) -> Any:
         sees &= keys >= positions - left
     if right >= 0:
         sees &= keys <= positions + right
+    if case.chunk:
+        sees &= positions // case.chunk == keys // case.chunk
     return sees
 
 
@@ -30,7 +35,9 @@ def offset(case: Case) -> int:
 
 
 def visible_pairs(case: Case) -> int:
-    """Pairs of a query and a key that it sees, in one head."""
+    """Pairs of a query and a key that it sees, in one head of one of the batch, on average."""
+    if case.seqlens_q:
+        return sum(visible_pairs(one) for one, *_ in sequences(case)) // case.batch
     left, right = case.window
     if case.causal:
         right = 0
@@ -40,11 +47,46 @@ def visible_pairs(case: Case) -> int:
     return int(np.maximum(0, end - begin).sum())
 
 
+def sequences(case: Case) -> Iterator[tuple[Case, slice, Any]]:
+    """Each sequence as a case by itself; its queries; its keys as an index of key and value."""
+    start_q = start_k = 0
+    for b, (length_q, length_k) in enumerate(zip(case.seqlens_q, case.seqlens_k, strict=True)):
+        one = replace(
+            case, batch=1, seqlens_q=(), seqlens_k=(), page_size=0, seqlen_q=length_q,
+            seqlen_k=length_k,
+        )  # fmt: skip
+        # Zero means "as the other" where a case is made.
+        object.__setattr__(one, "seqlen_k", length_k)
+        keys: Any = slice(start_k, start_k + length_k)
+        if case.page_size:
+            j = np.arange(length_k)
+            keys = (block_table(case)[b, j // case.page_size], j % case.page_size)
+        yield one, slice(start_q, start_q + length_q), keys
+        start_q, start_k = start_q + length_q, start_k + length_k
+
+
+def _packed_attention(case: Case, tensors: dict[str, Any], xp: Any) -> tuple[Any, Any]:
+    rows = len(tensors["query"])
+    out, lse = xp.zeros((rows, case.heads, case.head_dim_v)), xp.full((case.heads, rows), -xp.inf)
+    for b, (one, queries, keys) in enumerate(sequences(case)):
+        own = {"query": tensors["query"][None, queries]}
+        own |= {name: tensors[name][keys][None] for name in ("key", "value")}
+        own |= {n: tensors[n] for n in ("learnable_sink",) if n in tensors}
+        if case.alibi:
+            own["alibi_slopes"] = tensors["alibi_slopes"][b : b + 1]
+        found_out, found_lse = attention(one, own, xp)
+        out[queries], lse[:, queries] = found_out[0], found_lse[0]
+    return out, lse
+
+
 def attention(case: Case, tensors: dict[str, Any], xp: Any = np) -> tuple[Any, Any]:
     """Output (batch, seqlen_q, heads, head_dim_v) and log-sum-exp (batch, heads, seqlen_q).
 
+    Of packed sequences without the batch.
     `tensors` are float64 (a bool mask is bool) and of the module `xp`.
     """
+    if case.seqlens_q:
+        return _packed_attention(case, tensors, xp)
     q, k, v = (tensors[name] for name in ("query", "key", "value"))
     scale = case.scale or case.head_dim**-0.5
     keys = xp.arange(case.seqlen_k)[None, :]
@@ -71,7 +113,7 @@ def attention(case: Case, tensors: dict[str, Any], xp: Any = np) -> tuple[Any, A
                 else:
                     scores = scores + mask[b, h, rows]
             scores = xp.where(sees, scores, -xp.inf)
-            top = scores.max(axis=1)
+            top = scores.max(axis=1, initial=-np.inf)
             empty = top == -xp.inf
             top = xp.where(empty, 0.0, top)
             weights = xp.exp(scores - top[:, None])
@@ -79,4 +121,9 @@ def attention(case: Case, tensors: dict[str, Any], xp: Any = np) -> tuple[Any, A
             safe = xp.where(empty, 1.0, total)
             out[b, rows, h] = (weights @ v[b, :, h_k]) / safe[:, None]
             lse[b, h, rows] = xp.where(empty, -xp.inf, top + xp.log(safe))
+            if case.sinks:
+                own_lse = lse[b, h, rows]
+                with_sink = xp.logaddexp(own_lse, tensors["learnable_sink"][h])
+                out[b, rows, h] *= xp.exp(own_lse - with_sink)[:, None]
+                lse[b, h, rows] = with_sink
     return out, lse

@@ -1,0 +1,45 @@
+// Rows of the results that belong to no sequence: between packed ones, and past those in use.
+#include <metal_stdlib>
+
+#include "umfa/indices.h"
+#include "umfa/params.h"
+#include "umfa/scores.h"
+
+using namespace metal;
+
+namespace umfa {
+
+/// One threadgroup writes a few rows of one head.
+template <typename T>
+[[kernel]] void clear(device T* out [[buffer(UMFA_BUFFER_OUT)]],
+                      device float* lse [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
+                      device const UnusedRows* unused [[buffer(UMFA_BUFFER_TASKS)]],
+                      constant ClearParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
+                      uint3 group [[threadgroup_position_in_grid]],
+                      uint3 threads [[threads_per_threadgroup]],
+                      uint3 thread_position [[thread_position_in_threadgroup]]) {
+    const int head = group.y, columns = params.head_dim_v, first = thread_position.x;
+    const int64_t batch = unused[group.x].batch, first_row = unused[group.x].row;
+    const int rows = unused[group.x].rows;
+    out += batch * params.out.batch + head * params.out.head + first_row * params.out.row;
+    for (int i = first; i < rows * columns; i += threads.x)
+        out[i / columns * params.out.row + i % columns * params.out.channel] = T(0.0f);
+    if (has_lse) {
+        lse += batch * params.lse.batch + head * params.lse.head + first_row * params.lse.row;
+        for (int i = first; i < rows; i += threads.x)
+            lse[i * params.lse.row] = as_type<float>(0xff800000u);  // -inf, as bits
+    }
+}
+
+}  // namespace umfa
+
+#define UMFA_CLEAR(NAME, TYPE) \
+    template [[host_name(NAME)]] [[kernel]] decltype(umfa::clear<TYPE>) umfa::clear<TYPE>;
+
+#ifdef UMFA_KERNEL
+UMFA_CLEAR(UMFA_KERNEL, UMFA_T)
+#else
+UMFA_CLEAR("clear_f16", half)
+UMFA_CLEAR("clear_bf16", bfloat)
+UMFA_CLEAR("clear_f32", float)
+#endif

@@ -1,0 +1,77 @@
+// Where the rows of a sequence are: by themselves at one index of the batch, or anywhere in the
+// tensors, the keys perhaps in pages.
+#pragma once
+
+#include <metal_stdlib>
+
+#include "umfa/indices.h"
+#include "umfa/params.h"
+#include "umfa/visible.h"
+
+// Sequences lie where a buffer says, and threadgroups find what they do in a list of tasks.
+constant bool has_sequences [[function_constant(UMFA_CONSTANT_HAS_SEQUENCES)]];
+// Key j of a sequence is row j % page_size of the page that the table has at j / page_size.
+constant bool has_pages [[function_constant(UMFA_CONSTANT_HAS_PAGES)]];
+constant bool has_chunk [[function_constant(UMFA_CONSTANT_HAS_CHUNK)]];
+
+namespace umfa {
+
+using namespace metal;
+
+inline SequenceParams sequence_at(constant ForwardParams& params,
+                                  device const SequenceParams* sequences, int index) {
+    SequenceParams found = {};
+    if (has_sequences) {
+        found = sequences[index];
+    } else {
+        found.query_batch = found.kv_batch = index;
+        found.seqlen_q = params.seqlen_q;
+        found.seqlen_kv = params.seqlen_kv;
+        found.offset = params.offset;
+    }
+    return found;
+}
+
+inline Visible<int> visible_of(constant ForwardParams& params,
+                               thread const SequenceParams& sequence) {
+    const Visible<int> visible = {sequence.seqlen_kv, sequence.offset, params.left, params.right,
+                                  has_chunk ? params.chunk : 0};
+    return visible;
+}
+
+/// Pages of one sequence.
+struct Pages {
+    device const int* table;
+    int size;
+    int first;  // key that is row 0 for whoever asks
+};
+
+inline Pages pages_of(constant ForwardParams& params, device const int* table,
+                      thread const SequenceParams& sequence) {
+    Pages pages;
+    pages.table = has_pages ? table + sequence.pages : nullptr;
+    pages.size = params.page_size;
+    pages.first = 0;
+    return pages;
+}
+
+/// First row of a sequence's keys or values; with pages, of all pages.
+template <typename T>
+inline device const T* first_key(device const T* tensor, constant OperandStrides& strides,
+                                 thread const SequenceParams& sequence, int head) {
+    tensor += head * strides.head;
+    if (!has_pages) tensor += sequence.kv_batch * strides.batch;
+    if (has_sequences && !has_pages) tensor += sequence.kv_row * strides.row;
+    return tensor;
+}
+
+/// Start of a row that is there; `rows` is row 0, or with pages the first of all pages.
+template <typename T>
+inline device const T* key_row(device const T* rows, constant OperandStrides& strides,
+                               thread const Pages& pages, int row) {
+    if (!has_pages) return rows + row * strides.row;
+    const int key = pages.first + row, page = key / pages.size;
+    return rows + pages.table[page] * strides.batch + (key - page * pages.size) * strides.row;
+}
+
+}  // namespace umfa

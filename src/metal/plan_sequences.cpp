@@ -1,0 +1,94 @@
+#include "metal/plan_sequences.h"
+
+#include <algorithm>
+
+#include "umfa/indices.h"
+
+namespace umfa::metal {
+namespace {
+
+/// Of one threadgroup: enough to be worth one, few enough that long gaps go to many.
+constexpr int64_t rows_per_threadgroup = 16;
+
+/// Rows between the sequences, in pieces. Sequences follow each other in the tensor.
+std::vector<UnusedRows> unused_rows(const Problem& problem) {
+    const int64_t batches = problem.ndim == 4 ? problem.batch_shape[0] : 1;
+    std::vector<UnusedRows> found;
+    int64_t batch = 0, row = 0;  // first one not accounted for
+    const auto skip_to = [&](int64_t to_batch, int64_t to_row) {
+        for (; batch < to_batch || (batch == to_batch && row < to_row);) {
+            const int64_t end = batch < to_batch ? problem.query_rows : to_row;
+            for (; row < end; row += rows_per_threadgroup)
+                found.push_back({batch, row,
+                                 static_cast<int32_t>(std::min(rows_per_threadgroup, end - row)),
+                                 0});
+            row = end;
+            if (batch == to_batch) return;
+            ++batch;
+            row = 0;
+        }
+    };
+    for (int64_t b = 0; b < problem.batch; ++b) {
+        const SequenceRows rows = problem.sequence(b);
+        skip_to(rows.query_batch, rows.query_row);
+        row = std::max(row, rows.query_row + rows.seqlen_q);
+    }
+    skip_to(batches, 0);
+    return found;
+}
+
+}  // namespace
+
+std::vector<SequenceParams> sequence_params(const Problem& problem) {
+    std::vector<SequenceParams> all;
+    for (int64_t b = 0; b < problem.batch; ++b) {
+        const SequenceRows rows = problem.sequence(b);
+        SequenceParams params{};
+        params.query_batch = rows.query_batch;
+        params.query_row = rows.query_row;
+        params.kv_batch = rows.kv_batch;
+        params.kv_row = rows.kv_row;
+        params.pages = b * problem.sequences.pages_per_sequence;
+        params.seqlen_q = static_cast<int32_t>(rows.seqlen_q);
+        params.seqlen_kv = static_cast<int32_t>(rows.seqlen_kv);
+        params.offset = static_cast<int32_t>(problem.visible_of(rows).offset);
+        all.push_back(params);
+    }
+    return all;
+}
+
+uint32_t add_pages(LaunchPlan& plan, const Problem& problem) {
+    if (problem.page_size == 0) return 0;
+    // Metal has no empty buffers; a table without pages is not read.
+    if (problem.sequences.pages.empty()) return add_data(plan, std::vector<int32_t>{0});
+    return add_data(plan, problem.sequences.pages);
+}
+
+void bind_pages(KernelLaunch& launch, const Problem& problem, uint32_t piece) {
+    if (problem.page_size > 0) bind_data(launch, UMFA_BUFFER_PAGES, piece);
+}
+
+void plan_unused_rows(LaunchPlan& plan, const Problem& problem) {
+    const std::vector<UnusedRows> unused = unused_rows(problem);
+    if (unused.empty()) return;
+    ClearParams params{};
+    params.out = strides_of(*problem.out);
+    if (problem.lse) params.lse = strides_of(*problem.lse);
+    params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
+
+    const ElementType stored = element_type(problem.query.view.dtype, {Family::apple10});
+    KernelLaunch launch;
+    launch.kernel = std::string("clear_") + stored.name;
+    launch.source = "clear.metal";
+    launch.macros = {{"UMFA_KERNEL", "\"" + launch.kernel + "\""}, {"UMFA_T", stored.storage}};
+    add_constants(launch, problem);
+    bind_outputs(launch, problem);
+    bind_data(launch, UMFA_BUFFER_TASKS, add_data(plan, unused));
+    set_params(launch, UMFA_BUFFER_PARAMS, params);
+    launch.grid = {static_cast<uint32_t>(unused.size()), static_cast<uint32_t>(problem.nheads_q),
+                   1};
+    launch.threadgroup = {128, 1, 1};
+    plan.launches.push_back(std::move(launch));
+}
+
+}  // namespace umfa::metal

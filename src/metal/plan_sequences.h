@@ -1,0 +1,23 @@
+// What the planners do where sequences lie anywhere in the tensors: their places as data of the plan,
+// and the rows between them.
+#pragma once
+
+#include "metal/plan_parts.h"
+
+namespace umfa::metal {
+
+/// Indices of the batch that one launch is about.
+using Chosen = std::vector<int64_t>;
+
+/// Where every sequence lies. Without the fields of split-KV.
+std::vector<SequenceParams> sequence_params(const Problem& problem);
+
+/// Adds the table of pages to the plan's data, where there is one; the piece is for bind_pages.
+uint32_t add_pages(LaunchPlan& plan, const Problem& problem);
+void bind_pages(KernelLaunch& launch, const Problem& problem, uint32_t piece);
+
+/// Launches a kernel that writes the rows of out and lse that belong to no sequence, if there are
+/// any.
+void plan_unused_rows(LaunchPlan& plan, const Problem& problem);
+
+}  // namespace umfa::metal
