@@ -269,8 +269,8 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
     const bool keys = !request.new_key;
     const bool advances = keys || problem.causal || problem.visible.left >= 0 ||
                           problem.visible.right >= 0 || problem.visible.chunk > 0;
-    Rotary rotary{*request.rotary_cos,        *request.rotary_sin, 0,
-                  request.rotary_interleaved, advances,            keys};
+    Rotary rotary{
+        *request.rotary_cos, *request.rotary_sin, 0, request.rotary_interleaved, advances, keys};
     const int64_t appended = problem.append ? problem.append->rows : 0;
     const auto reach = [&](int64_t queries) {
         return std::max(appended, advances ? queries : std::min<int64_t>(queries, 1));
