@@ -1,5 +1,7 @@
 #include "core/dlpack_view.h"
 
+#include <algorithm>
+#include <iterator>
 #include <string>
 
 #include "core/error.h"
@@ -52,6 +54,16 @@ std::string dlpack_device_text(const DLDevice& device) {
     }
 }
 
+const char* expected_dtype(std::string_view argument) {
+    static constexpr std::string_view tables[] = {
+        "cu_seqlens_q",  "cu_seqlens_k",    "seqused_q",     "seqused_k",
+        "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table"};
+    if (std::find(std::begin(tables), std::end(tables), argument) != std::end(tables))
+        return "int32 or int64";
+    return argument == "attn_mask" ? "bool, float32, float16 or bfloat16"
+                                   : "float32, float16 or bfloat16";
+}
+
 DType dtype_of(const DLDataType& dtype, std::string_view function, std::string_view argument) {
     if (dtype.lanes == 1) {
         switch (dtype.code) {
@@ -83,8 +95,7 @@ DType dtype_of(const DLDataType& dtype, std::string_view function, std::string_v
     const bool small_float = dtype.code >= first_small_float && dtype.code <= last_small_float;
     fail(small_float ? ErrorKind::unsupported : ErrorKind::type, function,
          std::string(argument) + " has the wrong dtype", dlpack_dtype_text(dtype),
-         argument == "attn_mask" ? "bool, float32, float16 or bfloat16"
-                                 : "float32, float16 or bfloat16");
+         expected_dtype(argument));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "cpu/decode.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "core/dtype.h"
 #include "cpu/thread_pool.h"
@@ -68,7 +69,10 @@ void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKer
             merges.push_back({b, row, floats + row * row_floats, stride, parts});
         floats += parts * stride;
     }
-    float* memory = floats > 0 ? call_scratch(floats) : nullptr;
+    // Kept for the next call where it is small: 4 MiB are the parts of 32 heads over 16384 keys.
+    std::unique_ptr<float[]> large;
+    if (floats > (int64_t{1} << 20)) large.reset(new float[static_cast<size_t>(floats)]);
+    float* memory = large ? large.get() : floats > 0 ? call_scratch(floats) : nullptr;
     const int64_t scratch = kernel.scratch_floats(args, together, most_queries);
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i) {
         const Task& task = tasks[static_cast<size_t>(i)];

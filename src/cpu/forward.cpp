@@ -8,6 +8,7 @@
 #include "core/backend.h"
 #include "core/error.h"
 #include "cpu/decode.h"
+#include "cpu/float_environment.h"
 #include "cpu/isa/select.h"
 #include "cpu/thread_pool.h"
 
@@ -108,7 +109,7 @@ ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequenc
     if (problem.lse) args.lse = rows_of(*problem.lse);
     args.sequences = sequences.data();
     args.page_size = problem.page_size;
-    args.group = problem.nheads_q / problem.nheads_kv;
+    args.group = problem.nheads_kv > 0 ? problem.nheads_q / problem.nheads_kv : 1;
     args.head_dim = problem.head_dim;
     args.head_dim_v = problem.head_dim_v;
     if (problem.mask) args.mask = mask_of(*problem.mask);
@@ -223,7 +224,8 @@ void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Seq
 }
 
 void run_forward(const Problem& problem) {
-    if (problem.nheads_q == 0) return;
+    if (problem.nheads_q == 0 && !problem.append) return;
+    const DefaultFloatEnvironment environment;  // constants are rounded here already
     const Kernels& set = kernels();
     const std::vector<Sequence> sequences = sequences_of(problem);
     ForwardArgs args = args_of(problem, sequences);
@@ -234,6 +236,7 @@ void run_forward(const Problem& problem) {
     }
     const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
     if (problem.append) append(problem, args, own.copy_row);
+    if (problem.nheads_q == 0) return;
     if (problem.sequences.given) clear_unused(problem, args);
     std::vector<int64_t> few, many;
     for (int64_t b = 0; b < problem.batch; ++b) {

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <cfenv>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -19,27 +18,12 @@
 
 #include "core/error.h"
 #include "cpu/features.h"
+#include "cpu/float_environment.h"
 
 namespace umfa::cpu {
 namespace {
 
 constexpr int64_t max_threads = 1024;
-
-/// Floating point as the language has it, while in scope: kernels must give the same bits whatever
-/// rounding or flush-to-zero mode the calling thread is in, or a pool thread was born with.
-class DefaultFloatEnvironment {
-public:
-    DefaultFloatEnvironment() {
-        std::fegetenv(&saved_);
-        std::fesetenv(FE_DFL_ENV);
-    }
-    ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
-    DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
-    DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
-
-private:
-    std::fenv_t saved_;
-};
 
 /// One parallel_for: threads draw indices from `next` until none are left.
 struct Job {

@@ -9,6 +9,7 @@ import pytest
 
 import cases
 import reference
+import umfa
 from cases import Case, normal
 from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 from frameworks import DTYPES, Array
@@ -228,3 +229,51 @@ def test_a_decoded_row_equals_its_row_in_the_full_pass(dtype: str, attend: Atten
             one.out.astype(np.float64), full.out[:, rows].astype(np.float64), tolerance, f"row {i}"
         )
         assert_close(one.lse, full.lse[:, :, rows], Tolerance(1e-5, 0), f"lse of row {i}")
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("seqlen_q", [1, 4, 33, 40, 65])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masked_keys_touch_nothing(kind: str, seqlen_q: int, poison: float) -> None:
+    """A mask hides a key as causal does: whatever its key and value hold, both kernels alike."""
+    query, key, value = (
+        normal((1, 2, rows, 24), "float32", seed=i) for i, rows in enumerate((seqlen_q, 50, 50))
+    )
+    shown = np.ones((seqlen_q, 50), bool)
+    shown[:, [3, 30, 49]] = False
+    mask = shown if kind == "bool" else np.where(shown, 0, -np.inf).astype(np.float32)
+    clean = umfa.scaled_dot_product_attention(query, key, value, attn_mask=mask, backend="cpu")
+    key[:, :, [3, 30, 49]] = poison
+    value[:, :, [3, 30, 49]] = poison
+    found = umfa.scaled_dot_product_attention(query, key, value, attn_mask=mask, backend="cpu")
+    np.testing.assert_array_equal(found, clean)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("seqlen_q", [9, 17, 25, 33, 49, 65, 97])
+def test_keys_past_the_only_row_of_a_panel_touch_nothing(seqlen_q: int) -> None:
+    """All rows of such a panel see the same keys, and yet not all that are computed with them."""
+    query, key, value = (
+        normal((1, 1, rows, 8), "float32", seed=i)
+        for i, rows in enumerate((seqlen_q, seqlen_q + 3, seqlen_q + 3))
+    )
+    value[:, :, seqlen_q:] = np.nan  # top left: nobody sees them
+    out = umfa.scaled_dot_product_attention(query, key, value, is_causal=True, backend="cpu")
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("seqlen_q", [4, 40])
+def test_the_lowest_number_is_not_minus_infinity(seqlen_q: int) -> None:
+    """Masks that transformers makes hold finfo.min: a row of it weighs all keys alike."""
+    query, key, value = (
+        normal((1, 1, rows, 8), "float32", seed=i) for i, rows in enumerate((seqlen_q, 20, 20))
+    )
+    mask = np.full((seqlen_q, 20), np.finfo(np.float32).min, np.float32)
+    out = umfa.scaled_dot_product_attention(query, key, value, attn_mask=mask, backend="cpu")
+    assert_close(
+        out.astype(np.float64),
+        np.broadcast_to(value.astype(np.float64).mean(axis=2, keepdims=True), out.shape),
+        BASE["float32"],
+    )

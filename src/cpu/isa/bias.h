@@ -3,7 +3,12 @@
 /// W elements of a mask from `at` on, `stride` apart; those past `count` are 0.
 template <class S>
 inline typename S::vf mask_values(Kind kind, const char* at, int64_t stride, int64_t count) {
-    if (kind != Kind::boolean) return numbers<S>(kind, at, stride, count) * log2_e;
+    if (kind != Kind::boolean) {
+        // A mask of float32's lowest number is no mask of -inf, but in units of log2 it would be one.
+        const typename S::vf b = numbers<S>(kind, at, stride, count), scaled = b * log2_e;
+        const typename S::vf lowest = S::splat(-3.4028234663852886e38f);
+        return (scaled < lowest) & (b >= lowest) ? lowest : scaled;
+    }
     typename S::vf x{};
     for (int i = 0; i < S::W && i < count; ++i) x[i] = at[i * stride] ? 0.f : -__builtin_inff();
     return x;

@@ -112,10 +112,12 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
             if (scoring.softcap != 0) s = scoring.softcap * L::tanh(s);
             if (scoring.slope != 0)
                 s -= scoring.slope * (vf)((vu)S::to_float(diagonal - key) & 0x7fffffffu);
-            if (mask)
-                s += mask_values<S>(mask_of.kind,
-                                    mask + k * mask_of.stride_key * size_of(mask_of.kind),
-                                    mask_of.stride_key, keys - k);
+            if (mask) {  // -inf hides a key, whatever its score
+                const vf b = mask_values<S>(mask_of.kind,
+                                            mask + k * mask_of.stride_key * size_of(mask_of.kind),
+                                            mask_of.stride_key, keys - k);
+                s = b == -infinity ? b : s + b;
+            }
         }
         s = ((key >= first) & (key < last)) ? s : S::splat(-infinity);
         S::store(scores + k, s);

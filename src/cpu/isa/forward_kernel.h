@@ -344,7 +344,9 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
 
             const int64_t first_unit = first / E;
             const int64_t last_unit = last / E < units ? last / E : units;
-            const bool partly = has_mask || begin < seen_begin || end > seen_end;
+            // Groups are computed whole: even where all rows see the same keys, some may be hidden.
+            const bool partly =
+                has_mask || first < seen_begin || (last < keys ? last : keys) > seen_end;
             if (partly && finite < 0)
                 finite = all_finite<S, U>(value, at.value_pitch, 0, units, Dv);
             float* o = memory + at.out + p * at.channels * N;

@@ -95,7 +95,10 @@ inline __attribute__((always_inline)) void finish_scores(typename S::vf (&acc)[M
                     const vf distance = S::to_float(lane + (diagonal + n * W - (first + m)));
                     s -= scoring.slope * (vf)((vu)distance & 0x7fffffffu);
                 }
-                if (bias) s += S::load(bias + (m * NV + n) * W);
+                if (bias) {  // -inf hides a key, whatever its score
+                    const vf b = S::load(bias + (m * NV + n) * W);
+                    s = b == -__builtin_inff() ? b : s + b;
+                }
             }
             if constexpr (Masked) {
                 const vi key = vi{} + (first + m);
