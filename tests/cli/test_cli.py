@@ -318,3 +318,12 @@ def test_unknown_arguments_are_refused(arguments: list[str]) -> None:
     assert result.stdout == b""
     assert b"usage: python -m umfa" in result.stderr
     assert arguments[-1].encode() in result.stderr
+
+
+def test_demo_names_a_backend_that_is_not_there() -> None:
+    if any(backend.name == "metal" and backend.available for backend in umfa.backends()):
+        pytest.skip("there is a GPU")
+    result = run(UMFA_BACKEND="metal")
+    assert result.returncode == 1
+    assert b"Traceback" not in result.stderr
+    assert b"problem" in result.stdout

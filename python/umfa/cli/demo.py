@@ -149,6 +149,11 @@ def run(shape: tuple[int, int, int, int] = FLUX) -> int:
         soft_wrap=not console.is_terminal,
     )
     query, key, value = inputs(shape)
+    possible, reason = umfa.can_run(query, key, value)
+    if not possible:  # UMFA_BACKEND asks for one that is not there
+        console.print()
+        terminal.print_rows(console, {"problem": f"[red]{escape(reason)}[/]"})
+        return 1
     with progress_bar(console) as progress:
         out, times = timed(query, key, value, progress)
         error = compared(query, key, value, out, progress)

@@ -32,8 +32,9 @@ struct FloatUnits {
 /// pass unchanged; probabilities are rounded to bfloat16.
 ///
 /// The instructions take subnormal numbers, and give subnormal results, as 0. For scores that is
-/// nothing. Values below 2**-100 are left out of the product (`without_tiny`), and added by ordinary
-/// multiplications in the rare tile that holds any (see accumulate_tiny).
+/// nothing, unless softmax_scale is some 2**100. Values below 2**-100 are left out of the product
+/// (`without_tiny`), and added by ordinary multiplications in the rare tile that holds any (see
+/// accumulate_tiny).
 template <class S>
 struct Bf16Units {
     using type = BF16;
