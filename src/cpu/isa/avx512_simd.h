@@ -4,6 +4,12 @@ struct Avx512 : SimdBase {
     static constexpr int mr = 12, nv = 2;  // 24 accumulators of 32 registers
     static constexpr bool native_exponent = true;
 
+    static vf load_part(const float* src, int64_t n) {
+        return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), src);
+    }
+    static void store_part(float* dst, vf x, int64_t n) {
+        _mm512_mask_storeu_ps(dst, static_cast<__mmask16>((1u << n) - 1), (__m512)x);
+    }
     // One whole store each: a load that met two smaller ones would wait for both.
     static void fill(const float* src, int64_t n, float* dst, int64_t) {
         _mm512_storeu_ps(dst, _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), src));

@@ -30,6 +30,8 @@ inline typename S::vf row_units(const typename U::storage* row, int64_t stride, 
     constexpr int count = S::W * U::E;
     const int64_t left = channels - first * U::E;
     if (stride == 1 && left >= count) return U::from_row(row + first * U::E);
+    if constexpr (sizeof(typename U::storage) == sizeof(float))
+        if (stride == 1) return left > 0 ? S::load_part(row + first, left) : typename S::vf{};
     typename U::storage buffer[count];
     gather<S>(row + first * U::E * stride, stride, left < count ? left : int64_t{count}, buffer,
               count);
@@ -135,6 +137,11 @@ inline void store_transposed(const float* x, int64_t pitch, const float* divisor
                 T::template store<S>(to, y[r]);
                 continue;
             }
+            if constexpr (sizeof(storage) == sizeof(float))
+                if (layout.stride_channel == 1) {
+                    S::store_part(to, y[r], count);
+                    continue;
+                }
             storage buffer[W];
             T::template store<S>(buffer, y[r]);
             if (layout.stride_channel == 1)

@@ -49,6 +49,15 @@ struct SimdBase {
         __builtin_memcpy(&x, p, sizeof x);
         return x;
     }
+    /// A vector from the first n < W elements, zeros behind; src is not read past n.
+    static vf load_part(const float* src, int64_t n) {
+        float buffer[W] = {};
+        for (int64_t i = 0; i < n; ++i) buffer[i] = src[i];
+        return load(buffer);
+    }
+    static void store_part(float* dst, vf x, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) dst[i] = x[i];
+    }
     /// dst[0, size) = src[0, n) and zeros; src is not read past n. size: a vector of floats, or of
     /// 16-bit elements for one or two of them.
     template <class Element>
