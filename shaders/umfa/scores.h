@@ -68,7 +68,7 @@ inline float number_at(device const uchar* numbers, int kind, int64_t at) {
 /// away. Other values may be as low as the type goes, which times log2(e) would overflow, and must
 /// not hide a key: a row that is all of them weighs all keys alike.
 inline float to_log2(float x) {
-    return as_type<uint>(x) == 0xff800000u ? lowest : max(x, -1.3e38f) * log2_e;
+    return as_type<uint>(x) == 0xff800000u ? lowest : max(x, -1.1e38f) * log2_e;
 }
 
 /// The additive mask at one place in units of log2, or `lowest` where the key must not be seen.
