@@ -199,12 +199,6 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
                   leftpad);
     }
 
-    for (int64_t b = 0; b < batch; ++b)
-        if (end_of(b) > INT32_MAX)
-            fail(ErrorKind::unsupported, function,
-                 "seqlen of " + std::string(tables.key_name) + " is too large for sequence " +
-                     std::to_string(b),
-                 std::to_string(end_of(b)), "at most " + std::to_string(INT32_MAX));
     for (int64_t b = 0; b < batch; ++b) {
         const size_t i = static_cast<size_t>(b);
         SequenceRows rows;
