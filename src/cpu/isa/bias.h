@@ -7,7 +7,8 @@ inline typename S::vf mask_values(Kind kind, const char* at, int64_t stride, int
         // A mask of float32's lowest number is no mask of -inf, but in units of log2 it would be one.
         const typename S::vf b = numbers<S>(kind, at, stride, count), scaled = b * log2_e;
         const typename S::vf lowest = S::splat(-3.4028234663852886e38f);
-        return (scaled < lowest) & (b >= lowest) ? lowest : scaled;
+        const auto sunk = (scaled < lowest) & (b >= lowest);
+        return sunk ? lowest : scaled;
     }
     typename S::vf x{};
     for (int i = 0; i < S::W && i < count; ++i) x[i] = at[i * stride] ? 0.f : -__builtin_inff();
