@@ -41,7 +41,15 @@ case "$*" in
 *) exit 1;;
 esac
 """
+# Apple's clang takes -march for a file that needs more than its CPU; zig has -mcpu for that.
 COMPILER = """#!/bin/sh
+for word in "$@"; do
+    shift
+    case "$word" in
+    -march=armv8.2-a+bf16) word=-mcpu=apple_m1+bf16;;
+    esac
+    set -- "$@" "$word"
+done
 exec {zig} {flags} "$@"
 """
 
