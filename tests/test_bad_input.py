@@ -238,12 +238,13 @@ def shape_cases(framework: str) -> Iterator[Bad]:
         yield bad(
             f"{heads} heads over {heads_k}", ValueError, f"{heads} and {heads_k}", q=q, k=kv, v=kv
         )
-    for size in (0, 513, 520, 4096):
+    for size in (0, 577, 584, 4096):
         error = UNSUPPORTED if size else ValueError
         q, k, v = (with_axis(role, 3, size) for role in "qkv")
         yield bad(f"head_dim {size}", error, size, q=q, k=k, v=v)
         yield bad(f"head_dim {size} of q and k", error, size, q=q, k=k)
         yield bad(f"head_dim {size} of v", error, size, v=v)
+    yield bad("head_dim 513 of v", UNSUPPORTED, 513, v=with_axis("v", 3, 513))
     # As seen in real code: BHSD tensors in a BSHD call.
     q, k, v = ((shape[0], shape[2], shape[1], shape[3]) for shape in map(SHAPES.get, "qkv"))
     yield bad("BHSD", ValueError, SEQLEN_Q, q=q, k=k, v=v)
@@ -269,6 +270,7 @@ def packed_cases(framework: str) -> Iterator[Bad]:
     for shape in [*ragged, (2, 10, 1, 2, 8), (2, 10, 3, 2, 8), (2, 10, 4, 2, 8), (2, 2, 10, 2, 8)]:
         yield bad(kv, "kv", shape)
     yield bad(qkv, "qkv", (2, 10, 3, 4, 0))
+    yield bad(qkv, "qkv", (2, 10, 3, 4, 577), UNSUPPORTED)
     yield bad(qkv, "qkv", (2, 10, 3, 4, 513), UNSUPPORTED)
     yield bad(kv, "kv", (2, 10, 2, 2, 0))
     yield bad(kv, "kv", (2, 10, 2, 2, 9))
@@ -569,7 +571,7 @@ def sdpa_cases(framework: str) -> Iterator[Bad]:
     for role in ("query", "key"):
         for size in (1, 7, 9, 80):
             yield wrong_shapes(ValueError, size, **{role: with_axis(role, 3, size)})
-    for size in (0, 513, 4096):
+    for size in (0, 577, 4096):
         error = UNSUPPORTED if size else ValueError
         yield wrong_shapes(error, size, value=with_axis("value", 3, size))
         both = {role: with_axis(role, 3, size) for role in ("query", "key")}

@@ -57,12 +57,15 @@ def test_what_can_run_does_run(options: dict[str, Any], framework: Framework) ->
     umfa.flash_attn_func(*tensors, **options)
 
 
-@pytest.mark.parametrize("head_dim", [1, 512])
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(1, 1), (576, 512)])
 @pytest.mark.parametrize("seqlen_k", [0, 1])
-def test_extreme_sizes_can_run(head_dim: int, seqlen_k: int) -> None:
+def test_extreme_sizes_can_run(head_dim: int, head_dim_v: int, seqlen_k: int) -> None:
     query, key = np.ones((1, 3, 4, head_dim), "f4"), np.ones((1, seqlen_k, 1, head_dim), "f4")
-    assert umfa.can_run(query, key, key) == (True, "")
-    assert umfa.flash_attn_func(query, key, key).shape == query.shape
+    value = np.ones((1, seqlen_k, 1, head_dim_v), "f4")
+    assert umfa.can_run(query, key, value) == (True, "")
+    out = umfa.flash_attn_func(query, key, value)
+    assert out.shape == (1, 3, 4, head_dim_v)
+    assert (out == seqlen_k).all()
 
 
 def test_can_run_has_the_options_of_the_function() -> None:

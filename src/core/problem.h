@@ -8,14 +8,15 @@
 #include <string_view>
 #include <vector>
 
+#include "core/constants.h"
 #include "core/export.h"
 #include "core/sequences.h"
 #include "core/tensor_view.h"
+#include "umfa/philox.h"
 #include "umfa/visible.h"
 
 namespace umfa {
 
-constexpr int64_t max_head_dim = 512;
 constexpr int64_t max_seqlen = INT32_MAX;  // kernels hold key positions in 32 bits
 
 /// Order of the last three dimensions of query, key, value and out; batch dimensions come before.
@@ -83,10 +84,14 @@ struct Rotary {
     bool keys = false;     // key j is rotated too, by the angles of position j
 };
 
-/// Counter-based (Philox) dropout of the probabilities.
+/// Counter-based dropout of the probabilities; what is kept is divided by 1 - p. umfa/philox.h says
+/// what is dropped: it depends on the indices of batch, head, query and key alone.
 struct Dropout {
     double p = 0;
-    uint64_t seed = 0, offset = 0;
+    PhiloxKey key{};
+    uint32_t threshold = 0;  // p * 2^32
+    // Index b of the problem's batch is index first + b * step of all batch dimensions as one.
+    int64_t batch_first = 0, batch_step = 1;
 };
 
 /// How one operand's integers or small floats become numbers.
@@ -119,6 +124,7 @@ enum class Feature : uint32_t {
     attention_chunk = 1u << 14,
     append = 1u << 15,
     rotary = 1u << 16,
+    qv = 1u << 17,
 };
 constexpr uint32_t bit(Feature feature) { return static_cast<uint32_t>(feature); }
 /// The name users know it by: "window_size", "dropout_p", ...
@@ -157,6 +163,12 @@ struct AttentionRequest {
     SequenceTables tables;  // packed, cached, paged; layout bshd, packed tensors without the batch
     std::optional<TensorView> attn_mask;  // of out's dimensions at most; broadcast from the right
     double dropout_p = 0;
+    uint64_t dropout_seed = 0, dropout_offset = 0;
+    /// Of query's shape but with value's head_dim: qv.value is added to query.key (DeepSeek's MLA
+    /// with absorbed weights). Layout bshd only.
+    std::optional<TensorView> qv;
+    /// Into how many parts the keys of few queries are cut: 0 the backend's choice.
+    int64_t num_splits = 0;
 };
 
 /// A batch dimension that no stride walks together with the others. The problem is carried out once
@@ -164,6 +176,12 @@ struct AttentionRequest {
 struct BatchLoop {
     int64_t size = 1;
     int64_t query = 0, key = 0, value = 0, mask = 0, out = 0, lse = 0;
+    int64_t index = 0;  // of all batch dimensions as one
+};
+
+/// Rows [row, row + rows) of one index of the batch.
+struct RowRange {
+    int64_t batch, row, rows;
 };
 
 struct UMFA_CORE_API Problem {
@@ -178,13 +196,15 @@ struct UMFA_CORE_API Problem {
     int64_t query_rows = 0;               // of the tensor: seqlen_q, or of all packed sequences
     int64_t head_dim = 0, head_dim_v = 0;
     Operand query, key, value;
+    std::optional<Operand> qv;   // the part of the queries that meets the values
     std::optional<Operand> out;  // same dtype as query
     std::optional<Operand> lse;  // f32, natural log; stride_channel unused
     bool wants_lse = false;
     double softmax_scale = 1;
     Visible<int64_t> visible{0, 0, -1, -1, 0};  // causal and window
     bool causal = false, top_left = false;
-    double softcap = 0;  // 0: off
+    double softcap = 0;      // 0: off
+    int64_t num_splits = 0;  // as in the request
 
     std::optional<Alibi> alibi;
     std::optional<DenseMask> mask;
@@ -208,6 +228,9 @@ struct UMFA_CORE_API Problem {
     /// Where sequence b lies, and what its queries see.
     SequenceRows sequence(int64_t b) const;
     Visible<int64_t> visible_of(const SequenceRows& rows) const;
+
+    /// Rows of out and lse that belong to no sequence: between packed ones, and past those in use.
+    std::vector<RowRange> unused_rows() const;
 
     /// Shape that out must have, in `layout`, and the dtype and device; likewise lse.
     TensorView out_shape() const;

@@ -130,39 +130,26 @@ std::vector<float> sinks_of(const Sinks& sinks, int64_t nheads) {
     for (int64_t h = 0; h < nheads; ++h)
         logits[static_cast<size_t>(h)] =
             float_at(sinks.logits.address(), h * sinks.logits.strides[0], sinks.logits.dtype) *
-            1.44269504088896341f;
+            static_cast<float>(log2_e);
     return logits;
 }
 
-/// Rows of out and lse that belong to no sequence: between packed ones, and past seqused_q.
 void clear_unused(const Problem& problem, const ForwardArgs& args) {
-    std::vector<std::pair<int64_t, int64_t>> used;  // [begin, end) of (batch, row) in one number
-    for (int64_t b = 0; b < problem.batch; ++b) {
-        const Sequence& sequence = args.sequences[b];
-        const int64_t begin = sequence.query_batch * problem.query_rows + sequence.query_row;
-        used.emplace_back(begin, begin + sequence.seqlen_q);
-    }
-    const int64_t batches = problem.ndim == 4 ? problem.batch_shape[0] : 1;
-    used.emplace_back(batches * problem.query_rows, batches * problem.query_rows);
     const int64_t bytes = bits_of(problem.query.view.dtype) / 8;
-    int64_t row = 0;
-    for (const auto& [begin, end] : used) {
-        for (; row < begin; ++row)
-            for (int64_t h = 0; h < problem.nheads_q; ++h) {
-                const int64_t batch = row / problem.query_rows, i = row % problem.query_rows;
-                char* out = static_cast<char*>(args.out.data) +
-                            bytes * (batch * args.out.stride_batch + h * args.out.stride_head +
-                                     i * args.out.stride_row);
-                for (int64_t c = 0; c < problem.head_dim_v; ++c)
-                    std::memset(out + c * args.out.stride_channel * bytes, 0, size_t(bytes));
-                if (args.lse.data)
-                    static_cast<float*>(
-                        args.lse.data)[batch * args.lse.stride_batch + h * args.lse.stride_head +
-                                       i * args.lse.stride_row] =
-                        -std::numeric_limits<float>::infinity();
-            }
-        row = std::max(row, end);
-    }
+    const auto clear = [&](int64_t batch, int64_t head, int64_t row) {
+        char* out = static_cast<char*>(args.out.data) +
+                    bytes * (batch * args.out.stride_batch + head * args.out.stride_head +
+                             row * args.out.stride_row);
+        for (int64_t c = 0; c < problem.head_dim_v; ++c)
+            std::memset(out + c * args.out.stride_channel * bytes, 0, size_t(bytes));
+        if (args.lse.data)
+            static_cast<float*>(
+                args.lse.data)[batch * args.lse.stride_batch + head * args.lse.stride_head +
+                               row * args.lse.stride_row] = -std::numeric_limits<float>::infinity();
+    };
+    for (const RowRange& range : problem.unused_rows())
+        for (int64_t row = range.row; row < range.row + range.rows; ++row)
+            for (int64_t head = 0; head < problem.nheads_q; ++head) clear(range.batch, head, row);
 }
 
 /// Writes the new rows of key and value behind those in use.
@@ -237,7 +224,7 @@ void run_forward(const Problem& problem) {
     const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
     if (problem.append) append(problem, args, own.copy_row);
     if (problem.nheads_q == 0) return;
-    if (problem.sequences.given) clear_unused(problem, args);
+    clear_unused(problem, args);
     std::vector<int64_t> few, many;
     for (int64_t b = 0; b < problem.batch; ++b) {
         const Sequence& sequence = sequences[static_cast<size_t>(b)];

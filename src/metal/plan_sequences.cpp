@@ -10,31 +10,14 @@ namespace {
 /// Of one threadgroup: enough to be worth one, few enough that long gaps go to many.
 constexpr int64_t rows_per_threadgroup = 16;
 
-/// Rows between the sequences, in pieces. Sequences follow each other in the tensor.
-std::vector<UnusedRows> unused_rows(const Problem& problem) {
-    const int64_t batches = problem.ndim == 4 ? problem.batch_shape[0] : 1;
-    std::vector<UnusedRows> found;
-    int64_t batch = 0, row = 0;  // first one not accounted for
-    const auto skip_to = [&](int64_t to_batch, int64_t to_row) {
-        for (; batch < to_batch || (batch == to_batch && row < to_row);) {
-            const int64_t end = batch < to_batch ? problem.query_rows : to_row;
-            for (; row < end; row += rows_per_threadgroup)
-                found.push_back({batch, row,
-                                 static_cast<int32_t>(std::min(rows_per_threadgroup, end - row)),
-                                 0});
-            row = end;
-            if (batch == to_batch) return;
-            ++batch;
-            row = 0;
-        }
-    };
-    for (int64_t b = 0; b < problem.batch; ++b) {
-        const SequenceRows rows = problem.sequence(b);
-        skip_to(rows.query_batch, rows.query_row);
-        row = std::max(row, rows.query_row + rows.seqlen_q);
-    }
-    skip_to(batches, 0);
-    return found;
+std::vector<UnusedRows> pieces_of(const std::vector<RowRange>& ranges) {
+    std::vector<UnusedRows> pieces;
+    for (const RowRange& range : ranges)
+        for (int64_t done = 0; done < range.rows; done += rows_per_threadgroup)
+            pieces.push_back(
+                {range.batch, range.row + done,
+                 static_cast<int32_t>(std::min(rows_per_threadgroup, range.rows - done)), 0});
+    return pieces;
 }
 
 }  // namespace
@@ -69,7 +52,7 @@ void bind_pages(KernelLaunch& launch, const Problem& problem, uint32_t piece) {
 }
 
 void plan_unused_rows(LaunchPlan& plan, const Problem& problem) {
-    const std::vector<UnusedRows> unused = unused_rows(problem);
+    const std::vector<UnusedRows> unused = pieces_of(problem.unused_rows());
     if (unused.empty()) return;
     ClearParams params{};
     params.out = strides_of(*problem.out);

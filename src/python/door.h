@@ -71,6 +71,8 @@ struct Options {
     std::optional<int64_t> max_seqlen_q, max_seqlen_k;
     std::string lengths_name = "seqused_k";  // the caller's spelling
     bool rotary_interleaved = true;
+    int64_t num_splits = 0;
+    uint64_t dropout_seed = 0, dropout_offset = 0;
 };
 
 /// Keeps what a request's views point to.
@@ -87,6 +89,7 @@ inline void read_others(const Options& options, const nb::dict& others, Inputs& 
         std::string_view name;
         std::optional<TensorView>& view;
     } places[] = {{"learnable_sink", request.sinks},
+                  {"qv", request.qv},
                   {"cu_seqlens_q", request.tables.cu_seqlens_q},
                   {"cu_seqlens_k", request.tables.cu_seqlens_k},
                   {"seqused_q", request.tables.seqused_q},
@@ -168,6 +171,9 @@ inline AttentionRequest make_request(const Options& options, nb::handle query, n
     request.tables.seqused_k_name = options.lengths_name;
     request.tables.key_name = key_name;
     request.rotary_interleaved = options.rotary_interleaved;
+    request.num_splits = options.num_splits;
+    request.dropout_seed = options.dropout_seed;
+    request.dropout_offset = options.dropout_offset;
     return request;
 }
 

@@ -241,7 +241,8 @@ NB_MODULE(_ext, m) {
                double dropout_p, bool return_lse, std::string backend, bool top_left,
                bool torch_shapes, bool grouped, int64_t attention_chunk,
                std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k,
-               std::string lengths_name, bool rotary_interleaved) {
+               std::string lengths_name, bool rotary_interleaved, int64_t num_splits,
+               uint64_t dropout_seed, uint64_t dropout_offset) {
                 const Causal alignment = top_left ? Causal::top_left : Causal::bottom_right;
                 new (self) Options{std::move(function),
                                    std::move(names),
@@ -260,13 +261,17 @@ NB_MODULE(_ext, m) {
                                    max_seqlen_q,
                                    max_seqlen_k,
                                    std::move(lengths_name),
-                                   rotary_interleaved};
+                                   rotary_interleaved,
+                                   num_splits,
+                                   dropout_seed,
+                                   dropout_offset};
             },
             "function"_a, "names"_a, nb::kw_only(), "causal"_a, "softmax_scale"_a.none(),
             "window_left"_a, "window_right"_a, "softcap"_a, "dropout_p"_a, "return_lse"_a,
             "backend"_a, "top_left"_a = false, "torch_shapes"_a = false, "grouped"_a = true,
             "attention_chunk"_a = 0, "max_seqlen_q"_a = nb::none(), "max_seqlen_k"_a = nb::none(),
-            "lengths_name"_a = "seqused_k", "rotary_interleaved"_a = true);
+            "lengths_name"_a = "seqused_k", "rotary_interleaved"_a = true, "num_splits"_a = 0,
+            "dropout_seed"_a = 0, "dropout_offset"_a = 0);
 
     m.def("attention_forward", &attention_forward, "options"_a, "query"_a, "key"_a, "value"_a,
           "alibi_slopes"_a.none(), "attn_mask"_a.none(), "allocate"_a, "others"_a = nb::none(),

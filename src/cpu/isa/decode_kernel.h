@@ -251,7 +251,7 @@ struct DecodeHead {
             state[r] = {scoring_of(args, batch, head), -__builtin_inff(), head, query};
             const storage* row = query_row<const storage>(args.query, sequence, head, query);
             int64_t stride = args.query.stride_channel;
-            storage rotated[512];
+            storage rotated[max_head_dim];
             if (args.rotary.kind != Kind::none) {
                 rotate_row<S, T>(args.rotary, row, stride, args.head_dim,
                                  position_of(args, sequence, query), rotated);
@@ -455,7 +455,7 @@ void copy_row(const Rotary& rotary, const void* from, int64_t from_stride, int64
     using storage = typename T::storage;
     const storage* source = static_cast<const storage*>(from);
     storage* dst = static_cast<storage*>(to);
-    storage rotated[512];
+    storage rotated[max_head_dim];
     if (rotary.kind != Kind::none) {
         rotate_row<S, T>(rotary, source, from_stride, channels, position, rotated);
         source = rotated;

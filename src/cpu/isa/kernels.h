@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "core/constants.h"
+#include "umfa/philox.h"
 #include "umfa/visible.h"
 
 namespace umfa::cpu {

@@ -1,7 +1,6 @@
 // Vector functions of the kernels: exp2 and tanh. Included after simd.h and `Simd`.
 
-constexpr float log2_e = 1.44269504088896341f;
-constexpr double ln_2 = 0.693147180559945309;
+constexpr float log2_e = static_cast<float>(umfa::log2_e);
 
 template <class S>
 struct Lanes {

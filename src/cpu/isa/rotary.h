@@ -5,7 +5,7 @@
 template <class S, class T>
 inline void rotate_row(const Rotary& rotary, const typename T::storage* row, int64_t stride,
                        int64_t channels, int64_t position, typename T::storage* dst) {
-    constexpr int W = S::W, most = 512 + W;
+    constexpr int W = S::W, most = max_head_dim + W;
     float x[most], cos[most / 2 + W], sin[most / 2 + W], y[most];
     const int64_t half = rotary.channels / 2;
     for (int64_t c = 0; c < channels; c += W)

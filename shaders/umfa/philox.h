@@ -1,0 +1,59 @@
+// Dropout's random numbers: Philox-4x32-10 (Salmon et al. 2011), a function of where a probability
+// stands and of nothing else. So every backend, and every pass, drops the same ones.
+//
+// Included by the shaders (MSL, C++14 subset) and by the host.
+#pragma once
+
+#ifdef __METAL__
+#include <metal_stdlib>
+#define UMFA_HIGH_PRODUCT(a, b) metal::mulhi(a, b)
+#else
+#include <stdint.h>
+#define UMFA_HIGH_PRODUCT(a, b) static_cast<uint32_t>((static_cast<uint64_t>(a) * (b)) >> 32)
+#endif
+
+#include "umfa/visible.h"
+
+namespace umfa {
+
+struct Philox {
+    uint32_t word[4];
+};
+
+struct PhiloxKey {
+    uint32_t low, high;
+};
+
+UMFA_INLINE Philox philox(Philox counter, PhiloxKey key) {
+    for (int round = 0; round < 10; ++round) {
+        const uint32_t a = 0xd2511f53u, b = 0xcd9e8d57u;
+        const uint32_t high_a = UMFA_HIGH_PRODUCT(a, counter.word[0]);
+        const uint32_t high_b = UMFA_HIGH_PRODUCT(b, counter.word[2]);
+        const Philox next = {{high_b ^ counter.word[1] ^ key.low, b * counter.word[2],
+                              high_a ^ counter.word[3] ^ key.high, a * counter.word[0]}};
+        counter = next;
+        key.low += 0x9e3779b9u;
+        key.high += 0xbb67ae85u;
+    }
+    return counter;
+}
+
+/// The words of four neighbouring keys, 4 * quad to 4 * quad + 3, of one query. `batch` and `head`
+/// are the query's. A key is dropped where its word is below p * 2^32.
+UMFA_INLINE Philox dropout_words(PhiloxKey key, uint32_t batch, uint32_t head, uint32_t query,
+                                 uint32_t quad) {
+    const Philox counter = {{quad, query, head, batch}};
+    return philox(counter, key);
+}
+
+/// The key of a call: seed and offset both count in full, since they are mixed once on the host.
+UMFA_INLINE PhiloxKey dropout_key(uint64_t seed, uint64_t offset) {
+    const Philox counter = {
+        {static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), 0u, 0u}};
+    const PhiloxKey key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+    const Philox mixed = philox(counter, key);
+    const PhiloxKey found = {mixed.word[0], mixed.word[1]};
+    return found;
+}
+
+}  // namespace umfa

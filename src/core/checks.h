@@ -1,0 +1,59 @@
+// What every tensor of a call must satisfy, whoever it is: checks that throw with the value at fault.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "core/error.h"
+#include "core/tensor_view.h"
+
+namespace umfa {
+
+/// Throws in the name of one public function.
+struct Checker {
+    std::string_view function;
+
+    [[noreturn]] void value(std::string_view what, const std::string& got,
+                            const std::string& expected) const {
+        fail(ErrorKind::value, function, what, got, expected);
+    }
+    [[noreturn]] void type(std::string_view what, const std::string& got,
+                           const std::string& expected) const {
+        fail(ErrorKind::type, function, what, got, expected);
+    }
+    [[noreturn]] void unsupported(std::string_view what, const std::string& got,
+                                  const std::string& expected) const {
+        fail(ErrorKind::unsupported, function, what, got, expected);
+    }
+};
+
+// Dimensions are counted from the last: 1 is the last one. One that is not there has size 1.
+inline int64_t size_at(const TensorView& view, int from_last) {
+    return from_last <= view.ndim ? view.shape[view.ndim - from_last] : 1;
+}
+
+/// 0 where there is one index only, so that the dimension may broadcast.
+inline int64_t stride_at(const TensorView& view, int from_last) {
+    return size_at(view, from_last) == 1 ? 0 : view.strides[view.ndim - from_last];
+}
+
+/// What must hold before anyone follows the tensor's pointer.
+void check_memory(const Checker& check, const TensorView& view, const std::string& name);
+void check_float_dtype(const Checker& check, const TensorView& view, const std::string& name);
+/// Same dtype, device as the tensor called `as_name`.
+void check_same_dtype(const Checker& check, const TensorView& view, const std::string& name,
+                      const TensorView& as, const std::string& as_name);
+void check_same_device(const Checker& check, const TensorView& view, const std::string& name,
+                       const TensorView& as);
+
+void check_overlap(const Checker& check, const TensorView& written, const std::string& name,
+                   const TensorView& read, const std::string& other);
+/// True when no two indices may name the same element: sorted by stride, each dimension steps over
+/// everything the smaller ones reach. Sufficient, and exact for every view made by slicing.
+bool elements_distinct(const TensorView& view);
+/// Whether two views are slices of one tensor that lie between one another without touching, as key
+/// and value of a cache that holds both.
+bool interleaved(const TensorView& a, const TensorView& b);
+
+}  // namespace umfa

@@ -1,0 +1,190 @@
+#include "core/parts.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace umfa {
+
+Operand operand_of(const TensorView& view, Layout layout) {
+    Operand operand;
+    operand.view = view;
+    operand.stride_head = stride_at(view, head_of(layout));
+    operand.stride_row = view.strides[view.ndim - row_of(layout)];
+    operand.stride_channel = view.strides[view.ndim - 1];
+    return operand;
+}
+
+Alibi checked_alibi(const Checker& check, const Problem& problem, const AttentionRequest& request) {
+    const TensorView& slopes = *request.alibi_slopes;
+    const bool tables = request.tables.any();
+    const bool per_head = slopes.ndim == 1 && slopes.shape[0] == problem.nheads_q;
+    const int64_t batch = tables ? int64_t(problem.sequences.rows.size()) : problem.batch_shape[0];
+    const bool per_batch = (problem.ndim == 4 || tables) && slopes.ndim == 2 &&
+                           slopes.shape[0] == batch && slopes.shape[1] == problem.nheads_q;
+    const std::string heads = std::to_string(problem.nheads_q);
+    if (!per_head && !per_batch)
+        check.value("alibi_slopes has the wrong shape", shape_text(slopes),
+                    "(" + heads + ",) or (" + std::to_string(batch) + ", " + heads + ")");
+    if (slopes.dtype != DType::f32)
+        check.type("alibi_slopes has the wrong dtype", name_of(slopes.dtype), "float32");
+    check_same_device(check, slopes, "alibi_slopes", request.query);
+    check_memory(check, slopes, "alibi_slopes");
+    return {slopes, per_batch ? slopes.strides[0] : 0, slopes.strides[slopes.ndim - 1]};
+}
+
+Sinks checked_sinks(const Checker& check, const Problem& problem, const AttentionRequest& request) {
+    const TensorView& sinks = *request.sinks;
+    const std::string name = "learnable_sink";
+    if (sinks.ndim != 1 || sinks.shape[0] != problem.nheads_q)
+        check.value(name + " has the wrong shape", shape_text(sinks),
+                    "(" + std::to_string(problem.nheads_q) + ",)");
+    check_float_dtype(check, sinks, name);
+    check_same_device(check, sinks, name, request.query);
+    check_memory(check, sinks, name);
+    return {sinks};
+}
+
+Operand checked_qv(const Checker& check, const Problem& problem, const AttentionRequest& request) {
+    const TensorView& qv = *request.qv;
+    TensorView shape = request.query;
+    shape.shape[shape.ndim - 1] = problem.head_dim_v;
+    bool same = qv.ndim == shape.ndim;
+    for (int i = 0; same && i < qv.ndim; ++i) same = qv.shape[i] == shape.shape[i];
+    if (!same) check.value("qv has the wrong shape", shape_text(qv), shape_text(shape));
+    check_same_dtype(check, qv, "qv", request.query, std::string(request.query_name));
+    check_same_device(check, qv, "qv", request.query);
+    check_memory(check, qv, "qv");
+    return operand_of(qv, request.layout);
+}
+
+Dropout checked_dropout(const Checker& check, const AttentionRequest& request) {
+    if (!(request.dropout_p >= 0 && request.dropout_p < 1))
+        check.value("dropout_p is out of range", text_of(request.dropout_p), "0 <= dropout_p < 1");
+    Dropout dropout;
+    dropout.p = request.dropout_p;
+    dropout.key = dropout_key(request.dropout_seed, request.dropout_offset);
+    dropout.threshold = static_cast<uint32_t>(std::min(request.dropout_p * 0x1p32, 0x1p32 - 1));
+    return dropout;
+}
+
+DenseMask broadcast_mask(const Checker& check, const Problem& problem, const TensorView& mask) {
+    const bool sequences = problem.sequences.given;
+    TensorView full = mask;
+    full.ndim = sequences ? 4 : problem.ndim;
+    std::copy_n(problem.batch_shape, TensorView::max_ndim, full.shape);
+    if (sequences) full.shape[0] = static_cast<int64_t>(problem.sequences.rows.size());
+    if (full.ndim >= 3) full.shape[full.ndim - 3] = problem.nheads_q;
+    full.shape[full.ndim - 2] = problem.seqlen_q;
+    full.shape[full.ndim - 1] = problem.seqlen_kv;
+    bool fits = mask.ndim <= full.ndim;
+    // Of sequences, the mask may go on where the longest ends: as the cache does.
+    for (int i = 1; fits && i <= full.ndim; ++i)
+        fits = size_at(mask, i) == 1 || size_at(mask, i) == size_at(full, i) ||
+               (sequences && i <= 2 && size_at(mask, i) > size_at(full, i));
+    if (!fits)
+        check.value("attn_mask has the wrong shape", shape_text(mask),
+                    "a shape that broadcasts to " + shape_text(full) +
+                        (sequences ? ", the longest sequences, or beyond" : ""));
+    DenseMask found{mask, mask};
+    found.view.ndim = 4;
+    found.view.shape[1] = problem.nheads_q;
+    found.view.shape[2] = problem.seqlen_q;
+    found.view.shape[3] = problem.seqlen_kv;
+    for (int i = 1; i <= 3; ++i) found.view.strides[4 - i] = stride_at(mask, i);
+    if (mask.dtype != DType::b8 && !is_attention_dtype(mask.dtype)) {
+        const char *what = "attn_mask has the wrong dtype",
+                   *expected = "bool, float32, float16 or bfloat16";
+        if (is_other_float(mask.dtype)) check.unsupported(what, name_of(mask.dtype), expected);
+        check.type(what, name_of(mask.dtype), expected);
+    }
+    check_same_device(check, mask, "attn_mask", problem.query.view);
+    check_memory(check, mask, "attn_mask");
+    return found;
+}
+Append checked_append(const Checker& check, const Problem& problem,
+                      const AttentionRequest& request) {
+    const TensorView &k = *request.new_key, &v = *request.new_value;
+    const struct {
+        const TensorView &view, &cache;
+        const char* name;
+        std::string_view cache_name;
+    } pairs[] = {{k, request.key, "k", request.key_name},
+                 {v, request.value, "v", request.value_name}};
+    for (const auto& [view, cache, name, cache_name] : pairs) {
+        if (view.ndim != 4 || view.shape[0] != problem.batch_shape[0] ||
+            view.shape[1] != k.shape[1] || view.shape[2] != problem.nheads_kv ||
+            view.shape[3] != cache.shape[3])
+            check.value(std::string(name) + " has the wrong shape", shape_text(view),
+                        "(" + std::to_string(problem.batch_shape[0]) + ", new rows, " +
+                            std::to_string(problem.nheads_kv) + ", " +
+                            std::to_string(cache.shape[3]) + ")");
+        if (view.dtype != cache.dtype)
+            check.type(std::string(name) + " has the wrong dtype", name_of(view.dtype),
+                       name_of(cache.dtype));
+        check_same_device(check, view, name, cache);
+        check_memory(check, view, name);
+        if (!elements_distinct(cache))
+            check.value(std::string(cache_name) + " has elements that share memory",
+                        "an expanded or overlapping view", "one address for each element");
+        check_overlap(check, cache, std::string(cache_name), k, "k");
+        check_overlap(check, cache, std::string(cache_name), v, "v");
+        check_overlap(check, cache, std::string(cache_name), request.query,
+                      std::string(request.query_name));
+    }
+    if (!interleaved(request.key, request.value))
+        check_overlap(check, request.key, std::string(request.key_name), request.value,
+                      std::string(request.value_name));
+    Append append{operand_of(k, Layout::bshd), operand_of(v, Layout::bshd), k.shape[1]};
+    append.key.stride_batch = stride_at(k, 4);
+    append.value.stride_batch = stride_at(v, 4);
+    return append;
+}
+Rotary checked_rotary(const Checker& check, const Problem& problem,
+                      const AttentionRequest& request) {
+    if (!request.rotary_cos || !request.rotary_sin)
+        check.value("rotary_cos and rotary_sin must be given together",
+                    request.rotary_cos ? "rotary_cos alone" : "rotary_sin alone",
+                    "both or neither");
+    // New keys are rotated on their way into the cache, which holds the others rotated already.
+    const bool keys = !request.new_key;
+    const bool advances = keys || problem.causal || problem.visible.left >= 0 ||
+                          problem.visible.right >= 0 || problem.visible.chunk > 0;
+    Rotary rotary{
+        *request.rotary_cos, *request.rotary_sin, 0, request.rotary_interleaved, advances, keys};
+    const int64_t appended = problem.append ? problem.append->rows : 0;
+    const auto reach = [&](int64_t queries) {
+        return std::max(appended, advances ? queries : std::min<int64_t>(queries, 1));
+    };
+    int64_t positions = keys ? problem.seqlen_kv : 0;
+    for (const SequenceRows& rows : problem.sequences.rows)
+        positions = std::max(positions, rows.position_q + reach(rows.seqlen_q));
+    if (keys && problem.seqlen_q > problem.seqlen_kv)
+        check.value("rotary angles need a position for each query",
+                    std::to_string(problem.seqlen_q) + " queries of " +
+                        std::to_string(problem.seqlen_kv) + " keys",
+                    "no more queries than keys: the last query stands where the last key does");
+    const struct {
+        const TensorView& view;
+        const char* name;
+    } tables[] = {{rotary.cos, "rotary_cos"}, {rotary.sin, "rotary_sin"}};
+    for (const auto& [view, name] : tables) {
+        const bool fits = view.ndim == 2 && view.shape[1] >= 1 &&
+                          view.shape[1] * 2 <= problem.head_dim &&
+                          view.shape[1] == rotary.cos.shape[1];
+        if (!fits)
+            check.value(std::string(name) + " has the wrong shape", shape_text(view),
+                        "(positions, half of the rotated channels), at most " +
+                            std::to_string(problem.head_dim / 2) + " of them");
+        if (view.shape[0] < positions)
+            check.value(std::string(name) + " has too few positions", std::to_string(view.shape[0]),
+                        "at least " + std::to_string(positions));
+        check_float_dtype(check, view, name);
+        check_same_dtype(check, view, name, rotary.cos, "rotary_cos");
+        check_same_device(check, view, name, request.query);
+        check_memory(check, view, name);
+    }
+    rotary.channels = rotary.cos.shape[1] * 2;
+    return rotary;
+}
+
+}  // namespace umfa

@@ -1,0 +1,30 @@
+// The orthogonal parts of a Problem, each checked by itself against what is known already.
+#pragma once
+
+#include "core/checks.h"
+#include "core/problem.h"
+
+namespace umfa {
+
+// Place of a dimension from the last.
+inline int row_of(Layout layout) { return layout == Layout::bshd ? 3 : 2; }
+inline int head_of(Layout layout) { return layout == Layout::bshd ? 2 : 3; }
+
+/// The strides but that of the batch, which Problem::merge_batch() finds.
+Operand operand_of(const TensorView& view, Layout layout);
+
+Alibi checked_alibi(const Checker& check, const Problem& problem, const AttentionRequest& request);
+Sinks checked_sinks(const Checker& check, const Problem& problem, const AttentionRequest& request);
+/// Second parts of query and key; the key's is the value.
+Operand checked_qv(const Checker& check, const Problem& problem, const AttentionRequest& request);
+/// The mask as (batch, nheads, seqlen_q, seqlen_kv), with stride 0 where it broadcasts; the batch is
+/// left to Problem::merge_batch().
+DenseMask broadcast_mask(const Checker& check, const Problem& problem, const TensorView& mask);
+/// New rows of key and value, as one index of the batch after the other.
+Append checked_append(const Checker& check, const Problem& problem,
+                      const AttentionRequest& request);
+Rotary checked_rotary(const Checker& check, const Problem& problem,
+                      const AttentionRequest& request);
+Dropout checked_dropout(const Checker& check, const AttentionRequest& request);
+
+}  // namespace umfa
