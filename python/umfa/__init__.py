@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from . import _ext
 from ._can_run import can_run
+from ._combine import flash_attn_combine
 from ._errors import UnsupportedError
 from ._flash_attn import (
     flash_attn_func,
@@ -33,6 +34,7 @@ __all__ = [
     "UnsupportedError",
     "backends",
     "can_run",
+    "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any, overload
 
 from ._attention import judge
+from ._combine import combine, flash_attn_combine
 from ._errors import UnsupportedError
 from ._flash_attn import (
     attend,
@@ -30,8 +31,9 @@ from ._varlen import (
     flash_attn_varlen_qkvpacked_func,
 )
 
-# Each takes what its function takes, in the same order, after (act, function).
+# Each takes (act, function) and the arguments of its function, by name.
 _BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
+    flash_attn_combine: combine,
     flash_attn_func: attend,
     flash_attn_kvpacked_func: attend_kvpacked,
     flash_attn_qkvpacked_func: attend_qkvpacked,
@@ -59,6 +61,7 @@ def can_run(
     return_attn_probs: bool = False,
     *,
     backend: str = "auto",
+    **more: Any,
 ) -> tuple[bool, str]: ...
 
 
@@ -88,7 +91,7 @@ def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
     bound = inspect.signature(function).bind(*rest, **kwargs)
     bound.apply_defaults()
     try:
-        possible, reason = _BODIES[function](judge, "umfa.can_run", *bound.arguments.values())
+        possible, reason = _BODIES[function](judge, "umfa.can_run", dict(bound.arguments))
     except (ValueError, TypeError, UnsupportedError) as error:
         return False, str(error)
     return possible, reason

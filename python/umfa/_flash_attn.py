@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._attend import attend_sequences
 from ._attention import Act, run
 from ._errors import message
 from ._frameworks import framework_of
-from ._options import WindowSize, make_options
+from ._options import WindowSize
 
 
 def flash_attn_func(
@@ -24,8 +25,14 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     backend: str = "auto",
+    attn_mask: Any = None,
     attention_chunk: int = 0,
     learnable_sink: Any = None,
+    s_aux: Any = None,
+    qv: Any = None,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    dropout_offset: int = 0,
 ) -> Any:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
 
@@ -36,16 +43,17 @@ def flash_attn_func(
     ----------
     q : tensor, shape (batch, seqlen_q, nheads, head_dim)
         Query: float32, float16 or bfloat16 (ml_dtypes' under numpy), any strides, of torch, numpy,
-        jax, mlx or any library that speaks DLPack. ``head_dim`` from 1 to 512.
+        jax, mlx or any library that speaks DLPack. ``head_dim`` from 1 to 576.
     k : tensor, shape (batch, seqlen_kv, nheads_kv, head_dim)
         Key, same dtype and framework. ``nheads`` is a multiple of ``nheads_kv``; query head ``h``
         reads key head ``h // (nheads // nheads_kv)``.
     v : tensor, shape (batch, seqlen_kv, nheads_kv, head_dim_v)
-        Value, same dtype and framework. ``head_dim_v`` may differ from ``head_dim``.
+        Value, same dtype and framework. ``head_dim_v`` may differ from ``head_dim``, up to 512.
     dropout_p : float
-        Only 0 for now; a larger probability raises `UnsupportedError`.
+        Probability, below 1, with which each attention weight is left out; the others are divided
+        by ``1 - dropout_p``. The log-sum-exp is that of all of them.
     softmax_scale : float, optional
-        Factor on the scores; ``head_dim ** -0.5`` if None.
+        Factor on the scores; ``head_dim ** -0.5`` if None (with `qv` both head dims count).
     causal : bool
         Query ``i`` sees the keys ``j <= i + seqlen_kv - seqlen_q`` (aligned at the bottom right).
     window_size : (int, int)
@@ -58,13 +66,32 @@ def flash_attn_func(
     deterministic : bool
         Accepted for compatibility: every result is deterministic.
     return_attn_probs : bool
-        Also return the log-sum-exp of the scores.
+        Also return the log-sum-exp of the scores, and with dropout the weights themselves.
     backend : {"auto", "metal", "cpu"}
         Who computes. "auto" takes the Apple GPU where there is one, for tensors that it owns and
         for work on CPU tensors that is large enough to be worth the way (an estimate, not yet
         measured on Apple hardware). The others insist: what such a backend cannot do is refused,
         never done elsewhere. The environment variable ``UMFA_BACKEND`` can insist for "auto". See
         `umfa.backends`.
+    attn_mask : tensor that broadcasts to (batch, nheads, seqlen_q, seqlen_kv), optional
+        bool: a query attends where it is True. float32, float16 or bfloat16: added to the scores.
+        Read where it is, never expanded; goes together with everything else.
+    attention_chunk : int
+        If above 0, a query sees only keys of its own chunk of that many positions (flash-attn 3).
+    learnable_sink, s_aux : tensor, shape (nheads,), optional
+        One more logit for each head's softmax, without a value: flash-attn 4's name, and that of
+        transformers and vLLM. float32, float16 or bfloat16.
+    qv : tensor, shape (batch, seqlen_q, nheads, head_dim_v), optional
+        Adds ``qv vᵀ`` to ``q kᵀ`` (flash-attn 3): attention over a compressed cache, as in
+        DeepSeek's MLA, whose values are the larger part of its keys. Same dtype and framework.
+    return_lse : bool
+        Also return the log-sum-exp (flash-attn 4); excludes `return_attn_probs`.
+    dropout_seed : int, optional
+        0 to 2**64 - 1. With the same seed and offset the same weights are dropped, on every
+        backend. If None, the framework's generator is asked for one (``torch.manual_seed``,
+        ``numpy.random.seed``, ``mx.random.seed``); jax has none, and needs a seed.
+    dropout_offset : int
+        0 to 2**64 - 1; gives the same seed other weights to drop.
 
     Returns
     -------
@@ -72,10 +99,12 @@ def flash_attn_func(
         In the dtype and framework of `q`. A query that sees no key, or none with a score above
         -inf, gets 0.
     softmax_lse : tensor, shape (batch, nheads, seqlen_q), float32
-        Only with `return_attn_probs`: natural log of the sum of ``exp(score)``; -inf for a query
-        that sees no key (flash-attn 2 writes +inf there).
-    S_dmask : None
-        Only with `return_attn_probs`: present so that three results can be unpacked.
+        Only with `return_attn_probs` or `return_lse`: natural log of the sum of ``exp(score)``;
+        -inf for a query that sees no key (flash-attn 2 writes +inf there).
+    S_dmask : tensor, shape (batch, nheads, seqlen_q, seqlen_kv), or None
+        Only with `return_attn_probs`, and not None only with dropout: the weights before dropout,
+        negative where they were dropped. For looking at small problems, since it is as large as it
+        looks.
 
     Raises
     ------
@@ -83,29 +112,14 @@ def flash_attn_func(
         An argument is wrong; the message holds the offending value.
     umfa.UnsupportedError
         The call is sound but not implemented yet: gradients (tensors that require grad, traced
-        arrays), dropout, float64 and float8, ``head_dim`` above 512.
+        arrays), float64 and float8, ``head_dim`` above 576.
 
     Notes
     -----
     Online softmax over key tiles: Milakov & Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022
-    (arXiv:2205.14135).
+    (arXiv:2205.14135). Dropout by Philox-4x32-10, Salmon et al. 2011.
     """
-    return _attend(
-        run,
-        "umfa.flash_attn_func",
-        {"q": q, "k": k, "v": v},
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        backend,
-        attention_chunk,
-        learnable_sink,
-    )
+    return attend(run, "umfa.flash_attn_func", locals())
 
 
 def flash_attn_qkvpacked_func(
@@ -120,6 +134,14 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
     *,
     backend: str = "auto",
+    attn_mask: Any = None,
+    attention_chunk: int = 0,
+    learnable_sink: Any = None,
+    s_aux: Any = None,
+    qv: Any = None,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    dropout_offset: int = 0,
 ) -> Any:
     """`flash_attn_func` on query, key and value stacked in one tensor.
 
@@ -130,20 +152,7 @@ def flash_attn_qkvpacked_func(
 
     Everything else, results and errors included, is as in `flash_attn_func`.
     """
-    return attend_qkvpacked(
-        run,
-        "umfa.flash_attn_qkvpacked_func",
-        qkv,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        backend,
-    )
+    return attend_qkvpacked(run, "umfa.flash_attn_qkvpacked_func", locals())
 
 
 def flash_attn_kvpacked_func(
@@ -159,6 +168,14 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
     *,
     backend: str = "auto",
+    attn_mask: Any = None,
+    attention_chunk: int = 0,
+    learnable_sink: Any = None,
+    s_aux: Any = None,
+    qv: Any = None,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    dropout_offset: int = 0,
 ) -> Any:
     """`flash_attn_func` on key and value stacked in one tensor.
 
@@ -170,40 +187,30 @@ def flash_attn_kvpacked_func(
 
     Everything else, results and errors included, is as in `flash_attn_func`.
     """
-    return attend_kvpacked(
-        run,
-        "umfa.flash_attn_kvpacked_func",
-        q,
-        kv,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        backend,
-    )
+    return attend_kvpacked(run, "umfa.flash_attn_kvpacked_func", locals())
 
 
-# The functions without their docstrings, for whoever does something else at the end (see `Act`).
+# The functions without their docstrings, for whoever does something else at the end (see `Act`);
+# `arguments` are the function's, by name.
 
 
-def attend(act: Act, function: str, q: Any, k: Any, v: Any, *options: Any) -> Any:
-    return _attend(act, function, {"q": q, "k": k, "v": v}, *options)
+def attend(act: Act, function: str, arguments: dict[str, Any]) -> Any:
+    tensors = {"q": arguments["q"], "k": arguments["k"], "v": arguments["v"]}
+    return attend_sequences(act, function, tensors, arguments)
 
 
-def attend_qkvpacked(act: Act, function: str, qkv: Any, *options: Any) -> Any:
+def attend_qkvpacked(act: Act, function: str, arguments: dict[str, Any]) -> Any:
+    qkv = arguments["qkv"]
     check_packed(function, "qkv", qkv, 3, 2, "(batch, seqlen, 3, nheads, head_dim)")
     parts = {f"qkv[:, :, {i}]": qkv[:, :, i] for i in range(3)}
-    return _attend(act, function, parts, *options)
+    return attend_sequences(act, function, parts, arguments)
 
 
-def attend_kvpacked(act: Act, function: str, q: Any, kv: Any, *options: Any) -> Any:
+def attend_kvpacked(act: Act, function: str, arguments: dict[str, Any]) -> Any:
+    kv = arguments["kv"]
     check_packed(function, "kv", kv, 2, 2, "(batch, seqlen_kv, 2, nheads_kv, head_dim)")
-    parts = {"q": q, "kv[:, :, 0]": kv[:, :, 0], "kv[:, :, 1]": kv[:, :, 1]}
-    return _attend(act, function, parts, *options)
+    parts = {"q": arguments["q"], "kv[:, :, 0]": kv[:, :, 0], "kv[:, :, 1]": kv[:, :, 1]}
+    return attend_sequences(act, function, parts, arguments)
 
 
 def check_packed(
@@ -223,42 +230,3 @@ def check_packed(
     shape = tuple(getattr(packed, "shape", None) or ())
     if len(shape) != dimension + 3 or shape[dimension] != count:
         raise ValueError(message(function, f"{name} has the wrong shape", shape, layout))
-
-
-def _attend(
-    act: Act,
-    function: str,
-    tensors: dict[str, Any],
-    dropout_p: Any,
-    softmax_scale: Any,
-    causal: Any,
-    window_size: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    deterministic: Any,
-    return_attn_probs: Any,
-    backend: Any,
-    attention_chunk: Any = 0,
-    learnable_sink: Any = None,
-) -> Any:
-    names = tuple(tensors)
-    if alibi_slopes is not None:
-        tensors["alibi_slopes"] = alibi_slopes
-    if learnable_sink is not None:
-        tensors["learnable_sink"] = learnable_sink
-    framework = framework_of(function, tensors)
-    options = make_options(
-        function,
-        names,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        deterministic,
-        return_attn_probs,
-        backend,
-        attention_chunk=attention_chunk,
-    )
-    results = act(framework, function, options, tensors, backend)
-    return (results[0], results[1], None) if len(results) == 2 else results[0]

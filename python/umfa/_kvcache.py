@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ._attention import Act, run, table
+from ._attend import attend_sequences
+from ._attention import Act, run
 from ._errors import message
-from ._frameworks import framework_of
-from ._options import WindowSize, integer, make_options
+from ._options import WindowSize, flag, integer
 
 
 def flash_attn_with_kvcache(
@@ -33,9 +33,12 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
     *,
+    backend: str = "auto",
+    attn_mask: Any = None,
     attention_chunk: int = 0,
     learnable_sink: Any = None,
-    backend: str = "auto",
+    s_aux: Any = None,
+    qv: Any = None,
 ) -> Any:
     """Attention of a few new queries over a cache of keys and values, which may be extended first.
 
@@ -63,12 +66,13 @@ def flash_attn_with_kvcache(
     rotary_interleaved : bool
         Rotates the pairs (0, 1), (2, 3), ...; if False one channel of each half.
     num_splits : int
-        How many pieces the keys are cut into. Accepted and checked, but umfa chooses itself, so
-        that results do not depend on it.
+        Into how many parts, at most, the keys of few queries are cut, so that all threads have
+        some; 1 for none, 0 for umfa's choice. Parts are whole tiles of keys. Many queries keep the
+        threads busy without: they are never cut.
     return_softmax_lse : bool
         Also return the log-sum-exp, shape (batch, nheads, seqlen_q), float32.
-    attention_chunk, learnable_sink
-        As in `flash_attn_varlen_func`.
+    attn_mask, qv
+        As in `flash_attn_varlen_func`; `qv` has the shape (batch, seqlen_q, nheads, head_dim_v).
 
     Everything else is as in `flash_attn_func`; `causal` aligns at the bottom right of the keys in
     use, the new ones included.
@@ -87,98 +91,14 @@ def flash_attn_with_kvcache(
     umfa.UnsupportedError
         As in `flash_attn_func`; `k` and `v` of a framework whose arrays cannot be written.
     """
-    return attend_kvcache(
-        run,
-        "umfa.flash_attn_with_kvcache",
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        rotary_interleaved,
-        alibi_slopes,
-        num_splits,
-        return_softmax_lse,
-        attention_chunk,
-        learnable_sink,
-        backend,
-    )
+    return attend_kvcache(run, "umfa.flash_attn_with_kvcache", locals())
 
 
-def attend_kvcache(
-    act: Act,
-    function: str,
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    k: Any,
-    v: Any,
-    rotary_cos: Any,
-    rotary_sin: Any,
-    cache_seqlens: Any,
-    cache_batch_idx: Any,
-    cache_leftpad: Any,
-    block_table: Any,
-    softmax_scale: Any,
-    causal: Any,
-    window_size: Any,
-    softcap: Any,
-    rotary_interleaved: Any,
-    alibi_slopes: Any,
-    num_splits: Any,
-    return_softmax_lse: Any,
-    attention_chunk: Any,
-    learnable_sink: Any,
-    backend: Any,
-) -> Any:
+def attend_kvcache(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     """The function without its docstring, for whoever does something else at the end."""
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    optional = {
-        "new_key": k,
-        "new_value": v,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "alibi_slopes": alibi_slopes,
-        "learnable_sink": learnable_sink,
-    }
-    shown = {"new_key": "k", "new_value": "v"}
-    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    framework = framework_of(
-        function, {**tensors, **{shown.get(name, name): each for name, each in given.items()}}
-    )
-    tensors.update(given)
-    splits = integer(function, "num_splits", num_splits, "0 (umfa chooses) or a number of pieces")
-    if splits < 0:
-        raise ValueError(message(function, "num_splits is out of range", splits, "at least 0"))
-    options = make_options(
-        function,
-        ("q", "k_cache", "v_cache"),
-        0.0,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        False,
-        return_softmax_lse,
-        backend,
-        attention_chunk=attention_chunk,
-        lengths_name="cache_seqlens",
-        rotary_interleaved=rotary_interleaved,
-    )
-    if k is not None or v is not None:
-        framework.check_writable(k_cache, function, "k_cache")
-        framework.check_writable(v_cache, function, "v_cache")
-    elif rotary_cos is not None or rotary_sin is not None:
+    q, k, v = arguments["q"], arguments["k"], arguments["v"]
+    turns = arguments["rotary_cos"] is not None or arguments["rotary_sin"] is not None
+    if k is None and v is None and turns:
         raise ValueError(
             message(
                 function,
@@ -187,17 +107,17 @@ def attend_kvcache(
                 "k and v, or queries and keys that are rotated already",
             )
         )
-    tables = {
-        "seqused_k": _lengths(function, cache_seqlens, q),
-        "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad,
-        "block_table": block_table,
-    }
-    for name, value in tables.items():
-        if value is not None:
-            tensors[name] = table(function, "cache_seqlens" if name == "seqused_k" else name, value)
-    results = act(framework, function, options, tensors, backend)
-    return results if len(results) == 2 else results[0]
+    arguments["new_key"], arguments["new_value"] = k, v
+    arguments["return_lse"] = flag(function, "return_softmax_lse", arguments["return_softmax_lse"])
+    tables = {name: arguments[name] for name in ("cache_batch_idx", "cache_leftpad", "block_table")}
+    return attend_sequences(
+        act,
+        function,
+        {"q": q, "k_cache": arguments["k_cache"], "v_cache": arguments["v_cache"]},
+        arguments,
+        {"seqused_k": _lengths(function, arguments["cache_seqlens"], q), **tables},
+        "cache_seqlens",
+    )
 
 
 def _lengths(function: str, cache_seqlens: Any, q: Any) -> Any:

@@ -19,7 +19,9 @@ _made: dict[tuple[Any, ...], _ext.Options] = {}
 WindowSize: TypeAlias = tuple[int, int] | Sequence[int]
 
 
-def _number(function: str, name: str, value: Any) -> float:
+def number(function: str, name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
     # A tensor is refused even when it holds one number: its gradient would be lost unseen.
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(
@@ -33,7 +35,9 @@ def _number(function: str, name: str, value: Any) -> float:
         ) from None
 
 
-def _flag(function: str, name: str, value: Any) -> bool:
+def flag(function: str, name: str, value: Any) -> bool:
+    if type(value) is bool:
+        return value
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
     raise TypeError(
@@ -41,19 +45,32 @@ def _flag(function: str, name: str, value: Any) -> bool:
     )
 
 
-def integer(function: str, name: str, value: Any, expected: str) -> int:
-    """An int that the core can be asked about: it judges the range, 64 bits is the door's width."""
+def unsigned(function: str, name: str, value: Any) -> int:
+    """An int of 64 bits without a sign."""
+    expected = "0 to 2**64 - 1"
+    found = _index(function, name, value, expected)
+    if not 0 <= found < 2**64:
+        raise ValueError(message(function, f"{name} is out of range", found, expected))
+    return found
+
+
+def _index(function: str, name: str, value: Any, expected: str) -> int:
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
-        number = operator.index(value)
+        return operator.index(value)
     except TypeError:
         raise TypeError(
             message(function, f"{name} is not an integer", reprlib.repr(value), expected)
         ) from None
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(message(function, f"{name} does not fit 64 bits", number, expected))
-    return number
+
+
+def integer(function: str, name: str, value: Any, expected: str) -> int:
+    """An int that the core can be asked about: it judges the range, 64 bits is the door's width."""
+    found = _index(function, name, value, expected)
+    if not -(2**63) <= found < 2**63:
+        raise ValueError(message(function, f"{name} does not fit 64 bits", found, expected))
+    return found
 
 
 def _window(function: str, window_size: Any) -> tuple[int, int]:
@@ -84,7 +101,7 @@ def _length(function: str, name: str, value: Any) -> int | None:
     return integer(function, name, value, "a number of rows")
 
 
-def _backend(function: str, backend: Any) -> str:
+def backend_name(function: str, backend: Any) -> str:
     expected, got = "'auto', 'metal' or 'cpu'", reprlib.repr(backend)
     if not isinstance(backend, str):
         raise TypeError(message(function, "backend is not a string", got, expected))
@@ -112,6 +129,9 @@ def make_options(
     max_seqlen_k: Any = None,
     lengths_name: str = "seqused_k",
     rotary_interleaved: Any = True,
+    num_splits: Any = 0,
+    dropout_seed: int = 0,
+    dropout_offset: int = 0,
 ) -> _ext.Options:
     """The options of one call of flash-attn's kind; raises TypeError or ValueError.
 
@@ -129,6 +149,7 @@ def make_options(
         and type(causal) is bool
         and type(deterministic) is bool
         and type(return_attn_probs) is bool
+        and dropout_p == 0.0
         and type(dropout_p) is float
         and type(softcap) is float
         and (softmax_scale is None or type(softmax_scale) is float)
@@ -138,6 +159,8 @@ def make_options(
         and max_seqlen_q is None
         and max_seqlen_k is None
         and rotary_interleaved is True
+        and type(num_splits) is int
+        and num_splits == 0
     ):
         key = (
             function,
@@ -147,7 +170,6 @@ def make_options(
             causal,
             softmax_scale,
             softcap,
-            dropout_p,
             return_attn_probs,
             backend,
             top_left,
@@ -156,20 +178,20 @@ def make_options(
         if known is not None:
             return known
     left, right = _window(function, window_size)
-    _flag(function, "deterministic", deterministic)  # every result is; nothing to switch
+    flag(function, "deterministic", deterministic)  # every result is; nothing to switch
     options = _ext.Options(
         function,
         cast("tuple[str, str, str]", names),
-        causal=_flag(function, "causal", causal),
+        causal=flag(function, "causal", causal),
         softmax_scale=(
-            None if softmax_scale is None else _number(function, "softmax_scale", softmax_scale)
+            None if softmax_scale is None else number(function, "softmax_scale", softmax_scale)
         ),
         window_left=left,
         window_right=right,
-        softcap=_number(function, "softcap", softcap),
-        dropout_p=_number(function, "dropout_p", dropout_p),
-        return_lse=_flag(function, "return_attn_probs", return_attn_probs),
-        backend=_backend(function, backend),
+        softcap=number(function, "softcap", softcap),
+        dropout_p=number(function, "dropout_p", dropout_p),
+        return_lse=flag(function, "return_attn_probs", return_attn_probs),
+        backend=backend_name(function, backend),
         top_left=top_left,
         attention_chunk=integer(
             function, "attention_chunk", attention_chunk, "0 (none) or a number of positions"
@@ -177,7 +199,12 @@ def make_options(
         max_seqlen_q=_length(function, "max_seqlen_q", max_seqlen_q),
         max_seqlen_k=_length(function, "max_seqlen_k", max_seqlen_k),
         lengths_name=lengths_name,
-        rotary_interleaved=_flag(function, "rotary_interleaved", rotary_interleaved),
+        rotary_interleaved=flag(function, "rotary_interleaved", rotary_interleaved),
+        num_splits=integer(
+            function, "num_splits", num_splits, "0 (umfa chooses) or a number of parts"
+        ),
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
     )
     if key is not None and len(_made) < 256:
         _made[key] = options
@@ -195,6 +222,8 @@ def make_sdpa_options(
     enable_gqa: Any,
     backend: Any = "auto",
     bias: str | None = None,
+    dropout_seed: int = 0,
+    dropout_offset: int = 0,
 ) -> _ext.Options:
     """The options of one call of torch's kind.
 
@@ -204,29 +233,32 @@ def make_sdpa_options(
     if (
         type(is_causal) is bool
         and type(enable_gqa) is bool
+        and dropout_p == 0.0
         and type(dropout_p) is float
         and (scale is None or type(scale) is float)
         and type(backend) is str
     ):
-        key = (function, is_causal, enable_gqa, dropout_p, scale, backend, bias)
+        key = (function, is_causal, enable_gqa, scale, backend, bias)
         known = _made.get(key)
         if known is not None:
             return known
-    causal = _flag(function, "is_causal", is_causal)
+    causal = flag(function, "is_causal", is_causal)
     options = _ext.Options(
         function,
         _SDPA_NAMES,
         causal=causal or bias is not None,
-        softmax_scale=None if scale is None else _number(function, "scale", scale),
+        softmax_scale=None if scale is None else number(function, "scale", scale),
         window_left=-1,
         window_right=-1,
         softcap=0.0,
-        dropout_p=_number(function, "dropout_p", dropout_p),
+        dropout_p=number(function, "dropout_p", dropout_p),
         return_lse=False,
-        backend=_backend(function, backend),
+        backend=backend_name(function, backend),
         top_left=bias != "bottom_right",
         torch_shapes=True,
-        grouped=_flag(function, "enable_gqa", enable_gqa),
+        grouped=flag(function, "enable_gqa", enable_gqa),
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
     )
     if key is not None and len(_made) < 256:
         _made[key] = options

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._attend import attend_sequences
 from ._attention import Act, run
-from ._frameworks import framework_of
-from ._options import WindowSize, make_options
+from ._options import WindowSize
 
 
 def fused_rope_attention(
@@ -17,12 +17,22 @@ def fused_rope_attention(
     rotary_sin: Any,
     *,
     rotary_interleaved: bool = True,
+    dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
     softcap: float = 0.0,
+    alibi_slopes: Any = None,
     return_attn_probs: bool = False,
     backend: str = "auto",
+    attn_mask: Any = None,
+    attention_chunk: int = 0,
+    learnable_sink: Any = None,
+    s_aux: Any = None,
+    qv: Any = None,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    dropout_offset: int = 0,
 ) -> Any:
     """`flash_attn_func` on queries and keys that are rotated on their way into the kernel.
 
@@ -46,55 +56,10 @@ def fused_rope_attention(
     -----
     Rotary position embedding: Su et al. 2021 (arXiv:2104.09864).
     """
-    return attend_rope(
-        run,
-        "umfa.fused_rope_attention",
-        q,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        rotary_interleaved,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        return_attn_probs,
-        backend,
-    )
+    return attend_rope(run, "umfa.fused_rope_attention", locals())
 
 
-def attend_rope(
-    act: Act,
-    function: str,
-    q: Any,
-    k: Any,
-    v: Any,
-    rotary_cos: Any,
-    rotary_sin: Any,
-    rotary_interleaved: Any,
-    softmax_scale: Any,
-    causal: Any,
-    window_size: Any,
-    softcap: Any,
-    return_attn_probs: Any,
-    backend: Any,
-) -> Any:
+def attend_rope(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     """The function without its docstring, for whoever does something else at the end."""
-    tensors = {"q": q, "k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
-    framework = framework_of(function, tensors)
-    options = make_options(
-        function,
-        ("q", "k", "v"),
-        0.0,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        False,
-        return_attn_probs,
-        backend,
-        rotary_interleaved=rotary_interleaved,
-    )
-    results = act(framework, function, options, tensors, backend)
-    return (results[0], results[1], None) if len(results) == 2 else results[0]
+    tensors = {"q": arguments["q"], "k": arguments["k"], "v": arguments["v"]}
+    return attend_sequences(act, function, tensors, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._attend import seed_of
 from ._attention import Act, run
 from ._errors import message
 from ._frameworks import causal_bias, framework_of
@@ -21,6 +22,8 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     backend: str = "auto",
+    dropout_seed: int | None = None,
+    dropout_offset: int = 0,
 ) -> Any:
     """Exact attention with the arguments of ``torch.nn.functional.scaled_dot_product_attention``.
 
@@ -42,7 +45,8 @@ def scaled_dot_product_attention(
         after `scale`; it need not have the dtype of `query`. Or torch's ``causal_upper_left`` or
         ``causal_lower_right`` of ``torch.nn.attention.bias``, which is not materialised.
     dropout_p : float
-        Only 0 for now; a larger probability raises `UnsupportedError`.
+        Probability, below 1, with which each attention weight is left out; the others are divided
+        by ``1 - dropout_p``. As torch has it, whoever is not training passes 0.
     is_causal : bool
         Query ``i`` sees the keys ``j <= i`` (aligned at the top left, unlike `flash_attn_func`).
         Excludes `attn_mask`.
@@ -53,6 +57,8 @@ def scaled_dot_product_attention(
         ``h // (nheads // nheads_kv)``.
     backend : {"auto", "metal", "cpu"}
         Who computes; see `flash_attn_func`.
+    dropout_seed, dropout_offset : int, optional
+        What is dropped; see `flash_attn_func`.
 
     Returns
     -------
@@ -65,38 +71,16 @@ def scaled_dot_product_attention(
         An argument is wrong; the message holds the offending value.
     umfa.UnsupportedError
         The call is sound but not implemented yet: gradients (tensors that require grad, traced
-        arrays), dropout, float64 and float8, ``head_dim`` above 512.
+        arrays), float64 and float8, ``head_dim`` above 576.
     """
-    return attend_sdpa(
-        run,
-        "umfa.scaled_dot_product_attention",
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        backend,
-    )
+    return attend_sdpa(run, "umfa.scaled_dot_product_attention", locals())
 
 
-def attend_sdpa(
-    act: Act,
-    function: str,
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any,
-    dropout_p: Any,
-    is_causal: Any,
-    scale: Any,
-    enable_gqa: Any,
-    backend: Any,
-) -> Any:
+def attend_sdpa(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     """The function without its docstring, for whoever does something else at the end."""
-    tensors = {"query": query, "key": key, "value": value}
+    query, key, attn_mask = arguments["query"], arguments["key"], arguments["attn_mask"]
+    is_causal, backend = arguments["is_causal"], arguments["backend"]
+    tensors = {"query": query, "key": key, "value": arguments["value"]}
     bias = None
     if attn_mask is not None:
         bias = causal_bias(attn_mask)
@@ -105,12 +89,13 @@ def attend_sdpa(
     framework = framework_of(function, tensors)
     options = make_sdpa_options(
         function,
-        dropout_p,
+        arguments["dropout_p"],
         is_causal,
-        scale,
-        enable_gqa,
+        arguments["scale"],
+        arguments["enable_gqa"],
         backend,
         None if bias is None else bias[0],
+        *seed_of(act, framework, function, arguments),
     )
     if attn_mask is not None and is_causal:
         raise ValueError(

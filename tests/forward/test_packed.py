@@ -12,6 +12,7 @@ import umfa
 from cases import normal
 from checks import assert_same_bits
 from frameworks import DTYPES, Framework
+from signatures import EXTRAS, by_keyword, by_position
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -93,14 +94,6 @@ TAIL = {
 def test_signatures_are_those_of_flash_attn(function: Any, tensors: list[str]) -> None:
     """Libraries look at the names and pass some arguments by position: both are the interface."""
     assert inspect.isfunction(function), "transformers introspects real Python functions only"
-    parameters = dict(inspect.signature(function).parameters)
-    # umfa's own option, and later versions', come by keyword only, and so never in the way.
-    for name in ("backend", "attention_chunk", "learnable_sink"):
-        own = parameters.pop(name, None)
-        assert own is None or own.kind is inspect.Parameter.KEYWORD_ONLY
-        assert own is not None or name != "backend"
-    assert list(parameters) == [*tensors, *TAIL]
-    for name, parameter in parameters.items():
-        assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-        expected = inspect.Parameter.empty if name in tensors else TAIL[name]
-        assert parameter.default == expected, name
+    assert by_keyword(function) == EXTRAS
+    expected = dict.fromkeys(tensors, inspect.Parameter.empty) | TAIL
+    assert list(by_position(function).items()) == list(expected.items())

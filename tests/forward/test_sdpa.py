@@ -17,6 +17,7 @@ import umfa
 from cases import normal
 from checks import BASE, Tolerance, assert_close, assert_same_bits
 from frameworks import DTYPES, Array, Framework
+from signatures import DROPOUT, by_keyword, by_position
 
 if TYPE_CHECKING:
     from attend import Attend
@@ -283,16 +284,13 @@ def test_an_output_in_pieces_is_one_call() -> None:
 
 def test_signature_is_that_of_torch() -> None:
     """PyTorch's has none to inspect; its documentation says this."""
-    parameters = list(inspect.signature(umfa.scaled_dot_product_attention).parameters.values())
-    named = [(p.name, p.default) for p in parameters]
-    assert named[3:] == [
-        ("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), ("scale", None),
-        ("enable_gqa", False), ("backend", "auto"),
-    ]  # fmt: skip
-    assert [p.name for p in parameters[:3]] == ["query", "key", "value"]
-    assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == [
-        "scale", "enable_gqa", "backend",
-    ]  # fmt: skip
+    function = umfa.scaled_dot_product_attention
+    tail = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
+    tensors = dict.fromkeys(["query", "key", "value"], inspect.Parameter.empty)
+    assert list(by_position(function).items()) == list((tensors | tail).items())
+    assert by_keyword(function) == ["scale", "enable_gqa", "backend", *DROPOUT]
+    assert inspect.signature(function).parameters["enable_gqa"].default is False
+    assert inspect.signature(function).parameters["scale"].default is None
 
 
 def test_can_run_judges_the_same_call(framework: Framework) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from cases import normal
 from checks import BASE, LSE, assert_close, assert_same_bits
 from frameworks import DTYPES, Array, Framework
 from sequences import offsets, varlen_reference
+from signatures import EXTRAS, by_keyword, by_position
 
 A25_Q, A25_K = [8, 0, 16, 12], [10, 0, 20, 15]
 HEADS = 4
@@ -386,21 +386,14 @@ def test_signature_is_that_of_flash_attn() -> None:
     tail = ["dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes"]
     tail += ["deterministic", "return_attn_probs"]
     both = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
-    extras = ["seqused_q", "seqused_k", "attention_chunk", "learnable_sink", "backend"]
-    for function, positional, by_keyword in (
-        (umfa.flash_attn_varlen_func, ["q", "k", "v", *both, *tail, "block_table"], extras),
+    for function, positional, more in (
         (
-            umfa.flash_attn_varlen_qkvpacked_func,
-            ["qkv", "cu_seqlens", "max_seqlen", *tail],
-            ["backend"],
+            umfa.flash_attn_varlen_func,
+            ["q", "k", "v", *both, *tail, "block_table"],
+            ["seqused_q", "seqused_k"],
         ),
-        (umfa.flash_attn_varlen_kvpacked_func, ["q", "kv", *both, *tail], ["backend"]),
+        (umfa.flash_attn_varlen_qkvpacked_func, ["qkv", "cu_seqlens", "max_seqlen", *tail], []),
+        (umfa.flash_attn_varlen_kvpacked_func, ["q", "kv", *both, *tail], []),
     ):
-        parameters = inspect.signature(function).parameters
-        kinds = inspect.Parameter
-        assert positional == [
-            name for name, x in parameters.items() if x.kind is kinds.POSITIONAL_OR_KEYWORD
-        ]
-        assert by_keyword == [
-            name for name, x in parameters.items() if x.kind is kinds.KEYWORD_ONLY
-        ]
+        assert list(by_position(function)) == positional
+        assert by_keyword(function) == [*more, *EXTRAS]

@@ -40,6 +40,24 @@ class Framework(Protocol):
     def check_writable(self, tensor: Any, function: str, argument: str) -> None:
         """Raises unless the tensor's memory may be written in place."""
 
+    draw_seed: Callable[[], int] | None
+    """A number below 2**63 from the framework's generator. None: it has none of its own."""
+
+    def to_numpy(self, tensor: Any) -> Any:
+        """A float32 array with the same numbers."""
+
+    def from_numpy(self, array: Any, like: Any) -> Any:
+        """A tensor with the numbers of a float32 array, of `like`'s dtype and on its device."""
+
+    def permute(self, tensor: Any, order: tuple[int, ...]) -> Any:
+        """A tensor with the dimensions in another order; a view where the framework has them."""
+
+    def cast(self, tensor: Any, dtype: Any) -> Any:
+        """A tensor of another dtype."""
+
+    def copy_to(self, out: Any, tensor: Any) -> None:
+        """Writes the numbers of `tensor` into `out`, which check_writable has passed."""
+
 
 # Module of the tensor class -> class; jax tracers are jax.Array too.
 _CLASSES = {"torch": "Tensor", "jax": "Array", "mlx.core": "array"}
@@ -105,6 +123,11 @@ def framework_of(function: str, tensors: dict[str, Any]) -> Framework:
     ):  # such a type may turn out to be of a framework that loads later
         _KNOWN[type(tensors[cast(str, first_argument)])] = framework
     return framework
+
+
+def dtype_name(tensor: Any) -> str:
+    """'float32', whatever the framework."""
+    return str(tensor.dtype).rsplit(".", 1)[-1]
 
 
 def causal_bias(mask: Any) -> tuple[str, int, int] | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .. import _ext
-from .._errors import message
+from .._errors import UnsupportedError, message
 
 METAL = 8  # DLPack's code of the device
 
@@ -47,3 +49,40 @@ def to_host(tensor: Any, function: str, argument: str) -> Any:
 
 def check_writable(tensor: Any, function: str, argument: str) -> None:
     """Every such tensor may be."""
+
+
+draw_seed = None
+
+
+def _namespace(tensor: Any) -> Any:
+    """The array API of the tensor's library."""
+    if not hasattr(tensor, "__array_namespace__"):
+        raise UnsupportedError(
+            message(
+                "umfa",
+                "tensors of this library can only be read",
+                type(tensor).__qualname__,
+                "a library that follows the array API standard",
+            )
+        )
+    return tensor.__array_namespace__()
+
+
+def to_numpy(tensor: Any) -> Any:
+    return np.asarray(np.from_dlpack(tensor), np.float32)
+
+
+def from_numpy(array: Any, like: Any) -> Any:
+    return _namespace(like).asarray(array, dtype=like.dtype)
+
+
+def permute(tensor: Any, order: tuple[int, ...]) -> Any:
+    return _namespace(tensor).permute_dims(tensor, order)
+
+
+def cast(tensor: Any, dtype: Any) -> Any:
+    return _namespace(tensor).astype(tensor, dtype)
+
+
+def copy_to(out: Any, tensor: Any) -> None:
+    out[...] = _namespace(out).astype(tensor, out.dtype)

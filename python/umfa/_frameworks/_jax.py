@@ -67,3 +67,26 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
             "caches of torch or numpy, or a cache that holds the new rows already",
         )
     )
+
+
+draw_seed = None
+
+
+def to_numpy(tensor: Any) -> Any:
+    return np.asarray(tensor).astype(np.float32)
+
+
+def from_numpy(array: Any, like: Any) -> Any:
+    return jax.device_put(array.astype(like.dtype), like.sharding)
+
+
+def permute(tensor: Any, order: tuple[int, ...]) -> Any:
+    return tensor.transpose(order)
+
+
+def cast(tensor: Any, dtype: Any) -> Any:
+    return tensor.astype(dtype)
+
+
+def copy_to(out: Any, tensor: Any) -> None:
+    """Never reached: check_writable raises."""

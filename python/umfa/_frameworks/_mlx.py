@@ -88,3 +88,28 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
             "caches of torch or numpy, or a cache that holds the new rows already",
         )
     )
+
+
+def draw_seed() -> int:
+    low, high = np.array(mx.random.bits((2,))).tolist()
+    return int(low | (high & 0x7FFFFFFF) << 32)
+
+
+def to_numpy(tensor: Any) -> Any:
+    return np.array(tensor.astype(mx.float32))
+
+
+def from_numpy(array: Any, like: Any) -> Any:
+    return mx.array(array).astype(like.dtype)
+
+
+def permute(tensor: Any, order: tuple[int, ...]) -> Any:
+    return tensor.transpose(order)
+
+
+def cast(tensor: Any, dtype: Any) -> Any:
+    return tensor.astype(dtype)
+
+
+def copy_to(out: Any, tensor: Any) -> None:
+    """Never reached: check_writable raises."""

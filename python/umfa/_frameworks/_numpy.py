@@ -93,3 +93,28 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
         raise ValueError(
             message(function, f"{argument} is read-only", "flags.writeable False", "a copy")
         )
+
+
+def draw_seed() -> int:
+    # The generator that numpy.random.seed sets; there is no other one that all share.
+    return int(np.random.randint(0, 2**63, dtype=np.uint64))
+
+
+def to_numpy(tensor: Any) -> Any:
+    return np.asarray(tensor, np.float32)
+
+
+def from_numpy(array: Any, like: Any) -> Any:
+    return array.astype(like.dtype)
+
+
+def permute(tensor: Any, order: tuple[int, ...]) -> Any:
+    return tensor.transpose(order)
+
+
+def cast(tensor: Any, dtype: Any) -> Any:
+    return tensor.astype(dtype)
+
+
+def copy_to(out: Any, tensor: Any) -> None:
+    out[...] = tensor.astype(out.dtype)

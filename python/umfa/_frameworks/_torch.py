@@ -107,3 +107,27 @@ def to_host(tensor: Any, function: str, argument: str) -> Any:
 
 def check_writable(tensor: Any, function: str, argument: str) -> None:
     """Every such tensor may be."""
+
+
+def draw_seed() -> int:
+    return int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+
+
+def to_numpy(tensor: Any) -> Any:
+    return tensor.detach().float().cpu().numpy()
+
+
+def from_numpy(array: Any, like: Any) -> Any:
+    return torch.from_numpy(array).to(dtype=like.dtype, device=like.device)
+
+
+def permute(tensor: Any, order: tuple[int, ...]) -> Any:
+    return tensor.permute(order)
+
+
+def cast(tensor: Any, dtype: Any) -> Any:
+    return tensor.to(dtype)
+
+
+def copy_to(out: Any, tensor: Any) -> None:
+    out.copy_(tensor)

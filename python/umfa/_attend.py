@@ -1,0 +1,133 @@
+"""What the functions of flash-attn's kind do alike: from their arguments to the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _ext
+from ._attention import Act, run, table
+from ._errors import message
+from ._frameworks import Framework, framework_of
+from ._options import flag, make_options, number, unsigned
+from ._weights import check_possible, weights_of
+
+# Tensors that a call may have besides query, key and value, by the core's names.
+_OPTIONAL = (
+    "alibi_slopes", "attn_mask", "learnable_sink", "qv", "new_key", "new_value", "rotary_cos",
+    "rotary_sin",
+)  # fmt: skip
+_SHOWN = {"new_key": "k", "new_value": "v"}  # the caller's names where the core has others
+
+
+def attend_sequences(
+    act: Act,
+    function: str,
+    tensors: dict[str, Any],
+    arguments: dict[str, Any],
+    tables: dict[str, Any] | None = None,
+    lengths_name: str = "seqused_k",
+) -> Any:
+    """`tensors`: query, key and value by the caller's names; `arguments`: the function's, by name.
+
+    Returns out alone, or with what was asked for besides.
+    """
+    get = arguments.get
+    probs, lse = get("return_attn_probs", False), get("return_lse", False)
+    if probs is not False or lse is not False:
+        probs = flag(function, "return_attn_probs", probs)
+        lse = flag(function, "return_lse", lse)
+        _check_one(function, "return_lse", lse or None, "return_attn_probs", probs or None)
+    if get("s_aux") is not None:
+        _check_one(function, "learnable_sink", arguments["learnable_sink"], "s_aux", get("s_aux"))
+        arguments["learnable_sink"] = arguments["s_aux"]
+    names = tuple(tensors)
+    given = {name: tensor for name in _OPTIONAL if (tensor := get(name)) is not None}
+    if given:
+        shown = {_SHOWN.get(name, name): tensor for name, tensor in given.items()}
+        framework = framework_of(function, {**tensors, **shown})
+        tensors.update(given)
+        if "new_key" in given or "new_value" in given:
+            for name in names[1:]:  # the caches
+                framework.check_writable(tensors[name], function, name)
+    else:
+        framework = framework_of(function, tensors)
+    seed = seed_of(act, framework, function, arguments)
+    dropout_p = get("dropout_p", 0.0)
+
+    def options(probability: Any, with_lse: bool) -> _ext.Options:
+        return make_options(
+            function,
+            names,
+            probability,
+            arguments["softmax_scale"],
+            arguments["causal"],
+            arguments["window_size"],
+            arguments["softcap"],
+            get("deterministic", False),
+            with_lse,
+            arguments["backend"],
+            attention_chunk=get("attention_chunk", 0),
+            max_seqlen_q=get("max_seqlen_q"),
+            max_seqlen_k=get("max_seqlen_k"),
+            lengths_name=lengths_name,
+            rotary_interleaved=get("rotary_interleaved", True),
+            num_splits=get("num_splits", 0),
+            dropout_seed=seed[0],
+            dropout_offset=seed[1],
+        )
+
+    call = options(dropout_p, lse or probs)
+    if tables is not None:
+        for name, values in tables.items():
+            if values is not None:
+                shown_as = lengths_name if name == "seqused_k" else name
+                tensors[name] = table(function, shown_as, values)
+    if probs and dropout_p:
+        check_possible(function, tensors)
+    results = act(framework, function, call, tensors, arguments["backend"])
+    if len(results) == 1:
+        return results[0]
+    if not probs:
+        return results
+    weights = None
+    if dropout_p:
+        both = options(0.0, False), options(dropout_p, False)
+        weights = weights_of(act, framework, function, *both, tensors, arguments["backend"])
+    return (*results, weights)
+
+
+def _check_one(function: str, name: str, value: Any, other_name: str, other: Any) -> None:
+    """That not both arguments are given, since they say the same."""
+    if value is not None and other is not None:
+        raise ValueError(
+            message(function, f"{name} and {other_name} exclude each other", "both", "one of them")
+        )
+
+
+_NO_SEED = 0, 0
+
+
+def seed_of(
+    act: Act, framework: Framework, function: str, arguments: dict[str, Any]
+) -> tuple[int, int]:
+    """Seed and offset of a call's dropout, the seed if need be from the framework's generator."""
+    seed, offset = arguments.get("dropout_seed"), arguments.get("dropout_offset", 0)
+    p = arguments.get("dropout_p", 0.0)
+    if seed is None and type(p) is float and p == 0 and type(offset) is int and offset == 0:
+        return _NO_SEED
+    offset = unsigned(function, "dropout_offset", offset)
+    if seed is not None:
+        return unsigned(function, "dropout_seed", seed), offset
+    if not 0 < number(function, "dropout_p", p) < 1:  # the core judges it
+        return 0, offset
+    if framework.draw_seed is None:
+        raise ValueError(
+            message(
+                function,
+                "dropout_seed is missing, and this framework has no generator to ask",
+                None,
+                "0 to 2**64 - 1",
+            )
+        )
+    # Asking whether a call can run must not move the generator.
+    return (framework.draw_seed() if act is run else 0), offset

@@ -1,0 +1,24 @@
+"""What umfa's functions take besides what flash-attn 2 and torch have: by keyword, so that it is
+never in the way."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+DROPOUT = ["dropout_seed", "dropout_offset"]
+CACHE = ["backend", "attn_mask", "attention_chunk", "learnable_sink", "s_aux", "qv"]
+EXTRAS = [*CACHE, "return_lse", *DROPOUT]
+
+
+def by_keyword(function: Callable[..., Any]) -> list[str]:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [x.name for x in inspect.signature(function).parameters.values() if x.kind is kind]
+
+
+def by_position(function: Callable[..., Any]) -> dict[str, Any]:
+    """Their names and defaults."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = inspect.signature(function).parameters.values()
+    return {x.name: x.default for x in parameters if x.kind is kind}
