@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import umfa
-from umfa.cli import bench, demo, env
+from umfa.cli import bench, demo, env, features
 
 # What a shell reports for a program ended by Ctrl-C: 128 + SIGINT.
 INTERRUPTED = 130
@@ -29,6 +29,13 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("env", help="report for a bug report", description=description)
     report.add_argument("--json", action="store_true", help="print JSON and nothing else")
     report.set_defaults(run=lambda arguments: env.run(as_json=arguments.json))
+
+    description = "What each backend can do, as umfa.can_run says"
+    table = commands.add_parser(
+        "features", help="what each backend can do", description=description
+    )
+    table.add_argument("--markdown", action="store_true", help="the table of the README")
+    table.set_defaults(run=lambda arguments: features.run(as_markdown=arguments.markdown))
 
     comparison = commands.add_parser(
         "bench", help="speed against other libraries", description=bench.DESCRIPTION

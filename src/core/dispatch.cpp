@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "core/stats.h"
+#include "metal/plan_forward.h"
 
 namespace umfa {
 namespace {
@@ -12,14 +13,16 @@ namespace {
 #ifdef UMFA_HAS_METAL
 const Backend& built_in_metal = metal::backend;
 #else
-// The Metal backend has its place in the routing; this build carries no code for it.
+// The Metal backend has its place in the routing, and its planner says what it could do; this build
+// carries no code to do it.
 Verdict metal_available() { return {false, "this build of umfa has no Metal backend"}; }
 bool metal_can_see(Device) { return true; }
 void metal_forward(const Problem& problem) {
     fail(ErrorKind::internal, problem.function, "the Metal backend was called", "metal", "cpu");
 }
-const Backend built_in_metal{"metal", 0,       metal_available, metal_can_see,
-                             nullptr, nullptr, metal_forward};
+const Backend built_in_metal{"metal",       metal::forward_features, metal_available,
+                             metal_can_see, metal::can_plan_forward, nullptr,
+                             metal_forward};
 #endif
 
 std::atomic<const Backend*> metal_backend{&built_in_metal};
@@ -31,10 +34,7 @@ struct Backends {
 };
 
 Verdict verdict_of(const Backend& backend, const Problem& problem) {
-    Verdict verdict = backend.available();
-    if (!verdict.yes) return verdict;
-    if (!backend.can_see(problem.query.view.device))
-        return {false, "the tensors are on " + device_text(problem.query.view)};
+    // What it could never do comes first: that says more than that it is not here.
     if (const uint32_t missing = problem.features() & ~backend.features) {
         const auto feature = static_cast<Feature>(missing & -missing);  // the lowest set bit
         std::string reason = std::string(name_of(feature)) + " is not implemented";
@@ -42,7 +42,13 @@ Verdict verdict_of(const Backend& backend, const Problem& problem) {
             reason += " (dropout_p=" + text_of(problem.dropout->p) + ")";
         return {false, reason};
     }
+    Verdict verdict;
     if (backend.can_forward) verdict = backend.can_forward(problem);
+    if (!verdict.yes) return verdict;
+    verdict = backend.available();
+    if (!verdict.yes) return verdict;
+    if (!backend.can_see(problem.query.view.device))
+        return {false, "the tensors are on " + device_text(problem.query.view)};
     return verdict;
 }
 

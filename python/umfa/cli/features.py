@@ -1,0 +1,198 @@
+"""``python -m umfa features``: what each backend can do, as `umfa.can_run` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+import umfa
+from umfa import _ext
+from umfa.cli import terminal
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+# In the README: the project's own proof ends there.
+WRITTEN = "written, not run on a Mac"
+
+
+class Row(NamedTuple):
+    """Calls that must all be possible for the line to be true."""
+
+    text: str
+    calls: list[Call]
+
+
+def zeros(*shape: int, dtype: str = "float32") -> Any:
+    """A tensor of any of the three dtypes; numpy alone has no bfloat16."""
+    if dtype != "bfloat16":
+        return np.zeros(shape, dtype)
+    bits = np.zeros(shape, np.uint16)
+    return _ext.as_bfloat16(bits, bits)
+
+
+def _flash(heads_kv: int = 4, seqlen_q: int = 9, **options: Any) -> Call:
+    key = zeros(2, 30, heads_kv, 16)
+    return umfa.flash_attn_func, (zeros(2, seqlen_q, 4, 16), key, key), options
+
+
+def _dims(dtype: str) -> Iterator[Call]:
+    for head_dim, head_dim_v in ((1, 1), (64, 64), (77, 40), (192, 128), (512, 512), (576, 512)):
+        for seqlen_q in (1, 40):
+            query = zeros(1, seqlen_q, 2, head_dim, dtype=dtype)
+            key, value = (zeros(1, 40, 2, d, dtype=dtype) for d in (head_dim, head_dim_v))
+            yield umfa.flash_attn_func, (query, key, value), {}
+
+
+def _varlen(**options: Any) -> Call:
+    starts = np.array([0, 4, 4, 30], np.int32)
+    tensors = zeros(30, 4, 16), zeros(30, 2, 16), zeros(30, 2, 16)
+    return umfa.flash_attn_varlen_func, (*tensors, starts, starts, 26, 26), options
+
+
+def _cached(*more: Any, pages: bool = False, **options: Any) -> Call:
+    if pages:
+        options["block_table"] = np.zeros((2, 4), np.int32) + np.arange(2, dtype=np.int32)[:, None]
+    cache = [zeros(8 if pages else 2, 20, 2, 16) for _ in range(2)]
+    tensors = zeros(2, 1, 4, 16), *cache, *more
+    return umfa.flash_attn_with_kvcache, tensors, {"cache_seqlens": 7, **options}
+
+
+def _torch_like(*batch: int, mask: Any = None, **options: Any) -> Call:
+    tensors = zeros(*batch, 4, 9, 16), zeros(*batch, 4, 30, 16), zeros(*batch, 4, 30, 16)
+    return umfa.scaled_dot_product_attention, (*tensors, mask), options
+
+
+def rows() -> list[Row]:
+    """The table, in the order in which it is read."""
+    slopes, sink = zeros(4), zeros(4, dtype="float16")
+    angles = zeros(64, 8), zeros(64, 8)
+    new = zeros(2, 1, 2, 16), zeros(2, 1, 2, 16)
+    everything = {
+        "causal": True, "window_size": (20, 0), "softcap": 30.0, "alibi_slopes": slopes,
+        "learnable_sink": sink, "attention_chunk": 16, "attn_mask": zeros(2, 1, 1, 30) == 0,
+        "return_lse": True,
+    }  # fmt: skip
+    rope = umfa.fused_rope_attention, (*_flash()[1], *angles)
+    return [
+        Row(
+            "float32, float16, bfloat16; head dim 1 to 576, value's 1 to 512",
+            [call for dtype in ("float32", "float16", "bfloat16") for call in _dims(dtype)],
+        ),
+        Row(
+            "causal, sliding window, softcap, ALiBi, grouped heads (GQA, MQA), log-sum-exp",
+            [
+                _flash(causal=True),
+                _flash(window_size=(5, 3)),
+                _flash(softcap=30.0),
+                _flash(alibi_slopes=slopes),
+                _flash(heads_kv=1, seqlen_q=1),
+                _flash(return_attn_probs=True),
+            ],
+        ),
+        Row(
+            "masks and biases (bool or float), read through broadcast strides and never expanded",
+            [
+                _torch_like(2, mask=zeros(2, 1, 1, 30) == 0),
+                _torch_like(2, mask=zeros(4, 9, 30)),
+                _torch_like(2, mask=zeros(9, 1, dtype="float16")),
+                _flash(attn_mask=zeros(30) == 0),
+            ],
+        ),
+        Row(
+            "PyTorch's shapes: any number of batch dimensions, broadcasting, top-left causal",
+            [_torch_like(), _torch_like(2, 3, 1), _torch_like(2, is_causal=True)],
+        ),
+        Row(
+            "sequences of different lengths, packed (`cu_seqlens`, `seqused`)",
+            [_varlen(), _varlen(causal=True), _varlen(seqused_k=np.array([4, 0, 9]))],
+        ),
+        Row(
+            "KV cache: paged with any page size, batch index, left padding",
+            [
+                _cached(),
+                _cached(pages=True),
+                _cached(cache_batch_idx=np.array([1, 0]), cache_leftpad=np.array([0, 3])),
+                _cached(num_splits=2),
+            ],
+        ),
+        Row(
+            "KV cache: appended to in place, with rotary embedding of the new rows",
+            [_cached(*new), _cached(*new, *angles), _cached(*new, *angles, pages=True)],
+        ),
+        Row(
+            "rotary embedding of queries and keys in the kernel's load (`fused_rope_attention`)",
+            [(*rope, {}), (*rope, {"rotary_interleaved": False, "causal": True})],
+        ),
+        Row(
+            "attention sinks (`learnable_sink`, `s_aux`), `attention_chunk`",
+            [_flash(learnable_sink=sink), _flash(s_aux=slopes), _flash(attention_chunk=8)],
+        ),
+        Row(
+            "dropout by a counter (Philox): the same weights on every backend",
+            [_flash(dropout_p=0.1, dropout_seed=1), _flash(seqlen_q=1, dropout_p=0.1)],
+        ),
+        Row(
+            "attention over a compressed cache (`qv`, as in DeepSeek's MLA)",
+            [_flash(qv=zeros(2, 9, 4, 16)), _cached(qv=zeros(2, 1, 4, 16), pages=True)],
+        ),
+        Row("all of these options together", [_flash(2, **everything, dropout_p=0.1)]),
+        Row(
+            "results of parts of the keys merged (`flash_attn_combine`)",
+            [(umfa.flash_attn_combine, (zeros(3, 2, 9, 4, 16), zeros(3, 2, 9, 4)), {})],
+        ),
+    ]
+
+
+def reason(call: Call, backend: str) -> str:
+    """Why the backend cannot carry the call out; empty if it can."""
+    function, tensors, options = call
+    possible, why = umfa.can_run(function, *tensors, **options, backend=backend)
+    return "" if possible else why
+
+
+def absent() -> dict[str, str]:
+    """The reason that `can_run` gives where all that is missing is the backend itself."""
+    return {
+        info.name: f"{info.name}: {info.reason}" for info in umfa.backends() if not info.available
+    }
+
+
+def reasons(row: Row, backend: str, missing: dict[str, str]) -> set[str]:
+    """Why not; empty if the backend can, or could if it were there."""
+    found = {reason(call, backend) for call in row.calls}
+    return found - {"", missing.get(backend)}
+
+
+def markdown() -> str:
+    """The README's table."""
+    missing = absent()
+    lines = ["| | CPU | Apple GPU |", "|---|---|---|"]
+    for row in rows():
+        cpu = "no" if reasons(row, "cpu", missing) else "yes"
+        metal = "no" if reasons(row, "metal", missing) else WRITTEN
+        lines.append(f"| {row.text} | {cpu} | {metal} |")
+    return "\n".join(lines)
+
+
+def run(*, as_markdown: bool) -> int:
+    """Print the table."""
+    if as_markdown:
+        print(markdown())
+        return 0
+    missing = absent()
+    names = [info.name for info in umfa.backends()]
+    table = Table(*("", *names))
+    for row in rows():
+        cells = []
+        for name in names:
+            why = reasons(row, name, missing)
+            cells.append("; ".join(sorted(why)) or ("not here" if name in missing else "yes"))
+        table.add_row(row.text, *cells)
+    console = terminal.console()
+    console.print(table)
+    for text in missing.values():
+        console.print(f"not here: {text}", soft_wrap=True)
+    return 0

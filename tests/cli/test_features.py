@@ -1,0 +1,56 @@
+"""The table of features: what `can_run` says, and what the README shows of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import umfa
+from umfa.cli import features
+
+README = Path(__file__).parents[2] / "README.md"
+ROWS = features.rows()
+
+
+def test_the_readme_has_this_table() -> None:
+    text = README.read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- features -->\n(.*?)\n<!-- end of features -->", text, re.DOTALL)
+    assert table == features.markdown()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.text)
+def test_what_the_table_says_of_the_cpu_is_done(row: features.Row) -> None:
+    """Every call behind a line gives a result, and one of its kind."""
+    assert row.calls
+    for function, tensors, options in row.calls:
+        possible, _ = umfa.can_run(function, *tensors, **options, backend="cpu")
+        if not possible:
+            with pytest.raises(umfa.UnsupportedError):
+                function(*tensors, **options, backend="cpu")
+            continue
+        before = umfa.stats().cpu_calls
+        assert function(*tensors, **options, backend="cpu") is not None
+        assert umfa.stats().cpu_calls > before
+
+
+def test_a_line_with_an_impossible_call_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = features.zeros(1, 2, 1, 8)
+    wrong = features.Row("wrong", [(umfa.flash_attn_func, (query, query, query[..., :4]), {})])
+    too_long = features.Row("too long", [(umfa.flash_attn_func, (query, query), {"v": None})])
+    monkeypatch.setattr(features, "rows", lambda: [ROWS[0], wrong, too_long])
+    lines = features.markdown().splitlines()
+    assert lines[3] == f"| wrong | yes | {features.WRITTEN} |"  # head dims of values may differ
+    assert lines[4] == "| too long | no | no |"
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert features.run(as_markdown=True) == 0
+    assert capsys.readouterr().out == features.markdown() + "\n"
+    assert features.run(as_markdown=False) == 0
+    shown = capsys.readouterr().out
+    assert "cpu" in shown
+    assert "metal" in shown
+    for text in features.absent().values():
+        assert f"not here: {text}" in shown
