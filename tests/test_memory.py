@@ -89,14 +89,15 @@ def status(field):
             if line.startswith(field + ":"):
                 return 1024 * int(line.split()[1])
 
-seqlen, kind = int(sys.argv[1]), sys.argv[2]
-query, key, value = np.ones((3, 2, 1, seqlen, 64), np.float16)
-mask = np.arange(seqlen) < np.array([[seqlen // 2], [seqlen]])
+batch, nheads, seqlen, head_dim = map(int, sys.argv[1].split(","))
+kind = sys.argv[2]
+query, key, value = np.ones((3, batch, nheads, seqlen, head_dim), np.float16)
+mask = np.arange(seqlen) < np.linspace(seqlen // 2, seqlen, batch)[:, None]
 mask = mask[:, None, None, :]
 if kind == "float32":
     mask = np.where(mask, np.float32(0), np.float32(-np.inf))
 if kind == "expanded":
-    mask = np.broadcast_to(mask, (2, 1, seqlen, seqlen))
+    mask = np.broadcast_to(mask, (batch, 1, seqlen, seqlen))
 small = np.ones((1, 1, 8, 8), np.float16)
 umfa.scaled_dot_product_attention(small, small, small, small[..., :1, :])  # starts the threads
 before = status("VmRSS")
@@ -110,9 +111,18 @@ print(status("VmHWM") - before - out.nbytes)
 @pytest.mark.parametrize("kind", ["bool", "float32", "expanded"])
 def test_a_mask_is_never_expanded(kind: str, run_python: RunPython) -> None:
     """(2, 1, 1, 16384): written out, it would take 0.5 GB, or 2 GB in float32."""
-    process = run_python(MASKED, "16384", kind, timeout=600)
+    process = run_python(MASKED, "2,1,16384,64", kind, timeout=600)
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) < LIMIT / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", [pytest.param("bool", marks=pytest.mark.slow), "float32"])
+def test_the_mask_of_flux(kind: str, run_python: RunPython) -> None:
+    """(1, 1, 1, 4608): written out, it would take 21 MB for each of 24 heads, or 85 MB in float32."""
+    process = run_python(MASKED, "1,24,4608,128", kind, timeout=600)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) < 20e6
 
 
 CALLS = """

@@ -22,6 +22,8 @@ def bind(mask: np.ndarray[Any, Any], recorder: Recorder, shape: tuple[int, ...])
     umfa.scaled_dot_product_attention(x, x, x, mask, backend="metal")
     after = umfa.stats()
     assert recorder.addresses()[MASK] == mask.ctypes.data
+    # What the kernel is given are the tensors and its parameters, and no scratch.
+    assert set(recorder.dispatches[-1].buffers) == {0, 1, 2, 3, MASK, 7}
     assert after.tensors_in_place - before.tensors_in_place == 5
     assert after.tensors_copied == before.tensors_copied
     return after.bytes_copied - before.bytes_copied
