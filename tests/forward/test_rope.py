@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 import reference
 import umfa
+from cases import normal
 from checks import BASE, LSE, Tolerance, assert_close
-
-
-def rotated(x: Any, positions: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
-    """x (batch, rows, heads, channels) turned in float64 and rounded to its dtype."""
-    half = cos.shape[1]
-    wide, out = x.astype(np.float64), x.astype(np.float64)
-    c, s = (t.astype(np.float64)[positions][None, :, None] for t in (cos, sin))
-    a, b = (
-        (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-        if interleaved
-        else (slice(0, half), slice(half, 2 * half))
-    )
-    out[..., a] = wide[..., a] * c - wide[..., b] * s
-    out[..., b] = wide[..., a] * s + wide[..., b] * c
-    return out.astype(x.dtype)
+from sequences import rotary_tables, rotated
 
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
@@ -70,8 +55,8 @@ def test_equals_rotating_first(
     )
     at = np.arange(seqlen_q) + seqlen_kv - seqlen_q
     want, want_lse = reference.attention(
-        rotated(query, at, cos, sin, interleaved),
-        rotated(key, np.arange(seqlen_kv), cos, sin, interleaved),
+        rotated(query, cos, sin, at, interleaved=interleaved),
+        rotated(key, cos, sin, np.arange(seqlen_kv), interleaved=interleaved),
         value,
         causal=causal,
     )
@@ -80,6 +65,25 @@ def test_equals_rotating_first(
     assert_close(
         lse.astype(np.float64), want_lse, LSE if dtype == "float32" else Tolerance(1e-3, 0)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
+def test_a30_flux(interleaved: bool) -> None:
+    """(1, 24, 4608, 4608, 128): the fused pass and rotating first, in every row of every head."""
+    query, key, value = (normal((1, 4608, 24, 128), "bfloat16", seed=i) for i in range(3))
+    cos, sin = rotary_tables(4608, 128)
+    out = umfa.fused_rope_attention(query, key, value, cos, sin, rotary_interleaved=interleaved)
+    query, key = (
+        rotated(x, cos, sin, np.arange(4608), interleaved=interleaved) for x in (query, key)
+    )
+    unfused = umfa.flash_attn_func(query, key, value)
+    assert_close(out.astype(np.float64), unfused.astype(np.float64), Tolerance(5e-3, 8e-3))
+    rows, heads = [0, 1, 95, 96, 2000, 4607], [0, 7, 23]
+    exact, _ = reference.attention(
+        query[:, rows][:, :, heads], key[:, :, heads], value[:, :, heads]
+    )
+    assert_close(out[:, rows][:, :, heads].astype(np.float64), exact, BASE["bfloat16"])
 
 
 def test_refuses_more_queries_than_keys() -> None:
