@@ -114,6 +114,8 @@ ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequenc
     args.head_dim_v = problem.head_dim_v;
     if (problem.mask) args.mask = mask_of(*problem.mask);
     if (problem.rotary) args.rotary = rotary_of(*problem.rotary);
+    if (const auto& added = problem.append)
+        args.append = {rows_of(added->key), rows_of(added->value), added->rows, problem.nheads_kv};
     args.score_scale = static_cast<float>(problem.score_scale());
     args.score_scale_low = static_cast<float>(problem.score_scale() - args.score_scale);
     args.softcap = static_cast<float>(problem.softcap_log2());
@@ -153,35 +155,12 @@ void clear_unused(const Problem& problem, const ForwardArgs& args) {
 }
 
 /// Writes the new rows of key and value behind those in use.
-void append(const Problem& problem, const ForwardArgs& args, CopyRowFn copy_row) {
-    const Append& added = *problem.append;
-    const int64_t bytes = bits_of(problem.key.view.dtype) / 8;
-    const double floats = static_cast<double>(problem.batch * added.rows * problem.nheads_kv) *
+void append(const Problem& problem, const ForwardArgs& args, AppendRowFn append_row) {
+    const int64_t rows = args.append.rows;
+    const double floats = static_cast<double>(problem.batch * rows * problem.nheads_kv) *
                           static_cast<double>(problem.head_dim + problem.head_dim_v);
-    parallel_for(problem.batch * added.rows, threads_worth(floats), [&](int64_t task) {
-        const int64_t b = task / added.rows, i = task % added.rows;
-        const Sequence& sequence = args.sequences[b];
-        const int64_t key = sequence.seqlen_kv - added.rows + i;
-        const auto copy = [&](const Operand& from, const Rows& to, int64_t channels,
-                              const umfa::cpu::Rotary& rotary) {
-            int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
-            if (sequence.pages) {
-                batch = sequence.pages[key / args.page_size];
-                row = key % args.page_size;
-            }
-            for (int64_t h = 0; h < problem.nheads_kv; ++h)
-                copy_row(rotary,
-                         from.view.address() + bytes * (b * from.stride_batch +
-                                                        h * from.stride_head + i * from.stride_row),
-                         from.stride_channel, channels, sequence.position_q + i,
-                         static_cast<char*>(to.data) +
-                             bytes * (batch * to.stride_batch + h * to.stride_head +
-                                      row * to.stride_row),
-                         to.stride_channel);
-        };
-        copy(added.key, args.key, problem.head_dim, args.rotary);
-        copy(added.value, args.value, problem.head_dim_v, {});
-    });
+    parallel_for(problem.batch * rows, threads_worth(floats),
+                 [&](int64_t task) { append_row(args, task / rows, task % rows); });
 }
 
 void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
@@ -222,7 +201,7 @@ void run_forward(const Problem& problem) {
         args.sinks = sinks.data();
     }
     const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
-    if (problem.append) append(problem, args, own.copy_row);
+    if (problem.append) append(problem, args, own.append_row);
     if (problem.nheads_q == 0) return;
     clear_unused(problem, args);
     std::vector<int64_t> few, many;

@@ -269,7 +269,7 @@ struct DecodeHead {
     void find(const Rows& where, int64_t k0, int64_t keys, int64_t next,
               TileRows<storage>& rows) const {
         if (!sequence.pages) {
-            const storage* row = key_row<storage>(where, sequence, 1, head_kv, k0);
+            const storage* row = key_row<const storage>(where, sequence, 1, head_kv, k0);
             const int64_t ahead = decode_tile * where.stride_row;
             for (int64_t k = 0; k < keys; ++k, row += where.stride_row) {
                 rows.now[k] = row;
@@ -278,9 +278,9 @@ struct DecodeHead {
             return;
         }
         for (int64_t k = 0; k < keys; ++k) {
-            rows.now[k] = key_row<storage>(where, sequence, args.page_size, head_kv, k0 + k);
-            rows.next[k] = k < next ? key_row<storage>(where, sequence, args.page_size, head_kv,
-                                                       k0 + decode_tile + k)
+            rows.now[k] = key_row<const storage>(where, sequence, args.page_size, head_kv, k0 + k);
+            rows.next[k] = k < next ? key_row<const storage>(where, sequence, args.page_size,
+                                                             head_kv, k0 + decode_tile + k)
                                     : nullptr;
         }
     }
@@ -449,19 +449,38 @@ int64_t decode_row_floats(const ForwardArgs& args) {
     return (args.head_dim_v + S::W - 1) / S::W * S::W + 2;
 }
 
+/// Writes row `row` of those to be appended behind what the sequence holds, for all key heads.
 template <class S, class T>
-void copy_row(const Rotary& rotary, const void* from, int64_t from_stride, int64_t channels,
-              int64_t position, void* to, int64_t to_stride) {
+void append_row(const ForwardArgs& args, int64_t batch, int64_t row) {
     using storage = typename T::storage;
-    const storage* source = static_cast<const storage*>(from);
-    storage* dst = static_cast<storage*>(to);
-    storage rotated[max_head_dim];
-    if (rotary.kind != Kind::none) {
-        rotate_row<S, T>(rotary, source, from_stride, channels, position, rotated);
-        source = rotated;
-        from_stride = 1;
+    const Sequence& sequence = args.sequences[batch];
+    const Append& append = args.append;
+    const int64_t at = sequence.seqlen_kv - append.rows + row;
+    const auto from = [&](const Rows& rows, int64_t head) {
+        return static_cast<const storage*>(rows.data) + batch * rows.stride_batch +
+               head * rows.stride_head + row * rows.stride_row;
+    };
+    const auto copy = [](const storage* src, int64_t stride, int64_t channels, storage* dst,
+                         int64_t dst_stride) {
+        for (int64_t c = 0; c < channels; ++c) dst[c * dst_stride] = src[c * stride];
+    };
+    for (int64_t head = 0; head < append.heads; ++head) {
+        const storage* key = from(append.key, head);
+        int64_t stride = append.key.stride_channel;
+        storage rotated[max_head_dim];
+        if (args.rotary.kind != Kind::none) {
+            rotate_row<S, T>(args.rotary, key, stride, args.head_dim, sequence.position_q + row,
+                             rotated);
+            key = rotated;
+            stride = 1;
+        }
+        copy(key, stride, args.head_dim,
+             key_row<storage>(args.key, sequence, args.page_size, head, at),
+             args.key.stride_channel);
+        copy(from(append.value, head), append.value.stride_channel, args.head_dim_v,
+             key_row<storage>(args.value, sequence, args.page_size, head, at),
+             args.value.stride_channel);
     }
-    for (int64_t c = 0; c < channels; ++c) dst[c * to_stride] = source[c * from_stride];
 }
 
 /// Everything for one element type.
@@ -469,4 +488,4 @@ template <class S, class U>
 constexpr DtypeKernels dtype_kernels{{forward_block<S, U>, forward_scratch_floats<S, U>},
                                      {decode_keys<S, U>, decode_merge<S, typename U::type>,
                                       decode_scratch_floats<S, U>, decode_row_floats<S>},
-                                     copy_row<S, typename U::type>};
+                                     append_row<S, typename U::type>};

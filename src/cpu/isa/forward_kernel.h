@@ -200,10 +200,10 @@ inline void prefetch_block(const ForwardArgs& args, const Block& block, int64_t 
     const int64_t left = sequence.seqlen_kv - first, keys = left < block_kv ? left : block_kv;
     for (int64_t k = first + keys * part / parts; k < first + keys * (part + 1) / parts; ++k) {
         const int64_t head = block.head / args.group;
-        prefetch_row(key_row<storage>(args.key, sequence, args.page_size, head, k), args.key,
+        prefetch_row(key_row<const storage>(args.key, sequence, args.page_size, head, k), args.key,
                      args.head_dim);
-        prefetch_row(key_row<storage>(args.value, sequence, args.page_size, head, k), args.value,
-                     args.head_dim_v);
+        prefetch_row(key_row<const storage>(args.value, sequence, args.page_size, head, k),
+                     args.value, args.head_dim_v);
     }
 }
 
@@ -264,8 +264,9 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
         const int64_t rest = sequence.seqlen_kv - k0, keys = rest < block_kv ? rest : block_kv;
         const storage *k_rows[block_kv], *v_rows[block_kv];
         for (int64_t k = 0; k < keys; ++k) {
-            k_rows[k] = key_row<storage>(args.key, sequence, args.page_size, head_kv, k0 + k);
-            v_rows[k] = key_row<storage>(args.value, sequence, args.page_size, head_kv, k0 + k);
+            k_rows[k] = key_row<const storage>(args.key, sequence, args.page_size, head_kv, k0 + k);
+            v_rows[k] =
+                key_row<const storage>(args.value, sequence, args.page_size, head_kv, k0 + k);
         }
         int64_t key_stride = args.key.stride_channel;
         if (args.rotary.keys) {
@@ -301,10 +302,11 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
             }
             for (int64_t k = k0 + keys + next * p / panels; k < k0 + keys + next * (p + 1) / panels;
                  ++k) {
-                prefetch_row(key_row<storage>(args.key, sequence, args.page_size, head_kv, k),
+                prefetch_row(key_row<const storage>(args.key, sequence, args.page_size, head_kv, k),
                              args.key, D);
-                prefetch_row(key_row<storage>(args.value, sequence, args.page_size, head_kv, k),
-                             args.value, Dv);
+                prefetch_row(
+                    key_row<const storage>(args.value, sequence, args.page_size, head_kv, k),
+                    args.value, Dv);
             }
             const int64_t i0 = q_begin + p * N, i1 = (i0 + N < q_end ? i0 + N : q_end) - 1;
             const int64_t begin = clamp_key(visible_begin(visible, i0) - k0, keys);
