@@ -163,6 +163,7 @@ void append(const Problem& problem, const ForwardArgs& args, AppendRowFn append_
                  [&](int64_t task) { append_row(args, task / rows, task % rows); });
 }
 
+/// num_splits means nothing here: each task goes over all its keys, and queries are enough to share.
 void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
                 const ForwardKernel& kernel, const std::vector<int64_t>& chosen, int lanes) {
     args.block_q = block_q_of(sequences, chosen, problem.nheads_q,
