@@ -46,7 +46,8 @@ void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKer
         most_queries = std::max(most_queries, sequence.seqlen_q);
         parts_in_all += std::max<int64_t>(1, (keys + part - 1) / part);
     }
-    const int threads = threads_worth(pairs * static_cast<double>(args.head_dim + args.head_dim_v));
+    const int threads =
+        threads_worth(pairs * static_cast<double>(score_channels(problem) + problem.head_dim_v));
     // Heads go together as far as that leaves every thread a few tasks.
     int64_t together = heads;
     while (together > 1 &&

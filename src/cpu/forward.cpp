@@ -106,6 +106,7 @@ ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequenc
     args.key = rows_of(problem.key);
     args.value = rows_of(problem.value);
     args.out = rows_of(*problem.out);
+    if (problem.qv) args.qv = rows_of(*problem.qv);
     if (problem.lse) args.lse = rows_of(*problem.lse);
     args.sequences = sequences.data();
     args.page_size = problem.page_size;
@@ -116,6 +117,10 @@ ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequenc
     if (problem.rotary) args.rotary = rotary_of(*problem.rotary);
     if (const auto& added = problem.append)
         args.append = {rows_of(added->key), rows_of(added->value), added->rows, problem.nheads_kv};
+    args.dropout.kept = 1;
+    if (const auto& dropout = problem.dropout)
+        args.dropout = {dropout->key, dropout->threshold, static_cast<float>(1 - dropout->p),
+                        dropout->batch_first, dropout->batch_step};
     args.score_scale = static_cast<float>(problem.score_scale());
     args.score_scale_low = static_cast<float>(problem.score_scale() - args.score_scale);
     args.softcap = static_cast<float>(problem.softcap_log2());
@@ -167,7 +172,7 @@ void append(const Problem& problem, const ForwardArgs& args, AppendRowFn append_
 void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
                 const ForwardKernel& kernel, const std::vector<int64_t>& chosen, int lanes) {
     args.block_q = block_q_of(sequences, chosen, problem.nheads_q,
-                              problem.head_dim + problem.head_dim_v, lanes);
+                              score_channels(problem) + problem.head_dim_v, lanes);
     std::vector<Block> tasks;
     double pairs = 0;
     for (const int64_t b : chosen) {
@@ -182,7 +187,8 @@ void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Seq
                 tasks.push_back({b, head, (problem.causal ? blocks - 1 - i : i) * args.block_q});
     }
     const int64_t scratch = kernel.scratch_floats(args);
-    const int threads = threads_worth(pairs * static_cast<double>(args.head_dim + args.head_dim_v));
+    const int threads =
+        threads_worth(pairs * static_cast<double>(score_channels(problem) + problem.head_dim_v));
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i) {
         const size_t now = static_cast<size_t>(i), then = now + static_cast<size_t>(threads);
         kernel.run(args, tasks[now], then < tasks.size() ? &tasks[then] : nullptr,
@@ -218,7 +224,7 @@ constexpr uint32_t forward_features =
     bit(Feature::causal) | bit(Feature::window) | bit(Feature::softcap) | bit(Feature::alibi) |
     bit(Feature::lse) | bit(Feature::gqa) | bit(Feature::mask) | bit(Feature::sinks) |
     bit(Feature::varlen) | bit(Feature::paged_kv) | bit(Feature::attention_chunk) |
-    bit(Feature::append) | bit(Feature::rotary);
+    bit(Feature::append) | bit(Feature::rotary) | bit(Feature::dropout) | bit(Feature::qv);
 
 Verdict available() {
     kernels();      // throws about UMFA_CPU_ISA

@@ -54,8 +54,17 @@ struct Append {
     int64_t rows, heads;
 };
 
+/// What is dropped: umfa/philox.h. Index b of the batch is `batch_first` + b * `batch_step` there.
+struct Dropout {
+    PhiloxKey key;
+    uint32_t threshold;  // 0: nothing is dropped
+    float kept;          // 1 - p
+    int64_t batch_first, batch_step;
+};
+
 struct ForwardArgs {
     Rows query, key, value, out;
+    Rows qv;                    // meets the values; data is null when there is none
     Rows lse;                   // data is null when not asked for
     const Sequence* sequences;  // one for each index of the batch
     int64_t page_size;
@@ -64,6 +73,7 @@ struct ForwardArgs {
     Mask mask;
     Rotary rotary;
     Append append;
+    Dropout dropout;
     float score_scale;      // multiplies q.k; holds log2(e) unless softcap is on
     float score_scale_low;  // what rounding score_scale to float left over
     float softcap;          // softcap * log2(e); 0: off
