@@ -22,9 +22,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> Words:
     """Four words of 32 bits for each counter; the parts of the counter broadcast."""
     a, b, c, d = (np.asarray(x).astype(np.uint64) for x in counter)
     for i in range(10):
-        low, high = (
-            np.uint64((k + i * step) % 2**32) for k, step in zip(key, _STEPS, strict=True)
-        )
+        low, high = (np.uint64((k + i * step) % 2**32) for k, step in zip(key, _STEPS, strict=True))
         p, q = a * _FACTORS[0], c * _FACTORS[1]  # of 32-bit words: no overflow
         a, b = (q >> _SHIFT) ^ b ^ low, q & _LOW
         c, d = (p >> _SHIFT) ^ d ^ high, p & _LOW
