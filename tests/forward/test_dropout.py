@@ -21,7 +21,7 @@ from umfa import _ext
 pytestmark = pytest.mark.cpu_only
 
 SEED, OFFSET = 0x9E3779B97F4A7C15, 0x1234567890
-CALL = {"dropout_seed": SEED, "dropout_offset": OFFSET}
+CALL: dict[str, Any] = {"dropout_seed": SEED, "dropout_offset": OFFSET}
 NAMES = list(DTYPES)
 
 

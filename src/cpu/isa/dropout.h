@@ -11,7 +11,8 @@ inline __attribute__((always_inline)) void philox_rounds(A a, B b, C c, D d, Phi
     if constexpr (Rounds == 0) {
         done(a, b, c, d);
     } else {
-        const auto p = S::product(a, 0xd2511f53u), q = S::product(c, 0xcd9e8d57u);
+        const auto p = S::product(a, 0xd2511f53u);
+        const auto q = S::product(c, 0xcd9e8d57u);
         philox_rounds<S, Rounds - 1>(
             (q >> 32) ^ b ^ uint64_t{key.low}, q, (p >> 32) ^ d ^ uint64_t{key.high}, p,
             PhiloxKey{key.low + 0x9e3779b9u, key.high + 0xbb67ae85u}, static_cast<Done&&>(done));
