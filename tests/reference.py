@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+import philox
+
 Alignment = Literal["lower_right", "upper_left"]
 FloatArray = NDArray[np.float64]
 
@@ -32,6 +34,11 @@ def attention(
     mask: ArrayLike | None = None,
     attention_chunk: int = 0,
     learnable_sink: ArrayLike | None = None,
+    qv: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    dropout_offset: int = 0,
+    first_index: int = 0,
 ) -> tuple[FloatArray, FloatArray]:
     r"""Compute softmax attention and its log-sum-exp, head by head.
 
@@ -40,7 +47,8 @@ def attention(
 
     .. math::
 
-        s_{ij} &= \mathrm{scale} \cdot q_i \cdot k_j \\
+        s_{ij} &= \mathrm{scale} \cdot (q_i \cdot k_j
+                  + \mathrm{qv}_i \cdot v_j \text{ if qv is given}) \\
         s_{ij} &\leftarrow \mathrm{softcap} \cdot \tanh(s_{ij} / \mathrm{softcap})
                   \quad\text{if softcap} > 0 \\
         s_{ij} &\leftarrow s_{ij} - \mathrm{slope} \cdot |p_i - j|
@@ -50,7 +58,8 @@ def attention(
         s_{ij} &\leftarrow -\infty \quad\text{if row } i \text{ does not see key } j \\
         \mathrm{lse}_i &= \log \bigl(\sum_j e^{s_{ij}}
                   + e^{\mathrm{sink}} \text{ if learnable\_sink is given}\bigr) \\
-        o_i &= \sum_j e^{s_{ij} - \mathrm{lse}_i} \, v_j
+        o_i &= \sum_{j \text{ not dropped}} e^{s_{ij} - \mathrm{lse}_i} \, v_j
+                  / (1 - \mathrm{dropout\_p})
 
     Parameters
     ----------
@@ -60,7 +69,7 @@ def attention(
         `heads` is a multiple of `heads_k`; query head ``h`` reads key/value head
         ``h // (heads // heads_k)``.
     softmax_scale : float, optional
-        ``1 / sqrt(head_dim)`` unless given.
+        ``1 / sqrt(head_dim)`` unless given; with `qv` that of both products' channels.
     causal : bool
         Row `i` sees only keys ``j <= p_i``.
     alignment : {"lower_right", "upper_left"}
@@ -77,6 +86,11 @@ def attention(
         If above 0, row `i` sees only keys with ``j // attention_chunk == p_i // attention_chunk``.
     learnable_sink : array (heads,), optional
         A logit of its own in each head's softmax, neither scaled nor capped, without a value.
+    qv : array (batch, seqlen_q, heads, head_dim_v), optional
+    dropout_p, dropout_seed, dropout_offset
+        Which probabilities are dropped: `philox.dropped`.
+    first_index : int
+        How dropout counts the first index of the batch, so that sequences can be checked alone.
 
     Returns
     -------
@@ -88,6 +102,10 @@ def attention(
     query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
     batch, seqlen_q, heads, head_dim = query.shape
     _, seqlen_k, heads_k, head_dim_v = value.shape
+    if qv is not None:  # more channels of the same product
+        head_dim += head_dim_v
+        query = np.concatenate([query, np.asarray(qv).astype(np.float64)], axis=3)
+        key = np.concatenate([key, value], axis=3)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     offset = seqlen_k - seqlen_q if alignment == "lower_right" else 0
     slopes = np.zeros((batch, heads))
@@ -130,9 +148,21 @@ def attention(
                 scores = scores + bias[b, h, rows]
             if shown is not None:
                 sees = sees & shown[b, h, rows]
+            kept = None
+            if dropout_p > 0:
+                kept = ~philox.dropped(
+                    dropout_p,
+                    dropout_seed,
+                    dropout_offset,
+                    batch=first_index + b,
+                    head=h,
+                    rows=np.arange(rows.start, rows.stop),
+                    seqlen_k=seqlen_k,
+                )
             out[b, rows, h], lse[b, h, rows] = softmax_times(
-                scores, sees, value[b, :, h_k], sinks[h]
+                scores, sees, value[b, :, h_k], sinks[h], kept
             )
+    out /= 1.0 - dropout_p
     return out, lse
 
 
@@ -146,6 +176,7 @@ def scaled_dot_product(
     alignment: Alignment = "upper_left",
     scale: float | None = None,
     enable_gqa: bool = False,
+    **dropout: Any,
 ) -> FloatArray:
     """Compute PyTorch's ``scaled_dot_product_attention`` by `attention`.
 
@@ -158,6 +189,8 @@ def scaled_dot_product(
     attn_mask : array that broadcasts to (..., heads, seqlen_q, seqlen_k), optional
     enable_gqa : bool
         Key and value heads are not broadcast but shared, as in `attention`.
+    **dropout
+        `dropout_p`, `dropout_seed` and `dropout_offset` of `attention`.
 
     Returns
     -------
@@ -170,6 +203,7 @@ def scaled_dot_product(
         causal=is_causal,
         alignment=alignment,
         softmax_scale=scale,
+        **dropout,
     )
     return out.transpose(0, 2, 1, 3).reshape(flat.shape)
 
@@ -253,9 +287,16 @@ def visible(
 
 
 def softmax_times(
-    scores: FloatArray, sees: NDArray[np.bool_], value: FloatArray, sink: float = -np.inf
+    scores: FloatArray,
+    sees: NDArray[np.bool_],
+    value: FloatArray,
+    sink: float = -np.inf,
+    kept: NDArray[np.bool_] | None = None,
 ) -> tuple[FloatArray, FloatArray]:
-    """Softmax over the visible keys times the values, and the log-sum-exp of each row."""
+    """Softmax over the visible keys times the values, and the log-sum-exp of each row.
+
+    `kept`: the probabilities that meet a value.
+    """
     scores = np.where(sees, scores, -np.inf)
     largest = np.maximum(scores.max(axis=1, initial=-np.inf), sink)
     empty = np.isneginf(largest)
@@ -263,6 +304,8 @@ def softmax_times(
     largest = np.where(empty, 0.0, largest)
     weights = np.exp(scores - largest[:, None])
     total = np.where(empty, 1.0, weights.sum(axis=1) + np.exp(sink - largest))
+    if kept is not None:
+        weights = np.where(kept, weights, 0.0)
     out = (weights @ value) / total[:, None]
     lse = np.where(empty, -np.inf, largest + np.log(total))
     return out, lse

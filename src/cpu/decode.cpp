@@ -9,11 +9,14 @@
 namespace umfa::cpu {
 namespace {
 
-/// Keys of a part: up to 32 parts of at least 512 keys. The same on every machine, so that bits do
-/// not depend on the number of threads.
-int64_t keys_per_part(int64_t seqlen_kv) {
+/// Keys of a part: of at most num_splits parts, or of up to 32 with at least 512 keys. The same on
+/// every machine, so that bits do not depend on the number of threads.
+int64_t keys_per_part(int64_t seqlen_kv, int64_t num_splits) {
     constexpr int64_t tile = 64;  // parts begin at multiples of the kernels' tile
-    return std::max<int64_t>(512, (seqlen_kv + 32 * tile - 1) / (32 * tile) * tile);
+    const int64_t tiles = std::max<int64_t>(1, (seqlen_kv + tile - 1) / tile);
+    const int64_t parts = num_splits > 0 ? num_splits : 32;
+    const int64_t keys = (tiles + parts - 1) / parts * tile;
+    return num_splits > 0 ? keys : std::max<int64_t>(512, keys);
 }
 
 /// Keys [part * keys_per_part, ...) of the heads [head_begin, head_end) of a sequence.
@@ -37,13 +40,14 @@ void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKer
     int64_t most_queries = 0, parts_in_all = 0;
     for (const int64_t b : chosen) {
         const Sequence& sequence = args.sequences[b];
-        const int64_t keys = sequence.seqlen_kv, part = keys_per_part(keys);
+        const int64_t keys = sequence.seqlen_kv, part = keys_per_part(keys, problem.num_splits);
         pairs +=
             static_cast<double>(problem.nheads_q * sequence.seqlen_q) * static_cast<double>(keys);
         most_queries = std::max(most_queries, sequence.seqlen_q);
         parts_in_all += std::max<int64_t>(1, (keys + part - 1) / part);
     }
-    const int threads = threads_worth(pairs * static_cast<double>(args.head_dim + args.head_dim_v));
+    const int threads =
+        threads_worth(pairs * static_cast<double>(score_channels(problem) + problem.head_dim_v));
     // Heads go together as far as that leaves every thread a few tasks.
     int64_t together = heads;
     while (together > 1 &&
@@ -55,7 +59,8 @@ void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKer
     int64_t floats = 0;
     for (const int64_t b : chosen) {
         const Sequence& sequence = args.sequences[b];
-        const int64_t keys = sequence.seqlen_kv, part_keys = keys_per_part(keys);
+        const int64_t keys = sequence.seqlen_kv;
+        const int64_t part_keys = keys_per_part(keys, problem.num_splits);
         const int64_t parts = std::max<int64_t>(1, (keys + part_keys - 1) / part_keys);
         const int64_t head_floats = args.group * sequence.seqlen_q * row_floats;
         const int64_t stride = heads * head_floats;  // from one part to the next

@@ -15,6 +15,11 @@ inline bool is_decode(const Sequence& sequence, int lanes) {
     return sequence.seqlen_q <= lanes / 2;
 }
 
+/// Channels that one score is the sum over.
+inline int64_t score_channels(const Problem& problem) {
+    return problem.head_dim + (problem.qv ? problem.head_dim_v : 0);
+}
+
 /// Those of the sequences that `chosen` names.
 void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKernel& kernel,
                 const std::vector<int64_t>& chosen);

@@ -106,6 +106,7 @@ ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequenc
     args.key = rows_of(problem.key);
     args.value = rows_of(problem.value);
     args.out = rows_of(*problem.out);
+    if (problem.qv) args.qv = rows_of(*problem.qv);
     if (problem.lse) args.lse = rows_of(*problem.lse);
     args.sequences = sequences.data();
     args.page_size = problem.page_size;
@@ -114,6 +115,12 @@ ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequenc
     args.head_dim_v = problem.head_dim_v;
     if (problem.mask) args.mask = mask_of(*problem.mask);
     if (problem.rotary) args.rotary = rotary_of(*problem.rotary);
+    if (const auto& added = problem.append)
+        args.append = {rows_of(added->key), rows_of(added->value), added->rows, problem.nheads_kv};
+    args.dropout.kept = 1;
+    if (const auto& dropout = problem.dropout)
+        args.dropout = {dropout->key, dropout->threshold, static_cast<float>(1 - dropout->p),
+                        dropout->batch_first, dropout->batch_step};
     args.score_scale = static_cast<float>(problem.score_scale());
     args.score_scale_low = static_cast<float>(problem.score_scale() - args.score_scale);
     args.softcap = static_cast<float>(problem.softcap_log2());
@@ -153,41 +160,19 @@ void clear_unused(const Problem& problem, const ForwardArgs& args) {
 }
 
 /// Writes the new rows of key and value behind those in use.
-void append(const Problem& problem, const ForwardArgs& args, CopyRowFn copy_row) {
-    const Append& added = *problem.append;
-    const int64_t bytes = bits_of(problem.key.view.dtype) / 8;
-    const double floats = static_cast<double>(problem.batch * added.rows * problem.nheads_kv) *
+void append(const Problem& problem, const ForwardArgs& args, AppendRowFn append_row) {
+    const int64_t rows = args.append.rows;
+    const double floats = static_cast<double>(problem.batch * rows * problem.nheads_kv) *
                           static_cast<double>(problem.head_dim + problem.head_dim_v);
-    parallel_for(problem.batch * added.rows, threads_worth(floats), [&](int64_t task) {
-        const int64_t b = task / added.rows, i = task % added.rows;
-        const Sequence& sequence = args.sequences[b];
-        const int64_t key = sequence.seqlen_kv - added.rows + i;
-        const auto copy = [&](const Operand& from, const Rows& to, int64_t channels,
-                              const umfa::cpu::Rotary& rotary) {
-            int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
-            if (sequence.pages) {
-                batch = sequence.pages[key / args.page_size];
-                row = key % args.page_size;
-            }
-            for (int64_t h = 0; h < problem.nheads_kv; ++h)
-                copy_row(rotary,
-                         from.view.address() + bytes * (b * from.stride_batch +
-                                                        h * from.stride_head + i * from.stride_row),
-                         from.stride_channel, channels, sequence.position_q + i,
-                         static_cast<char*>(to.data) +
-                             bytes * (batch * to.stride_batch + h * to.stride_head +
-                                      row * to.stride_row),
-                         to.stride_channel);
-        };
-        copy(added.key, args.key, problem.head_dim, args.rotary);
-        copy(added.value, args.value, problem.head_dim_v, {});
-    });
+    parallel_for(problem.batch * rows, threads_worth(floats),
+                 [&](int64_t task) { append_row(args, task / rows, task % rows); });
 }
 
+/// num_splits means nothing here: each task goes over all its keys, and queries are enough to share.
 void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
                 const ForwardKernel& kernel, const std::vector<int64_t>& chosen, int lanes) {
     args.block_q = block_q_of(sequences, chosen, problem.nheads_q,
-                              problem.head_dim + problem.head_dim_v, lanes);
+                              score_channels(problem) + problem.head_dim_v, lanes);
     std::vector<Block> tasks;
     double pairs = 0;
     for (const int64_t b : chosen) {
@@ -202,7 +187,8 @@ void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Seq
                 tasks.push_back({b, head, (problem.causal ? blocks - 1 - i : i) * args.block_q});
     }
     const int64_t scratch = kernel.scratch_floats(args);
-    const int threads = threads_worth(pairs * static_cast<double>(args.head_dim + args.head_dim_v));
+    const int threads =
+        threads_worth(pairs * static_cast<double>(score_channels(problem) + problem.head_dim_v));
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i) {
         const size_t now = static_cast<size_t>(i), then = now + static_cast<size_t>(threads);
         kernel.run(args, tasks[now], then < tasks.size() ? &tasks[then] : nullptr,
@@ -222,7 +208,7 @@ void run_forward(const Problem& problem) {
         args.sinks = sinks.data();
     }
     const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
-    if (problem.append) append(problem, args, own.copy_row);
+    if (problem.append) append(problem, args, own.append_row);
     if (problem.nheads_q == 0) return;
     clear_unused(problem, args);
     std::vector<int64_t> few, many;
@@ -238,7 +224,7 @@ constexpr uint32_t forward_features =
     bit(Feature::causal) | bit(Feature::window) | bit(Feature::softcap) | bit(Feature::alibi) |
     bit(Feature::lse) | bit(Feature::gqa) | bit(Feature::mask) | bit(Feature::sinks) |
     bit(Feature::varlen) | bit(Feature::paged_kv) | bit(Feature::attention_chunk) |
-    bit(Feature::append) | bit(Feature::rotary);
+    bit(Feature::append) | bit(Feature::rotary) | bit(Feature::dropout) | bit(Feature::qv);
 
 Verdict available() {
     kernels();      // throws about UMFA_CPU_ISA

@@ -1,6 +1,10 @@
 // Reads float32 bit patterns from stdin, writes what the kernels' vector functions make of them.
 // Usage: kernel_math exp2|tanh|load_f16|load_bf16|store_f16|store_bf16 < in > out
 // (16-bit formats travel in the low half of each 32-bit word.)
+//
+//        kernel_math drop_panel|drop_keys < in > out
+// drops probabilities with the constants below: of queries from 5 on and keys from 96 on, 48 keys
+// [key][query] or 32 keys of one query, of one head after the other. "lanes" says how many queries.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -10,7 +14,27 @@
 
 namespace umfa::cpu {
 
+static int drop(const char* name) {
+    const Dropout dropout{{0xa4093822u, 0x299f31d0u}, 0x60000000u, 1, 3, 2};  // batch 3 + 2 * 4
+    const bool panel = !std::strcmp(name, "drop_panel");
+    constexpr int N = Simd::nv * Simd::W;
+    std::vector<float> tile(panel ? 48 * N : decode_tile);
+    for (int head = 0; std::fread(tile.data(), 4, tile.size(), stdin) == tile.size(); ++head) {
+        if (panel)
+            drop_panel<Simd, FloatUnits<Simd, F32>>(dropout, 4, head, 5, 96, 0, 48, tile.data());
+        else
+            drop_keys<Simd>(dropout, 4, head, 5, 96, decode_tile, tile.data());
+        std::fwrite(tile.data(), 4, tile.size(), stdout);
+    }
+    return 0;
+}
+
 static int run(const char* name) {
+    if (!std::strncmp(name, "drop", 4)) return drop(name);
+    if (!std::strcmp(name, "lanes")) {
+        const uint32_t lanes = Simd::nv * Simd::W;
+        return std::fwrite(&lanes, 4, 1, stdout) != 1;
+    }
     constexpr int W = Simd::W;
     std::vector<uint32_t> words(1 << 16);
     size_t count;

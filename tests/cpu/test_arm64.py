@@ -215,6 +215,8 @@ def test_vector_functions(isa: str, tmp_path: Path) -> None:
     kernel_math.test_exp2_is_within_two_ulp(call)
     kernel_math.test_tanh_at_its_edges(call)
     kernel_math.test_tanh_is_within_three_ulp(call)
+    for name in ("drop_panel", "drop_keys"):
+        kernel_math.test_dropout_drops_what_philox_says(call, name)
     for name in ("f16", "bf16"):
         kernel_math.test_loads_are_exact(call, name)
         kernel_math.test_stores_round_to_nearest_even(call, name)

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import philox
 import umfa
 
 ROOT = Path(__file__).parents[2]
@@ -134,3 +135,21 @@ def test_stores_round_to_nearest_even(run: Run, name: str) -> None:
     nan = np.isnan(want.astype(np.float32))
     np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), nan)
     np.testing.assert_array_equal(got.view(np.uint16)[~nan], want.view(np.uint16)[~nan])
+
+
+@pytest.mark.parametrize("name", ["drop_panel", "drop_keys"])
+def test_dropout_drops_what_philox_says(run: Run, name: str) -> None:
+    """The constants are kernel_math.cpp's. Dropped numbers keep their sign, others all bits."""
+    heads = 6
+    lanes = int(run("lanes", np.zeros(0))[0])
+    queries, keys = (lanes, 48) if name == "drop_panel" else (1, 32)
+    values = np.random.default_rng(0).standard_normal((heads, keys, queries), dtype=np.float32)
+    values[0, :, 0] = np.nan
+    found = run(name, values.view(np.uint32).ravel())
+    head, key, query = np.ogrid[:heads, 96 : 96 + keys, 5 : 5 + queries]
+    words = philox.philox((key // 4, query, head, 11), (0xA4093822, 0x299F31D0))
+    dropped = np.choose(key % 4, words) < 0x60000000
+    bits = values.view(np.uint32)
+    expected = np.where(dropped, bits & np.uint32(0x80000000), bits)
+    assert 0.3 < dropped.mean() < 0.45
+    np.testing.assert_array_equal(found.reshape(bits.shape), expected)

@@ -12,6 +12,10 @@ constexpr int vector_lanes = 8;
 struct Simd : SimdBase {
     static constexpr int mr = 6, nv = 2;  // 12 accumulators of 16 registers
 
+    using SimdBase::product;
+    static vq product(vq x, uint32_t factor) {
+        return (vq)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
+    }
     static vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 
     static vf load_f16(const uint16_t* p) {

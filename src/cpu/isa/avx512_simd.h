@@ -34,6 +34,10 @@ struct Avx512 : SimdBase {
             _mm512_mask_storeu_epi16(dst, part, _mm512_maskz_loadu_epi16(part, src));
         }
     }
+    using SimdBase::product;
+    static vq product(vq x, uint32_t factor) {
+        return (vq)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
+    }
     static vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
     static vf round(vf x) {
         return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

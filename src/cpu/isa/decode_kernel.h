@@ -22,17 +22,23 @@ template <class S, class U>
 struct DecodeScratch {
     int64_t shared;           // the scores of a tile, and its keys where they are rotated
     int64_t rows;             // queries of the heads that share the key head
-    int64_t depth, channels;  // units of a row of Q and channels of a row of O, whole vectors
-    int64_t query, out, sum, state, size;
+    int64_t depth, depth_qv;  // units of a row of Q and QV, whole vectors
+    int64_t channels;         // of a row of O, likewise
+    int64_t query, qv, out, sum, state, size;
 
     DecodeScratch(const ForwardArgs& args, int64_t seqlen_q) {
         constexpr int64_t W = S::W;
         shared = decode_rows * decode_tile + (args.rotary.keys ? decode_tile * args.head_dim : 0);
         rows = args.group * seqlen_q;
-        depth = ((args.head_dim + U::E - 1) / U::E + W - 1) / W * W;
+        const auto units = [](int64_t elements) {
+            return ((elements + U::E - 1) / U::E + W - 1) / W * W;
+        };
+        depth = units(args.head_dim);
+        depth_qv = args.qv.data ? units(args.head_dim_v) : 0;
         channels = (args.head_dim_v + W - 1) / W * W;
         query = 0;                    // [row][depth]
-        out = query + rows * depth;   // [row][channels]
+        qv = query + rows * depth;    // [row][depth_qv]
+        out = qv + rows * depth_qv;   // [row][channels]
         sum = out + rows * channels;  // [row][W], to be added up
         state = sum + rows * W;       // [row]: DecodeRow
         size = state + (rows * decode_row_floats_of_state + 15) / 16 * 16;
@@ -54,12 +60,12 @@ struct TileRows {
     const storage *now[decode_tile], *next[decode_tile];  // next: null past the last
 };
 
-/// q.k of R rows and `keys` keys of a tile.
+/// q.k of R rows and `keys` keys of a tile; added to the scores if there are `some`.
 template <class S, class U, int R>
 __attribute__((noinline)) void decode_scores(const TileRows<typename U::storage>& rows,
                                              const Rows& layout, int64_t keys, bool ahead,
                                              int64_t channels, const float* query, int64_t depth,
-                                             float* scores) {
+                                             bool some, float* scores) {
     using vf = typename S::vf;
     constexpr int W = S::W;
     const int64_t whole = layout.stride_channel == 1 ? channels / (W * U::E) * W : 0;
@@ -83,7 +89,11 @@ __attribute__((noinline)) void decode_scores(const TileRows<typename U::storage>
             }
             for (int r = 0; r < R; ++r) sum[r][j] = acc[r];
         }
-        for (int r = 0; r < R; ++r) S::store(scores + r * decode_tile + k0, sum_each<S>(sum[r]));
+        for (int r = 0; r < R; ++r) {
+            float* to = scores + r * decode_tile + k0;
+            const vf total = sum_each<S>(sum[r]);
+            S::store(to, some ? S::load(to) + total : total);
+        }
     }
 }
 
@@ -216,9 +226,10 @@ inline void write_row(const ForwardArgs& args, int64_t batch, int64_t head, int6
     const Scoring scoring = scoring_of(args, batch, head);
     storage* to = query_row<storage>(args.out, args.sequences[batch], head, row);
     sum = divisor_of(args, scoring, head, maximum, sum);
+    const float divisor = sum * args.dropout.kept;
     for (int64_t c = 0; c < args.head_dim_v; c += W) {
         storage buffer[W];
-        T::template store<S>(buffer, sum == 0 ? typename S::vf{} : S::load(o + c) / sum);
+        T::template store<S>(buffer, sum == 0 ? typename S::vf{} : S::load(o + c) / divisor);
         const int64_t left = args.head_dim_v - c, count = left < W ? left : int64_t{W};
         if (args.out.stride_channel == 1)
             S::copy(buffer, count, to + c);
@@ -261,6 +272,10 @@ struct DecodeHead {
             for (int64_t u = 0; u < at.depth; u += W)
                 S::store(memory + at.query + r * at.depth + u,
                          row_units<S, U>(row, stride, u, args.head_dim));
+            for (int64_t u = 0; u < at.depth_qv; u += W)
+                S::store(memory + at.qv + r * at.depth_qv + u,
+                         row_units<S, U>(query_row<const storage>(args.qv, sequence, head, query),
+                                         args.qv.stride_channel, u, args.head_dim_v));
             for (int64_t c = 0; c < at.channels; ++c) memory[at.out + r * at.channels + c] = 0;
             for (int i = 0; i < W; ++i) memory[at.sum + r * W + i] = 0;
         }
@@ -269,7 +284,7 @@ struct DecodeHead {
     void find(const Rows& where, int64_t k0, int64_t keys, int64_t next,
               TileRows<storage>& rows) const {
         if (!sequence.pages) {
-            const storage* row = key_row<storage>(where, sequence, 1, head_kv, k0);
+            const storage* row = key_row<const storage>(where, sequence, 1, head_kv, k0);
             const int64_t ahead = decode_tile * where.stride_row;
             for (int64_t k = 0; k < keys; ++k, row += where.stride_row) {
                 rows.now[k] = row;
@@ -278,9 +293,9 @@ struct DecodeHead {
             return;
         }
         for (int64_t k = 0; k < keys; ++k) {
-            rows.now[k] = key_row<storage>(where, sequence, args.page_size, head_kv, k0 + k);
-            rows.next[k] = k < next ? key_row<storage>(where, sequence, args.page_size, head_kv,
-                                                       k0 + decode_tile + k)
+            rows.now[k] = key_row<const storage>(where, sequence, args.page_size, head_kv, k0 + k);
+            rows.next[k] = k < next ? key_row<const storage>(where, sequence, args.page_size,
+                                                             head_kv, k0 + decode_tile + k)
                                     : nullptr;
         }
     }
@@ -314,7 +329,10 @@ struct DecodeHead {
         const int64_t Dv = args.head_dim_v;
         const bool ahead = r0 == 0;  // the first rows to come this way bring the next tile
         decode_scores<S, U, R>(key, key_layout, keys, ahead, args.head_dim,
-                               memory + at.query + r0 * at.depth, at.depth, scores);
+                               memory + at.query + r0 * at.depth, at.depth, false, scores);
+        if (args.qv.data)  // decode_values asks for the next tile's values
+            decode_scores<S, U, R>(value, args.value, keys, false, Dv,
+                                   memory + at.qv + r0 * at.depth_qv, at.depth_qv, true, scores);
         float alpha[R];
         int64_t low = keys, high = 0;
         bool same = args.mask.kind == Kind::none;
@@ -340,6 +358,9 @@ struct DecodeHead {
                      : decode_softmax<S, false>)(scoring, begin, end, keys, diagonal, args.mask,
                                                  mask, scores + r * decode_tile, state[r].maximum,
                                                  memory + at.sum + (r0 + r) * S::W);
+            if (args.dropout.threshold)
+                drop_keys<S>(args.dropout, batch, state[r].head, i, k0, keys,
+                             scores + r * decode_tile);
         }
         if (low >= high) return;
         float* out = memory + at.out + r0 * at.channels;
@@ -449,19 +470,38 @@ int64_t decode_row_floats(const ForwardArgs& args) {
     return (args.head_dim_v + S::W - 1) / S::W * S::W + 2;
 }
 
+/// Writes row `row` of those to be appended behind what the sequence holds, for all key heads.
 template <class S, class T>
-void copy_row(const Rotary& rotary, const void* from, int64_t from_stride, int64_t channels,
-              int64_t position, void* to, int64_t to_stride) {
+void append_row(const ForwardArgs& args, int64_t batch, int64_t row) {
     using storage = typename T::storage;
-    const storage* source = static_cast<const storage*>(from);
-    storage* dst = static_cast<storage*>(to);
-    storage rotated[max_head_dim];
-    if (rotary.kind != Kind::none) {
-        rotate_row<S, T>(rotary, source, from_stride, channels, position, rotated);
-        source = rotated;
-        from_stride = 1;
+    const Sequence& sequence = args.sequences[batch];
+    const Append& append = args.append;
+    const int64_t at = sequence.seqlen_kv - append.rows + row;
+    const auto from = [&](const Rows& rows, int64_t head) {
+        return static_cast<const storage*>(rows.data) + batch * rows.stride_batch +
+               head * rows.stride_head + row * rows.stride_row;
+    };
+    const auto copy = [](const storage* src, int64_t stride, int64_t channels, storage* dst,
+                         int64_t dst_stride) {
+        for (int64_t c = 0; c < channels; ++c) dst[c * dst_stride] = src[c * stride];
+    };
+    for (int64_t head = 0; head < append.heads; ++head) {
+        const storage* key = from(append.key, head);
+        int64_t stride = append.key.stride_channel;
+        storage rotated[max_head_dim];
+        if (args.rotary.kind != Kind::none) {
+            rotate_row<S, T>(args.rotary, key, stride, args.head_dim, sequence.position_q + row,
+                             rotated);
+            key = rotated;
+            stride = 1;
+        }
+        copy(key, stride, args.head_dim,
+             key_row<storage>(args.key, sequence, args.page_size, head, at),
+             args.key.stride_channel);
+        copy(from(append.value, head), append.value.stride_channel, args.head_dim_v,
+             key_row<storage>(args.value, sequence, args.page_size, head, at),
+             args.value.stride_channel);
     }
-    for (int64_t c = 0; c < channels; ++c) dst[c * to_stride] = source[c * from_stride];
 }
 
 /// Everything for one element type.
@@ -469,4 +509,4 @@ template <class S, class U>
 constexpr DtypeKernels dtype_kernels{{forward_block<S, U>, forward_scratch_floats<S, U>},
                                      {decode_keys<S, U>, decode_merge<S, typename U::type>,
                                       decode_scratch_floats<S, U>, decode_row_floats<S>},
-                                     copy_row<S, typename U::type>};
+                                     append_row<S, typename U::type>};

@@ -25,6 +25,7 @@ constexpr int64_t block_kv = 96;
 #include "cpu/isa/rotary.h"
 #include "cpu/isa/bias.h"
 #include "cpu/isa/softmax.h"
+#include "cpu/isa/dropout.h"
 // clang-format on
 
 template <class S>
@@ -35,12 +36,13 @@ constexpr int64_t panel_floats = (sizeof(Panel<S>) + 63) / 64 * 16;
 template <class S, class U>
 struct Scratch {
     static constexpr int64_t N = S::nv * S::W, slack = 64;
-    int64_t depth, channels;  // units of Q.K; padded channels of O
+    int64_t key_depth, depth, channels;  // units of Q.K; with those of QV.V; padded channels of O
     int64_t value_pitch;
     int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, size;
 
     Scratch(const ForwardArgs& args, int64_t panel_count) {
-        depth = (args.head_dim + U::E - 1) / U::E;
+        key_depth = (args.head_dim + U::E - 1) / U::E;
+        depth = key_depth + (args.qv.data ? (args.head_dim_v + U::E - 1) / U::E : 0);
         channels = padded_rows<S>(args.head_dim_v);
         panels = 0;
         scores = panels + panel_count * panel_floats<S>;
@@ -193,17 +195,21 @@ inline void prefetch_block(const ForwardArgs& args, const Block& block, int64_t 
     const Sequence& sequence = args.sequences[block.sequence];
     const int64_t rest = sequence.seqlen_q - block.first;
     const int64_t queries = rest < args.block_q ? rest : args.block_q;
-    for (int64_t i = queries * part / parts; i < queries * (part + 1) / parts; ++i)
+    for (int64_t i = queries * part / parts; i < queries * (part + 1) / parts; ++i) {
         prefetch_row(query_row<const storage>(args.query, sequence, block.head, block.first + i),
                      args.query, args.head_dim);
+        if (args.qv.data)
+            prefetch_row(query_row<const storage>(args.qv, sequence, block.head, block.first + i),
+                         args.qv, args.head_dim_v);
+    }
     const int64_t first = visible_begin(sequence.visible, block.first) / block_kv * block_kv;
     const int64_t left = sequence.seqlen_kv - first, keys = left < block_kv ? left : block_kv;
     for (int64_t k = first + keys * part / parts; k < first + keys * (part + 1) / parts; ++k) {
         const int64_t head = block.head / args.group;
-        prefetch_row(key_row<storage>(args.key, sequence, args.page_size, head, k), args.key,
+        prefetch_row(key_row<const storage>(args.key, sequence, args.page_size, head, k), args.key,
                      args.head_dim);
-        prefetch_row(key_row<storage>(args.value, sequence, args.page_size, head, k), args.value,
-                     args.head_dim_v);
+        prefetch_row(key_row<const storage>(args.value, sequence, args.page_size, head, k),
+                     args.value, args.head_dim_v);
     }
 }
 
@@ -246,8 +252,13 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
             }
             stride = 1;
         }
-        pack_transposed<S, U>(rows, q_end - q_begin - i, stride, W, N, D,
-                              memory + at.query + i / N * at.depth * N + i % N);
+        float* query = memory + at.query + i / N * at.depth * N + i % N;
+        pack_transposed<S, U>(rows, q_end - q_begin - i, stride, W, N, D, query);
+        if (!args.qv.data) continue;
+        for (int r = 0; r < W; ++r)
+            rows[r] = query_row<const storage>(args.qv, sequence, head, q_begin + i + r);
+        pack_transposed<S, U>(rows, q_end - q_begin - i, args.qv.stride_channel, W, N, Dv,
+                              query + at.key_depth * N);
     }
     for (int64_t p = 0; p < panels; ++p) {
         panel[p].fresh = true;
@@ -264,8 +275,9 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
         const int64_t rest = sequence.seqlen_kv - k0, keys = rest < block_kv ? rest : block_kv;
         const storage *k_rows[block_kv], *v_rows[block_kv];
         for (int64_t k = 0; k < keys; ++k) {
-            k_rows[k] = key_row<storage>(args.key, sequence, args.page_size, head_kv, k0 + k);
-            v_rows[k] = key_row<storage>(args.value, sequence, args.page_size, head_kv, k0 + k);
+            k_rows[k] = key_row<const storage>(args.key, sequence, args.page_size, head_kv, k0 + k);
+            v_rows[k] =
+                key_row<const storage>(args.value, sequence, args.page_size, head_kv, k0 + k);
         }
         int64_t key_stride = args.key.stride_channel;
         if (args.rotary.keys) {
@@ -280,8 +292,11 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
         const int64_t padded = padded_rows<S>(keys);
         for (int64_t k = 0; k < padded; k += S::mr) {
             const int64_t height = padded - k < S::mr ? padded - k : S::mr;
-            pack_transposed<S, U>(k_rows + k, keys - k, key_stride, height, height, D,
-                                  key + k * at.depth);
+            float* group = key + k * at.depth;
+            pack_transposed<S, U>(k_rows + k, keys - k, key_stride, height, height, D, group);
+            if (args.qv.data)
+                pack_transposed<S, U>(v_rows + k, keys - k, args.value.stride_channel, height,
+                                      height, Dv, group + at.key_depth * height);
         }
         const int64_t units = (keys + E - 1) / E;
         const bool tiny =
@@ -301,10 +316,11 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
             }
             for (int64_t k = k0 + keys + next * p / panels; k < k0 + keys + next * (p + 1) / panels;
                  ++k) {
-                prefetch_row(key_row<storage>(args.key, sequence, args.page_size, head_kv, k),
+                prefetch_row(key_row<const storage>(args.key, sequence, args.page_size, head_kv, k),
                              args.key, D);
-                prefetch_row(key_row<storage>(args.value, sequence, args.page_size, head_kv, k),
-                             args.value, Dv);
+                prefetch_row(
+                    key_row<const storage>(args.value, sequence, args.page_size, head_kv, k),
+                    args.value, Dv);
             }
             const int64_t i0 = q_begin + p * N, i1 = (i0 + N < q_end ? i0 + N : q_end) - 1;
             const int64_t begin = clamp_key(visible_begin(visible, i0) - k0, keys);
@@ -341,6 +357,8 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
                 softmax(Constant<1>{});
             else
                 softmax(Constant<0>{});
+            if (args.dropout.threshold)
+                drop_panel<S, U>(args.dropout, batch, head, i0, k0, first, last, probabilities);
 
             const int64_t first_unit = first / E;
             const int64_t last_unit = last / E < units ? last / E : units;
@@ -376,6 +394,7 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
         const float maximum = panel[i / N].maximum[i % N];
         sum = divisor_of(args, scoring, head, maximum, sum);
         store_lse(args, scoring, batch, head, q_begin + i, maximum, sum);
+        sum *= args.dropout.kept;
     }
     for (int64_t i = 0; i < q_end - q_begin; i += W)
         store_transposed<S, typename U::type>(

@@ -48,8 +48,23 @@ struct Mask {
     Kind kind;
 };
 
+/// Rows that go into key and value of each sequence, the last `rows` of its seqlen_kv.
+struct Append {
+    Rows key, value;
+    int64_t rows, heads;
+};
+
+/// What is dropped: umfa/philox.h. Index b of the batch is `batch_first` + b * `batch_step` there.
+struct Dropout {
+    PhiloxKey key;
+    uint32_t threshold;  // 0: nothing is dropped
+    float kept;          // 1 - p
+    int64_t batch_first, batch_step;
+};
+
 struct ForwardArgs {
     Rows query, key, value, out;
+    Rows qv;                    // meets the values; data is null when there is none
     Rows lse;                   // data is null when not asked for
     const Sequence* sequences;  // one for each index of the batch
     int64_t page_size;
@@ -57,6 +72,8 @@ struct ForwardArgs {
     int64_t head_dim, head_dim_v;
     Mask mask;
     Rotary rotary;
+    Append append;
+    Dropout dropout;
     float score_scale;      // multiplies q.k; holds log2(e) unless softcap is on
     float score_scale_low;  // what rounding score_scale to float left over
     float softcap;          // softcap * log2(e); 0: off
@@ -95,14 +112,13 @@ struct DecodeKernel {
     int64_t (*row_floats)(const ForwardArgs&);
 };
 
-/// Copies a row of `channels` elements, rotated where args.rotary is on.
-using CopyRowFn = void (*)(const Rotary&, const void* from, int64_t from_stride, int64_t channels,
-                           int64_t position, void* to, int64_t to_stride);
+/// Appends one row to key and value of a sequence, rotated where args.rotary is on.
+using AppendRowFn = void (*)(const ForwardArgs&, int64_t batch, int64_t row);
 
 struct DtypeKernels {
     ForwardKernel forward;
     DecodeKernel decode;
-    CopyRowFn copy_row;
+    AppendRowFn append_row;
 };
 
 struct Kernels {

@@ -15,16 +15,16 @@ inline int64_t position_of(const ForwardArgs& args, const Sequence& sequence, in
 
 /// Row of key or value. Called for a tile's keys one by one: a page may hold any number of them.
 template <class storage>
-inline const storage* key_row(const Rows& rows, const Sequence& sequence, int64_t page_size,
-                              int64_t head, int64_t key) {
+inline storage* key_row(const Rows& rows, const Sequence& sequence, int64_t page_size, int64_t head,
+                        int64_t key) {
     int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
     if (sequence.pages) {
         const int64_t page = key / page_size;
         batch = sequence.pages[page];
         row = key - page * page_size;
     }
-    return static_cast<const storage*>(rows.data) + batch * rows.stride_batch +
-           head * rows.stride_head + row * rows.stride_row;
+    return static_cast<storage*>(rows.data) + batch * rows.stride_batch + head * rows.stride_head +
+           row * rows.stride_row;
 }
 
 /// Into the L2 cache: into L1, a tile ahead, is too early (10 instead of 21 GB/s on Zen 4). Always

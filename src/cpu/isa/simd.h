@@ -17,6 +17,7 @@ struct SimdBase {
     typedef float vf __attribute__((vector_size(4 * W)));
     typedef int32_t vi __attribute__((vector_size(4 * W)));
     typedef uint32_t vu __attribute__((vector_size(4 * W)));
+    typedef uint64_t vq __attribute__((vector_size(4 * W)));
     typedef uint16_t vh __attribute__((vector_size(2 * W)));
     using first_lanes = CountTo<W>::type;
 
@@ -38,6 +39,11 @@ struct SimdBase {
             for (int n = 0; n < NV; ++n) acc[m][n] = U::fma(acc[m][n], am, b[n]);
         }
     }
+    /// Products of the lower halves of 64-bit lanes.
+    static vq product(vq x, uint32_t factor) {
+        return (x & uint64_t{0xffffffffu}) * uint64_t{factor};
+    }
+    static uint64_t product(uint64_t x, uint32_t factor) { return (x & 0xffffffffu) * factor; }
     static vf load(const float* p) {
         vf x;
         __builtin_memcpy(&x, p, sizeof x);
@@ -90,6 +96,15 @@ struct SimdBase {
     }
     static vf interleave_low(vf a, vf b) { return interleave<0>(a, b, first_lanes{}); }
     static vf interleave_high(vf a, vf b) { return interleave<W / 2>(a, b, first_lanes{}); }
+
+    template <int First, int... I>
+    static vq interleave(vq a, vq b, Indices<I...>) {
+        return __builtin_shufflevector(a, b, (First + I / 2 + (I % 2) * (W / 2))...);
+    }
+    static vq interleave_low(vq a, vq b) { return interleave<0>(a, b, CountTo<W / 2>::type{}); }
+    static vq interleave_high(vq a, vq b) {
+        return interleave<W / 4>(a, b, CountTo<W / 2>::type{});
+    }
 
     /// Rows become columns. Each pass moves one bit of the row number into the lane number.
     static void transpose(vf (&x)[W]) {

@@ -26,6 +26,9 @@ struct FloatUnits {
     static vf times_zero(vf x) { return x * 0.f; }
     /// x with 0 where p is negative.
     static vf seen(vf x, vf p) { return (vf)((vi)x & ~((vi)p >> 31)); }
+    /// Probabilities p with 0 where they are dropped (all bits set, for each of E). The sign stays:
+    /// hidden keys are still told by it.
+    static vf without(vf p, const vi* dropped) { return (vf)((vi)p & ~(dropped[0] & 0x7fffffff)); }
 };
 
 /// Pairs of bfloat16 for instructions that add two products to a float. Queries, keys and values
@@ -64,6 +67,9 @@ struct Bf16Units {
         const vi high = ((vi)p >> 31) & (vi{} + -65536);
         const vi low = ((vi)((vu)p << 16) >> 31) & (vi{} + 65535);
         return (vf)((vi)x & ~(high | low));
+    }
+    static vf without(vf p, const vi* dropped) {
+        return (vf)((vi)p & ~((dropped[0] & 0x7fff) | (dropped[1] & 0x7fff0000)));
     }
 };
 

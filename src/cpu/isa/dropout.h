@@ -1,0 +1,101 @@
+// Dropout: umfa/philox.h for many probabilities at a time.
+//
+// A word lies in the lower half of a 64-bit lane, where one multiplication gives a whole product.
+// What the upper halves hold is never looked at, so that words need no shuffles between rounds.
+
+/// The rounds of philox(); words that all lanes share are scalars as long as they can be.
+/// done(word 0, ..., word 3): vectors, unless the lanes shared all of the counter.
+template <class S, int Rounds, class A, class B, class C, class D, class Done>
+inline __attribute__((always_inline)) void philox_rounds(A a, B b, C c, D d, PhiloxKey key,
+                                                         Done&& done) {
+    if constexpr (Rounds == 0) {
+        done(a, b, c, d);
+    } else {
+        const auto p = S::product(a, 0xd2511f53u);
+        const auto q = S::product(c, 0xcd9e8d57u);
+        philox_rounds<S, Rounds - 1>(
+            (q >> 32) ^ b ^ uint64_t{key.low}, q, (p >> 32) ^ d ^ uint64_t{key.high}, p,
+            PhiloxKey{key.low + 0x9e3779b9u, key.high + 0xbb67ae85u}, static_cast<Done&&>(done));
+    }
+}
+
+/// dropout_words() with a vector for `query` or for `quad`, and scalars for the others.
+template <class S, class Query, class Quad, class Done>
+inline __attribute__((always_inline)) void dropout_lanes(PhiloxKey key, uint64_t batch,
+                                                         uint64_t head, Query query, Quad quad,
+                                                         Done&& done) {
+    philox_rounds<S, 10>(quad, query, head, batch, key, static_cast<Done&&>(done));
+}
+
+/// Lanes 2 i from the lower halves of `even`, lanes 2 i + 1 from those of `odd`.
+template <class S>
+inline typename S::vu joined(typename S::vq even, typename S::vq odd) {
+    return (typename S::vu)((even & uint64_t{0xffffffffu}) | (odd << 32));
+}
+
+/// `batch` in Dropout's own count.
+inline uint64_t dropout_batch(const Dropout& dropout, int64_t batch) {
+    return static_cast<uint32_t>(dropout.batch_first + batch * dropout.batch_step);
+}
+
+/// Drops probabilities of one panel: keys [first, last) of the tile that begins at `tile`, as
+/// exponentials() leaves them. Up to 3 more keys on either side are computed: fours of keys share
+/// their random words, and tiles hold whole ones.
+template <class S, class U>
+__attribute__((noinline)) void drop_panel(const Dropout& dropout, int64_t batch, int64_t head,
+                                          int64_t query, int64_t tile, int64_t first, int64_t last,
+                                          float* units) {
+    using vq = typename S::vq;
+    using vi = typename S::vi;
+    constexpr int NV = S::nv, W = S::W, E = U::E;
+    static_assert(block_kv % 4 == 0 && 4 % E == 0);
+    vq even;
+    for (int i = 0; i < W / 2; ++i) even[i] = static_cast<uint64_t>(query + 2 * i);
+    const uint64_t index = dropout_batch(dropout, batch);
+    for (int64_t k = first / 4 * 4; k < last; k += 4)
+        for (int n = 0; n < NV; ++n) {
+            vq half[2][4];
+            for (uint64_t odd = 0; odd < 2; ++odd)
+                dropout_lanes<S>(dropout.key, index, static_cast<uint64_t>(head),
+                                 even + (odd + static_cast<uint64_t>(n * W)),
+                                 static_cast<uint64_t>((tile + k) / 4),
+                                 [&](vq a, vq b, vq c, vq d) {
+                                     half[odd][0] = a;
+                                     half[odd][1] = b;
+                                     half[odd][2] = c;
+                                     half[odd][3] = d;
+                                 });
+            vi dropped[4];
+            for (int e = 0; e < 4; ++e)
+                dropped[e] = (vi)(joined<S>(half[0][e], half[1][e]) < dropout.threshold);
+            for (int e = 0; e < 4; e += E) {
+                float* at = units + ((k + e) / E * NV + n) * W;
+                S::store(at, U::without(S::load(at), dropped + e));
+            }
+        }
+}
+
+/// Drops probabilities of one query: the `keys` keys from `first`, a multiple of 4, on. They take
+/// whole pairs of vectors.
+template <class S>
+inline void drop_keys(const Dropout& dropout, int64_t batch, int64_t head, int64_t query,
+                      int64_t first, int64_t keys, float* p) {
+    using vi = typename S::vi;
+    using vq = typename S::vq;
+    constexpr int W = S::W;
+    vq quad;
+    for (int i = 0; i < W / 2; ++i) quad[i] = static_cast<uint64_t>(first / 4 + i);
+    const uint64_t index = dropout_batch(dropout, batch);
+    for (int64_t k = 0; k < keys; k += 2 * W, quad += static_cast<uint64_t>(W / 2))
+        dropout_lanes<S>(
+            dropout.key, index, static_cast<uint64_t>(head), static_cast<uint64_t>(query), quad,
+            [&](vq a, vq b, vq c, vq d) {
+                const vq low = (vq)joined<S>(a, b), high = (vq)joined<S>(c, d);
+                const vq words[] = {S::interleave_low(low, high), S::interleave_high(low, high)};
+                for (int n = 0; n < 2; ++n) {
+                    const vi dropped = (vi)((typename S::vu)words[n] < dropout.threshold);
+                    float* at = p + k + n * W;
+                    S::store(at, FloatUnits<S, F32>::without(S::load(at), &dropped));
+                }
+            });
+}
