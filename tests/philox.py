@@ -54,5 +54,5 @@ def dropped(
     fours = np.arange(-(-seqlen_k // 4))
     rows = np.asarray(rows)
     words = philox((fours[None, :], rows[:, None], head, batch), call_key(seed, offset))
-    each = np.stack(words, axis=-1).reshape(len(rows), -1)[:, :seqlen_k]
+    each = np.stack(words, axis=-1).reshape(len(rows), 4 * len(fours))[:, :seqlen_k]
     return each < np.uint64(min(int(p * 2**32), 2**32 - 1))

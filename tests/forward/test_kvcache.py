@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -503,12 +504,30 @@ def test_append_to_caches_of_any_dlpack_library(numpy: Framework) -> None:
     assert_same_bits(numpy.bits(other[1]), numpy.bits(value))
 
 
-def test_num_splits_changes_no_bit(numpy: Framework) -> None:
+@pytest.mark.parametrize("splits", [1, 2, 7, 1000])
+def test_num_splits(splits: int, framework: Framework) -> None:
+    rows = 2000
+    key = normal((2, rows, HEADS_K, HEAD_DIM), seed=2)
+    value = normal((2, rows, HEADS_K, HEAD_DIM), seed=3)
+    found = attend(framework, queries(1, batch=2), key, value, num_splits=splits)
+    check_each(found, queries(1, batch=2), list(key), list(value))
+
+
+@pytest.mark.parametrize(
+    ("splits", "error", "text"),
+    [
+        (-1, ValueError, "num_splits is out of range; got -1"),
+        (2**31, ValueError, f"num_splits is out of range; got {2**31}"),
+        (2**70, ValueError, "num_splits does not fit 64 bits"),
+        (1.5, TypeError, "num_splits is not an integer; got 1.5"),
+        (True, TypeError, "num_splits is not an integer; got True"),
+        (None, TypeError, "num_splits is not an integer; got None"),
+    ],
+)
+def test_bad_num_splits(splits: Any, error: type[Exception], text: str) -> None:
     key, value = caches()
-    plain = attend(numpy, queries(1), key, value)
-    for splits in (1, 2, 7, 1000):
-        found = attend(numpy, queries(1), key, value, num_splits=splits)
-        assert_same_bits(numpy.bits(found[0]), numpy.bits(plain[0]))
+    with pytest.raises(error, match=re.escape(text)):
+        umfa.flash_attn_with_kvcache(queries(1), key, value, num_splits=splits)
 
 
 def test_no_queries_still_append(numpy: Framework) -> None:

@@ -303,9 +303,9 @@ def test_can_run_judges_the_same_call(framework: Framework) -> None:
     possible, reason = umfa.can_run(attention, query, key, key)
     assert not possible
     assert reason.startswith("[umfa.can_run] nheads differs")
-    possible, reason = umfa.can_run(attention, query, query, query, dropout_p=0.1)
+    possible, reason = umfa.can_run(attention, query, query, query, dropout_p=1.5)
     assert not possible
-    assert "dropout_p is not implemented" in reason
+    assert "dropout_p is out of range; got 1.5" in reason
 
 
 # ---- whatever shape ------------------------------------------------------------------------------

@@ -91,8 +91,8 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
 
 
 def draw_seed() -> int:
-    low, high = np.array(mx.random.bits((2,))).tolist()
-    return int(low | (high & 0x7FFFFFFF) << 32)
+    low, high = np.array(mx.random.randint(0, 2**31 - 1, (2,))).tolist()
+    return int(low | high << 31)
 
 
 def to_numpy(tensor: Any) -> Any:
