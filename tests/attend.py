@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import umfa
 from cases import Case
 from checks import Tolerance
 from frameworks import Array, Framework
+from umfa import _can_run
 
 
 class Result(NamedTuple):
@@ -26,6 +28,18 @@ class Result(NamedTuple):
 
     out: Any
     lse: Any
+
+
+def call_on(backend: str, function: Any, *tensors: Any, **options: Any) -> Any:
+    """A public function on NumPy arrays; of "metal-emulated" its body, with what it asks played on
+    the emulator."""
+    if backend == "cpu":
+        return function(*tensors, backend="cpu", **options)
+    assert backend == "metal-emulated", backend
+    bound = inspect.signature(function).bind(*tensors, **options)
+    bound.apply_defaults()
+    body = _can_run._BODIES[function]
+    return body(emulated.act, f"umfa.{function.__name__}", dict(bound.arguments))
 
 
 class Attend:
