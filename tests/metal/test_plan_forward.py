@@ -36,12 +36,14 @@ def plan(
     mask: Any = None,
     top_left: bool = False,
     others: dict[str, Any] | None = None,
-    **options: Any,
+    options: _ext.Options | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
+    """`settings`: of make_options; `options`: instead of them."""
     batch, seqlen_q, nheads, head_dim = shape
     kv_shape = (batch, seqlen_q if seqlen_kv is None else seqlen_kv, nheads_kv or nheads, head_dim)
     defaults = {"softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0}
-    made = {**defaults, **options}
+    made = {**defaults, **settings}
     tensors = {
         "query": np.zeros(shape, dtype),
         "key": np.zeros(kv_shape, dtype),
@@ -52,7 +54,8 @@ def plan(
         "attn_mask": mask,
     }
     return _ext.metal_plan_forward(
-        make_options(
+        options
+        or make_options(
             "umfa.test", ("q", "k", "v"), 0.0, *made.values(), False, lse, top_left=top_left
         ),
         family,
@@ -60,6 +63,15 @@ def plan(
         **{k: None if t is None else _numpy.export(t, "umfa.test", k) for k, t in tensors.items()},
         others=others,
     )
+
+
+def options_of(**given: Any) -> _ext.Options:
+    """Those that `make_options` does not know among them."""
+    usual = {
+        "causal": False, "softmax_scale": None, "window_left": -1, "window_right": -1,
+        "softcap": 0.0, "dropout_p": 0.0, "return_lse": True, "backend": "metal",
+    }  # fmt: skip
+    return _ext.Options("umfa.test", ("q", "k", "v"), **{**usual, **given})
 
 
 def only_launch(**arguments: Any) -> dict[str, Any]:
@@ -264,6 +276,38 @@ def test_splits_cover_the_keys_and_fill_the_gpu(seqlen_kv: int, cores: int) -> N
     assert splits * 2 <= 4 * cores + 1
     if seqlen_kv >= 128 * 4 * cores:  # enough for everyone
         assert splits * 2 > 2 * cores
+
+
+@pytest.mark.parametrize("seqlen_kv", [1, 40, 1000, 16384])
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 1000])
+def test_the_caller_bounds_the_splits(num_splits: int, seqlen_kv: int) -> None:
+    """Whole rounds of 32 keys each; 1 is none."""
+    arguments = {"shape": (1, 1, 8, 64), "seqlen_kv": seqlen_kv, "nheads_kv": 2}
+    made = plan(**arguments, options=options_of(num_splits=num_splits))
+    keys, splits = splits_of(made)
+    assert keys % 32 == 0
+    assert (splits - 1) * keys < seqlen_kv <= splits * keys
+    assert splits <= num_splits
+    assert keys == -(-seqlen_kv // (32 * num_splits)) * 32
+    assert len(made["launches"]) == (1 if splits == 1 else 2)
+    chosen = plan(**arguments, options=options_of(num_splits=0))
+    assert splits_of(chosen) == splits_of(plan(**arguments))
+
+
+def test_splits_of_sequences_are_bounded_too() -> None:
+    others = {"seqused_k": np.array([3000, 100])}
+    made = plan(
+        shape=(2, 1, 8, 64), seqlen_kv=4000, nheads_kv=2, others=others,
+        options=options_of(num_splits=3),
+    )  # fmt: skip
+    keys, splits = splits_of(made)
+    assert (keys, splits) == (1024, 3)
+    assert made["launches"][0]["grid"] == (3 + 1, 2, 1)
+
+
+def test_many_queries_have_nothing_to_split() -> None:
+    arguments = {"shape": (1, 50, 8, 64), "seqlen_kv": 4000}
+    assert plan(**arguments, options=options_of(num_splits=5)) == plan(**arguments)
 
 
 def test_scratch_holds_every_part() -> None:
