@@ -18,6 +18,7 @@
 #include "umfa/fragment.h"
 #include "umfa/operand.h"
 #include "umfa/params.h"
+#include "umfa/rotary.h"
 #include "umfa/scores.h"
 #include "umfa/sequence.h"
 #include "umfa/softmax.h"
@@ -86,6 +87,10 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     device const SequenceTask* tasks
     [[buffer(UMFA_BUFFER_TASKS), function_constant(has_sequences)]],
     device const int* page_table [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
+    device const uchar* rotary_cos
+    [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
+    device const uchar* rotary_sin
+    [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
     constant DecodeParams& decode_params [[buffer(UMFA_BUFFER_PARAMS)]],
     device float* partial_out [[buffer(UMFA_BUFFER_PARTIAL_OUT), function_constant(is_split)]],
     device float2* partial_state [[buffer(UMFA_BUFFER_PARTIAL_STATE), function_constant(is_split)]],
@@ -119,6 +124,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     key = first_key(key, params.key, sequence, head_kv);
     value = first_key(value, params.value, sequence, head_kv);
     const Pages pages = pages_of(params, page_table, sequence);
+    const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
 
     Fragment<M> q[QF][Q_STAYS ? DF : 1];
     Fragment<float> o[QF][DVF];
@@ -134,16 +140,19 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
         start(softmax[f]);
         rows[f] =
             score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.seqlen_kv - seqlen_q);
+        const int position = sequence.position_q + rows[f].row * params.rotary.advance;
         device const T* of_head = query + sequence.query_batch * params.query.batch +
                                   sequence.query_row * params.query.row +
                                   heads[f] * params.query.head;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {
             if (!Q_STAYS && d % SIMDGROUPS != int(simdgroup)) continue;
-            const M first = element<M>(of_head, params.query, rows[f].row, seqlen_q,
-                                       key_channel<T, D>(d, at.column), params.head_dim);
-            const M second = element<M>(of_head, params.query, rows[f].row, seqlen_q,
-                                        key_channel<T, D>(d, at.column + 1), params.head_dim);
+            const M first =
+                query_element<M>(of_head, params.query, rotary, position, rows[f].row, seqlen_q,
+                                 key_channel<T, D>(d, at.column), params.head_dim);
+            const M second =
+                query_element<M>(of_head, params.query, rotary, position, rows[f].row, seqlen_q,
+                                 key_channel<T, D>(d, at.column + 1), params.head_dim);
             if (Q_STAYS)
                 set(q[f][Q_STAYS ? d : 0], first, second);
             else

@@ -16,6 +16,7 @@
 #include "umfa/fragment.h"
 #include "umfa/operand.h"
 #include "umfa/params.h"
+#include "umfa/rotary.h"
 #include "umfa/scores.h"
 #include "umfa/sequence.h"
 #include "umfa/softmax.h"
@@ -62,6 +63,10 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     device const SequenceTask* tasks
     [[buffer(UMFA_BUFFER_TASKS), function_constant(has_sequences)]],
     device const int* page_table [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
+    device const uchar* rotary_cos
+    [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
+    device const uchar* rotary_sin
+    [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
     constant ForwardParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -92,6 +97,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     key = first_key(key, params.key, sequence, head_kv);
     value = first_key(value, params.value, sequence, head_kv);
     const Pages pages = pages_of(params, page_table, sequence);
+    const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
     out += sequence.query_batch * params.out.batch + sequence.query_row * params.out.row +
            head * params.out.head;
 
@@ -104,11 +110,15 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         const int row = my_row + f * 8 + at.row;
         start(softmax[f]);
         rows[f] = score_row(params, slopes, batch, head, row, seqlen_kv - seqlen_q);
+        const int position = sequence.position_q + row * params.rotary.advance;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {
             const int column = (part * DF + d) * 8 + at.column;
-            set(q[f][d], element<M>(query, params.query, row, seqlen_q, column, params.head_dim),
-                element<M>(query, params.query, row, seqlen_q, column + 1, params.head_dim));
+            set(q[f][d],
+                query_element<M>(query, params.query, rotary, position, row, seqlen_q, column,
+                                 params.head_dim),
+                query_element<M>(query, params.query, rotary, position, row, seqlen_q, column + 1,
+                                 params.head_dim));
         }
 #pragma clang loop unroll(full)
         for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
@@ -126,8 +136,12 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 
     for (int k0 = tiles_begin; k0 < tiles_end; k0 += BK) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        stage<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
-                                 params.head_dim, thread_index);
+        if (rotates_keys)
+            stage_rotated<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
+                                             params.head_dim, rotary, thread_index);
+        else
+            stage<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
+                                     params.head_dim, thread_index);
         if (!ONE_TILE)
             stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
                                       params.head_dim_v, thread_index);

@@ -47,7 +47,7 @@ private:
     const Problem& problem_;
     const Gpu& gpu_;
     const Copies copies_;
-    std::array<Operand, 16> operands_;  // by Binding::Source
+    std::array<Operand, 24> operands_;  // by Binding::Source
     id<MTLBuffer> placeholder_ = nil;   // for tensors without elements
 };
 

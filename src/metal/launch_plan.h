@@ -32,6 +32,8 @@ struct Binding {
         mask,
         alibi_slopes,
         sinks,
+        rotary_cos,
+        rotary_sin,
         scratch,
         data
     };

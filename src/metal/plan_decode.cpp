@@ -86,6 +86,7 @@ std::vector<SequenceTask> merge_tasks(const std::vector<SequenceParams>& sequenc
 }  // namespace
 
 bool is_decode(const Problem& problem, int64_t seqlen_q) {
+    if (problem.rotary && problem.rotary->keys) return false;  // rotated where they are staged
     return seqlen_q <= max_queries && shape_of(problem, rows_of(problem, seqlen_q));
 }
 

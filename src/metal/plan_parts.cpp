@@ -46,6 +46,19 @@ OperandStrides strides_of(const Operand& operand) {
     return {operand.stride_batch, operand.stride_head, operand.stride_row, operand.stride_channel};
 }
 
+RotaryParams rotary_params(const Problem& problem) {
+    RotaryParams params{};
+    if (!problem.rotary) return params;
+    const Rotary& rotary = *problem.rotary;
+    params.cos_position = rotary.cos.strides[0];
+    params.cos_channel = rotary.cos.strides[1];
+    params.sin_position = rotary.sin.strides[0];
+    params.sin_channel = rotary.sin.strides[1];
+    params.channels = static_cast<int32_t>(rotary.channels);
+    params.advance = rotary.advances ? 1 : 0;
+    return params;
+}
+
 ForwardParams forward_params(const Problem& problem) {
     ForwardParams params{};
     params.query = strides_of(problem.query);
@@ -65,6 +78,7 @@ ForwardParams forward_params(const Problem& problem) {
         params.slopes_head = problem.alibi->stride_head;
     }
     if (problem.sinks) params.sink = problem.sinks->logits.strides[0];
+    params.rotary = rotary_params(problem);
     params.chunk = static_cast<int32_t>(problem.visible.chunk);
     params.page_size = static_cast<int32_t>(problem.page_size);
     params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
@@ -116,6 +130,13 @@ void add_constants(KernelLaunch& launch, const Problem& problem) {
     launch.constants.push_back(
         {UMFA_CONSTANT_SINK_KIND, Constant::Type::int32,
          problem.sinks ? kind_of(problem.sinks->logits.dtype) : UMFA_MASK_NONE});
+    add_constant(launch, UMFA_CONSTANT_HAS_ROTARY, problem.rotary.has_value());
+    add_constant(launch, UMFA_CONSTANT_ROTATES_KEYS, problem.rotary && problem.rotary->keys);
+    add_constant(launch, UMFA_CONSTANT_ROTARY_INTERLEAVED,
+                 problem.rotary && problem.rotary->interleaved);
+    launch.constants.push_back(
+        {UMFA_CONSTANT_ROTARY_KIND, Constant::Type::int32,
+         problem.rotary ? kind_of(problem.rotary->cos.dtype) : UMFA_MASK_NONE});
 }
 
 void bind_inputs(KernelLaunch& launch, const Problem& problem) {
@@ -125,6 +146,13 @@ void bind_inputs(KernelLaunch& launch, const Problem& problem) {
     bind(launch, UMFA_BUFFER_VALUE, Source::value, problem.value.view);
     if (problem.mask) bind(launch, UMFA_BUFFER_MASK, Source::mask, problem.mask->view);
     if (problem.alibi) bind(launch, UMFA_BUFFER_SLOPES, Source::alibi_slopes, problem.alibi->view);
+    bind_rotary(launch, problem);
+}
+
+void bind_rotary(KernelLaunch& launch, const Problem& problem) {
+    if (!problem.rotary) return;
+    bind(launch, UMFA_BUFFER_ROTARY_COS, Binding::Source::rotary_cos, problem.rotary->cos);
+    bind(launch, UMFA_BUFFER_ROTARY_SIN, Binding::Source::rotary_sin, problem.rotary->sin);
 }
 
 void bind_outputs(KernelLaunch& launch, const Problem& problem) {

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from emulated import SHADERS
+from emulated import SHADERS, options_of
 from metal_emulator import structure, toolchain
 
 import umfa
@@ -63,15 +63,6 @@ def plan(
         **{k: None if t is None else _numpy.export(t, "umfa.test", k) for k, t in tensors.items()},
         others=others,
     )
-
-
-def options_of(**given: Any) -> _ext.Options:
-    """Those that `make_options` does not know among them."""
-    usual = {
-        "causal": False, "softmax_scale": None, "window_left": -1, "window_right": -1,
-        "softcap": 0.0, "dropout_p": 0.0, "return_lse": True, "backend": "metal",
-    }  # fmt: skip
-    return _ext.Options("umfa.test", ("q", "k", "v"), **{**usual, **given})
 
 
 def only_launch(**arguments: Any) -> dict[str, Any]:
@@ -167,7 +158,9 @@ def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
 
 
 def test_constants_follow_the_problem() -> None:
-    rest = {9: False, 10: False, 11: False, 12: False, 13: 0}  # chunk, sequences, pages, sinks
+    # Chunk, sequences, pages, sinks; rotary.
+    rest = {9: False, 10: False, 11: False, 12: False, 13: 0}
+    rest |= {14: False, 15: False, 16: False, 17: 0}
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
         0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True,
@@ -414,8 +407,11 @@ def test_sequences_are_data_of_the_plan() -> None:
     }
     made = plan(shape=(2, 50, 4, 64), seqlen_kv=80, others=others)
     (launch,) = made["launches"]
-    found = list(struct.iter_unpack("<6q4i", data_of(made, launch, SEQUENCES)))
-    assert found == [(0, 0, 1, 20, 0, 0, 50, 50, 0, 0), (1, 0, 0, 0, 0, 0, 50, 3, -47, 0)]
+    found = list(struct.iter_unpack("<6q6i", data_of(made, launch, SEQUENCES)))
+    assert found == [
+        (0, 0, 1, 20, 0, 0, 50, 50, 0, 0, 70, 0),
+        (1, 0, 0, 0, 0, 0, 50, 3, -47, 0, 3, 0),
+    ]
     tasks = [task[:2] for task in struct.iter_unpack("<4i", data_of(made, launch, TASKS))]
     rows = shape_rows(launch)
     assert tasks == [(b, row) for b in (0, 1) for row in range(0, 50, rows)]
@@ -445,5 +441,5 @@ def test_pages_are_one_table_for_all_launches() -> None:
         pages = struct.unpack("<6i", data_of(made, launch, PAGES))
         assert pages == (4, 1, 0, 3, 3, 0)  # of those in use
     assert len(made["data"]) == 5
-    places = list(struct.iter_unpack("<6q4i", data_of(made, decode, SEQUENCES)))
+    places = list(struct.iter_unpack("<6q6i", data_of(made, decode, SEQUENCES)))
     assert [place[4] for place in places] == [0, 3]
