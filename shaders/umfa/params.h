@@ -67,6 +67,16 @@ struct ClearParams {
     int32_t head_dim_v, reserved;
 };
 
+/// New rows of keys and values: `rows` for each sequence.
+struct AppendParams {
+    OperandStrides key, value, new_key, new_value;
+    RotaryParams rotary;
+    int32_t rows, rows_per_threadgroup;
+    int32_t page_size;
+    int32_t head_dim, head_dim_v;
+    int32_t reserved;
+};
+
 /// Split-KV decode: the keys that any query sees, [first_key, last_key), in `splits` equal pieces.
 struct DecodeParams {
     ForwardParams forward;

@@ -33,7 +33,7 @@ public:
 private:
     struct Operand {
         const TensorView* view = nullptr;
-        bool written = false, copied = false;
+        bool read = true, written = false, copied = false;
         id<MTLBuffer> buffer = nil;
         uint64_t first = 0;          // bytes from the start of the buffer to the first element
         int64_t begin = 0, end = 0;  // bytes it reaches, from its first element

@@ -34,6 +34,8 @@ struct Binding {
         sinks,
         rotary_cos,
         rotary_sin,
+        new_key,
+        new_value,
         scratch,
         data
     };

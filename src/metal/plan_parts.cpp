@@ -149,6 +149,14 @@ void bind_inputs(KernelLaunch& launch, const Problem& problem) {
     bind_rotary(launch, problem);
 }
 
+void bind_append(KernelLaunch& launch, const Problem& problem) {
+    using Source = Binding::Source;
+    bind(launch, UMFA_BUFFER_KEY, Source::key, problem.key.view);
+    bind(launch, UMFA_BUFFER_VALUE, Source::value, problem.value.view);
+    bind(launch, UMFA_BUFFER_NEW_KEY, Source::new_key, problem.append->key.view);
+    bind(launch, UMFA_BUFFER_NEW_VALUE, Source::new_value, problem.append->value.view);
+}
+
 void bind_rotary(KernelLaunch& launch, const Problem& problem) {
     if (!problem.rotary) return;
     bind(launch, UMFA_BUFFER_ROTARY_COS, Binding::Source::rotary_cos, problem.rotary->cos);

@@ -36,6 +36,8 @@ void add_constant(KernelLaunch& launch, uint16_t index, bool value);
 void set_constant(KernelLaunch& launch, uint16_t index, bool value);
 /// Binds query, key, value, and of mask, slopes and rotary tables those there are.
 void bind_inputs(KernelLaunch& launch, const Problem& problem);
+/// Binds the caches and their new rows.
+void bind_append(KernelLaunch& launch, const Problem& problem);
 void bind_rotary(KernelLaunch& launch, const Problem& problem);
 /// Binds out, and lse where it is there.
 void bind_outputs(KernelLaunch& launch, const Problem& problem);
