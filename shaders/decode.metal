@@ -15,6 +15,7 @@
 #include <metal_stdlib>
 
 #include "umfa/decode_shapes.h"
+#include "umfa/dropout.h"
 #include "umfa/fragment.h"
 #include "umfa/operand.h"
 #include "umfa/params.h"
@@ -71,6 +72,11 @@ inline void load_chunks(thread M (&elements)[PER_LANE], device const T* rows,
 #pragma clang loop unroll(full)
         for (int e = 0; e < CHUNK; ++e) elements[i * CHUNK + e] = chunk[e];
     }
+}
+
+/// Where a sequence's first run of keys begins: dropout decides about four aligned ones at once.
+inline int first_key_of(int first_visible) {
+    return has_dropout ? first_visible / 8 * 8 : first_visible;
 }
 
 template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
@@ -169,7 +175,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     const int all_begin = visible_begin(visible, last_query), all_end = visible_end(visible, 0);
     int first = decode_params.first_key, last = decode_params.last_key;
     if (has_sequences) {
-        first = visible_begin(visible, 0);
+        first = first_key_of(visible_begin(visible, 0));
         last = visible_end(visible, last_query);
     }
     const int begin = first + split * decode_params.keys_per_split;
@@ -229,9 +235,15 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
                         o[f][d].thread_elements()[1] * factor);
             }
             const float relative_to = base(softmax[f]);
-            const float p0 = weight(x[0], unit, relative_to);
-            const float p1 = weight(x[1], unit, relative_to);
+            float p0 = weight(x[0], unit, relative_to);
+            float p1 = weight(x[1], unit, relative_to);
             softmax[f].sum += p0 + p1;
+            if (has_dropout) {
+                const bool2 stays =
+                    kept(params.dropout, batch, heads[f], rows[f].row, k0 + at.column);
+                p0 = stays.x ? p0 : 0.0f;
+                p1 = stays.y ? p1 : 0.0f;
+            }
             set(p[f], M(p0), M(p1));
         }
 
@@ -303,7 +315,8 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             if (at.column == 0) partial_state[to] = float2(softmax[f].reference, softmax[f].sum);
             continue;
         }
-        const float inverse = finish(softmax[f], sinks, heads[f] * params.sink);
+        const float inverse =
+            finish(softmax[f], sinks, heads[f] * params.sink, params.dropout.factor);
         device T* to = out + sequence.query_batch * params.out.batch + heads[f] * params.out.head +
                        (sequence.query_row + row) * params.out.row;
 #pragma clang loop unroll(full)
@@ -391,7 +404,7 @@ template <typename T, int SIMDGROUPS, int PER_LANE>
         for (int i = 0; i < PER_LANE; ++i) o[i] += parts[(other * PER_LANE + i) * 32 + lane];
     }
     softmax.sum = sum;
-    const float inverse = finish(softmax, sinks, head * params.sink);
+    const float inverse = finish(softmax, sinks, head * params.sink, params.dropout_factor);
     device T* to = out + batch * params.out.batch + head * params.out.head + row * params.out.row;
 #pragma clang loop unroll(full)
     for (int i = 0; i < PER_LANE; ++i) {

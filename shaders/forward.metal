@@ -12,6 +12,7 @@
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
+#include "umfa/dropout.h"
 #include "umfa/forward_shapes.h"
 #include "umfa/fragment.h"
 #include "umfa/operand.h"
@@ -218,9 +219,15 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             const float relative_to = base(softmax[f]);
 #pragma clang loop unroll(full)
             for (int j = 0; j < KF; ++j) {
-                const float p0 = weight(s[f][j].thread_elements()[0], unit, relative_to);
-                const float p1 = weight(s[f][j].thread_elements()[1], unit, relative_to);
+                float p0 = weight(s[f][j].thread_elements()[0], unit, relative_to);
+                float p1 = weight(s[f][j].thread_elements()[1], unit, relative_to);
                 softmax[f].sum += p0 + p1;
+                if (has_dropout) {
+                    const bool2 stays =
+                        kept(params.dropout, batch, head, rows[f].row, k0 + j * 8 + at.column);
+                    p0 = stays.x ? p0 : 0.0f;
+                    p1 = stays.y ? p1 : 0.0f;
+                }
                 set(p[f][j], M(p0), M(p1));
             }
         }
@@ -245,7 +252,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         const int row = rows[f].row;
         softmax[f].sum = total(softmax[f]);
         if (row >= seqlen_q) continue;
-        const float inverse = finish(softmax[f], sinks, head * params.sink);
+        const float inverse = finish(softmax[f], sinks, head * params.sink, params.dropout.factor);
 #pragma clang loop unroll(full)
         for (int d = 0; d < DVF; ++d) {
 #pragma clang loop unroll(full)

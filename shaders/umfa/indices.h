@@ -40,6 +40,7 @@
 #define UMFA_CONSTANT_ROTATES_KEYS 15
 #define UMFA_CONSTANT_ROTARY_INTERLEAVED 16
 #define UMFA_CONSTANT_ROTARY_KIND 17
+#define UMFA_CONSTANT_HAS_DROPOUT 18
 
 // Values of mask_kind; those of floats of sink_kind and rotary_kind too.
 #define UMFA_MASK_NONE 0

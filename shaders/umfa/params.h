@@ -20,6 +20,14 @@ struct RotaryParams {
     int32_t advance;   // positions from one query to the next: 1, or 0 where all stand as the first
 };
 
+/// Of umfa/philox.h.
+struct DropoutParams {
+    uint32_t key_low, key_high;
+    uint32_t threshold;
+    uint32_t batch_first, batch_step;  // of the batch's indices, as philox.h counts them
+    float factor;                      // 1 / (1 - p)
+};
+
 struct ForwardParams {
     OperandStrides query, key, value, out;
     OperandStrides lse;  // row: stride between queries; channel unused
@@ -27,6 +35,7 @@ struct ForwardParams {
     int64_t slopes_batch, slopes_head;
     int64_t sink;  // stride between heads
     RotaryParams rotary;
+    DropoutParams dropout;
     int32_t chunk;                 // Visible<int>
     int32_t page_size;             // rows of a page of keys
     int32_t seqlen_q, seqlen_kv;   // of the longest sequences
@@ -92,6 +101,8 @@ struct MergeParams {
     int64_t sink;  // stride between heads
     int32_t heads, seqlen_q, head_dim_v;
     int32_t splits;
+    float dropout_factor;
+    int32_t reserved;
 };
 
 }  // namespace umfa

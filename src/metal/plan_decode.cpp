@@ -56,7 +56,8 @@ Range keys_of(const Problem& problem, int64_t b) {
     const SequenceRows rows = problem.sequence(b);
     if (rows.seqlen_q == 0) return {};
     const Visible<int64_t> visible = problem.visible_of(rows);
-    const int64_t first = visible_begin(visible, int64_t{0});
+    int64_t first = visible_begin(visible, int64_t{0});
+    if (problem.dropout) first = first / 8 * 8;  // as decode.metal's first_key_of
     return {first, std::max(first, visible_end(visible, rows.seqlen_q - 1))};
 }
 
@@ -195,6 +196,7 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
     merge_params.seqlen_q = params.forward.seqlen_q;
     merge_params.head_dim_v = params.forward.head_dim_v;
     merge_params.splits = params.splits;
+    merge_params.dropout_factor = params.forward.dropout.factor;
 
     const ElementType stored = element_type(problem.query.view.dtype, {Family::apple10});
     const int channels = problem.head_dim_v <= 128 ? 128 : 256;

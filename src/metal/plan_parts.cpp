@@ -59,6 +59,20 @@ RotaryParams rotary_params(const Problem& problem) {
     return params;
 }
 
+DropoutParams dropout_params(const Problem& problem) {
+    DropoutParams params{};
+    params.factor = 1;
+    if (!problem.dropout) return params;
+    const Dropout& dropout = *problem.dropout;
+    params.key_low = dropout.key.low;
+    params.key_high = dropout.key.high;
+    params.threshold = dropout.threshold;
+    params.batch_first = static_cast<uint32_t>(dropout.batch_first);
+    params.batch_step = static_cast<uint32_t>(dropout.batch_step);
+    params.factor = static_cast<float>(1 / (1 - dropout.p));
+    return params;
+}
+
 ForwardParams forward_params(const Problem& problem) {
     ForwardParams params{};
     params.query = strides_of(problem.query);
@@ -79,6 +93,7 @@ ForwardParams forward_params(const Problem& problem) {
     }
     if (problem.sinks) params.sink = problem.sinks->logits.strides[0];
     params.rotary = rotary_params(problem);
+    params.dropout = dropout_params(problem);
     params.chunk = static_cast<int32_t>(problem.visible.chunk);
     params.page_size = static_cast<int32_t>(problem.page_size);
     params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
@@ -137,6 +152,7 @@ void add_constants(KernelLaunch& launch, const Problem& problem) {
     launch.constants.push_back(
         {UMFA_CONSTANT_ROTARY_KIND, Constant::Type::int32,
          problem.rotary ? kind_of(problem.rotary->cos.dtype) : UMFA_MASK_NONE});
+    add_constant(launch, UMFA_CONSTANT_HAS_DROPOUT, problem.dropout.has_value());
 }
 
 void bind_inputs(KernelLaunch& launch, const Problem& problem) {

@@ -24,6 +24,7 @@ ElementType element_type(DType dtype, const Capabilities& gpu);
 
 OperandStrides strides_of(const Operand& operand);
 RotaryParams rotary_params(const Problem& problem);
+DropoutParams dropout_params(const Problem& problem);
 ForwardParams forward_params(const Problem& problem);
 
 /// Whether the kernel may read K and V 16 bytes at a time.

@@ -158,9 +158,9 @@ def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
 
 
 def test_constants_follow_the_problem() -> None:
-    # Chunk, sequences, pages, sinks; rotary.
+    # Chunk, sequences, pages, sinks; rotary, dropout.
     rest = {9: False, 10: False, 11: False, 12: False, 13: 0}
-    rest |= {14: False, 15: False, 16: False, 17: 0}
+    rest |= {14: False, 15: False, 16: False, 17: 0, 18: False}
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
         0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True,
