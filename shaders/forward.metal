@@ -26,7 +26,29 @@
 
 using namespace metal;
 
+// Queries have a second part, which meets the values: scores are q.k + qv.v.
+constant bool has_qv [[function_constant(UMFA_CONSTANT_HAS_QV)]];
+
 namespace umfa {
+
+/// S += A B^T, from the rows of B as they lie in threadgroup memory: transposed by the load.
+template <int ROW, int QF, int KF, int DF, typename M>
+inline void add_products(thread Fragment<float> (&s)[QF][KF], thread Fragment<M> (&a)[QF][DF],
+                         threadgroup const M* rows) {
+    // Channels outside: the products that follow each other add to different scores, none waits for
+    // another.
+#pragma clang loop unroll(full)
+    for (int d = 0; d < DF; ++d) {
+#pragma clang loop unroll(full)
+        for (int j = 0; j < KF; ++j) {
+            Fragment<M> b;
+            simdgroup_load(b, rows + j * 8 * ROW + d * 8, ROW, ulong2(0, 0), true);
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f)
+                simdgroup_multiply_accumulate(s[f][j], a[f][d], b, s[f][j]);
+        }
+    }
+}
 
 /// Partial scores of SPLIT simdgroups, added in the same order by each of them: they go on with the
 /// same bits.
@@ -68,6 +90,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
     device const uchar* rotary_sin
     [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
+    device const T* query_v [[buffer(UMFA_BUFFER_QV), function_constant(has_qv)]],
     constant ForwardParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -102,7 +125,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     out += sequence.query_batch * params.out.batch + sequence.query_row * params.out.row +
            head * params.out.head;
 
-    Fragment<M> q[QF][DF];
+    Fragment<M> q[QF][DF], qv[QF][DVF];
     Fragment<float> o[QF][DVF];
     SoftmaxRow softmax[QF];
     ScoreRow rows[QF];
@@ -123,6 +146,17 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         }
 #pragma clang loop unroll(full)
         for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
+        if (has_qv) {
+            device const T* of_head = query_v + sequence.query_batch * params.qv.batch +
+                                      sequence.query_row * params.qv.row + head * params.qv.head;
+#pragma clang loop unroll(full)
+            for (int d = 0; d < DVF; ++d) {
+                const int column = (part * DVF + d) * 8 + at.column;
+                set(qv[f][d],
+                    element<M>(of_head, params.qv, row, seqlen_q, column, params.head_dim_v),
+                    element<M>(of_head, params.qv, row, seqlen_q, column + 1, params.head_dim_v));
+            }
+        }
     }
 
     // Visible ranges grow with the query: the first and last rows bound the threadgroup, and the
@@ -150,28 +184,19 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         const bool sees = my_row < seqlen_q && some_end > k0 && some_begin < k0 + BK;
         if (SPLIT == 1 && !sees) continue;  // no barrier below would wait for this simdgroup
 
-        // S = Q K^T, from K as it lies: transposed by the load.
         Fragment<float> s[QF][KF];
 #pragma clang loop unroll(full)
         for (int i = 0; i < QF * KF; ++i) set(s[i / KF][i % KF], 0.0f, 0.0f);
-        if (sees) {
-            threadgroup const M* k_part = k_tile + part * DF * 8;
-            // Channels outside: the products that follow each other add to different scores, none
-            // waits for another.
-#pragma clang loop unroll(full)
-            for (int d = 0; d < DF; ++d) {
-#pragma clang loop unroll(full)
-                for (int j = 0; j < KF; ++j) {
-                    Fragment<M> b;
-                    simdgroup_load(b, k_part + j * 8 * K_ROW + d * 8, K_ROW, ulong2(0, 0), true);
-#pragma clang loop unroll(full)
-                    for (int f = 0; f < QF; ++f)
-                        simdgroup_multiply_accumulate(s[f][j], q[f][d], b, s[f][j]);
-                }
-            }
+        if (sees) add_products<K_ROW>(s, q, k_tile + part * DF * 8);
+        if (ONE_TILE && has_qv) {
+            threadgroup_barrier(mem_flags::mem_threadgroup);  // K has been read
+            stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
+                                      params.head_dim_v, thread_index);
+            threadgroup_barrier(mem_flags::mem_threadgroup);
         }
+        if (has_qv && sees) add_products<V_ROW>(s, qv, v_tile + part * DVF * 8);
         if (SPLIT > 1) add_parts<SPLIT>(s, parts, simdgroup, lane);
-        if (ONE_TILE) {
+        if (ONE_TILE && !has_qv) {
             stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
                                       params.head_dim_v, thread_index);
             threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -21,6 +21,7 @@
 #define UMFA_BUFFER_ROTARY_SIN 15
 #define UMFA_BUFFER_NEW_KEY 16
 #define UMFA_BUFFER_NEW_VALUE 17
+#define UMFA_BUFFER_QV 18
 
 #define UMFA_CONSTANT_HAS_LSE 0
 #define UMFA_CONSTANT_MASK_KIND 1
@@ -41,6 +42,7 @@
 #define UMFA_CONSTANT_ROTARY_INTERLEAVED 16
 #define UMFA_CONSTANT_ROTARY_KIND 17
 #define UMFA_CONSTANT_HAS_DROPOUT 18
+#define UMFA_CONSTANT_HAS_QV 19
 
 // Values of mask_kind; those of floats of sink_kind and rotary_kind too.
 #define UMFA_MASK_NONE 0

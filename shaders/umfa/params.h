@@ -34,6 +34,7 @@ struct ForwardParams {
     int64_t mask_batch, mask_head, mask_row, mask_column;  // 0 where the mask broadcasts
     int64_t slopes_batch, slopes_head;
     int64_t sink;  // stride between heads
+    OperandStrides qv;
     RotaryParams rotary;
     DropoutParams dropout;
     int32_t chunk;                 // Visible<int>

@@ -66,6 +66,7 @@ Operands::Operands(const Problem& problem, const Gpu& gpu, Copies copies)
     if (problem.mask) add(Source::mask, problem.mask->given);
     if (problem.alibi) add(Source::alibi_slopes, problem.alibi->view);
     if (problem.sinks) add(Source::sinks, problem.sinks->logits);
+    if (problem.qv) add(Source::qv, problem.qv->view);
     if (problem.rotary) {
         add(Source::rotary_cos, problem.rotary->cos);
         add(Source::rotary_sin, problem.rotary->sin);

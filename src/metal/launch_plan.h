@@ -36,6 +36,7 @@ struct Binding {
         rotary_sin,
         new_key,
         new_value,
+        qv,
         scratch,
         data
     };

@@ -87,7 +87,8 @@ std::vector<SequenceTask> merge_tasks(const std::vector<SequenceParams>& sequenc
 }  // namespace
 
 bool is_decode(const Problem& problem, int64_t seqlen_q) {
-    if (problem.rotary && problem.rotary->keys) return false;  // rotated where they are staged
+    // Keys are rotated, and values meet queries, where they are staged.
+    if ((problem.rotary && problem.rotary->keys) || problem.qv) return false;
     return seqlen_q <= max_queries && shape_of(problem, rows_of(problem, seqlen_q));
 }
 

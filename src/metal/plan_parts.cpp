@@ -92,6 +92,7 @@ ForwardParams forward_params(const Problem& problem) {
         params.slopes_head = problem.alibi->stride_head;
     }
     if (problem.sinks) params.sink = problem.sinks->logits.strides[0];
+    if (problem.qv) params.qv = strides_of(*problem.qv);
     params.rotary = rotary_params(problem);
     params.dropout = dropout_params(problem);
     params.chunk = static_cast<int32_t>(problem.visible.chunk);
@@ -128,7 +129,8 @@ void add_constants(KernelLaunch& launch, const Problem& problem) {
                             problem.score_scale() >= 1e-30 && problem.score_scale() <= 1;
     const bool unit_channels =
         problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
-        problem.value.stride_channel == 1 && problem.out->stride_channel == 1;
+        problem.value.stride_channel == 1 && problem.out->stride_channel == 1 &&
+        (!problem.qv || problem.qv->stride_channel == 1);
     add_constant(launch, UMFA_CONSTANT_HAS_LSE, problem.lse.has_value());
     launch.constants.push_back({UMFA_CONSTANT_MASK_KIND, Constant::Type::int32,
                                 problem.mask ? kind_of(problem.mask->view.dtype) : UMFA_MASK_NONE});
@@ -153,6 +155,7 @@ void add_constants(KernelLaunch& launch, const Problem& problem) {
         {UMFA_CONSTANT_ROTARY_KIND, Constant::Type::int32,
          problem.rotary ? kind_of(problem.rotary->cos.dtype) : UMFA_MASK_NONE});
     add_constant(launch, UMFA_CONSTANT_HAS_DROPOUT, problem.dropout.has_value());
+    add_constant(launch, UMFA_CONSTANT_HAS_QV, problem.qv.has_value());
 }
 
 void bind_inputs(KernelLaunch& launch, const Problem& problem) {
@@ -162,6 +165,7 @@ void bind_inputs(KernelLaunch& launch, const Problem& problem) {
     bind(launch, UMFA_BUFFER_VALUE, Source::value, problem.value.view);
     if (problem.mask) bind(launch, UMFA_BUFFER_MASK, Source::mask, problem.mask->view);
     if (problem.alibi) bind(launch, UMFA_BUFFER_SLOPES, Source::alibi_slopes, problem.alibi->view);
+    if (problem.qv) bind(launch, UMFA_BUFFER_QV, Source::qv, problem.qv->view);
     bind_rotary(launch, problem);
 }
 

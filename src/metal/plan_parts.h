@@ -35,7 +35,7 @@ void add_constants(KernelLaunch& launch, const Problem& problem);
 void add_constant(KernelLaunch& launch, uint16_t index, bool value);
 /// Changes one that is there.
 void set_constant(KernelLaunch& launch, uint16_t index, bool value);
-/// Binds query, key, value, and of mask, slopes and rotary tables those there are.
+/// Binds query, key, value, and of mask, slopes, qv and rotary tables those there are.
 void bind_inputs(KernelLaunch& launch, const Problem& problem);
 /// Binds the caches and their new rows.
 void bind_append(KernelLaunch& launch, const Problem& problem);

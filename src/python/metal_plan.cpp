@@ -27,6 +27,7 @@ const char* source_name(Binding::Source source) {
         case Binding::Source::rotary_sin: return "rotary_sin";
         case Binding::Source::new_key: return "new_key";
         case Binding::Source::new_value: return "new_value";
+        case Binding::Source::qv: return "qv";
         case Binding::Source::scratch: return "scratch";
         case Binding::Source::data: return "data";
     }
