@@ -9,6 +9,7 @@ import emulated
 import numpy as np
 import pytest
 from emulated import MACHINES
+from metal_ptx import dropout
 
 import reference
 from cases import normal
@@ -22,38 +23,28 @@ FEW, MANY = (3, 700), (70, 130)
 KINDS = pytest.mark.parametrize("lengths", [MANY, FEW], ids=["tiles", "decode"])
 
 
-def philox(counter: list[Any], key: tuple[int, int]) -> list[Array]:
-    """Philox-4x32-10 (Salmon et al. 2011) of arrays of counters: four words each."""
-    c, k, low = [np.asarray(x, np.uint64) for x in counter], list(key), np.uint64(0xFFFFFFFF)
-    for _ in range(10):
-        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        high_a, high_b = a >> np.uint64(32), b >> np.uint64(32)
-        c = [high_b ^ c[1] ^ np.uint64(k[0]), b & low, high_a ^ c[3] ^ np.uint64(k[1]), a & low]
-        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
-    return c
-
-
 def test_the_generator_is_philox() -> None:
     """Known answers of Random123."""
     for counter, key, expected in (
         ([0] * 4, (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
         ([0xFFFFFFFF] * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ):
-        assert " ".join(f"{int(word):08x}" for word in philox(counter, key)) == expected
+        assert " ".join(f"{int(word):08x}" for word in dropout.philox(counter, key)) == expected
 
 
 def stays(
     p: float, seed: int, offset: int, batch: Array, heads: int, seqlen_q: int, seqlen_k: int
 ) -> Array:
     """Which probabilities (batch, heads, seqlen_q, seqlen_k) are kept."""
-    mixed = philox([offset % 2**32, offset >> 32, 0, 0], (seed % 2**32, seed >> 32))
-    quad, i, h, b = np.meshgrid(
-        *(np.arange(n) for n in (-(-seqlen_k // 4), seqlen_q, heads)), batch, indexing="ij"
+    return np.stack(
+        [
+            [
+                dropout.stays(p, seed, offset, int(b), h, np.arange(seqlen_q), seqlen_k)
+                for h in range(heads)
+            ]
+            for b in batch
+        ]
     )
-    words = philox([quad, i, h, b], (int(mixed[0]), int(mixed[1])))
-    of_keys = np.stack(words, 1).reshape(4 * len(quad), *quad.shape[1:])[:seqlen_k]
-    threshold = int(min(p * 2.0**32, 2.0**32 - 1))
-    return (of_keys >= threshold).transpose(3, 2, 1, 0)
 
 
 def expected_of(
