@@ -15,9 +15,11 @@
 #include <metal_stdlib>
 
 #include "umfa/decode_shapes.h"
+#include "umfa/dropout.h"
 #include "umfa/fragment.h"
 #include "umfa/operand.h"
 #include "umfa/params.h"
+#include "umfa/rotary.h"
 #include "umfa/scores.h"
 #include "umfa/sequence.h"
 #include "umfa/softmax.h"
@@ -72,6 +74,11 @@ inline void load_chunks(thread M (&elements)[PER_LANE], device const T* rows,
     }
 }
 
+/// Where a sequence's first run of keys begins: dropout decides about four aligned ones at once.
+inline int first_key_of(int first_visible) {
+    return has_dropout ? first_visible / 8 * 8 : first_visible;
+}
+
 template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 [[kernel]] void decode(
     device const T* query [[buffer(UMFA_BUFFER_QUERY)]],
@@ -86,6 +93,10 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     device const SequenceTask* tasks
     [[buffer(UMFA_BUFFER_TASKS), function_constant(has_sequences)]],
     device const int* page_table [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
+    device const uchar* rotary_cos
+    [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
+    device const uchar* rotary_sin
+    [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
     constant DecodeParams& decode_params [[buffer(UMFA_BUFFER_PARAMS)]],
     device float* partial_out [[buffer(UMFA_BUFFER_PARTIAL_OUT), function_constant(is_split)]],
     device float2* partial_state [[buffer(UMFA_BUFFER_PARTIAL_STATE), function_constant(is_split)]],
@@ -119,6 +130,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     key = first_key(key, params.key, sequence, head_kv);
     value = first_key(value, params.value, sequence, head_kv);
     const Pages pages = pages_of(params, page_table, sequence);
+    const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
 
     Fragment<M> q[QF][Q_STAYS ? DF : 1];
     Fragment<float> o[QF][DVF];
@@ -134,16 +146,19 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
         start(softmax[f]);
         rows[f] =
             score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.seqlen_kv - seqlen_q);
+        const int position = sequence.position_q + rows[f].row * params.rotary.advance;
         device const T* of_head = query + sequence.query_batch * params.query.batch +
                                   sequence.query_row * params.query.row +
                                   heads[f] * params.query.head;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {
             if (!Q_STAYS && d % SIMDGROUPS != int(simdgroup)) continue;
-            const M first = element<M>(of_head, params.query, rows[f].row, seqlen_q,
-                                       key_channel<T, D>(d, at.column), params.head_dim);
-            const M second = element<M>(of_head, params.query, rows[f].row, seqlen_q,
-                                        key_channel<T, D>(d, at.column + 1), params.head_dim);
+            const M first =
+                query_element<M>(of_head, params.query, rotary, position, rows[f].row, seqlen_q,
+                                 key_channel<T, D>(d, at.column), params.head_dim);
+            const M second =
+                query_element<M>(of_head, params.query, rotary, position, rows[f].row, seqlen_q,
+                                 key_channel<T, D>(d, at.column + 1), params.head_dim);
             if (Q_STAYS)
                 set(q[f][Q_STAYS ? d : 0], first, second);
             else
@@ -160,7 +175,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     const int all_begin = visible_begin(visible, last_query), all_end = visible_end(visible, 0);
     int first = decode_params.first_key, last = decode_params.last_key;
     if (has_sequences) {
-        first = visible_begin(visible, 0);
+        first = first_key_of(visible_begin(visible, 0));
         last = visible_end(visible, last_query);
     }
     const int begin = first + split * decode_params.keys_per_split;
@@ -220,9 +235,15 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
                         o[f][d].thread_elements()[1] * factor);
             }
             const float relative_to = base(softmax[f]);
-            const float p0 = weight(x[0], unit, relative_to);
-            const float p1 = weight(x[1], unit, relative_to);
+            float p0 = weight(x[0], unit, relative_to);
+            float p1 = weight(x[1], unit, relative_to);
             softmax[f].sum += p0 + p1;
+            if (has_dropout) {
+                const bool2 stays =
+                    kept(params.dropout, batch, heads[f], rows[f].row, k0 + at.column);
+                p0 = stays.x ? p0 : 0.0f;
+                p1 = stays.y ? p1 : 0.0f;
+            }
             set(p[f], M(p0), M(p1));
         }
 
@@ -294,7 +315,8 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             if (at.column == 0) partial_state[to] = float2(softmax[f].reference, softmax[f].sum);
             continue;
         }
-        const float inverse = finish(softmax[f], sinks, heads[f] * params.sink);
+        const float inverse =
+            finish(softmax[f], sinks, heads[f] * params.sink, params.dropout.factor);
         device T* to = out + sequence.query_batch * params.out.batch + heads[f] * params.out.head +
                        (sequence.query_row + row) * params.out.row;
 #pragma clang loop unroll(full)
@@ -382,7 +404,7 @@ template <typename T, int SIMDGROUPS, int PER_LANE>
         for (int i = 0; i < PER_LANE; ++i) o[i] += parts[(other * PER_LANE + i) * 32 + lane];
     }
     softmax.sum = sum;
-    const float inverse = finish(softmax, sinks, head * params.sink);
+    const float inverse = finish(softmax, sinks, head * params.sink, params.dropout_factor);
     device T* to = out + batch * params.out.batch + head * params.out.head + row * params.out.row;
 #pragma clang loop unroll(full)
     for (int i = 0; i < PER_LANE; ++i) {

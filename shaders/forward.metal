@@ -12,10 +12,12 @@
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
+#include "umfa/dropout.h"
 #include "umfa/forward_shapes.h"
 #include "umfa/fragment.h"
 #include "umfa/operand.h"
 #include "umfa/params.h"
+#include "umfa/rotary.h"
 #include "umfa/scores.h"
 #include "umfa/sequence.h"
 #include "umfa/softmax.h"
@@ -24,7 +26,29 @@
 
 using namespace metal;
 
+// Queries have a second part, which meets the values: scores are q.k + qv.v.
+constant bool has_qv [[function_constant(UMFA_CONSTANT_HAS_QV)]];
+
 namespace umfa {
+
+/// S += A B^T, from the rows of B as they lie in threadgroup memory: transposed by the load.
+template <int ROW, int QF, int KF, int DF, typename M>
+inline void add_products(thread Fragment<float> (&s)[QF][KF], thread Fragment<M> (&a)[QF][DF],
+                         threadgroup const M* rows) {
+    // Channels outside: the products that follow each other add to different scores, none waits for
+    // another.
+#pragma clang loop unroll(full)
+    for (int d = 0; d < DF; ++d) {
+#pragma clang loop unroll(full)
+        for (int j = 0; j < KF; ++j) {
+            Fragment<M> b;
+            simdgroup_load(b, rows + j * 8 * ROW + d * 8, ROW, ulong2(0, 0), true);
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f)
+                simdgroup_multiply_accumulate(s[f][j], a[f][d], b, s[f][j]);
+        }
+    }
+}
 
 /// Partial scores of SPLIT simdgroups, added in the same order by each of them: they go on with the
 /// same bits.
@@ -62,6 +86,11 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     device const SequenceTask* tasks
     [[buffer(UMFA_BUFFER_TASKS), function_constant(has_sequences)]],
     device const int* page_table [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
+    device const uchar* rotary_cos
+    [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
+    device const uchar* rotary_sin
+    [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
+    device const T* query_v [[buffer(UMFA_BUFFER_QV), function_constant(has_qv)]],
     constant ForwardParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -92,10 +121,11 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     key = first_key(key, params.key, sequence, head_kv);
     value = first_key(value, params.value, sequence, head_kv);
     const Pages pages = pages_of(params, page_table, sequence);
+    const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
     out += sequence.query_batch * params.out.batch + sequence.query_row * params.out.row +
            head * params.out.head;
 
-    Fragment<M> q[QF][DF];
+    Fragment<M> q[QF][DF], qv[QF][DVF];
     Fragment<float> o[QF][DVF];
     SoftmaxRow softmax[QF];
     ScoreRow rows[QF];
@@ -104,14 +134,29 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         const int row = my_row + f * 8 + at.row;
         start(softmax[f]);
         rows[f] = score_row(params, slopes, batch, head, row, seqlen_kv - seqlen_q);
+        const int position = sequence.position_q + row * params.rotary.advance;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {
             const int column = (part * DF + d) * 8 + at.column;
-            set(q[f][d], element<M>(query, params.query, row, seqlen_q, column, params.head_dim),
-                element<M>(query, params.query, row, seqlen_q, column + 1, params.head_dim));
+            set(q[f][d],
+                query_element<M>(query, params.query, rotary, position, row, seqlen_q, column,
+                                 params.head_dim),
+                query_element<M>(query, params.query, rotary, position, row, seqlen_q, column + 1,
+                                 params.head_dim));
         }
 #pragma clang loop unroll(full)
         for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
+        if (has_qv) {
+            device const T* of_head = query_v + sequence.query_batch * params.qv.batch +
+                                      sequence.query_row * params.qv.row + head * params.qv.head;
+#pragma clang loop unroll(full)
+            for (int d = 0; d < DVF; ++d) {
+                const int column = (part * DVF + d) * 8 + at.column;
+                set(qv[f][d],
+                    element<M>(of_head, params.qv, row, seqlen_q, column, params.head_dim_v),
+                    element<M>(of_head, params.qv, row, seqlen_q, column + 1, params.head_dim_v));
+            }
+        }
     }
 
     // Visible ranges grow with the query: the first and last rows bound the threadgroup, and the
@@ -126,8 +171,12 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 
     for (int k0 = tiles_begin; k0 < tiles_end; k0 += BK) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        stage<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
-                                 params.head_dim, thread_index);
+        if (rotates_keys)
+            stage_rotated<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
+                                             params.head_dim, rotary, thread_index);
+        else
+            stage<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
+                                     params.head_dim, thread_index);
         if (!ONE_TILE)
             stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
                                       params.head_dim_v, thread_index);
@@ -135,28 +184,19 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         const bool sees = my_row < seqlen_q && some_end > k0 && some_begin < k0 + BK;
         if (SPLIT == 1 && !sees) continue;  // no barrier below would wait for this simdgroup
 
-        // S = Q K^T, from K as it lies: transposed by the load.
         Fragment<float> s[QF][KF];
 #pragma clang loop unroll(full)
         for (int i = 0; i < QF * KF; ++i) set(s[i / KF][i % KF], 0.0f, 0.0f);
-        if (sees) {
-            threadgroup const M* k_part = k_tile + part * DF * 8;
-            // Channels outside: the products that follow each other add to different scores, none
-            // waits for another.
-#pragma clang loop unroll(full)
-            for (int d = 0; d < DF; ++d) {
-#pragma clang loop unroll(full)
-                for (int j = 0; j < KF; ++j) {
-                    Fragment<M> b;
-                    simdgroup_load(b, k_part + j * 8 * K_ROW + d * 8, K_ROW, ulong2(0, 0), true);
-#pragma clang loop unroll(full)
-                    for (int f = 0; f < QF; ++f)
-                        simdgroup_multiply_accumulate(s[f][j], q[f][d], b, s[f][j]);
-                }
-            }
+        if (sees) add_products<K_ROW>(s, q, k_tile + part * DF * 8);
+        if (ONE_TILE && has_qv) {
+            threadgroup_barrier(mem_flags::mem_threadgroup);  // K has been read
+            stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
+                                      params.head_dim_v, thread_index);
+            threadgroup_barrier(mem_flags::mem_threadgroup);
         }
+        if (has_qv && sees) add_products<V_ROW>(s, qv, v_tile + part * DVF * 8);
         if (SPLIT > 1) add_parts<SPLIT>(s, parts, simdgroup, lane);
-        if (ONE_TILE) {
+        if (ONE_TILE && !has_qv) {
             stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
                                       params.head_dim_v, thread_index);
             threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -204,9 +244,15 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             const float relative_to = base(softmax[f]);
 #pragma clang loop unroll(full)
             for (int j = 0; j < KF; ++j) {
-                const float p0 = weight(s[f][j].thread_elements()[0], unit, relative_to);
-                const float p1 = weight(s[f][j].thread_elements()[1], unit, relative_to);
+                float p0 = weight(s[f][j].thread_elements()[0], unit, relative_to);
+                float p1 = weight(s[f][j].thread_elements()[1], unit, relative_to);
                 softmax[f].sum += p0 + p1;
+                if (has_dropout) {
+                    const bool2 stays =
+                        kept(params.dropout, batch, head, rows[f].row, k0 + j * 8 + at.column);
+                    p0 = stays.x ? p0 : 0.0f;
+                    p1 = stays.y ? p1 : 0.0f;
+                }
                 set(p[f][j], M(p0), M(p1));
             }
         }
@@ -231,7 +277,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         const int row = rows[f].row;
         softmax[f].sum = total(softmax[f]);
         if (row >= seqlen_q) continue;
-        const float inverse = finish(softmax[f], sinks, head * params.sink);
+        const float inverse = finish(softmax[f], sinks, head * params.sink, params.dropout.factor);
 #pragma clang loop unroll(full)
         for (int d = 0; d < DVF; ++d) {
 #pragma clang loop unroll(full)

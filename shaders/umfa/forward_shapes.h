@@ -16,7 +16,8 @@
 //
 // What decides:
 // * Registers. Live floats per lane: O takes QF * DV / SPLIT / 4, S and P QF * BK * 3 / 8, Q
-//   QF * D / SPLIT / 8 (16-bit fragments) or / 4, addresses about 20. Above about 110 an Apple GPU
+//   QF * D / SPLIT / 8 (16-bit fragments) or / 4, a second part of the queries for V as much for
+//   DV, addresses about 20. Above about 110 an Apple GPU
 //   spills or keeps too few simdgroups resident (208 KB of them a core).
 // * Threadgroup memory. (D + DV) * BK elements and 16 bytes a row, 32 KB at most; below 20 KB three
 //   threadgroups share a core's 60 KB.
@@ -28,7 +29,8 @@
 // threadgroup traffic. At D = 128 Apple7 and 8 take 16 keys: 32 measured 0.71x there (mlx-mfa, M1),
 // for want of registers; on Apple9 registers and threadgroup memory are one pool, and 32 keys fit
 // (mlx-mfa selects the same on M3). Apple10 as Apple9: its matrix units are reached through Metal 4's
-// matmul2d alone, and simdgroup matrices run as before. 192/128 is the shape of DeepSeek's MLA.
+// matmul2d alone, and simdgroup matrices run as before. 192/128 is the shape of DeepSeek's MLA,
+// 576/512 that of its latent vectors, and 64/512 the same with the latent part of the queries apart.
 #define UMFA_FORWARD_SHAPES_16(X)          \
     X(32, 32, 32, 2, 4, 1, false, 7, 10)   \
     X(64, 64, 32, 2, 4, 1, false, 7, 10)   \
@@ -40,7 +42,9 @@
     X(192, 128, 16, 1, 4, 1, false, 7, 10) \
     X(192, 192, 16, 1, 4, 1, false, 7, 10) \
     X(256, 256, 16, 1, 4, 1, false, 7, 10) \
-    X(512, 512, 16, 1, 4, 2, true, 7, 10)
+    X(64, 512, 16, 1, 8, 4, false, 7, 10)  \
+    X(512, 512, 16, 1, 4, 2, true, 7, 10)  \
+    X(576, 512, 16, 1, 8, 4, true, 7, 10)
 
 // 32 bits: float, and bfloat as float before Apple9, where bfloat arithmetic is emulated.
 // Twice the bytes: from D = 160 simdgroups share the channels, or Q would not fit the registers.
@@ -54,4 +58,6 @@
     X(192, 128, 8, 1, 4, 2, false, 7, 10)  \
     X(192, 192, 8, 1, 4, 2, false, 7, 10)  \
     X(256, 256, 8, 1, 4, 2, false, 7, 10)  \
-    X(512, 512, 8, 1, 8, 4, true, 7, 10)
+    X(64, 512, 8, 1, 8, 4, false, 7, 10)   \
+    X(512, 512, 8, 1, 8, 4, true, 7, 10)   \
+    X(576, 512, 8, 1, 8, 4, true, 7, 10)

@@ -17,6 +17,11 @@
 #define UMFA_BUFFER_SEQUENCES 11
 #define UMFA_BUFFER_TASKS 12
 #define UMFA_BUFFER_PAGES 13
+#define UMFA_BUFFER_ROTARY_COS 14
+#define UMFA_BUFFER_ROTARY_SIN 15
+#define UMFA_BUFFER_NEW_KEY 16
+#define UMFA_BUFFER_NEW_VALUE 17
+#define UMFA_BUFFER_QV 18
 
 #define UMFA_CONSTANT_HAS_LSE 0
 #define UMFA_CONSTANT_MASK_KIND 1
@@ -32,8 +37,14 @@
 #define UMFA_CONSTANT_HAS_PAGES 11
 #define UMFA_CONSTANT_HAS_SINKS 12
 #define UMFA_CONSTANT_SINK_KIND 13
+#define UMFA_CONSTANT_HAS_ROTARY 14
+#define UMFA_CONSTANT_ROTATES_KEYS 15
+#define UMFA_CONSTANT_ROTARY_INTERLEAVED 16
+#define UMFA_CONSTANT_ROTARY_KIND 17
+#define UMFA_CONSTANT_HAS_DROPOUT 18
+#define UMFA_CONSTANT_HAS_QV 19
 
-// Values of mask_kind; those of floats of sink_kind too.
+// Values of mask_kind; those of floats of sink_kind and rotary_kind too.
 #define UMFA_MASK_NONE 0
 #define UMFA_MASK_BOOL 1
 #define UMFA_MASK_F32 2

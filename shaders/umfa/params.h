@@ -13,12 +13,30 @@ struct OperandStrides {
     int64_t batch, head, row, channel;
 };
 
+/// Strides of the tables of cosines and sines in elements.
+struct RotaryParams {
+    int64_t cos_position, cos_channel, sin_position, sin_channel;
+    int32_t channels;  // that are rotated
+    int32_t advance;   // positions from one query to the next: 1, or 0 where all stand as the first
+};
+
+/// Of umfa/philox.h.
+struct DropoutParams {
+    uint32_t key_low, key_high;
+    uint32_t threshold;
+    uint32_t batch_first, batch_step;  // of the batch's indices, as philox.h counts them
+    float factor;                      // 1 / (1 - p)
+};
+
 struct ForwardParams {
     OperandStrides query, key, value, out;
     OperandStrides lse;  // row: stride between queries; channel unused
     int64_t mask_batch, mask_head, mask_row, mask_column;  // 0 where the mask broadcasts
     int64_t slopes_batch, slopes_head;
-    int64_t sink;                  // stride between heads
+    int64_t sink;  // stride between heads
+    OperandStrides qv;
+    RotaryParams rotary;
+    DropoutParams dropout;
     int32_t chunk;                 // Visible<int>
     int32_t page_size;             // rows of a page of keys
     int32_t seqlen_q, seqlen_kv;   // of the longest sequences
@@ -36,8 +54,10 @@ struct SequenceParams {
     int64_t pages;                   // its first page in the table
     int64_t part;                    // split-KV: the first of its partial results
     int32_t seqlen_q, seqlen_kv;
-    int32_t offset;  // Visible<int>
-    int32_t splits;  // split-KV
+    int32_t offset;      // Visible<int>
+    int32_t splits;      // split-KV
+    int32_t position_q;  // of its first query, for rotary angles
+    int32_t reserved;
 };
 
 /// What one threadgroup does, for each head: sequences differ in length, and a grid over the longest
@@ -57,6 +77,16 @@ struct ClearParams {
     int32_t head_dim_v, reserved;
 };
 
+/// New rows of keys and values: `rows` for each sequence.
+struct AppendParams {
+    OperandStrides key, value, new_key, new_value;
+    RotaryParams rotary;
+    int32_t rows, rows_per_threadgroup;
+    int32_t page_size;
+    int32_t head_dim, head_dim_v;
+    int32_t reserved;
+};
+
 /// Split-KV decode: the keys that any query sees, [first_key, last_key), in `splits` equal pieces.
 struct DecodeParams {
     ForwardParams forward;
@@ -72,6 +102,8 @@ struct MergeParams {
     int64_t sink;  // stride between heads
     int32_t heads, seqlen_q, head_dim_v;
     int32_t splits;
+    float dropout_factor;
+    int32_t reserved;
 };
 
 }  // namespace umfa

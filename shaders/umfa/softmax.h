@@ -2,6 +2,7 @@
 // fragment at a time, in exp2.
 #pragma once
 
+#include "umfa/dropout.h"
 #include "umfa/fragment.h"
 #include "umfa/scores.h"
 
@@ -65,10 +66,12 @@ inline void merge(thread SoftmaxRow& row, float other_reference, float other_sum
 }
 
 /// Factor on O of a row, whose sum is the total: the inverse of it. A sink is a part of the keys
-/// whose value is 0.
-inline float finish(thread SoftmaxRow& row, device const uchar* sinks, int64_t sink) {
+/// whose value is 0. Dropout leaves the sum alone, and makes up for what it takes from O.
+inline float finish(thread SoftmaxRow& row, device const uchar* sinks, int64_t sink,
+                    float dropout_factor) {
     float mine = 1.0f, theirs;
     if (has_sinks) merge(row, sink_at(sinks, sink), 1.0f, mine, theirs);
+    if (has_dropout) mine *= dropout_factor;
     return row.sum == 0.0f ? 0.0f : mine / row.sum;
 }
 

@@ -3,6 +3,7 @@
 
 #include "umfa/fragment.h"
 #include "umfa/operand.h"
+#include "umfa/rotary.h"
 
 namespace umfa {
 
@@ -69,6 +70,26 @@ inline void stage(threadgroup M* tile, device const T* keys, constant OperandStr
             tile[row * ROW + column] =
                 element<M>(rows, strides, pages, row, row_count, column, columns);
         }
+    }
+}
+
+/// The same of keys that are rotated on the way, each by the angles of its position.
+template <typename M, int D, int ROWS, int THREADS, typename T>
+inline void stage_rotated(threadgroup M* tile, device const T* keys,
+                          constant OperandStrides& strides, Pages pages, int first, int row_count,
+                          int columns, thread const Rotary& rotary, ushort thread_index) {
+    device const T* rows = has_pages ? keys : keys + first * strides.row;
+    pages.first = first;
+    constexpr int ROW = tile_row<M>(D), PAIRS = D / 2;
+    for (int i = thread_index; i < ROWS * PAIRS; i += THREADS) {
+        const int row = i / PAIRS, pair = i % PAIRS;
+        const int2 at = channels_of(rotary, pair);
+        T a = element<T>(rows, strides, pages, row, row_count, at.x, columns);
+        T b = element<T>(rows, strides, pages, row, row_count, at.y, columns);
+        if (row < row_count && 2 * pair < rotary.params.channels)
+            rotate(a, b, rotary, first + row, pair);
+        tile[row * ROW + at.x] = M(a);
+        tile[row * ROW + at.y] = M(b);
     }
 }
 

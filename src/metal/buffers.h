@@ -33,7 +33,7 @@ public:
 private:
     struct Operand {
         const TensorView* view = nullptr;
-        bool written = false, copied = false;
+        bool read = true, written = false, copied = false;
         id<MTLBuffer> buffer = nil;
         uint64_t first = 0;          // bytes from the start of the buffer to the first element
         int64_t begin = 0, end = 0;  // bytes it reaches, from its first element
@@ -47,7 +47,7 @@ private:
     const Problem& problem_;
     const Gpu& gpu_;
     const Copies copies_;
-    std::array<Operand, 16> operands_;  // by Binding::Source
+    std::array<Operand, 24> operands_;  // by Binding::Source
     id<MTLBuffer> placeholder_ = nil;   // for tensors without elements
 };
 

@@ -46,19 +46,31 @@ void copy_elements(const TensorView& view, char* to, const char* from, int dimen
 Operands::Operands(const Problem& problem, const Gpu& gpu, Copies copies)
     : problem_(problem), gpu_(gpu), copies_(copies) {
     using Source = Binding::Source;
-    const auto add = [&](Source source, const TensorView& view, bool written = false) {
+    enum class Use : uint8_t { read, written, updated };
+    const auto add = [&](Source source, const TensorView& view, Use use = Use::read) {
         Operand& operand = operands_[static_cast<size_t>(source)];
         operand.view = &view;
-        operand.written = written;
+        operand.read = use != Use::written;
+        operand.written = use != Use::read;
     };
+    const Use of_cache = problem.append ? Use::updated : Use::read;
     add(Source::query, problem.query.view);
-    add(Source::key, problem.key.view);
-    add(Source::value, problem.value.view);
-    add(Source::out, problem.out->view, true);
-    if (problem.lse) add(Source::lse, problem.lse->view, true);
+    add(Source::key, problem.key.view, of_cache);
+    add(Source::value, problem.value.view, of_cache);
+    add(Source::out, problem.out->view, Use::written);
+    if (problem.lse) add(Source::lse, problem.lse->view, Use::written);
+    if (problem.append) {
+        add(Source::new_key, problem.append->key.view);
+        add(Source::new_value, problem.append->value.view);
+    }
     if (problem.mask) add(Source::mask, problem.mask->given);
     if (problem.alibi) add(Source::alibi_slopes, problem.alibi->view);
     if (problem.sinks) add(Source::sinks, problem.sinks->logits);
+    if (problem.qv) add(Source::qv, problem.qv->view);
+    if (problem.rotary) {
+        add(Source::rotary_cos, problem.rotary->cos);
+        add(Source::rotary_sin, problem.rotary->sin);
+    }
 
     std::vector<Operand*> in_host_memory;
     for (Operand& operand : operands_) {
@@ -76,7 +88,7 @@ Operands::Operands(const Problem& problem, const Gpu& gpu, Copies copies)
         }
         extent(*operand.view, operand.begin, operand.end);
         if (operand.view->device == Device::metal)
-            use_metal_buffer(operand, operand.written ? "out" : "an input");
+            use_metal_buffer(operand, operand.read ? "an input" : "out");
         else
             in_host_memory.push_back(&operand);
     }
@@ -155,7 +167,7 @@ void Operands::copy_in(Operand& operand) const {
              std::to_string(bytes) + " bytes", "a smaller problem");
     operand.copied = true;
     operand.first = static_cast<uint64_t>(-operand.begin);
-    if (!operand.written)
+    if (operand.read)
         std::memcpy(operand.buffer.contents, operand.view->address() + operand.begin, bytes);
     ++stats().tensors_copied;
     stats().bytes_copied += bytes;

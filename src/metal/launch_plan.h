@@ -32,6 +32,11 @@ struct Binding {
         mask,
         alibi_slopes,
         sinks,
+        rotary_cos,
+        rotary_sin,
+        new_key,
+        new_value,
+        qv,
         scratch,
         data
     };

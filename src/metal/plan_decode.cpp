@@ -56,7 +56,8 @@ Range keys_of(const Problem& problem, int64_t b) {
     const SequenceRows rows = problem.sequence(b);
     if (rows.seqlen_q == 0) return {};
     const Visible<int64_t> visible = problem.visible_of(rows);
-    const int64_t first = visible_begin(visible, int64_t{0});
+    int64_t first = visible_begin(visible, int64_t{0});
+    if (problem.dropout) first = first / 8 * 8;  // as decode.metal's first_key_of
     return {first, std::max(first, visible_end(visible, rows.seqlen_q - 1))};
 }
 
@@ -86,6 +87,8 @@ std::vector<SequenceTask> merge_tasks(const std::vector<SequenceParams>& sequenc
 }  // namespace
 
 bool is_decode(const Problem& problem, int64_t seqlen_q) {
+    // Keys are rotated, and values meet queries, where they are staged.
+    if ((problem.rotary && problem.rotary->keys) || problem.qv) return false;
     return seqlen_q <= max_queries && shape_of(problem, rows_of(problem, seqlen_q));
 }
 
@@ -99,21 +102,21 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
     shape.simdgroups = fitting_simdgroups(shape.simdgroups, 2, gpu);
     const int64_t group = problem.nheads_q / problem.nheads_kv, block = 8 * shape.qf;
 
-    // The keys that any query sees, in pieces of whole rounds of the simdgroups: as many as fill the
-    // GPU, equal also where sequences are not.
+    // The keys that any query sees, in pieces of whole rounds of the simdgroups: as many as the
+    // caller allows or as fill the GPU, equal also where sequences are not.
     int64_t keys = 0, work = 0;  // of the longest sequence; of all, in keys of a threadgroup
     for (const int64_t b : chosen) {
         const int64_t own = keys_of(problem, b).size();
         keys = std::max(keys, own);
         work += own * problem.nheads_kv * ceil_div(group * problem.sequence(b).seqlen_q, block);
     }
-    const int64_t wanted =
+    const int64_t filling =
         std::max<int64_t>(gpu.cores * threadgroups_per_core * keys / std::max<int64_t>(work, 1), 1);
+    const int64_t wanted = problem.num_splits > 0
+                               ? problem.num_splits
+                               : std::clamp<int64_t>(keys / min_keys_per_split, 1, filling);
     const int64_t round = 8 * shape.simdgroups;
-    const int64_t keys_per_split = std::max(
-        round,
-        ceil_div(ceil_div(keys, std::clamp<int64_t>(keys / min_keys_per_split, 1, wanted)), round) *
-            round);
+    const int64_t keys_per_split = std::max(round, ceil_div(ceil_div(keys, wanted), round) * round);
     const int64_t splits = std::max<int64_t>(1, ceil_div(keys, keys_per_split));
 
     std::vector<SequenceParams> sequences;
@@ -194,6 +197,7 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
     merge_params.seqlen_q = params.forward.seqlen_q;
     merge_params.head_dim_v = params.forward.head_dim_v;
     merge_params.splits = params.splits;
+    merge_params.dropout_factor = params.forward.dropout.factor;
 
     const ElementType stored = element_type(problem.query.view.dtype, {Family::apple10});
     const int channels = problem.head_dim_v <= 128 ? 128 : 256;

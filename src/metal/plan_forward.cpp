@@ -1,6 +1,7 @@
 #include "metal/plan_forward.h"
 
 #include "core/error.h"
+#include "metal/plan_append.h"
 #include "metal/plan_decode.h"
 #include "metal/plan_sequences.h"
 #include "umfa/forward_shapes.h"
@@ -101,6 +102,8 @@ Verdict can_plan_forward(const Problem& problem) {
 
 LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu) {
     LaunchPlan plan;
+    const uint32_t pages = problem.batch > 0 ? add_pages(plan, problem) : 0;
+    if (problem.append) plan_append(plan, problem, pages);
     if (problem.nheads_q == 0) return plan;
     if (problem.sequences.given) plan_unused_rows(plan, problem);
     // Sequences with few queries among others with many are still decoded.
@@ -109,7 +112,6 @@ LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu) {
         const int64_t seqlen_q = problem.sequence(b).seqlen_q;
         if (seqlen_q > 0) (is_decode(problem, seqlen_q) ? few : many).push_back(b);
     }
-    const uint32_t pages = few.empty() && many.empty() ? 0 : add_pages(plan, problem);
     if (!many.empty()) plan_tiles(plan, problem, gpu, many, pages);
     if (!few.empty()) plan_decode(plan, problem, gpu, few, pages);
     return plan;

@@ -46,6 +46,33 @@ OperandStrides strides_of(const Operand& operand) {
     return {operand.stride_batch, operand.stride_head, operand.stride_row, operand.stride_channel};
 }
 
+RotaryParams rotary_params(const Problem& problem) {
+    RotaryParams params{};
+    if (!problem.rotary) return params;
+    const Rotary& rotary = *problem.rotary;
+    params.cos_position = rotary.cos.strides[0];
+    params.cos_channel = rotary.cos.strides[1];
+    params.sin_position = rotary.sin.strides[0];
+    params.sin_channel = rotary.sin.strides[1];
+    params.channels = static_cast<int32_t>(rotary.channels);
+    params.advance = rotary.advances ? 1 : 0;
+    return params;
+}
+
+DropoutParams dropout_params(const Problem& problem) {
+    DropoutParams params{};
+    params.factor = 1;
+    if (!problem.dropout) return params;
+    const Dropout& dropout = *problem.dropout;
+    params.key_low = dropout.key.low;
+    params.key_high = dropout.key.high;
+    params.threshold = dropout.threshold;
+    params.batch_first = static_cast<uint32_t>(dropout.batch_first);
+    params.batch_step = static_cast<uint32_t>(dropout.batch_step);
+    params.factor = static_cast<float>(1 / (1 - dropout.p));
+    return params;
+}
+
 ForwardParams forward_params(const Problem& problem) {
     ForwardParams params{};
     params.query = strides_of(problem.query);
@@ -65,6 +92,9 @@ ForwardParams forward_params(const Problem& problem) {
         params.slopes_head = problem.alibi->stride_head;
     }
     if (problem.sinks) params.sink = problem.sinks->logits.strides[0];
+    if (problem.qv) params.qv = strides_of(*problem.qv);
+    params.rotary = rotary_params(problem);
+    params.dropout = dropout_params(problem);
     params.chunk = static_cast<int32_t>(problem.visible.chunk);
     params.page_size = static_cast<int32_t>(problem.page_size);
     params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
@@ -99,7 +129,8 @@ void add_constants(KernelLaunch& launch, const Problem& problem) {
                             problem.score_scale() >= 1e-30 && problem.score_scale() <= 1;
     const bool unit_channels =
         problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
-        problem.value.stride_channel == 1 && problem.out->stride_channel == 1;
+        problem.value.stride_channel == 1 && problem.out->stride_channel == 1 &&
+        (!problem.qv || problem.qv->stride_channel == 1);
     add_constant(launch, UMFA_CONSTANT_HAS_LSE, problem.lse.has_value());
     launch.constants.push_back({UMFA_CONSTANT_MASK_KIND, Constant::Type::int32,
                                 problem.mask ? kind_of(problem.mask->view.dtype) : UMFA_MASK_NONE});
@@ -116,6 +147,15 @@ void add_constants(KernelLaunch& launch, const Problem& problem) {
     launch.constants.push_back(
         {UMFA_CONSTANT_SINK_KIND, Constant::Type::int32,
          problem.sinks ? kind_of(problem.sinks->logits.dtype) : UMFA_MASK_NONE});
+    add_constant(launch, UMFA_CONSTANT_HAS_ROTARY, problem.rotary.has_value());
+    add_constant(launch, UMFA_CONSTANT_ROTATES_KEYS, problem.rotary && problem.rotary->keys);
+    add_constant(launch, UMFA_CONSTANT_ROTARY_INTERLEAVED,
+                 problem.rotary && problem.rotary->interleaved);
+    launch.constants.push_back(
+        {UMFA_CONSTANT_ROTARY_KIND, Constant::Type::int32,
+         problem.rotary ? kind_of(problem.rotary->cos.dtype) : UMFA_MASK_NONE});
+    add_constant(launch, UMFA_CONSTANT_HAS_DROPOUT, problem.dropout.has_value());
+    add_constant(launch, UMFA_CONSTANT_HAS_QV, problem.qv.has_value());
 }
 
 void bind_inputs(KernelLaunch& launch, const Problem& problem) {
@@ -125,6 +165,22 @@ void bind_inputs(KernelLaunch& launch, const Problem& problem) {
     bind(launch, UMFA_BUFFER_VALUE, Source::value, problem.value.view);
     if (problem.mask) bind(launch, UMFA_BUFFER_MASK, Source::mask, problem.mask->view);
     if (problem.alibi) bind(launch, UMFA_BUFFER_SLOPES, Source::alibi_slopes, problem.alibi->view);
+    if (problem.qv) bind(launch, UMFA_BUFFER_QV, Source::qv, problem.qv->view);
+    bind_rotary(launch, problem);
+}
+
+void bind_append(KernelLaunch& launch, const Problem& problem) {
+    using Source = Binding::Source;
+    bind(launch, UMFA_BUFFER_KEY, Source::key, problem.key.view);
+    bind(launch, UMFA_BUFFER_VALUE, Source::value, problem.value.view);
+    bind(launch, UMFA_BUFFER_NEW_KEY, Source::new_key, problem.append->key.view);
+    bind(launch, UMFA_BUFFER_NEW_VALUE, Source::new_value, problem.append->value.view);
+}
+
+void bind_rotary(KernelLaunch& launch, const Problem& problem) {
+    if (!problem.rotary) return;
+    bind(launch, UMFA_BUFFER_ROTARY_COS, Binding::Source::rotary_cos, problem.rotary->cos);
+    bind(launch, UMFA_BUFFER_ROTARY_SIN, Binding::Source::rotary_sin, problem.rotary->sin);
 }
 
 void bind_outputs(KernelLaunch& launch, const Problem& problem) {

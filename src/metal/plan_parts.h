@@ -23,18 +23,23 @@ struct ElementType {
 ElementType element_type(DType dtype, const Capabilities& gpu);
 
 OperandStrides strides_of(const Operand& operand);
+RotaryParams rotary_params(const Problem& problem);
+DropoutParams dropout_params(const Problem& problem);
 ForwardParams forward_params(const Problem& problem);
 
 /// Whether the kernel may read K and V 16 bytes at a time.
 bool wide_loads(const Problem& problem);
 
-/// Adds the function constants of scores.h and operand.h.
+/// Adds the function constants of all headers.
 void add_constants(KernelLaunch& launch, const Problem& problem);
 void add_constant(KernelLaunch& launch, uint16_t index, bool value);
 /// Changes one that is there.
 void set_constant(KernelLaunch& launch, uint16_t index, bool value);
-/// Binds query, key, value, and of mask and slopes those there are.
+/// Binds query, key, value, and of mask, slopes, qv and rotary tables those there are.
 void bind_inputs(KernelLaunch& launch, const Problem& problem);
+/// Binds the caches and their new rows.
+void bind_append(KernelLaunch& launch, const Problem& problem);
+void bind_rotary(KernelLaunch& launch, const Problem& problem);
 /// Binds out, and lse where it is there.
 void bind_outputs(KernelLaunch& launch, const Problem& problem);
 void bind_scratch(KernelLaunch& launch, uint32_t index, uint32_t piece);

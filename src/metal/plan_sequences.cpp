@@ -35,6 +35,7 @@ std::vector<SequenceParams> sequence_params(const Problem& problem) {
         params.seqlen_q = static_cast<int32_t>(rows.seqlen_q);
         params.seqlen_kv = static_cast<int32_t>(rows.seqlen_kv);
         params.offset = static_cast<int32_t>(problem.visible_of(rows).offset);
+        params.position_q = static_cast<int32_t>(rows.position_q);
         all.push_back(params);
     }
     return all;

@@ -23,6 +23,11 @@ const char* source_name(Binding::Source source) {
         case Binding::Source::mask: return "mask";
         case Binding::Source::alibi_slopes: return "alibi_slopes";
         case Binding::Source::sinks: return "learnable_sink";
+        case Binding::Source::rotary_cos: return "rotary_cos";
+        case Binding::Source::rotary_sin: return "rotary_sin";
+        case Binding::Source::new_key: return "new_key";
+        case Binding::Source::new_value: return "new_value";
+        case Binding::Source::qv: return "qv";
         case Binding::Source::scratch: return "scratch";
         case Binding::Source::data: return "data";
     }

@@ -135,6 +135,31 @@ def attention(
     )
 
 
+def options_of(**given: Any) -> _ext.Options:
+    """Options by their names in the core's door, some of which no public function has."""
+    usual = {
+        "causal": False, "softmax_scale": None, "window_left": -1, "window_right": -1,
+        "softcap": 0.0, "dropout_p": 0.0, "return_lse": True, "backend": "metal",
+    }  # fmt: skip
+    return _ext.Options("umfa.test", ("q", "k", "v"), **{**usual, **given})
+
+
+def call(
+    query: Array, key: Array, value: Array, options: dict[str, Any] | None = None, **tensors: Any
+) -> tuple[Array, Array]:
+    """Whatever the core knows, on the emulated GPU: (out, lse).
+
+    `options`: of `options_of`. `tensors`: by the core's names, tables among them.
+    """
+    *batch, rows, heads, _ = query.shape
+    return run(
+        options_of(**options or {}),
+        {"query": query, "key": key, "value": value, **tensors},
+        (*query.shape[:-1], value.shape[-1]),
+        (*batch, heads, rows),
+    )
+
+
 def act(
     framework: Any, function: str, options: _ext.Options, tensors: dict[str, Any], backend: Any
 ) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from emulated import SHADERS
+from emulated import SHADERS, options_of
 from metal_emulator import structure, toolchain
 
 import umfa
@@ -20,7 +20,7 @@ from umfa._options import make_options
 
 FAMILIES = [7, 8, 9, 10]
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-HEAD_DIMS = [1, 32, 33, 40, 64, 72, 80, 96, 100, 128, 160, 192, 256, 257, 512]
+HEAD_DIMS = [1, 32, 33, 40, 64, 72, 80, 96, 100, 128, 160, 192, 256, 257, 512, 576]
 
 
 def plan(
@@ -36,12 +36,14 @@ def plan(
     mask: Any = None,
     top_left: bool = False,
     others: dict[str, Any] | None = None,
-    **options: Any,
+    options: _ext.Options | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
+    """`settings`: of make_options; `options`: instead of them."""
     batch, seqlen_q, nheads, head_dim = shape
     kv_shape = (batch, seqlen_q if seqlen_kv is None else seqlen_kv, nheads_kv or nheads, head_dim)
     defaults = {"softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0}
-    made = {**defaults, **options}
+    made = {**defaults, **settings}
     tensors = {
         "query": np.zeros(shape, dtype),
         "key": np.zeros(kv_shape, dtype),
@@ -52,7 +54,8 @@ def plan(
         "attn_mask": mask,
     }
     return _ext.metal_plan_forward(
-        make_options(
+        options
+        or make_options(
             "umfa.test", ("q", "k", "v"), 0.0, *made.values(), False, lse, top_left=top_left
         ),
         family,
@@ -93,7 +96,7 @@ def shape_rows(launch: dict[str, Any]) -> int:
 def test_every_launch_fits_every_gpu(seqlen_q: int, head_dim: int, dtype: str, family: int) -> None:
     launches = plan(
         dtype=DTYPES[dtype], shape=(1, seqlen_q, 8, head_dim), seqlen_kv=2000, nheads_kv=2,
-        family=family,
+        head_dim_v=min(head_dim, 512), family=family,
     )["launches"]  # fmt: skip
     assert launches
     for launch in launches:
@@ -118,9 +121,9 @@ def test_kernels_compiled_ahead_are_all_asked_for() -> None:
     """No shape in the lists that no problem reaches, for one of the families and dtypes."""
     asked = set()
     for family, dtype, head_dim, seqlen_q, nheads in itertools.product(
-        (7, 9), DTYPES.values(), [32, 64, 80, 96, 128, 160, 192, 256, 512], (1, 50), (1, 16)
+        (7, 9), DTYPES.values(), [32, 64, 80, 96, 128, 160, 192, 256, 512, 576], (1, 50), (1, 16)
     ):
-        for head_dim_v in (head_dim, 128):
+        for head_dim_v in {min(head_dim, 512), 128, 512}:
             made = plan(
                 dtype=dtype, shape=(1, seqlen_q, nheads, head_dim), seqlen_kv=2000, nheads_kv=1,
                 head_dim_v=head_dim_v, family=family,
@@ -155,7 +158,9 @@ def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
 
 
 def test_constants_follow_the_problem() -> None:
-    rest = {9: False, 10: False, 11: False, 12: False, 13: 0}  # chunk, sequences, pages, sinks
+    # Chunk, sequences, pages, sinks; rotary, dropout, qv.
+    rest = {9: False, 10: False, 11: False, 12: False, 13: 0}
+    rest |= {14: False, 15: False, 16: False, 17: 0, 18: False, 19: False}
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
         0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True,
@@ -266,6 +271,38 @@ def test_splits_cover_the_keys_and_fill_the_gpu(seqlen_kv: int, cores: int) -> N
         assert splits * 2 > 2 * cores
 
 
+@pytest.mark.parametrize("seqlen_kv", [1, 40, 1000, 16384])
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 1000])
+def test_the_caller_bounds_the_splits(num_splits: int, seqlen_kv: int) -> None:
+    """Whole rounds of 32 keys each; 1 is none."""
+    arguments = {"shape": (1, 1, 8, 64), "seqlen_kv": seqlen_kv, "nheads_kv": 2}
+    made = plan(**arguments, options=options_of(num_splits=num_splits))
+    keys, splits = splits_of(made)
+    assert keys % 32 == 0
+    assert (splits - 1) * keys < seqlen_kv <= splits * keys
+    assert splits <= num_splits
+    assert keys == -(-seqlen_kv // (32 * num_splits)) * 32
+    assert len(made["launches"]) == (1 if splits == 1 else 2)
+    chosen = plan(**arguments, options=options_of(num_splits=0))
+    assert splits_of(chosen) == splits_of(plan(**arguments))
+
+
+def test_splits_of_sequences_are_bounded_too() -> None:
+    others = {"seqused_k": np.array([3000, 100])}
+    made = plan(
+        shape=(2, 1, 8, 64), seqlen_kv=4000, nheads_kv=2, others=others,
+        options=options_of(num_splits=3),
+    )  # fmt: skip
+    keys, splits = splits_of(made)
+    assert (keys, splits) == (1024, 3)
+    assert made["launches"][0]["grid"] == (3 + 1, 2, 1)
+
+
+def test_many_queries_have_nothing_to_split() -> None:
+    arguments = {"shape": (1, 50, 8, 64), "seqlen_kv": 4000}
+    assert plan(**arguments, options=options_of(num_splits=5)) == plan(**arguments)
+
+
 def test_scratch_holds_every_part() -> None:
     made = plan(shape=(3, 2, 8, 64), seqlen_kv=5000, nheads_kv=2, head_dim_v=40)
     _, splits = splits_of(made)
@@ -370,8 +407,11 @@ def test_sequences_are_data_of_the_plan() -> None:
     }
     made = plan(shape=(2, 50, 4, 64), seqlen_kv=80, others=others)
     (launch,) = made["launches"]
-    found = list(struct.iter_unpack("<6q4i", data_of(made, launch, SEQUENCES)))
-    assert found == [(0, 0, 1, 20, 0, 0, 50, 50, 0, 0), (1, 0, 0, 0, 0, 0, 50, 3, -47, 0)]
+    found = list(struct.iter_unpack("<6q6i", data_of(made, launch, SEQUENCES)))
+    assert found == [
+        (0, 0, 1, 20, 0, 0, 50, 50, 0, 0, 70, 0),
+        (1, 0, 0, 0, 0, 0, 50, 3, -47, 0, 3, 0),
+    ]
     tasks = [task[:2] for task in struct.iter_unpack("<4i", data_of(made, launch, TASKS))]
     rows = shape_rows(launch)
     assert tasks == [(b, row) for b in (0, 1) for row in range(0, 50, rows)]
@@ -401,5 +441,5 @@ def test_pages_are_one_table_for_all_launches() -> None:
         pages = struct.unpack("<6i", data_of(made, launch, PAGES))
         assert pages == (4, 1, 0, 3, 3, 0)  # of those in use
     assert len(made["data"]) == 5
-    places = list(struct.iter_unpack("<6q4i", data_of(made, decode, SEQUENCES)))
+    places = list(struct.iter_unpack("<6q6i", data_of(made, decode, SEQUENCES)))
     assert [place[4] for place in places] == [0, 3]

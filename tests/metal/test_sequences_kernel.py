@@ -222,6 +222,74 @@ def test_sinks_and_chunks_of_dense_tensors(seqlen_q: int, dtype: str) -> None:
     assert names == (["forward"] if seqlen_q > 8 else ["decode", "decode_merge"])
 
 
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "machine"),
+    [*((kind, None) for kind in ("bool", "float32", "float16", "bfloat16")),
+     ("bool", "permuted lane map")],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(5, 4, 1, 1), (1, 1, 1, 1), (5, 1, 0, 1), (1, 4, 1, 0)], ids=str)
+@KINDS
+def test_masks(lengths: Any, shape: tuple[int, ...], kind: str, machine: str | None) -> None:
+    """Indexed within each sequence, and larger than the longest. What no key reaches is poison.
+
+    `shape`: sequences, heads, and whether it has rows and columns, else one for all.
+    """
+    if machine:
+        emulated.settings.options = MACHINES[machine]
+    q, k, v, cu_q, cu_k = packed(*lengths)
+    longest = (max(lengths[0]) + 3, max(lengths[1]) + 5)
+    full = (*shape[:2], *(n if own else 1 for n, own in zip(longest, shape[2:], strict=True)))
+    if kind == "bool":
+        mask = np.random.default_rng(1).random(full) < 0.6
+    else:
+        mask = normal(full, kind, seed=5, factor=3)
+        mask[..., 0] = -np.inf
+        if shape[2:] == (1, 1):
+            for b in range(shape[0] if shape[0] > 1 else 0):
+                mask[b, :, :, lengths[1][b] :] = np.nan
+    options = {"window_left": 100, "causal": True}
+    out, lse = emulated.call(q, k, v, options, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, attn_mask=mask)
+    for b, (n, m) in enumerate(zip(*lengths, strict=True)):
+        rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        own = np.broadcast_to(mask, (5, 4, *longest))[b, :, :n, :m]
+        expected, expected_lse = reference.attention(
+            q[None, rows], k[None, keys], v[None, keys], mask=own[None],
+            causal=True, window_size=(100, -1),
+        )  # fmt: skip
+        assert_close(out[None, rows].astype(np.float64), expected, BASE["float16"])
+        assert_close(lse[None, :, rows].astype(np.float64), expected_lse, LSE, "lse")
+
+
+@pytest.mark.parametrize("seqlen_q", [2, 20])
+def test_masks_over_pages_and_new_rows(seqlen_q: int) -> None:
+    """All at once: the mask counts the new keys too."""
+    used, new, page_size = np.array([50, 0, 77]), 9, 7
+    q = normal((3, seqlen_q, 4, 64), "float16", seed=0)
+    k, v = (normal((3, 90, 2, 64), "float16", seed=i) for i in (1, 2))
+    (k_pages, _), (v_pages, _) = (paged(x, page_size, used) for x in (k, v))
+    # The same table with the pages of the new rows in it.
+    columns = -(-90 // page_size) + 1
+    table = np.random.default_rng(page_size).permutation(3 * columns).reshape(3, columns)
+    rows = [normal((3, new, 2, 64), "float16", seed=i) for i in (3, 4)]
+    mask = np.random.default_rng(1).random((3, 4, seqlen_q, 90)) < 0.6
+    out, lse = emulated.call(
+        q, k_pages, v_pages, {"causal": True}, new_key=rows[0], new_value=rows[1], seqused_k=used,
+        block_table=table, attn_mask=mask,
+    )  # fmt: skip
+    for b, n in enumerate(used):
+        keys, values = (
+            np.concatenate([x[b, :n], y[b]])[None] for x, y in zip((k, v), rows, strict=True)
+        )
+        expected, expected_lse = reference.attention(
+            q[b, None], keys, values, causal=True, mask=mask[b, None, ..., : n + new]
+        )
+        assert_close(out[b, None].astype(np.float64), expected, BASE["float16"])
+        assert_close(lse[b, None].astype(np.float64), expected_lse, LSE, "lse")
+
+
 # ---- caches and pages ----------------------------------------------------------------------------
 
 

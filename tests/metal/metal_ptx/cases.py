@@ -36,6 +36,11 @@ class Case:
     page_size: int = 0  # > 0: their keys lie in pages
     sinks: bool = False
     chunk: int = 0
+    qv: bool = False
+    dropout: float = 0.0  # with seed and offset 0
+    rotary: str = ""  # "pairs" or "halves": queries and keys; with new rows those alone
+    # Of the keys these are the last, and go into a cache first; with a page_size into pages.
+    new_rows: int = 0
     family: int = 9
     cores: int = 40
     label: str = ""
@@ -171,6 +176,29 @@ def _checks() -> list[Case]:
         replace(decode, sinks=True, seqlen_k=3000),
         replace(decode, seqlen_q=5, chunk=40, causal="lower_right"),
     ]
+    # Rotated, appended, dropped, and with a second part of the queries.
+    for dtype in ("float16", "bfloat16", "float32"):
+        tiles = Case(heads=4, heads_k=2, batch=2, seqlen_q=70, seqlen_k=130, dtype=dtype)
+        few = replace(tiles, seqlen_q=3, seqlen_k=300, cores=132)
+        found += [
+            replace(tiles, rotary="pairs", causal="lower_right"),
+            replace(tiles, rotary="halves", head_dim=72, head_dim_v=72, layout="odd"),
+            replace(tiles, rotary="halves", head_dim=192, head_dim_v=128),
+            replace(few, rotary="pairs"),
+            replace(tiles, qv=True, causal="lower_right"),
+            replace(tiles, qv=True, head_dim_v=512, seqlen_q=40),
+            replace(tiles, qv=True, head_dim=576, head_dim_v=512, seqlen_q=20),
+            replace(tiles, head_dim=576, head_dim_v=512, seqlen_q=20, causal="lower_right"),
+        ]
+        for base in (tiles, few):
+            found += [
+                replace(base, dropout=0.3, causal="lower_right"),
+                replace(base, dropout=0.5, window=(50, 3), head_dim=128, head_dim_v=128),
+                replace(base, dropout=0.1, sinks=True, layout="odd", head_dim=40, head_dim_v=40),
+                replace(base, new_rows=20, causal="lower_right"),
+                replace(base, new_rows=9, rotary="pairs", causal="lower_right", page_size=7),
+                replace(base, new_rows=9, rotary="halves", layout="odd", head_dim=33),
+            ]
     # Larger ones, many tiles long.
     for dtype in ("float16", "bfloat16", "float32"):
         found += [

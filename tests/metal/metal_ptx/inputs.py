@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .cases import Case
-from .placement import STORAGE, Placement, block_table, placements
+from .placement import STORAGE, Placement, block_table, lengths_k, placements
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -47,6 +47,10 @@ def random_buffers(case: Case, rng: np.random.Generator) -> dict[str, Array]:
         view = place.view(buffer)
         if name == "alibi_slopes":
             view[...] = np.exp2(-rng.uniform(1, 8, place.shape))
+        elif name.startswith("rotary"):
+            positions, pairs = place.shape
+            angles = np.arange(positions)[:, None] * 10000.0 ** (-np.arange(pairs) / pairs)
+            view[...] = np.cos(angles) if name == "rotary_cos" else np.sin(angles)
         elif place.dtype == "bool":
             view[...] = rng.random(place.shape) < 0.7
             if place.shape[2] > 3:
@@ -56,16 +60,20 @@ def random_buffers(case: Case, rng: np.random.Generator) -> dict[str, Array]:
             if name == "mask":
                 values[rng.random(place.shape) < 0.1] = -np.inf
             view[...] = store(values, place.dtype)
-            if name in ("key", "value") and case.page_size:
+            if name in ("key", "value") and (case.page_size or case.new_rows):
                 view[~_rows_in_use(case, place)] = poison(place)[0]
         found[name] = buffer
     return found
 
 
 def _rows_in_use(case: Case, place: Placement) -> Array:
-    """Of the pages: (pages, page_size) bools."""
+    """Of the pages (pages, page_size) bools, or (batch, rows); without what is still to come."""
     used = np.zeros(place.shape[:2], bool)
-    for pages, length in zip(block_table(case), case.seqlens_k, strict=True):
+    if not case.page_size:
+        used[:, : case.seqlen_k - case.new_rows] = True
+        return used
+    lengths = [n - case.new_rows for n in lengths_k(case)]
+    for pages, length in zip(block_table(case), lengths, strict=True):
         keys = np.arange(length)
         used[pages[keys // case.page_size], keys % case.page_size] = True
     return used

@@ -41,6 +41,18 @@ def placements(case: Case) -> dict[str, Placement]:
         "value": _tensor(c, c.seqlen_k, c.heads_k, c.head_dim_v, 2),
         "out": _tensor(c, c.seqlen_q, c.heads, c.head_dim_v, 0),
     }
+    if c.qv:
+        found["qv"] = _tensor(c, c.seqlen_q, c.heads, c.head_dim_v, 0)
+    if c.rotary:
+        # Queries of a cache stand behind it, others where the last keys do.
+        positions = c.seqlen_k + c.seqlen_q
+        for name in ("rotary_cos", "rotary_sin"):
+            found[name] = _contiguous("float32", (positions, rotary_channels(c) // 2))
+    for i, (name, columns) in enumerate((("key", c.head_dim), ("value", c.head_dim_v)), 1):
+        if c.new_rows:
+            found[f"new_{name}"] = _tensor(c, c.new_rows, c.heads_k, columns, i)
+            if c.page_size:
+                found[name] = _pages(c, columns, i)
     if c.sinks:
         found["learnable_sink"] = _contiguous("float32", (c.heads,))
     if c.seqlens_q:
@@ -68,13 +80,27 @@ def _packed(c: Case) -> dict[str, Placement]:
     }
     for i, (name, columns) in enumerate((("key", c.head_dim), ("value", c.head_dim_v)), 1):
         if c.page_size:
-            pages = replace(one, batch=int(block_table(c).max()) + 2)
-            found[name] = _tensor(pages, c.page_size, c.heads_k, columns, i)
+            found[name] = _pages(c, columns, i)
         else:
             found[name] = _without_batch(_tensor(one, rows_k, c.heads_k, columns, i))
     if c.lse:
         found["lse"] = _contiguous("float32", (c.heads, rows_q))
     return found
+
+
+def _pages(c: Case, columns: int, which: int) -> Placement:
+    one = replace(c, batch=int(block_table(c).max()) + 2, seqlens_q=(), seqlens_k=())
+    return _tensor(one, c.page_size, c.heads_k, columns, which)
+
+
+def rotary_channels(c: Case) -> int:
+    """Not all, where there are enough for some that do not turn."""
+    return c.head_dim // 4 * 2 or c.head_dim // 2 * 2
+
+
+def lengths_k(c: Case) -> tuple[int, ...]:
+    """Keys of each sequence, new ones included."""
+    return c.seqlens_k or (c.seqlen_k,) * c.batch
 
 
 def _without_batch(place: Placement) -> Placement:
@@ -83,12 +109,17 @@ def _without_batch(place: Placement) -> Placement:
 
 def block_table(c: Case) -> np.ndarray:
     """Pages in any order."""
-    columns = -(-max(c.seqlens_k) // c.page_size)
+    columns = -(-max(lengths_k(c)) // c.page_size)
     return np.random.default_rng(0).permutation(c.batch * columns).reshape(c.batch, columns)
 
 
 def tables(c: Case) -> dict[str, np.ndarray]:
     """What says where the sequences lie, by umfa's names."""
+    if c.new_rows:
+        found = {"seqused_k": np.full(c.batch, c.seqlen_k - c.new_rows)}
+        if c.page_size:
+            found["block_table"] = block_table(c)
+        return {name: table.astype(np.int32) for name, table in found.items()}
     if not c.seqlens_q:
         return {}
     found = {"cu_seqlens_q": np.concatenate([[0], np.cumsum(c.seqlens_q)])}

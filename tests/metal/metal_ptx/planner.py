@@ -21,7 +21,7 @@ def plan(case: Case) -> dict[str, Any]:
     options = make_options(
         function,
         ("query", "key", "value"),
-        0.0,
+        case.dropout,
         case.scale or None,
         bool(case.causal),
         case.window,
@@ -30,6 +30,7 @@ def plan(case: Case) -> dict[str, Any]:
         case.lse,
         top_left=case.causal == "upper_left",
         attention_chunk=case.chunk,
+        rotary_interleaved=case.rotary != "halves",
     )
     tensors: dict[str, Any] = dict.fromkeys(
         ("query", "key", "value", "out", "lse", "alibi_slopes", "mask")
@@ -41,6 +42,7 @@ def plan(case: Case) -> dict[str, Any]:
         tensors[name] = _numpy.export(array, function, name)
     tensors["attn_mask"] = tensors.pop("mask")
     others: dict[str, Any] = dict(tables(case))
-    if "learnable_sink" in tensors:
-        others["learnable_sink"] = tensors.pop("learnable_sink")
+    for name in ("learnable_sink", "qv", "new_key", "new_value", "rotary_cos", "rotary_sin"):
+        if name in tensors:
+            others[name] = tensors.pop(name)
     return _ext.metal_plan_forward(options, case.family, case.cores, **tensors, others=others)

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from .cases import Case
-from .placement import block_table
+from .dropout import stays
+from .inputs import store, widen
+from .placement import block_table, rotary_channels
 
 ROWS_AT_A_TIME = 1024
 
@@ -79,6 +81,42 @@ def _packed_attention(case: Case, tensors: dict[str, Any], xp: Any) -> tuple[Any
     return out, lse
 
 
+def _rotated(case: Case, rows: Any, tensors: dict[str, Any], positions: Any) -> Any:
+    """(batch, seqlen, heads, channels) by the angles of `positions`, rounded to the dtype."""
+    half = rotary_channels(case) // 2
+    cos, sin = (tensors[f"rotary_{name}"][positions][:, None] for name in ("cos", "sin"))
+    pairs = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    first, second = pairs if case.rotary == "pairs" else (slice(half), slice(half, 2 * half))
+    a, b, turned = rows[..., first], rows[..., second], rows.copy()
+    turned[..., first], turned[..., second] = a * cos - b * sin, a * sin + b * cos
+    return widen(store(turned.astype(np.float32), case.dtype), case.dtype)
+
+
+def _prepared(case: Case, tensors: dict[str, Any], xp: Any) -> tuple[Any, Any, Any]:
+    """Query, key and value as the product sees them: appended, rotated, with both parts."""
+    q, k, v = (tensors[name] for name in ("query", "key", "value"))
+    old = case.seqlen_k - case.new_rows
+    if case.new_rows:
+        if case.page_size:
+            j = np.arange(old)
+            places = (block_table(case)[:, j // case.page_size], j % case.page_size)
+            k, v = k[places], v[places]
+        new_key = tensors["new_key"]
+        if case.rotary:
+            new_key = _rotated(case, new_key, tensors, np.arange(old, case.seqlen_k))
+        k = xp.concatenate([k[:, :old], new_key], 1)
+        v = xp.concatenate([v[:, :old], tensors["new_value"]], 1)
+    elif case.rotary:
+        k = _rotated(case, k, tensors, np.arange(case.seqlen_k))
+    if case.rotary:
+        first = old if case.new_rows else case.seqlen_k - case.seqlen_q
+        moves = not case.new_rows or case.causal or max(*case.window, case.chunk - 1) >= 0
+        q = _rotated(case, q, tensors, first + np.arange(case.seqlen_q) * bool(moves))
+    if case.qv:
+        q, k = xp.concatenate([q, tensors["qv"]], 3), xp.concatenate([k, v], 3)
+    return q, k, v
+
+
 def attention(case: Case, tensors: dict[str, Any], xp: Any = np) -> tuple[Any, Any]:
     """Output (batch, seqlen_q, heads, head_dim_v) and log-sum-exp (batch, heads, seqlen_q).
 
@@ -87,8 +125,8 @@ def attention(case: Case, tensors: dict[str, Any], xp: Any = np) -> tuple[Any, A
     """
     if case.seqlens_q:
         return _packed_attention(case, tensors, xp)
-    q, k, v = (tensors[name] for name in ("query", "key", "value"))
-    scale = case.scale or case.head_dim**-0.5
+    q, k, v = _prepared(case, tensors, xp)
+    scale = case.scale or q.shape[3] ** -0.5
     keys = xp.arange(case.seqlen_k)[None, :]
     out = xp.zeros((case.batch, case.seqlen_q, case.heads, case.head_dim_v))
     lse = xp.zeros((case.batch, case.heads, case.seqlen_q))
@@ -119,6 +157,10 @@ def attention(case: Case, tensors: dict[str, Any], xp: Any = np) -> tuple[Any, A
             weights = xp.exp(scores - top[:, None])
             total = weights.sum(axis=1)
             safe = xp.where(empty, 1.0, total)
+            if case.dropout:
+                queries = xp.arange(rows.start, rows.stop)
+                kept = stays(case.dropout, 0, 0, b, h, queries, case.seqlen_k, xp)
+                weights = weights * kept / (1 - case.dropout)
             out[b, rows, h] = (weights @ v[b, :, h_k]) / safe[:, None]
             lse[b, h, rows] = xp.where(empty, -xp.inf, top + xp.log(safe))
             if case.sinks:

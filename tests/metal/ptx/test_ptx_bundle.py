@@ -38,6 +38,13 @@ PLAYED = [
     replace(SMALL, seqlens_q=(20, 3), seqlens_k=(33, 60), page_size=7, sinks=True, chunk=20),
     replace(SMALL, seqlens_q=(1, 2, 1), seqlens_k=(700, 0, 40), page_size=16, cores=132),
     replace(SMALL, seqlens_q=(2, 1), seqlens_k=(33, 60), dtype="float32", sinks=True, layout="odd"),
+    replace(SMALL, rotary="halves", dtype="float32", layout="odd", head_dim=40),
+    replace(SMALL, new_rows=9, rotary="pairs", page_size=7, batch=2),
+    replace(SMALL, new_rows=9, rotary="halves", causal="", seqlen_q=3, head_dim=33, batch=2),
+    replace(SMALL, dropout=0.4, batch=2),
+    replace(SMALL, dropout=0.4, seqlen_q=2, seqlen_k=900, cores=132, window=(333, 0)),
+    replace(SMALL, qv=True),
+    replace(SMALL, qv=True, head_dim=576, head_dim_v=512, seqlen_q=20),
 ]
 
 
@@ -134,7 +141,7 @@ def test_reference_agrees_with_the_suite() -> None:
     import reference as suite
 
     for case in PLAYED:
-        if case.mask or case.seqlens_q:
+        if case.mask or case.seqlens_q or case.new_rows or case.rotary or case.dropout or case.qv:
             continue
         buffers = inputs.random_buffers(case, np.random.default_rng(1))
         places = placement.placements(case)

@@ -27,19 +27,34 @@ DECODE = [
     for t in DTYPES
     for f in (7, 9)
 ]
+# What few problems ask for: each alone, in the kernels that know it.
+RARE = [
+    Case(seqlen_q=100, dtype=t, family=7, lse=False, rotary=rotary, dropout=dropout)
+    for rotary, dropout in (("pairs", 0.0), ("halves", 0.0), ("", 0.5))
+    for t in ("float16", "bfloat16")
+]
+RARE += [
+    Case(seqlen_q=1, seqlen_k=20000, heads=8, heads_k=2, lse=False, dropout=0.5),
+    Case(seqlen_q=1, seqlen_k=20000, heads=8, heads_k=2, lse=False, new_rows=1, rotary="halves"),
+    *(
+        Case(seqlen_q=100, head_dim=d, head_dim_v=512, dtype=t, qv=True, lse=False)
+        for d in (64, 576)
+        for t in DTYPES
+    ),
+]
 
 needs_ptxas = pytest.mark.skipif(find_ptxas() is None, reason="ptxas is not installed")
 
 
 @functools.cache
 def kernels() -> list[tuple[Launch, Ptx]]:
-    launches = launches_of(FORWARD + DECODE)
+    launches = launches_of(FORWARD + DECODE + RARE)
     return list(zip(launches, compile_all(launches), strict=True))
 
 
 def test_every_kernel_compiles() -> None:
     names = [launch["kernel"] for launch, _ in kernels()]
-    assert {n.split("_")[0] for n in names} == {"forward", "decode"}
+    assert {n.split("_")[0] for n in names} == {"forward", "decode", "append"}
     for launch, ptx in kernels():
         assert list(ptx.kernels) == [launch["kernel"]]
         entry = ptx.kernels[launch["kernel"]]

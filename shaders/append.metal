@@ -1,0 +1,89 @@
+// New rows of keys and values, copied into the caches behind those in use before anything is read.
+#include <metal_stdlib>
+
+#include "umfa/indices.h"
+#include "umfa/operand.h"
+#include "umfa/params.h"
+#include "umfa/rotary.h"
+#include "umfa/sequence.h"
+
+using namespace metal;
+
+namespace umfa {
+
+/// Where a cache has a key of a sequence.
+template <typename T>
+inline device T* place_of(device T* cache, constant OperandStrides& strides,
+                          thread const SequenceParams& sequence, device const int* page_table,
+                          int page_size, int key) {
+    int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
+    if (has_pages) {
+        batch = page_table[sequence.pages + key / page_size];
+        row = key % page_size;
+    }
+    return cache + batch * strides.batch + row * strides.row;
+}
+
+/// One threadgroup copies a few rows of one head of one sequence, the keys rotated where there are
+/// angles.
+template <typename T>
+[[kernel]] void append(device T* key [[buffer(UMFA_BUFFER_KEY)]],
+                       device T* value [[buffer(UMFA_BUFFER_VALUE)]],
+                       device const T* new_key [[buffer(UMFA_BUFFER_NEW_KEY)]],
+                       device const T* new_value [[buffer(UMFA_BUFFER_NEW_VALUE)]],
+                       device const SequenceParams* sequences [[buffer(UMFA_BUFFER_SEQUENCES)]],
+                       device const int* page_table
+                       [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
+                       device const uchar* rotary_cos
+                       [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
+                       device const uchar* rotary_sin
+                       [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
+                       constant AppendParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
+                       uint3 group [[threadgroup_position_in_grid]],
+                       uint3 threads [[threads_per_threadgroup]],
+                       uint3 thread_position [[thread_position_in_threadgroup]]) {
+    const int batch = group.z, head = group.y, first_row = group.x * params.rows_per_threadgroup;
+    const int rows = min(params.rows_per_threadgroup, params.rows - first_row);
+    const int first = thread_position.x;
+    const SequenceParams sequence = sequences[batch];
+    const int first_key = sequence.seqlen_kv - params.rows;  // of the new ones
+    const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
+    new_key += batch * params.new_key.batch + head * params.new_key.head;
+    new_value += batch * params.new_value.batch + head * params.new_value.head;
+    key += head * params.key.head;
+    value += head * params.value.head;
+
+    const int columns = params.head_dim, pairs = (columns + 1) / 2;
+    for (int i = first; i < rows * pairs; i += threads.x) {
+        const int row = first_row + i / pairs, pair = i % pairs;
+        const int2 at = channels_of(rotary, pair);
+        T a = element<T>(new_key, params.new_key, row, params.rows, at.x, columns);
+        T b = element<T>(new_key, params.new_key, row, params.rows, at.y, columns);
+        if (has_rotary && 2 * pair < rotary.params.channels)
+            rotate(a, b, rotary, sequence.position_q + row, pair);
+        device T* to =
+            place_of(key, params.key, sequence, page_table, params.page_size, first_key + row);
+        to[at.x * channel_stride(params.key)] = a;
+        if (at.y < columns) to[at.y * channel_stride(params.key)] = b;
+    }
+    for (int i = first; i < rows * params.head_dim_v; i += threads.x) {
+        const int row = first_row + i / params.head_dim_v, column = i % params.head_dim_v;
+        device T* to =
+            place_of(value, params.value, sequence, page_table, params.page_size, first_key + row);
+        to[column * channel_stride(params.value)] =
+            element<T>(new_value, params.new_value, row, params.rows, column, params.head_dim_v);
+    }
+}
+
+}  // namespace umfa
+
+#define UMFA_APPEND(NAME, TYPE) \
+    template [[host_name(NAME)]] [[kernel]] decltype(umfa::append<TYPE>) umfa::append<TYPE>;
+
+#ifdef UMFA_KERNEL
+UMFA_APPEND(UMFA_KERNEL, UMFA_T)
+#else
+UMFA_APPEND("append_f16", half)
+UMFA_APPEND("append_bf16", bfloat)
+UMFA_APPEND("append_f32", float)
+#endif

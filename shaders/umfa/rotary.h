@@ -1,0 +1,76 @@
+// Rotary position embedding (Su et al. 2021) of queries and keys on their way in, rounded to their
+// type as if it had been a pass of its own.
+#pragma once
+
+#include <metal_stdlib>
+
+#include "umfa/indices.h"
+#include "umfa/operand.h"
+#include "umfa/params.h"
+#include "umfa/scores.h"
+
+// Queries are rotated; by the kernel that appends, new keys.
+constant bool has_rotary [[function_constant(UMFA_CONSTANT_HAS_ROTARY)]];
+// Keys too, each time they are staged.
+constant bool rotates_keys [[function_constant(UMFA_CONSTANT_ROTATES_KEYS)]];
+// Channels 2 i and 2 i + 1 are a pair; else i and i + channels / 2.
+constant bool rotary_interleaved [[function_constant(UMFA_CONSTANT_ROTARY_INTERLEAVED)]];
+constant int rotary_kind [[function_constant(UMFA_CONSTANT_ROTARY_KIND)]];
+
+namespace umfa {
+
+using namespace metal;
+
+struct Rotary {
+    device const uchar* cos;
+    device const uchar* sin;
+    RotaryParams params;
+};
+
+inline Rotary rotary_of(constant RotaryParams& params, device const uchar* cos,
+                        device const uchar* sin) {
+    Rotary rotary;
+    rotary.cos = has_rotary ? cos : nullptr;
+    rotary.sin = has_rotary ? sin : nullptr;
+    rotary.params = params;
+    return rotary;
+}
+
+/// Channels of one pair. Those that are not rotated come in pairs of neighbours.
+inline int2 channels_of(thread const Rotary& rotary, int pair) {
+    const int half_way = rotary.params.channels / 2;
+    return rotary_interleaved || pair >= half_way ? int2(2 * pair, 2 * pair + 1)
+                                                  : int2(pair, pair + half_way);
+}
+
+template <typename T>
+inline void rotate(thread T& first, thread T& second, thread const Rotary& rotary, int position,
+                   int pair) {
+    thread const RotaryParams& at = rotary.params;
+    const float cos =
+        number_at(rotary.cos, rotary_kind, position * at.cos_position + pair * at.cos_channel);
+    const float sin =
+        number_at(rotary.sin, rotary_kind, position * at.sin_position + pair * at.sin_channel);
+    const float a = float(first), b = float(second);
+    first = T(a * cos - b * sin);
+    second = T(a * sin + b * cos);
+}
+
+/// `element` of a query that stands at `position`.
+template <typename M, typename T>
+inline M query_element(device const T* rows, constant OperandStrides& strides,
+                       thread const Rotary& rotary, int position, int row, int row_count,
+                       int column, int columns) {
+    if (!has_rotary || row >= row_count || column >= rotary.params.channels)
+        return element<M>(rows, strides, row, row_count, column, columns);
+    const int half_way = rotary.params.channels / 2;
+    const int pair =
+        rotary_interleaved ? column / 2 : (column < half_way ? column : column - half_way);
+    const int2 at = channels_of(rotary, pair);
+    rows += row * strides.row;
+    T first = rows[at.x * channel_stride(strides)], second = rows[at.y * channel_stride(strides)];
+    rotate(first, second, rotary, position, pair);
+    return M(column == at.x ? first : second);
+}
+
+}  // namespace umfa

@@ -1,0 +1,234 @@
+"""New keys and values into caches in one piece and in pages, rotated, then attention over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import emulated
+import numpy as np
+import pytest
+from emulated import MACHINES
+
+import reference
+from cases import normal
+from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
+from sequences import paged, rotary_tables, rotated
+
+Array = np.ndarray[Any, np.dtype[Any]]
+pytestmark = pytest.mark.usefixtures("own_settings")
+
+BATCH, ROWS, HEADS, HEADS_K = 3, 90, 4, 2
+INTERLEAVED = pytest.mark.parametrize("interleaved", [True, False], ids=["pairs", "halves"])
+
+
+def bits(array: Array) -> Array:
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+class Cache:
+    """Caches in which nothing but the rows in use holds numbers, and rows that are to be added."""
+
+    def __init__(
+        self, used: list[int], new: int, dtype: str = "float16", head_dim: int = 64,
+        head_dim_v: int = 0, batch: int = 0,
+    ) -> None:  # fmt: skip
+        self.used, self.new = np.array(used), new
+        self.dims = (head_dim, head_dim_v or head_dim)
+        shapes = [(batch or len(used), ROWS, HEADS_K, d) for d in self.dims]
+        self.caches = [normal(shape, dtype, seed=i) for i, shape in enumerate(shapes, 1)]
+        self.index = np.arange(len(used))
+        for cache in self.caches:
+            cache[len(used) :] = np.nan
+            for b, n in enumerate(used):
+                cache[b, n:] = np.nan
+        self.rows = [
+            normal((len(used), new, HEADS_K, d), dtype, seed=i) for i, d in enumerate(self.dims, 3)
+        ]
+
+    def move(self, index: list[int]) -> None:
+        """Sequence b to index `index[b]` of the batch."""
+        self.index = np.array(index)
+        order = [*index, *(set(range(len(self.caches[0]))) - set(index))]
+        for cache in self.caches:
+            cache[order] = cache.copy()
+
+    def after(self, **rotary: Any) -> list[Array]:
+        """What the caches must hold afterwards, by bits where nothing is rotated."""
+        key, value = (cache.copy() for cache in self.caches)
+        new_key, new_value = self.rows
+        if rotary:
+            positions = self.used[:, None] + np.arange(self.new)
+            new_key = rotated(new_key, rotary["cos"], rotary["sin"], positions,
+                              interleaved=rotary["interleaved"])  # fmt: skip
+        for b, (i, n) in enumerate(zip(self.index, self.used, strict=True)):
+            key[i, n : n + self.new], value[i, n : n + self.new] = new_key[b], new_value[b]
+        return [key, value]
+
+
+def check_attention(
+    found: tuple[Array, Array], query: Array, after: list[Array], begin: Any, end: Any,
+    index: Any, tolerance: Tolerance = LSE, **options: Any,
+) -> None:  # fmt: skip
+    out, lse = found
+    for b in range(len(query)):
+        key, value = (cache[None, index[b], begin[b] : end[b]] for cache in after)
+        exact, exact_lse = reference.attention(query[b, None], key, value, **options)
+        assert_close(out[b, None].astype(np.float64), exact, BASE[query.dtype.name])
+        assert_close(lse[b, None].astype(np.float64), exact_lse, tolerance, "lse")
+
+
+def kernels() -> list[str]:
+    return [launch["kernel"].split("_")[0] for launch in emulated.last_plan["launches"]]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 64), (33, 40), (300, 7)])
+@pytest.mark.parametrize("seqlen_q", [1, 20])
+def test_rows_are_copied_bit_for_bit(
+    seqlen_q: int, head_dim: int, head_dim_v: int, dtype: str
+) -> None:
+    """And nothing else is written."""
+    cache = Cache([0, 41, 77], 13, dtype, head_dim, head_dim_v)
+    query = normal((BATCH, seqlen_q, HEADS, head_dim), dtype, seed=0)
+    after, (new_key, new_value) = cache.after(), cache.rows
+    found = emulated.call(
+        query, *cache.caches, {"causal": True}, new_key=new_key, new_value=new_value,
+        seqused_k=cache.used,
+    )  # fmt: skip
+    for mine, expected in zip(cache.caches, after, strict=True):
+        assert_same_bits(bits(mine), bits(expected), "cache")
+    check_attention(found, query, after, [0] * 3, cache.used + 13, range(3), causal=True)
+    assert kernels() == ["append", "decode" if seqlen_q == 1 and head_dim < 256 else "forward"]
+
+
+@pytest.mark.parametrize("seqlen_q", [2, 20])
+def test_a_part_of_a_larger_cache(seqlen_q: int) -> None:
+    """Any index, keys that count from somewhere on; every stride its own."""
+    cache = Cache([10, 41, 77], 5, batch=4)
+    cache.move([2, 0, 3])
+    left = np.array([4, 0, 77])
+    query = normal((BATCH, seqlen_q, HEADS, 64), "float16", seed=0)
+    wide = [
+        np.full((*x.shape[:3], 2 * x.shape[3]), np.nan, x.dtype)[..., ::2] for x in cache.caches
+    ]
+    for to, x in zip(wide, cache.caches, strict=True):
+        to[...] = x
+    new_key, new_value = (x.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2) for x in cache.rows)
+    found = emulated.call(
+        query, *wide, {"causal": True}, new_key=new_key, new_value=new_value,
+        seqused_k=cache.used, cache_batch_idx=cache.index, cache_leftpad=left,
+    )  # fmt: skip
+    after = cache.after()
+    for mine, expected in zip(wide, after, strict=True):
+        assert_same_bits(bits(mine), bits(expected), "cache")
+        assert np.isnan(mine.base[..., 1::2]).all()
+    check_attention(found, query, after, left, cache.used + 5, cache.index, causal=True)
+
+
+@pytest.mark.parametrize("machine", [None, "permuted lane map"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("seqlen_q", [1, 4, 20])
+@INTERLEAVED
+def test_rotated(interleaved: bool, seqlen_q: int, causal: bool, machine: str | None) -> None:
+    """New keys turn by their place in the cache; queries from the first one's on, or all by it."""
+    if machine:
+        emulated.settings.options = MACHINES[machine]
+    cache = Cache([0, 41, 60], 20)
+    cos, sin = rotary_tables(90, 40)
+    query = normal((BATCH, seqlen_q, HEADS, 64), "float16", seed=0)
+    new_key, new_value = cache.rows
+    after = cache.after(cos=cos, sin=sin, interleaved=interleaved)
+    options = {"causal": causal, "rotary_interleaved": interleaved}
+    found = emulated.call(
+        query, *cache.caches, options, new_key=new_key, new_value=new_value,
+        seqused_k=cache.used, rotary_cos=cos, rotary_sin=sin,
+    )  # fmt: skip
+    untouched = (slice(None), slice(None), slice(None), slice(40, None))
+    assert_same_bits(bits(cache.caches[0][untouched]), bits(after[0][untouched]), "cache")
+    assert_same_bits(bits(cache.caches[1]), bits(after[1]), "cache")
+    assert_close(
+        np.nan_to_num(cache.caches[0]).astype(np.float64), np.nan_to_num(after[0]).astype(float),
+        Tolerance(1e-3, 1e-3), "rotated keys",
+    )  # fmt: skip
+    steps = np.arange(seqlen_q) if causal else np.zeros(seqlen_q, int)
+    turned = rotated(query, cos, sin, cache.used[:, None] + steps, interleaved=interleaved)
+    check_attention(
+        found, turned, after, [0] * 3, cache.used + 20, range(3), Tolerance(1e-3, 0), causal=causal
+    )
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 64])
+@pytest.mark.parametrize("seqlen_q", [1, 20])
+def test_pages(seqlen_q: int, page_size: int) -> None:
+    """New rows run over the ends of pages. As a cache in one piece, bit for bit."""
+    cache = Cache([0, 41, 77], 13)
+    pages, table = paged(cache.caches, page_size)
+    query = normal((BATCH, seqlen_q, HEADS, 64), "float16", seed=0)
+    cos, sin = rotary_tables(110, 32)
+    more = {
+        "new_key": cache.rows[0], "new_value": cache.rows[1], "seqused_k": cache.used,
+        "rotary_cos": cos, "rotary_sin": sin,
+    }  # fmt: skip
+    before = [x.copy() for x in pages]
+    found = emulated.call(query, *pages, {"causal": True}, block_table=table, **more)
+    expected = emulated.call(query, *cache.caches, {"causal": True}, **more)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_same_bits(bits(mine), bits(theirs))
+    for mine, was, rows in zip(pages, before, cache.caches, strict=True):
+        for b, n in enumerate(cache.used):
+            for j in range(n, n + 13):
+                place = (table[b, j // page_size], j % page_size)
+                assert_same_bits(bits(mine[place]), bits(rows[b, j]), "page")
+                was[place] = mine[place]
+        assert_same_bits(bits(mine), bits(was), "pages")
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_schedule(seed: int) -> None:
+    emulated.settings.schedule_seed = seed
+    test_rotated(True, 4, True, None)
+    test_pages(20, 7)
+
+
+@pytest.mark.parametrize(("seqlen_q", "heads"), [(0, HEADS), (5, 0)])
+def test_without_queries(seqlen_q: int, heads: int) -> None:
+    """Nothing to attend, yet the rows are added."""
+    heads_k = HEADS_K if heads else 0
+    cache = Cache([10, 0], 4)
+    caches = [x[:, :, :heads_k].copy() if not heads else x for x in cache.caches]
+    query = np.zeros((2, seqlen_q, heads, 64), np.float16)
+    new_key, new_value = (x[:, :, :heads_k] if not heads else x for x in cache.rows)
+    after = cache.after()
+    emulated.call(query, *caches, new_key=new_key, new_value=new_value, seqused_k=cache.used)
+    if heads:
+        for mine, expected in zip(caches, after, strict=True):
+            assert_same_bits(bits(mine), bits(expected), "cache")
+        assert kernels() == ["append"]
+    else:
+        assert kernels() == []
+
+
+def test_no_new_rows() -> None:
+    cache = Cache([10, 50], 0)
+    query = normal((2, 3, HEADS, 64), "float16", seed=0)
+    found = emulated.call(
+        query, *cache.caches, new_key=cache.rows[0], new_value=cache.rows[1], seqused_k=cache.used
+    )
+    check_attention(found, query, cache.caches, [0, 0], cache.used, range(2))
+    assert kernels() == ["decode"]
+
+
+def test_each_row_is_read_and_written_once() -> None:
+    cache = Cache([10, 50], 30)
+    query = normal((2, 1, HEADS, 64), "float16", seed=0)
+    with emulated.counting() as counters:
+        emulated.call(
+            query, *cache.caches, new_key=cache.rows[0], new_value=cache.rows[1],
+            seqused_k=cache.used,
+        )  # fmt: skip
+    append = counters[0]
+    size = cache.rows[0].nbytes
+    assert append.buffer_bytes_read[16] == append.buffer_bytes_read[17] == size
+    assert append.buffer_bytes_written[1] == append.buffer_bytes_written[2] == size
+    assert append.threadgroup_barriers == 0
+    assert emulated.last_plan["launches"][0]["grid"] == (4, HEADS_K, 2)

@@ -1,0 +1,202 @@
+"""Dropout in the forward and decode kernels: which probabilities go, what becomes of the rest."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import emulated
+import numpy as np
+import pytest
+from emulated import MACHINES
+from metal_ptx import dropout
+
+import reference
+from cases import normal
+from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
+from sequences import offsets
+
+Array = np.ndarray[Any, np.dtype[Any]]
+pytestmark = pytest.mark.usefixtures("own_settings")
+
+FEW, MANY = (3, 700), (70, 130)
+KINDS = pytest.mark.parametrize("lengths", [MANY, FEW], ids=["tiles", "decode"])
+
+
+def test_the_generator_is_philox() -> None:
+    """Known answers of Random123."""
+    for counter, key, expected in (
+        ([0] * 4, (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ):
+        assert " ".join(f"{int(word):08x}" for word in dropout.philox(counter, key)) == expected
+
+
+def stays(
+    p: float, seed: int, offset: int, batch: Array, heads: int, seqlen_q: int, seqlen_k: int
+) -> Array:
+    """Which probabilities (batch, heads, seqlen_q, seqlen_k) are kept."""
+    return np.stack(
+        [
+            [
+                dropout.stays(p, seed, offset, int(b), h, np.arange(seqlen_q), seqlen_k)
+                for h in range(heads)
+            ]
+            for b in batch
+        ]
+    )
+
+
+def expected_of(
+    query: Array, key: Array, value: Array, kept: Array, p: float, **options: Any
+) -> tuple[Array, Array]:
+    """The reference with the identity for values gives probabilities: dropout, then the values."""
+    batch, seqlen_k, heads_k, _ = value.shape
+    identity = np.broadcast_to(
+        np.eye(seqlen_k)[None, :, None], (batch, seqlen_k, heads_k, seqlen_k)
+    )
+    weights, lse = reference.attention(query, key, identity, **options)
+    weights = weights * kept.transpose(0, 2, 1, 3) / (1 - p)
+    values = np.repeat(value.astype(np.float64), query.shape[2] // heads_k, 2)
+    return np.einsum("bihj,bjhd->bihd", weights, values), lse
+
+
+def tolerance(dtype: str, p: float) -> Tolerance:
+    """What is kept weighs more, and so does its rounding."""
+    return Tolerance(*(x / (1 - p) for x in BASE[dtype]))
+
+
+def dense(
+    lengths: tuple[int, int], dtype: str = "float16", head_dim: int = 64, batch: int = 2
+) -> tuple[Array, Array, Array]:
+    return (
+        normal((batch, lengths[0], 4, head_dim), dtype, seed=0),
+        *(normal((batch, lengths[1], 2, head_dim), dtype, seed=i) for i in (1, 2)),
+    )
+
+
+def check(
+    tensors: tuple[Array, Array, Array], p: float = 0.3, seed: int = 11, offset: int = 5,
+    causal: bool = False, window: tuple[int, int] = (-1, -1), softcap: float = 0.0, **more: Any,
+) -> tuple[Array, Array]:  # fmt: skip
+    query, key, _ = tensors
+    shared = {"causal": causal, "softcap": softcap}
+    found = emulated.call(
+        *tensors,
+        {
+            **shared, "window_left": window[0], "window_right": window[1],
+            "dropout_p": p, "dropout_seed": seed, "dropout_offset": offset,
+        },
+        **more,
+    )  # fmt: skip
+    kept = stays(p, seed, offset, np.arange(len(query)), 4, query.shape[1], key.shape[1])
+    exact = expected_of(*tensors, kept, p, window_size=window, **shared, **more)
+    assert_close(found[0].astype(np.float64), exact[0], tolerance(query.dtype.name, p))
+    assert_close(found[1].astype(np.float64), exact[1], LSE, "lse")
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@KINDS
+def test_probabilities(lengths: tuple[int, int], p: float, dtype: str) -> None:
+    check(dense(lengths, dtype), p)
+
+
+@pytest.mark.parametrize("machine", [None, *MACHINES])
+@KINDS
+def test_any_machine(lengths: tuple[int, int], machine: str | None) -> None:
+    emulated.settings.family = 9
+    if machine:
+        emulated.settings.options = MACHINES[machine]
+    check(dense(lengths), seed=2**40 + 3, offset=2**33 + 1)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"window": (37, 5)},
+    "softcap": {"softcap": 5.0},
+    "mask": {},
+    "sink": {"learnable_sink": np.array([0.5, -2, 4, -np.inf], np.float32)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@KINDS
+def test_options(lengths: tuple[int, int], name: str) -> None:
+    """A window whose first key is no multiple of four among them."""
+    options = dict(OPTIONS[name])
+    tensors = dense(lengths)
+    if name == "mask":
+        rng = np.random.default_rng(5)
+        mask = rng.random((2, 4, *lengths)) < 0.6
+        given = {"dropout_p": 0.4, "dropout_seed": 1}
+        found = emulated.call(*tensors, given, attn_mask=mask)
+        kept = stays(0.4, 1, 0, np.arange(2), 4, *lengths)
+        exact = expected_of(*tensors, kept, 0.4, mask=mask)
+        assert_close(found[0].astype(np.float64), exact[0], tolerance("float16", 0.4))
+        assert_close(found[1].astype(np.float64), exact[1], LSE, "lse")
+    else:
+        check(tensors, **options)
+
+
+@pytest.mark.parametrize("head_dim", [40, 160, 192, 300])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_shape_of_tile(dtype: str, head_dim: int) -> None:
+    check(dense((20, 45), dtype, head_dim, batch=1))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@KINDS
+def test_any_schedule(lengths: tuple[int, int], seed: int) -> None:
+    emulated.settings.schedule_seed = seed
+    check(dense(lengths))
+
+
+def test_splits_do_not_matter() -> None:
+    """The same ones are dropped, however the keys are cut: also where a window begins anywhere."""
+    query, key, value = dense((2, 900), "float32")
+    given = {"dropout_p": 0.5, "dropout_seed": 3, "window_left": 701}
+    found = []
+    for splits in (1, 2, 5):
+        out, _ = emulated.call(query, key, value, {**given, "num_splits": splits})
+        found.append(out)
+        assert len(emulated.last_plan["launches"]) == (1 if splits == 1 else 2)
+    kept = stays(0.5, 3, 0, np.arange(2), 4, 2, 900)
+    exact = expected_of(query, key, value, kept, 0.5, window_size=(701, -1))
+    for out in found:
+        assert_close(out.astype(np.float64), exact[0], tolerance("float32", 0.5))
+
+
+@pytest.mark.parametrize("window", [-1, 13])
+@pytest.mark.parametrize("lengths", [([10, 0, 70], [40, 20, 65]), ([1, 8, 2], [400, 20, 333])])
+def test_sequences(lengths: tuple[list[int], list[int]], window: int) -> None:
+    """Indices count in each sequence; its number stands for the batch."""
+    cu_q, cu_k = (offsets(n) for n in lengths)
+    q = normal((int(cu_q[-1]), 4, 64), "float16", seed=0)
+    k, v = (normal((int(cu_k[-1]), 2, 64), "float16", seed=i) for i in (1, 2))
+    options = {"dropout_p": 0.3, "dropout_seed": 8, "window_left": window}
+    out, lse = emulated.call(q, k, v, options, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    for b, (n, m) in enumerate(zip(*lengths, strict=True)):
+        rows, own = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        exact = expected_of(
+            q[None, rows], k[None, own], v[None, own],
+            stays(0.3, 8, 0, np.array([b]), 4, n, m), 0.3, window_size=(window, -1),
+        )  # fmt: skip
+        assert_close(out[None, rows].astype(np.float64), exact[0], tolerance("float16", 0.3))
+        assert_close(lse[None, :, rows].astype(np.float64), exact[1], LSE, "lse")
+
+
+def test_the_key_of_a_call_is_seed_and_offset() -> None:
+    tensors = dense((20, 40))
+    found = {}
+    for seed, offset in itertools.product((0, 1, 2**32), (0, 1, 2**32)):
+        given = {"dropout_p": 0.5, "dropout_seed": seed, "dropout_offset": offset}
+        found[seed, offset] = emulated.call(*tensors, given)[0].tobytes()
+    assert len(set(found.values())) == 9
+
+
+def test_without_dropout_nothing_changes() -> None:
+    tensors = dense((20, 40))
+    plain, given = emulated.call(*tensors), emulated.call(*tensors, {"dropout_seed": 9})
+    assert_same_bits(plain[0].view(np.uint16), given[0].view(np.uint16))
