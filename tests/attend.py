@@ -32,7 +32,7 @@ class Result(NamedTuple):
 
 def call_on(backend: str, function: Any, *tensors: Any, **options: Any) -> Any:
     """A public function on NumPy arrays; of "metal-emulated" its body, with what it asks played on
-    the emulator."""
+    the emulator, which gives (out, lse) always."""
     if backend == "cpu":
         return function(*tensors, backend="cpu", **options)
     assert backend == "metal-emulated", backend
