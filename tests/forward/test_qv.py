@@ -134,6 +134,22 @@ def test_rotary_turns_query_and_key_only(seqlen_q: int, isa: str) -> None:
         assert_close(found[b].astype(np.float64), expected[0], BASE["float32"], f"{b}")
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("head_dims", [(16, 24), (576, 512)], ids=str)
+@pytest.mark.parametrize("seqlen_q", [2, 40])
+def test_rotary_of_all_keys(seqlen_q: int, head_dims: tuple[int, int], isa: str) -> None:
+    head_dim, head_dim_v = head_dims
+    tensors = tensors_of((1, 2, 1, seqlen_q, 130, head_dim, head_dim_v), "float32")
+    cos, sin = rotary_tables(130, head_dim)
+    found, _ = attend(**tensors, rotary_cos=cos, rotary_sin=sin, causal=True)
+    q = rotated(
+        tensors["q"], cos, sin, 130 - seqlen_q + np.arange(seqlen_q)[None], interleaved=True
+    )
+    k = rotated(tensors["k"], cos, sin, np.arange(130)[None], interleaved=True)
+    expected, _ = reference.attention(q, k, tensors["v"], qv=tensors["qv"], causal=True)
+    assert_close(found.astype(np.float64), expected, BASE["float32"])
+
+
 @pytest.mark.parametrize("seqlen_q", [1, 40])
 def test_any_strides(seqlen_q: int, isa: str) -> None:
     tensors = tensors_of((2, 4, 2, seqlen_q, 70, 24, 40), "float32")

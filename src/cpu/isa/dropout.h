@@ -78,8 +78,8 @@ __attribute__((noinline)) void drop_panel(const Dropout& dropout, int64_t batch,
 /// Drops probabilities of one query: the `keys` keys from `first`, a multiple of 4, on. They take
 /// whole pairs of vectors.
 template <class S>
-inline void drop_keys(const Dropout& dropout, int64_t batch, int64_t head, int64_t query,
-                      int64_t first, int64_t keys, float* p) {
+__attribute__((noinline)) void drop_keys(const Dropout& dropout, int64_t batch, int64_t head,
+                                         int64_t query, int64_t first, int64_t keys, float* p) {
     using vi = typename S::vi;
     using vq = typename S::vq;
     constexpr int W = S::W;

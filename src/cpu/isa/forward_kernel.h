@@ -254,7 +254,7 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
         }
         float* query = memory + at.query + i / N * at.depth * N + i % N;
         pack_transposed<S, U>(rows, q_end - q_begin - i, stride, W, N, D, query);
-        if (!args.qv.data) continue;
+        if (!args.qv.data) continue;  // else more channels of the same product
         for (int r = 0; r < W; ++r)
             rows[r] = query_row<const storage>(args.qv, sequence, head, q_begin + i + r);
         pack_transposed<S, U>(rows, q_end - q_begin - i, args.qv.stride_channel, W, N, Dv,
