@@ -24,16 +24,23 @@ struct PhiloxKey {
     uint32_t low, high;
 };
 
+// Factors of a round, and what the key grows by.
+#define UMFA_PHILOX_A 0xd2511f53u
+#define UMFA_PHILOX_B 0xcd9e8d57u
+#define UMFA_PHILOX_LOW_STEP 0x9e3779b9u
+#define UMFA_PHILOX_HIGH_STEP 0xbb67ae85u
+#define UMFA_PHILOX_ROUNDS 10
+
 UMFA_INLINE Philox philox(Philox counter, PhiloxKey key) {
-    for (int round = 0; round < 10; ++round) {
-        const uint32_t a = 0xd2511f53u, b = 0xcd9e8d57u;
+    for (int round = 0; round < UMFA_PHILOX_ROUNDS; ++round) {
+        const uint32_t a = UMFA_PHILOX_A, b = UMFA_PHILOX_B;
         const uint32_t high_a = UMFA_HIGH_PRODUCT(a, counter.word[0]);
         const uint32_t high_b = UMFA_HIGH_PRODUCT(b, counter.word[2]);
         const Philox next = {{high_b ^ counter.word[1] ^ key.low, b * counter.word[2],
                               high_a ^ counter.word[3] ^ key.high, a * counter.word[0]}};
         counter = next;
-        key.low += 0x9e3779b9u;
-        key.high += 0xbb67ae85u;
+        key.low += UMFA_PHILOX_LOW_STEP;
+        key.high += UMFA_PHILOX_HIGH_STEP;
     }
     return counter;
 }

@@ -11,11 +11,12 @@ inline __attribute__((always_inline)) void philox_rounds(A a, B b, C c, D d, Phi
     if constexpr (Rounds == 0) {
         done(a, b, c, d);
     } else {
-        const auto p = S::product(a, 0xd2511f53u);
-        const auto q = S::product(c, 0xcd9e8d57u);
+        const auto p = S::product(a, UMFA_PHILOX_A);
+        const auto q = S::product(c, UMFA_PHILOX_B);
         philox_rounds<S, Rounds - 1>(
             (q >> 32) ^ b ^ uint64_t{key.low}, q, (p >> 32) ^ d ^ uint64_t{key.high}, p,
-            PhiloxKey{key.low + 0x9e3779b9u, key.high + 0xbb67ae85u}, static_cast<Done&&>(done));
+            PhiloxKey{key.low + UMFA_PHILOX_LOW_STEP, key.high + UMFA_PHILOX_HIGH_STEP},
+            static_cast<Done&&>(done));
     }
 }
 
@@ -24,7 +25,7 @@ template <class S, class Query, class Quad, class Done>
 inline __attribute__((always_inline)) void dropout_lanes(PhiloxKey key, uint64_t batch,
                                                          uint64_t head, Query query, Quad quad,
                                                          Done&& done) {
-    philox_rounds<S, 10>(quad, query, head, batch, key, static_cast<Done&&>(done));
+    philox_rounds<S, UMFA_PHILOX_ROUNDS>(quad, query, head, batch, key, static_cast<Done&&>(done));
 }
 
 /// Lanes 2 i from the lower halves of `even`, lanes 2 i + 1 from those of `odd`.
