@@ -96,6 +96,34 @@ def attend_sequences(
     return (*results, weights)
 
 
+def attend_plain(
+    act: Act,
+    function: str,
+    tensors: dict[str, Any],
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    deterministic: Any,
+    backend: Any,
+) -> Any:
+    """`attend_sequences` without whatever is optional."""
+    framework = framework_of(function, tensors)
+    options = make_options(
+        function,
+        tuple(tensors),
+        0.0,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        deterministic,
+        False,
+        backend,
+    )
+    return act(framework, function, options, tensors, backend)[0]
+
+
 def _check_one(function: str, name: str, value: Any, other_name: str, other: Any) -> None:
     """That not both arguments are given, since they say the same."""
     if value is not None and other is not None:

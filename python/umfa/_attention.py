@@ -57,8 +57,20 @@ def _compute(
     def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
         return framework.allocate(inputs[0], shape, dtype, backend)
 
-    query, key, value, slopes, mask, others = _exported(framework, function, names, inputs, backend)
-    out, lse = _ext.attention_forward(options, query, key, value, slopes, mask, allocate, others)
+    if len(names) == 3:  # the common case
+        export = framework.export
+        out, lse = _ext.attention_forward(
+            options,
+            export(inputs[0], function, names[0], backend),
+            export(inputs[1], function, names[1], backend),
+            export(inputs[2], function, names[2], backend),
+            None,
+            None,
+            allocate,
+        )
+    else:
+        *tensors, others = _exported(framework, function, names, inputs, backend)
+        out, lse = _ext.attention_forward(options, *tensors, allocate, others)
     if lse is None:
         return (framework.finish(out),)
     return framework.finish(out), framework.finish(lse)
@@ -89,8 +101,6 @@ def _exported(
     key = export(tensors[1], function, names[1], backend)
     value = export(tensors[2], function, names[2], backend)
     slopes = mask = others = None
-    if len(names) == 3:  # the common case
-        return query, key, value, None, None, None
     for name, tensor in zip(names[3:], tensors[3:], strict=True):
         if name == "attn_mask":
             mask = export(tensor, function, name, backend)
