@@ -69,8 +69,11 @@ def _compute(
             allocate,
         )
     else:
-        *tensors, others = _exported(framework, function, names, inputs, backend)
-        out, lse = _ext.attention_forward(options, *tensors, allocate, others)
+        exported = _exported(framework, function, names, inputs, backend)
+        query, key, value, slopes, mask, others = exported
+        out, lse = _ext.attention_forward(
+            options, query, key, value, slopes, mask, allocate, others
+        )
     if lse is None:
         return (framework.finish(out),)
     return framework.finish(out), framework.finish(lse)
