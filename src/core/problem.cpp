@@ -176,19 +176,16 @@ Problem Problem::make(const AttentionRequest& request) {
     problem.seqlen_kv = size_at(k, row);
     problem.head_dim = size_at(q, 1);
     problem.head_dim_v = size_at(v, 1);
-    const struct {
-        int64_t size, most;
-        const std::string& name;
-    } dims[] = {{problem.head_dim, max_head_dim, q_name},
-                {problem.head_dim_v, max_head_dim_v, v_name}};
-    for (const auto& [size, most, name] : dims) {
-        const std::string expected = "1 to " + std::to_string(most);
+    const auto check_head_dim = [&](int64_t size, int64_t most, const std::string& name) {
+        const auto expected = [&] { return "1 to " + std::to_string(most); };
         if (size < 1)
-            check.value("head_dim of " + name + " is too small", std::to_string(size), expected);
+            check.value("head_dim of " + name + " is too small", std::to_string(size), expected());
         if (size > most)
             check.unsupported("head_dim of " + name + " is too large", std::to_string(size),
-                              expected);
-    }
+                              expected());
+    };
+    check_head_dim(problem.head_dim, max_head_dim, q_name);
+    check_head_dim(problem.head_dim_v, max_head_dim_v, v_name);
     for (const auto& [length, name] :
          {std::pair{problem.seqlen_q, q_name}, {problem.seqlen_kv, k_name}})
         if (length > max_seqlen)

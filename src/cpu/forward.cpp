@@ -210,7 +210,7 @@ void run_forward(const Problem& problem) {
     const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
     if (problem.append) append(problem, args, own.append_row);
     if (problem.nheads_q == 0) return;
-    clear_unused(problem, args);
+    if (problem.sequences.given) clear_unused(problem, args);
     std::vector<int64_t> few, many;
     for (int64_t b = 0; b < problem.batch; ++b) {
         const Sequence& sequence = sequences[static_cast<size_t>(b)];
