@@ -16,9 +16,9 @@
 //
 // What decides:
 // * Registers. Live floats per lane: O takes QF * DV / SPLIT / 4, S and P QF * BK * 3 / 8, Q
-//   QF * D / SPLIT / 8 (16-bit fragments) or / 4, a second part of the queries for V as much for
-//   DV, addresses about 20. Above about 110 an Apple GPU
-//   spills or keeps too few simdgroups resident (208 KB of them a core).
+//   QF * D / SPLIT / 8 (16-bit fragments) or / 4, a second part of the queries as much for DV,
+//   addresses about 20. Above about 110 an Apple GPU spills or keeps too few simdgroups resident
+//   (208 KB of them a core).
 // * Threadgroup memory. (D + DV) * BK elements and 16 bytes a row, 32 KB at most; below 20 KB three
 //   threadgroups share a core's 60 KB.
 // * Traffic. Each fragment of K and V read from threadgroup memory serves QF products.

@@ -125,6 +125,36 @@ def test_a_part_of_a_larger_cache(seqlen_q: int) -> None:
     check_attention(found, query, after, left, cache.used + 5, cache.index, causal=True)
 
 
+def check_rotated(
+    seqlen_q: int, interleaved: bool, causal: bool = True, dtype: str = "float16",
+    head_dim: int = 64, channels: int = 40,
+) -> None:  # fmt: skip
+    cache = Cache([0, 41, 60], 20, dtype, head_dim)
+    cos, sin = rotary_tables(90, channels)
+    query = normal((BATCH, seqlen_q, HEADS, head_dim), dtype, seed=0)
+    new_key, new_value = cache.rows
+    after = cache.after(cos=cos, sin=sin, interleaved=interleaved)
+    options = {"causal": causal, "rotary_interleaved": interleaved}
+    found = emulated.call(
+        query, *cache.caches, options, new_key=new_key, new_value=new_value,
+        seqused_k=cache.used, rotary_cos=cos, rotary_sin=sin,
+    )  # fmt: skip
+    mine, untouched = cache.caches[0], (..., slice(channels, None))
+    assert_same_bits(bits(mine[untouched]), bits(after[0][untouched]), "cache")
+    assert_same_bits(bits(cache.caches[1]), bits(after[1]), "cache")
+    used = ~np.isnan(after[0].astype(np.float64))
+    assert_same_bits(np.isnan(mine.astype(np.float64)), ~used, "rows in use")
+    assert_close(
+        mine[used].astype(np.float64), after[0][used].astype(np.float64), BASE[dtype], "new keys"
+    )
+    steps = np.arange(seqlen_q) if causal else np.zeros(seqlen_q, int)
+    turned = rotated(query, cos, sin, cache.used[:, None] + steps, interleaved=interleaved)
+    tolerance = {"float32": LSE, "float16": Tolerance(1e-3, 0)}.get(dtype, Tolerance(1e-2, 0))
+    check_attention(
+        found, turned, after, [0] * 3, cache.used + 20, range(3), tolerance, causal=causal
+    )
+
+
 @pytest.mark.parametrize("machine", [None, "permuted lane map"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("seqlen_q", [1, 4, 20])
@@ -133,28 +163,21 @@ def test_rotated(interleaved: bool, seqlen_q: int, causal: bool, machine: str | 
     """New keys turn by their place in the cache; queries from the first one's on, or all by it."""
     if machine:
         emulated.settings.options = MACHINES[machine]
-    cache = Cache([0, 41, 60], 20)
-    cos, sin = rotary_tables(90, 40)
-    query = normal((BATCH, seqlen_q, HEADS, 64), "float16", seed=0)
-    new_key, new_value = cache.rows
-    after = cache.after(cos=cos, sin=sin, interleaved=interleaved)
-    options = {"causal": causal, "rotary_interleaved": interleaved}
-    found = emulated.call(
-        query, *cache.caches, options, new_key=new_key, new_value=new_value,
-        seqused_k=cache.used, rotary_cos=cos, rotary_sin=sin,
-    )  # fmt: skip
-    untouched = (slice(None), slice(None), slice(None), slice(40, None))
-    assert_same_bits(bits(cache.caches[0][untouched]), bits(after[0][untouched]), "cache")
-    assert_same_bits(bits(cache.caches[1]), bits(after[1]), "cache")
-    assert_close(
-        np.nan_to_num(cache.caches[0]).astype(np.float64), np.nan_to_num(after[0]).astype(float),
-        Tolerance(1e-3, 1e-3), "rotated keys",
-    )  # fmt: skip
-    steps = np.arange(seqlen_q) if causal else np.zeros(seqlen_q, int)
-    turned = rotated(query, cos, sin, cache.used[:, None] + steps, interleaved=interleaved)
-    check_attention(
-        found, turned, after, [0] * 3, cache.used + 20, range(3), Tolerance(1e-3, 0), causal=causal
-    )
+    check_rotated(seqlen_q, interleaved, causal)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "channels"),
+    [("float16", 80, 72), ("float32", 33, 32), ("float32", 192, 192), ("bfloat16", 128, 64)],
+)
+@INTERLEAVED
+def test_rotated_queries_of_decode(
+    interleaved: bool, dtype: str, head_dim: int, channels: int
+) -> None:
+    """Whose channels lie in another order, and not always in registers."""
+    emulated.settings.family = 9
+    check_rotated(2, interleaved, dtype=dtype, head_dim=head_dim, channels=channels)
+    assert kernels() == ["append", "decode"]
 
 
 @pytest.mark.parametrize("page_size", [1, 7, 64])
@@ -186,7 +209,7 @@ def test_pages(seqlen_q: int, page_size: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_any_schedule(seed: int) -> None:
     emulated.settings.schedule_seed = seed
-    test_rotated(True, 4, True, None)
+    check_rotated(4, interleaved=True)
     test_pages(20, 7)
 
 

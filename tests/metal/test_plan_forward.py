@@ -15,6 +15,7 @@ from metal_emulator import structure, toolchain
 
 import umfa
 from umfa import _ext
+from umfa._attention import TABLES
 from umfa._frameworks import _numpy
 from umfa._options import make_options
 
@@ -61,7 +62,8 @@ def plan(
         family,
         cores,
         **{k: None if t is None else _numpy.export(t, "umfa.test", k) for k, t in tensors.items()},
-        others=others,
+        others=others
+        and {k: t if k in TABLES else _numpy.export(t, "umfa.test", k) for k, t in others.items()},
     )
 
 
@@ -443,3 +445,122 @@ def test_pages_are_one_table_for_all_launches() -> None:
     assert len(made["data"]) == 5
     places = list(struct.iter_unpack("<6q6i", data_of(made, decode, SEQUENCES)))
     assert [place[4] for place in places] == [0, 3]
+
+
+# ---- rotary, append, dropout, qv -----------------------------------------------------------------
+
+LENGTHS = {"seqused_k": np.array([60, 3]), "seqused_q": np.array([50, 2])}
+
+
+def rotary(positions: int = 200, channels: int = 32) -> dict[str, Any]:
+    table = np.zeros((positions, channels // 2), np.float32)
+    return {"rotary_cos": table, "rotary_sin": table}
+
+
+def new_rows(rows: int, head_dim: int = 64) -> dict[str, Any]:
+    return {name: np.zeros((2, rows, 4, head_dim), np.float16) for name in ("new_key", "new_value")}
+
+
+def test_appending_comes_first() -> None:
+    others = {**LENGTHS, **new_rows(20), **rotary()}
+    made = plan(shape=(2, 50, 4, 64), seqlen_kv=90, others=others)
+    append, clear, forward, decode = made["launches"]
+    kernels = [x["kernel"].split("_")[0] for x in made["launches"]]
+    assert kernels == ["append", "clear", "forward", "decode"]
+    assert append["grid"] == (3, 4, 2)
+    sources = {source for _, source, *_ in append["buffers"]}
+    assert sources == {
+        "key", "value", "new_key", "new_value", "rotary_cos", "rotary_sin", "data",
+    }  # fmt: skip
+    for launch in (forward, decode):
+        assert launch["constants"][14] is True
+        assert launch["constants"][15] is False  # they were rotated on their way into the cache
+    assert "rotary_cos" not in {source for _, source, *_ in clear["buffers"]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_appending_has_a_kernel_compiled_ahead(dtype: str) -> None:
+    others = {name: x.astype(DTYPES[dtype]) for name, x in new_rows(1).items()} | {
+        "seqused_k": np.array([60, 3])
+    }
+    append, *_ = plan(DTYPES[dtype], (2, 50, 4, 64), 90, others=others)["launches"]
+    assert append["kernel"] in host_names("append.metal")
+    assert host_names("append.metal") == {f"append_{name}" for name in DTYPES}
+
+
+def test_one_table_of_pages_for_appending_too() -> None:
+    others = {
+        "new_key": np.zeros((2, 3, 4, 64), np.float16),
+        "new_value": np.zeros((2, 3, 4, 64), np.float16),
+        "seqused_k": np.array([30, 7]), "block_table": np.array([[1], [0]]),
+    }  # fmt: skip
+    made = plan(shape=(2, 5, 4, 64), seqlen_kv=40, others=others)
+    append, decode = made["launches"]
+    assert data_of(made, append, PAGES) == data_of(made, decode, PAGES) == struct.pack("<2i", 1, 0)
+    assert len({p for x in made["launches"] for i, _, p, _ in x["buffers"] if i == PAGES}) == 1
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 50])
+def test_keys_are_rotated_where_they_are_staged(seqlen_q: int) -> None:
+    (launch,) = plan(shape=(1, seqlen_q, 4, 64), seqlen_kv=100, others=rotary())["launches"]
+    assert launch["kernel"].startswith("forward")
+    assert [launch["constants"][i] for i in range(14, 18)] == [True, True, True, 2]
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 50])
+def test_values_meet_queries_where_they_are_staged(seqlen_q: int) -> None:
+    others = {"qv": np.zeros((1, seqlen_q, 4, 512), np.float16)}
+    launch = only_launch(shape=(1, seqlen_q, 4, 64), seqlen_kv=100, head_dim_v=512, others=others)
+    assert launch["kernel"] == "forward_f16_d64_v512_k16"
+    assert launch["constants"][19] is True
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "expected"),
+    [(64, 512, [64, 512]), (65, 512, [512, 512]), (300, 300, [512, 512]), (513, 8, [576, 512])],
+)
+def test_large_head_dims(head_dim: int, head_dim_v: int, expected: list[int]) -> None:
+    """64 channels of keys are not padded to the 512 of the values, nor 300 to 576."""
+    assert shape(only_launch(shape=(1, 50, 2, head_dim), head_dim_v=head_dim_v))[:2] == expected
+
+
+def test_every_buffer_index_is_bound_once() -> None:
+    """Of the launches of a call that has everything."""
+    others = {
+        **LENGTHS, **new_rows(20), **rotary(), "qv": np.zeros((2, 50, 4, 64), np.float16),
+        "learnable_sink": np.zeros(4, np.float32),
+    }  # fmt: skip
+    launches = plan(
+        shape=(2, 50, 4, 64), seqlen_kv=90, alibi=True, mask=np.zeros((50, 90), bool),
+        others=others, options=options_of(dropout_p=0.5),
+    )["launches"]  # fmt: skip
+    for launch in launches:
+        indices = [index for index, *_ in launch["buffers"]] + [launch["params_index"]]
+        assert len(set(indices)) == len(indices)
+        assert max(indices) <= 30
+        assert len(launch["params"]) < 4096
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 50])
+def test_dropout_reaches_whoever_divides(seqlen_q: int) -> None:
+    """The kernel that drops, and the merge of what it found; in units of 2^-32."""
+    made = plan(
+        shape=(1, seqlen_q, 8, 64), seqlen_kv=5000, nheads_kv=2,
+        options=options_of(dropout_p=0.25, dropout_seed=1),
+    )  # fmt: skip
+    first, *merge = made["launches"]
+    for launch in made["launches"]:
+        assert launch["constants"][18] is True
+    assert struct.pack("<I", 2**30) in first["params"]
+    factor = struct.pack("<f", np.float32(1 / 0.75))
+    assert factor in first["params"]
+    assert all(factor in launch["params"] for launch in merge)
+    assert len(merge) == (1 if seqlen_q == 1 else 0)
+
+
+def test_dropout_starts_at_whole_runs_of_keys() -> None:
+    arguments = {"shape": (1, 1, 8, 64), "seqlen_kv": 100_000, "nheads_kv": 8}
+    for p, begin in ((0.0, 99_701), (0.5, 99_696)):
+        made = plan(**arguments, options=options_of(window_left=298, dropout_p=p))
+        first, last = struct.unpack("<2i", made["launches"][0]["params"][-24:-16])
+        assert (first, last) == (begin, 100_000)

@@ -230,6 +230,10 @@ def _timings() -> list[Case]:
         ]
     found += [
         replace(found[2], dtype="bfloat16", label="bf16-d128", compared_with="f16-d128"),
+        *(
+            replace(found[0], **{field: value}, label=f"f16-d64-{value}", compared_with="f16-d64")
+            for field, value in (("dropout", 0.1), ("rotary", "pairs"), ("rotary", "halves"))
+        ),
         replace(long, head_dim_v=128, label="long"),
         replace(
             long,

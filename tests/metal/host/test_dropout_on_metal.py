@@ -1,0 +1,53 @@
+"""Dropout through the whole host, where the batch is more than one dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import emulated as plans
+import numpy as np
+import pytest
+from metal_double import Double
+from metal_ptx import dropout
+
+import reference
+import umfa
+from cases import normal
+from checks import BASE, assert_close
+from umfa import _ext
+from umfa._frameworks import _numpy
+
+
+@pytest.mark.parametrize("seqlen_q", [20, 2])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["one dimension", "two"])
+def test_batch_dimensions_count_as_one(
+    order: tuple[int, int], seqlen_q: int, emulated: Double
+) -> None:
+    """Whether they can be walked as one, or the problem is cut into several."""
+    shape = [(2, 3)[i] for i in order]
+    query, key, value = (
+        normal((*shape, 2, n, 32), seed=i).transpose(*order, 2, 3, 4)
+        for i, n in enumerate((seqlen_q, 45, 45))
+    )
+    options = plans.options_of(dropout_p=0.4, dropout_seed=3, torch_shapes=True, return_lse=False)
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+        out = np.full(shape, np.nan, dtype)
+        return _numpy.export(out, "umfa.test", "out"), out
+
+    before = umfa.stats().metal_calls
+    found, _ = _ext.attention_forward(
+        options, *(_numpy.export(x, "umfa.test", "x") for x in (query, key, value)),
+        None, None, allocate,
+    )  # fmt: skip
+    assert umfa.stats().metal_calls == before + 1
+    for b in np.ndindex(2, 3):
+        at = b[0] * 3 + b[1]
+        weights, _ = reference.attention(
+            *(x[b].swapaxes(0, 1)[None] for x in (query, key)),
+            np.broadcast_to(np.eye(45)[None, :, None], (1, 45, 2, 45)),
+        )
+        for h in range(2):
+            kept = dropout.stays(0.4, 3, 0, at, h, np.arange(seqlen_q), 45)
+            exact = weights[0, :, h] * kept / 0.6 @ value[b][h].astype(np.float64)
+            assert_close(np.asarray(found)[b][h].astype(np.float64), exact, BASE["float32"])
