@@ -151,7 +151,8 @@ def attention(case: Case, tensors: dict[str, Any], xp: Any = np) -> tuple[Any, A
                 else:
                     scores = scores + mask[b, h, rows]
             scores = xp.where(sees, scores, -xp.inf)
-            top = scores.max(axis=1, initial=-np.inf)
+            # CuPy's max() takes no `initial`.
+            top = scores.max(axis=1) if scores.shape[1] else xp.full(len(scores), -xp.inf)
             empty = top == -xp.inf
             top = xp.where(empty, 0.0, top)
             weights = xp.exp(scores - top[:, None])
