@@ -40,8 +40,8 @@ def time(folder: Path, described: dict[str, Any], seed: int, copy: float) -> dic
     prepared = []
     for i in range(sets):
         inputs = {
-            name: upload(_fill(pool, places[name].size, places[name].dtype, 7919 * (3 * i + j)))
-            for j, name in enumerate(("query", "key", "value"))
+            name: upload(_fill(pool, places[name].size, places[name].dtype, 7919 * (9 * i + j)))
+            for j, name in enumerate(name for name in places if name not in ("out", "lse"))
         }
         prepared.append(Prepared(folder, described, inputs))
     stream = cupy.cuda.Stream(non_blocking=True)
