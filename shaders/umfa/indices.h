@@ -43,6 +43,7 @@
 #define UMFA_CONSTANT_ROTARY_KIND 17
 #define UMFA_CONSTANT_HAS_DROPOUT 18
 #define UMFA_CONSTANT_HAS_QV 19
+#define UMFA_CONSTANT_WIDE_ROTARY 20
 
 // Values of mask_kind; those of floats of sink_kind and rotary_kind too.
 #define UMFA_MASK_NONE 0

@@ -16,6 +16,9 @@ constant bool rotates_keys [[function_constant(UMFA_CONSTANT_ROTATES_KEYS)]];
 // Channels 2 i and 2 i + 1 are a pair; else i and i + channels / 2.
 constant bool rotary_interleaved [[function_constant(UMFA_CONSTANT_ROTARY_INTERLEAVED)]];
 constant int rotary_kind [[function_constant(UMFA_CONSTANT_ROTARY_KIND)]];
+// Keys are rotated 32 bytes at a time: their rows allow wide_loads, the angles are float32 with rows
+// on 16 bytes, and the rotated channels come in whole 32 bytes of keys.
+constant bool wide_rotary [[function_constant(UMFA_CONSTANT_WIDE_ROTARY)]];
 
 namespace umfa {
 
@@ -41,6 +44,37 @@ inline int2 channels_of(thread const Rotary& rotary, int pair) {
     const int half_way = rotary.params.channels / 2;
     return rotary_interleaved || pair >= half_way ? int2(2 * pair, 2 * pair + 1)
                                                   : int2(pair, pair + half_way);
+}
+
+/// Where the two runs of N channels begin that hold the pairs `pair` to `pair` + N - 1, N of them.
+template <int N>
+inline int2 runs_of(thread const Rotary& rotary, int pair) {
+    const int half_way = rotary.params.channels / 2;
+    return rotary_interleaved || pair >= half_way ? int2(2 * pair, 2 * pair + N)
+                                                  : int2(pair, pair + half_way);
+}
+
+/// Rotates N pairs that lie in two runs of channels; with wide_rotary.
+template <int N, typename T>
+inline void rotate_runs(thread T (&x)[2][N], thread const Rotary& rotary, int position, int pair) {
+    thread const RotaryParams& at = rotary.params;
+    device const float4* cos = reinterpret_cast<device const float4*>(
+        reinterpret_cast<device const float*>(rotary.cos) + position * at.cos_position + pair);
+    device const float4* sin = reinterpret_cast<device const float4*>(
+        reinterpret_cast<device const float*>(rotary.sin) + position * at.sin_position + pair);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < N / 4; ++i) {
+        const float4 c = cos[i], s = sin[i];
+#pragma clang loop unroll(full)
+        for (int e = 0; e < 4; ++e) {
+            const int n = 4 * i + e, k = 2 * n;  // pair n: neighbours, or one of each run
+            thread T& first = rotary_interleaved ? x[k / N][k % N] : x[0][n];
+            thread T& second = rotary_interleaved ? x[k / N][k % N + 1] : x[1][n];
+            const float a = float(first), b = float(second);
+            first = T(a * c[e] - b * s[e]);
+            second = T(a * s[e] + b * c[e]);
+        }
+    }
 }
 
 template <typename T>

@@ -26,6 +26,19 @@ bool rows_are_wide(const Operand& operand, int64_t channels) {
            operand.stride_batch % wide == 0;
 }
 
+/// Whether keys can be rotated 32 bytes at a time, as rotary.h has it.
+bool wide_rotary(const Problem& problem) {
+    if (!problem.rotary || !problem.rotary->keys || !wide_loads(problem)) return false;
+    const Rotary& rotary = *problem.rotary;
+    const auto is_wide = [&](const TensorView& table) {
+        return table.dtype == DType::f32 &&
+               rows_are_wide({table, 0, 0, table.strides[0], table.strides[1]},
+                             rotary.channels / 2);
+    };
+    const int64_t elements = 32 / (bits_of(problem.key.view.dtype) / 8);
+    return rotary.channels % elements == 0 && is_wide(rotary.cos) && is_wide(rotary.sin);
+}
+
 void bind(KernelLaunch& launch, uint32_t index, Binding::Source source, const TensorView& view) {
     launch.buffers.push_back({index, source, 0, view.byte_offset});
 }
@@ -154,6 +167,7 @@ void add_constants(KernelLaunch& launch, const Problem& problem) {
     launch.constants.push_back(
         {UMFA_CONSTANT_ROTARY_KIND, Constant::Type::int32,
          problem.rotary ? kind_of(problem.rotary->cos.dtype) : UMFA_MASK_NONE});
+    add_constant(launch, UMFA_CONSTANT_WIDE_ROTARY, wide_rotary(problem));
     add_constant(launch, UMFA_CONSTANT_HAS_DROPOUT, problem.dropout.has_value());
     add_constant(launch, UMFA_CONSTANT_HAS_QV, problem.qv.has_value());
 }

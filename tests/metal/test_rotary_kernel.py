@@ -74,6 +74,43 @@ def test_channels(dtype: str, head_dim: int, channels: int, interleaved: bool) -
     check(*dense(dtype, 20, 45, head_dim, 40), cos, sin, interleaved)
 
 
+WIDE = 20  # the constant
+
+
+@INTERLEAVED
+@pytest.mark.parametrize(
+    ("head_dim", "channels", "wide"),
+    [(64, 64, True), (128, 32, True), (72, 64, True), (80, 80, True), (64, 40, False)],
+)
+@pytest.mark.parametrize("family", [7, 9])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_keys_32_bytes_at_a_time(
+    dtype: str, family: int, head_dim: int, channels: int, wide: bool, interleaved: bool
+) -> None:
+    emulated.settings.family = family
+    check(*dense(dtype, 40, 77, head_dim, 40), *rotary_tables(77, channels), interleaved)
+    assert emulated.last_plan["launches"][0]["constants"][WIDE] is wide
+
+
+@INTERLEAVED
+def test_what_keeps_keys_from_it(interleaved: bool) -> None:
+    def chosen(tensors: tuple[Array, ...], cos: Array, sin: Array) -> bool:
+        check(*tensors, cos, sin, interleaved)
+        return bool(emulated.last_plan["launches"][0]["constants"][WIDE])
+
+    cos, sin = rotary_tables(50, 32)
+    tensors = dense("float32", 20, 50, 32)
+    assert chosen(tensors, cos, sin)
+    assert not chosen(tensors, cos.astype(np.float16), sin.astype(np.float16))
+    assert not chosen(tensors, *(np.asfortranarray(x) for x in (cos, sin)))
+    wider = [np.zeros((50, 18), np.float32) for _ in range(2)]
+    for x, table in zip(wider, (cos, sin), strict=True):
+        x[:, :16] = table
+    assert not chosen(tensors, *(x[:, :16] for x in wider))  # rows not on 16 bytes
+    odd = tuple(np.zeros((*x.shape[:3], 33), np.float32)[..., :32] for x in tensors)
+    assert not chosen(odd, cos, sin)
+
+
 @INTERLEAVED
 def test_bfloat_fragments(interleaved: bool) -> None:
     emulated.settings.family = 9
