@@ -74,7 +74,7 @@ inline void load_chunks(thread M (&elements)[PER_LANE], device const T* rows,
     }
 }
 
-/// Where a sequence's first run of keys begins: dropout decides about four aligned ones at once.
+/// Where a sequence's first run of keys begins: dropout decides about aligned ones.
 inline int first_key_of(int first_visible) {
     return has_dropout ? first_visible / 8 * 8 : first_visible;
 }
@@ -239,10 +239,9 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             float p1 = weight(x[1], unit, relative_to);
             softmax[f].sum += p0 + p1;
             if (has_dropout) {
-                const bool2 stays =
-                    kept(params.dropout, batch, heads[f], rows[f].row, k0 + at.column);
-                p0 = stays.x ? p0 : 0.0f;
-                p1 = stays.y ? p1 : 0.0f;
+                const Philox words =
+                    words_of(params.dropout, batch, heads[f], rows[f].row, k0 + at.column);
+                drop(p0, p1, words, k0 / 8 % 2 != 0, params.dropout);
             }
             set(p[f], M(p0), M(p1));
         }

@@ -242,16 +242,17 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
                         o[f][d].thread_elements()[1] * factor);
             }
             const float relative_to = base(softmax[f]);
+            Philox words;
 #pragma clang loop unroll(full)
             for (int j = 0; j < KF; ++j) {
                 float p0 = weight(s[f][j].thread_elements()[0], unit, relative_to);
                 float p1 = weight(s[f][j].thread_elements()[1], unit, relative_to);
                 softmax[f].sum += p0 + p1;
                 if (has_dropout) {
-                    const bool2 stays =
-                        kept(params.dropout, batch, head, rows[f].row, k0 + j * 8 + at.column);
-                    p0 = stays.x ? p0 : 0.0f;
-                    p1 = stays.y ? p1 : 0.0f;
+                    const int column = k0 + j * 8 + at.column;
+                    if (KF == 1 || j % 2 == 0)
+                        words = words_of(params.dropout, batch, head, rows[f].row, column);
+                    drop(p0, p1, words, KF == 1 ? column / 8 % 2 != 0 : j % 2 != 0, params.dropout);
                 }
                 set(p[f][j], M(p0), M(p1));
             }

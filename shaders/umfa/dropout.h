@@ -13,16 +13,21 @@ namespace umfa {
 
 using namespace metal;
 
-/// Which of the probabilities at an even column and the next one stay. One evaluation, of which the
-/// lane with the other half of the four keys makes the same: to exchange instead would save half of
-/// them, where two fragments are at hand.
-inline bool2 kept(constant DropoutParams& params, int batch, int head, int row, int column) {
+/// The words of a lane's columns in two neighbouring fragments, of which the first begins at a
+/// multiple of 16 keys. `column`: any of the lane's four.
+inline Philox words_of(constant DropoutParams& params, int batch, int head, int row, int column) {
     const PhiloxKey key = {params.key_low, params.key_high};
-    const Philox words = dropout_words(key, params.batch_first + uint(batch) * params.batch_step,
-                                       uint(head), uint(row), uint(column) / 4);
-    const bool upper = column % 4 != 0;
-    return bool2((upper ? words.word[2] : words.word[0]) >= params.threshold,
-                 (upper ? words.word[3] : words.word[1]) >= params.threshold);
+    return dropout_words(key, params.batch_first + uint(batch) * params.batch_step, uint(head),
+                         uint(row), uint(column) / 16 * 4 + uint(column) % 8 / 2);
+}
+
+/// Makes the probabilities of one of the two fragments 0 where they are dropped.
+inline void drop(thread float& first, thread float& second, thread const Philox& words,
+                 bool second_fragment, constant DropoutParams& params) {
+    const uint a = second_fragment ? words.word[2] : words.word[0];
+    const uint b = second_fragment ? words.word[3] : words.word[1];
+    first = a >= params.threshold ? first : 0.0f;
+    second = b >= params.threshold ? second : 0.0f;
 }
 
 }  // namespace umfa

@@ -45,11 +45,13 @@ UMFA_INLINE Philox philox(Philox counter, PhiloxKey key) {
     return counter;
 }
 
-/// The words of four neighbouring keys, 4 * quad to 4 * quad + 3, of one query. `batch` and `head`
-/// are the query's. A key is dropped where its word is below p * 2^32.
+/// A key is dropped where its word is below p * 2^32. Four keys of one query, whose indices `batch`
+/// and `head` are, share an evaluation: of the keys 16 n to 16 n + 15, the pairs 2 i, 2 i + 1 and
+/// 2 i + 8, 2 i + 9, in this order, have the words of `four` = 4 n + i. These are what a lane of a GPU
+/// holds of two 8x8 fragments, so that it needs all that it computes, and nothing from its neighbours.
 UMFA_INLINE Philox dropout_words(PhiloxKey key, uint32_t batch, uint32_t head, uint32_t query,
-                                 uint32_t quad) {
-    const Philox counter = {{quad, query, head, batch}};
+                                 uint32_t four) {
+    const Philox counter = {{four, query, head, batch}};
     return philox(counter, key);
 }
 

@@ -40,7 +40,7 @@ inline uint64_t dropout_batch(const Dropout& dropout, int64_t batch) {
 }
 
 /// Drops probabilities of one panel: keys [first, last) of the tile that begins at `tile`, as
-/// exponentials() leaves them. Up to 3 more keys on either side are computed: fours of keys share
+/// exponentials() leaves them. Up to 15 more keys on either side are computed: sixteens of keys share
 /// their random words, and tiles hold whole ones.
 template <class S, class U>
 __attribute__((noinline)) void drop_panel(const Dropout& dropout, int64_t batch, int64_t head,
@@ -49,54 +49,71 @@ __attribute__((noinline)) void drop_panel(const Dropout& dropout, int64_t batch,
     using vq = typename S::vq;
     using vi = typename S::vi;
     constexpr int NV = S::nv, W = S::W, E = U::E;
-    static_assert(block_kv % 4 == 0 && 4 % E == 0);
+    static_assert(block_kv % 16 == 0 && 2 % E == 0);
     vq even;
     for (int i = 0; i < W / 2; ++i) even[i] = static_cast<uint64_t>(query + 2 * i);
     const uint64_t index = dropout_batch(dropout, batch);
-    for (int64_t k = first / 4 * 4; k < last; k += 4)
-        for (int n = 0; n < NV; ++n) {
-            vq half[2][4];
-            for (uint64_t odd = 0; odd < 2; ++odd)
-                dropout_lanes<S>(dropout.key, index, static_cast<uint64_t>(head),
-                                 even + (odd + static_cast<uint64_t>(n * W)),
-                                 static_cast<uint64_t>((tile + k) / 4),
-                                 [&](vq a, vq b, vq c, vq d) {
-                                     half[odd][0] = a;
-                                     half[odd][1] = b;
-                                     half[odd][2] = c;
-                                     half[odd][3] = d;
-                                 });
-            vi dropped[4];
-            for (int e = 0; e < 4; ++e)
-                dropped[e] = (vi)(joined<S>(half[0][e], half[1][e]) < dropout.threshold);
-            for (int e = 0; e < 4; e += E) {
-                float* at = units + ((k + e) / E * NV + n) * W;
-                S::store(at, U::without(S::load(at), dropped + e));
-            }
+    const auto drop_four = [&](int64_t k, uint64_t four, int n) {
+        vq half[2][4];
+        for (uint64_t odd = 0; odd < 2; ++odd)
+            dropout_lanes<S>(dropout.key, index, static_cast<uint64_t>(head),
+                             even + (odd + static_cast<uint64_t>(n * W)), four,
+                             [&](vq a, vq b, vq c, vq d) {
+                                 half[odd][0] = a;
+                                 half[odd][1] = b;
+                                 half[odd][2] = c;
+                                 half[odd][3] = d;
+                             });
+        vi dropped[4];
+        for (int e = 0; e < 4; ++e)
+            dropped[e] = (vi)(joined<S>(half[0][e], half[1][e]) < dropout.threshold);
+        for (int e = 0; e < 4; e += E) {
+            const int64_t key = k + e % 2 + e / 2 * 8;
+            float* at = units + (key / E * NV + n) * W;
+            S::store(at, U::without(S::load(at), dropped + e));
         }
+    };
+    for (int64_t k = first / 16 * 16; k < last; k += 16)
+        for (int i = 0; i < 4; ++i)
+            for (int n = 0; n < NV; ++n)
+                drop_four(k + 2 * i, static_cast<uint64_t>((tile + k) / 4 + i), n);
 }
 
-/// Drops probabilities of one query: the `keys` keys from `first`, a multiple of 4, on. They take
-/// whole pairs of vectors.
+/// Drops probabilities of one query: the `keys` keys from `first`, a multiple of 16, on. They take
+/// whole sixteens, and whole pairs of vectors.
 template <class S>
 __attribute__((noinline)) void drop_keys(const Dropout& dropout, int64_t batch, int64_t head,
                                          int64_t query, int64_t first, int64_t keys, float* p) {
     using vi = typename S::vi;
+    using vu = typename S::vu;
     using vq = typename S::vq;
     constexpr int W = S::W;
-    vq quad;
-    for (int i = 0; i < W / 2; ++i) quad[i] = static_cast<uint64_t>(first / 4 + i);
+    constexpr int64_t together = 2 * W < 16 ? 16 : 2 * W;  // keys
+    constexpr int run = W < 8 ? W : 8;                     // of neighbours in a vector of words
     const uint64_t index = dropout_batch(dropout, batch);
-    for (int64_t k = 0; k < keys; k += 2 * W, quad += static_cast<uint64_t>(W / 2))
-        dropout_lanes<S>(
-            dropout.key, index, static_cast<uint64_t>(head), static_cast<uint64_t>(query), quad,
-            [&](vq a, vq b, vq c, vq d) {
-                const vq low = (vq)joined<S>(a, b), high = (vq)joined<S>(c, d);
-                const vq words[] = {S::interleave_low(low, high), S::interleave_high(low, high)};
-                for (int n = 0; n < 2; ++n) {
-                    const vi dropped = (vi)((typename S::vu)words[n] < dropout.threshold);
-                    float* at = p + k + n * W;
-                    S::store(at, FloatUnits<S, F32>::without(S::load(at), &dropped));
-                }
-            });
+    vq four;
+    for (int i = 0; i < W / 2; ++i) four[i] = static_cast<uint64_t>(first / 4 + i);
+    for (int64_t k = 0; k < keys; k += together) {
+        alignas(64) uint32_t words[together];
+        for (int64_t done = 0; done < together; done += 2 * W) {
+            dropout_lanes<S>(
+                dropout.key, index, static_cast<uint64_t>(head), static_cast<uint64_t>(query), four,
+                [&](vq a, vq b, vq c, vq d) {
+                    const vu both[] = {joined<S>(a, b), joined<S>(c, d)};
+                    for (int later = 0; later < 2; ++later)
+                        for (int i = 0; i < W; i += run)
+                            __builtin_memcpy(
+                                words + done / 16 * 16 + done % 16 / 2 + i * 2 + later * 8,
+                                reinterpret_cast<const uint32_t*>(&both[later]) + i,
+                                run * sizeof(uint32_t));
+                });
+            four += static_cast<uint64_t>(W / 2);
+        }
+        for (int64_t n = 0; n < together; n += W) {
+            vu own;
+            __builtin_memcpy(&own, words + n, sizeof own);
+            const vi dropped = (vi)(own < dropout.threshold);
+            S::store(p + k + n, FloatUnits<S, F32>::without(S::load(p + k + n), &dropped));
+        }
+    }
 }

@@ -24,9 +24,12 @@ def stays(
 ) -> Any:
     """Which probabilities (rows, seqlen_k) of one head are kept. `rows`: indices of queries."""
     mixed = philox([offset % 2**32, offset >> 32, 0, 0], (seed % 2**32, seed >> 32))
-    quads = xp.arange(-(-seqlen_k // 4))[None, :]
-    i = xp.asarray(rows)[:, None] + 0 * quads
-    counter = [quads + 0 * i, i, xp.full_like(i, head), xp.full_like(i, batch)]
+    keys = xp.arange(seqlen_k)[None, :]
+    # Of 16 keys, 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 share an evaluation.
+    fours, place = keys // 16 * 4 + keys % 8 // 2, keys % 2 + keys % 16 // 8 * 2
+    i = xp.asarray(rows)[:, None] + 0 * keys
+    counter = [fours + 0 * i, i, xp.full_like(i, head), xp.full_like(i, batch)]
     words = philox(counter, (int(mixed[0]), int(mixed[1])), xp)
-    of_keys = xp.stack(words, -1).reshape(len(i), 4 * quads.size)[:, :seqlen_k]
+    firsts = xp.where(place == 0, words[0], words[1])
+    of_keys = xp.where(place < 2, firsts, xp.where(place == 2, words[2], words[3]))
     return of_keys >= np.uint64(min(p * 2.0**32, 2.0**32 - 1))
