@@ -38,7 +38,7 @@ def kernel_sources() -> list[Path]:
 
 
 def other_sources() -> list[Path]:
-    folders = ("core", "capi", "cpu")
+    folders = ("core", "capi", "cpu", "metal")  # of Metal, the planner: routing asks it
     return [path for name in folders for path in sorted((ROOT / "src" / name).glob("*.cpp"))]
 
 
