@@ -42,6 +42,15 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.fixture(params=[name for name, _ in _ext.cpu_isas()])
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each set of CPU kernels that this machine can run, chosen for the test."""
+    if not dict(_ext.cpu_isas())[request.param]:
+        pytest.skip(f"no {request.param} on this machine")
+    _ext.set_cpu_isa(request.param)
+    return str(request.param)
+
+
 @pytest.fixture(params=frameworks.NAMES)
 def framework(request: pytest.FixtureRequest) -> Framework:
     """Each array library in turn; choose some with ``indirect=True``."""

@@ -21,6 +21,15 @@ def test_the_self_hosted_mac_runs_it() -> None:
     assert "tests/on_a_mac.py" in (ROOT / ".ci" / "on-a-mac").read_text()
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="it would run")
+def test_the_command_asks_first_where_it_is() -> None:
+    done = subprocess.run(
+        ["bash", ROOT / ".ci" / "on-a-mac"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "it can only be run on a Mac with Apple silicon" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="it says so itself there")
 def test_it_says_what_it_could_not_do(tmp_path: Path) -> None:

@@ -16,21 +16,12 @@ from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 from direct import attend
 from frameworks import DTYPES, Array
 from sequences import offsets, paged, rotary_tables, rotated
-from umfa import _ext
 
 pytestmark = pytest.mark.cpu_only
 
 SEED, OFFSET = 0x9E3779B97F4A7C15, 0x1234567890
 CALL: dict[str, Any] = {"dropout_seed": SEED, "dropout_offset": OFFSET}
 NAMES = list(DTYPES)
-
-
-@pytest.fixture(params=[name for name, _ in _ext.cpu_isas()])
-def isa(request: pytest.FixtureRequest) -> str:
-    if not dict(_ext.cpu_isas())[request.param]:
-        pytest.skip(f"no {request.param} on this machine")
-    _ext.set_cpu_isa(request.param)
-    return str(request.param)
 
 
 def tolerance(dtype: str, p: float) -> Tolerance:

@@ -12,20 +12,9 @@ import reference
 import umfa
 from cases import normal
 from checks import BASE, LSE, assert_close, assert_same_bits
-from umfa import _ext
 
 if TYPE_CHECKING:
     from attend import Attend
-
-ISAS = [name for name, _ in _ext.cpu_isas()]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> str:
-    if not dict(_ext.cpu_isas())[request.param]:
-        pytest.skip(f"no {request.param} on this machine")
-    _ext.set_cpu_isa(request.param)
-    return request.param
 
 
 @pytest.mark.cpu_only

@@ -14,21 +14,12 @@ from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 from direct import attend
 from frameworks import DTYPES
 from sequences import offsets, paged, rotary_tables, rotated
-from umfa import _ext
 
 pytestmark = pytest.mark.cpu_only
 
 NAMES = list(DTYPES)
 # Scores of a sum over 576 or 1088 channels are no better than their size allows.
 LSE_LARGE = Tolerance(LSE.atol, 1e-6)
-
-
-@pytest.fixture(params=[name for name, _ in _ext.cpu_isas()])
-def isa(request: pytest.FixtureRequest) -> str:
-    if not dict(_ext.cpu_isas())[request.param]:
-        pytest.skip(f"no {request.param} on this machine")
-    _ext.set_cpu_isa(request.param)
-    return str(request.param)
 
 
 Shape = tuple[int, int, int, int, int, int, int]

@@ -117,6 +117,26 @@ def test_bfloat_fragments(interleaved: bool) -> None:
     check(*dense("bfloat16", 40, 70, 64), *rotary_tables(70, 48), interleaved, causal=True)
 
 
+@pytest.mark.slow
+@INTERLEAVED
+def test_a30_flux(interleaved: bool) -> None:
+    """A30, one head: the fused pass and rotating first."""
+    emulated.settings.family = 9
+    query, key, value = (normal((1, 4608, 1, 128), "bfloat16", seed=i) for i in range(3))
+    cos, sin = rotary_tables(4608, 128)
+    found, _ = emulated.call(
+        query, key, value, {"rotary_interleaved": interleaved}, rotary_cos=cos, rotary_sin=sin
+    )
+    assert emulated.last_plan["launches"][0]["constants"][WIDE] is True
+    at = np.arange(4608)
+    turned = [rotated(x, cos, sin, at, interleaved=interleaved) for x in (query, key)]
+    unfused, _ = emulated.call(*turned, value)
+    tolerance = Tolerance(5e-3, 8e-3)
+    assert_close(found.astype(np.float64), unfused.astype(np.float64), tolerance, "unfused")
+    exact, _ = reference.attention(*turned, value)
+    assert_close(found.astype(np.float64), exact, tolerance)
+
+
 @INTERLEAVED
 def test_few_queries_go_to_the_kernel_that_stages_keys(interleaved: bool) -> None:
     check(*dense("float16", 1, 200, 64), *rotary_tables(200, 64), interleaved)
