@@ -84,7 +84,7 @@ typedef struct umfa_attention_options {
  * h / (nheads_q / nheads_kv).
  *
  * query, key, value: float32, float16 or bfloat16, all the same, 4-dimensional in options->layout,
- *   any strides. head_dim 1 to 512; value's head_dim may differ.
+ *   any strides. head_dim 1 to 576; value's, 1 to 512, may differ.
  * out: written; query's shape with value's head_dim, query's dtype; overlaps no input.
  * lse: written unless NULL; float32, (batch, nheads, seqlen_q) whatever the layout: the natural
  *   logarithm of the sum of exp(score).
