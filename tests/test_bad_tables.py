@@ -511,21 +511,3 @@ def test_expanded_tables_of_any_length() -> None:
     endless = {k: x for k, x in (plain | refused).items() if not k.startswith("rotary")}
     with pytest.raises(ValueError, match=rf"is too long; got {2**31 + 4}; expected at most"):
         umfa.flash_attn_with_kvcache(**endless)
-
-
-@pytest.mark.parametrize(
-    "backend", [pytest.param("metal", marks=[pytest.mark.metal, pytest.mark.gpu])], indirect=True
-)
-@pytest.mark.parametrize("good", ["append", "paged"])
-def test_metal_names_what_it_lacks(good: str, backend: str) -> None:
-    numpy = frameworks.load("numpy")
-    arguments = Bad(good, {}, ValueError, "", "").arguments(numpy)
-    function = getattr(umfa, GOOD[good][0])
-    assert umfa.can_run(function, **arguments) == (True, "")  # the CPU does it
-    before = contents(arguments, numpy)
-    reason = "metal: appending to the cache is not implemented"
-    assert umfa.can_run(function, **arguments, backend=backend) == (False, reason)
-    with pytest.raises(umfa.UnsupportedError) as caught:
-        function(**arguments, backend=backend)
-    assert reason in str(caught.value)
-    assert contents(arguments, numpy) == before

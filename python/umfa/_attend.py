@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _ext
-from ._attention import Act, run, table
+from ._attention import Act, judge, run, table
 from ._errors import message
 from ._frameworks import Framework, framework_of
 from ._options import flag, make_options, number, unsigned
@@ -51,10 +51,10 @@ def attend_sequences(
                 framework.check_writable(tensors[name], function, name)
     else:
         framework = framework_of(function, tensors)
-    seed = seed_of(act, framework, function, arguments)
+    seed = seed_of(framework, function, arguments)
     dropout_p = get("dropout_p", 0.0)
 
-    def options(probability: Any, with_lse: bool) -> _ext.Options:
+    def options(probability: Any, with_lse: bool, seed: tuple[int | None, int]) -> _ext.Options:
         return make_options(
             function,
             names,
@@ -72,11 +72,11 @@ def attend_sequences(
             lengths_name=lengths_name,
             rotary_interleaved=get("rotary_interleaved", True),
             num_splits=get("num_splits", 0),
-            dropout_seed=seed[0],
+            dropout_seed=seed[0] or 0,
             dropout_offset=seed[1],
         )
 
-    call = options(dropout_p, lse or probs)
+    call = options(dropout_p, lse or probs, seed)
     if tables is not None:
         for name, values in tables.items():
             if values is not None:
@@ -84,14 +84,20 @@ def attend_sequences(
                 tensors[name] = table(function, shown_as, values)
     if probs and dropout_p:
         check_possible(function, tensors)
+    if seed[0] is None and act is run:
+        seed = drawn_seed(framework, function, call, tensors, arguments["backend"]), seed[1]
+        call = options(dropout_p, lse or probs, seed)
     results = act(framework, function, call, tensors, arguments["backend"])
+    if act is run and "new_key" in given:
+        for name in names[1:]:
+            framework.mark_written(tensors[name])
     if len(results) == 1:
         return results[0]
     if not probs:
         return results
     weights = None
     if dropout_p:
-        both = options(0.0, False), options(dropout_p, False)
+        both = options(0.0, False, seed), options(dropout_p, False, seed)
         weights = weights_of(act, framework, function, *both, tensors, arguments["backend"])
     return (*results, weights)
 
@@ -136,9 +142,9 @@ _NO_SEED = 0, 0
 
 
 def seed_of(
-    act: Act, framework: Framework, function: str, arguments: dict[str, Any]
-) -> tuple[int, int]:
-    """Seed and offset of a call's dropout, the seed if need be from the framework's generator."""
+    framework: Framework, function: str, arguments: dict[str, Any]
+) -> tuple[int | None, int]:
+    """Seed and offset of a call's dropout; None for a seed that is still to be drawn."""
     seed, offset = arguments.get("dropout_seed"), arguments.get("dropout_offset", 0)
     p = arguments.get("dropout_p", 0.0)
     if seed is None and type(p) is float and p == 0 and type(offset) is int and offset == 0:
@@ -157,5 +163,18 @@ def seed_of(
                 "0 to 2**64 - 1",
             )
         )
-    # Asking whether a call can run must not move the generator.
-    return (framework.draw_seed() if act is run else 0), offset
+    return None, offset
+
+
+def drawn_seed(
+    framework: Framework,
+    function: str,
+    options: _ext.Options,
+    tensors: dict[str, Any],
+    backend: Any,
+) -> int:
+    """A seed of the framework's generator, which a call that is refused must not move."""
+    possible, _ = judge(framework, function, options, tensors, backend)[0]
+    if not possible or framework.draw_seed is None:
+        return 0  # run will say why
+    return framework.draw_seed()

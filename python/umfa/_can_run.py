@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from ._attention import judge
 from ._combine import combine, flash_attn_combine
-from ._errors import UnsupportedError
+from ._errors import UnsupportedError, message
 from ._flash_attn import (
     attend,
     attend_kvpacked,
@@ -88,7 +88,11 @@ def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
     rest = args
     if args and isinstance(args[0], FunctionType) and args[0] in _BODIES:
         function, rest = args[0], args[1:]
-    bound = inspect.signature(function).bind(*rest, **kwargs)
+    try:
+        bound = inspect.signature(function).bind(*rest, **kwargs)
+    except TypeError as error:
+        expected = f"those of {function.__name__}"
+        return False, message("umfa.can_run", "the arguments do not fit", error, expected)
     bound.apply_defaults()
     try:
         possible, reason = _BODIES[function](judge, "umfa.can_run", dict(bound.arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from . import _ext
 from ._attention import Act, run
 from ._errors import message
-from ._frameworks import dtype_name, framework_of
+from ._frameworks import Framework, dtype_name, framework_of
 from ._options import backend_name
 
 
@@ -34,7 +35,8 @@ def flash_attn_combine(
         key (its result then does not count). `flash_attn_func` returns it with the last two
         dimensions the other way round: ``lse.transpose(1, 2)``.
     out : tensor, optional
-        Where to write the result, for torch and numpy.
+        Where to write the result, for torch and numpy: of the result's shape, float32, float16 or
+        bfloat16, and on the device of `out_partial`.
     out_dtype : dtype of the framework, optional
         That of the result; that of `out_partial`, or of `out`, if None.
     backend : {"auto", "metal", "cpu"}
@@ -67,16 +69,22 @@ def combine(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     out, out_dtype, backend = (arguments[name] for name in ("out", "out_dtype", "backend"))
     tensors = {"out_partial": out_partial, "lse_partial": lse_partial}
     framework = framework_of(function, tensors if out is None else {**tensors, "out": out})
+    for name, tensor in tensors.items():
+        _ext.check_tensor(function, name, framework.export(tensor, function, name, backend))
     _check_shapes(function, out_partial, lse_partial)
+    dtype = dtype_name(out_partial.dtype)
+    wanted = dtype if out_dtype is None else _checked_dtype(function, out_dtype)
     if out is not None:
-        _check_out(function, out_partial, out, out_dtype)
-        framework.check_writable(out, function, "out")
-        out_dtype = out.dtype
-    zeros = [framework.from_numpy(np.zeros((1, n, 1), np.float32), out_partial)
-             for n in (1, out_partial.shape[0])]  # fmt: skip
+        wanted = _checked_out(framework, function, out_partial, out, out_dtype)
+    # Half precision would be rounded twice, and the second time for nothing.
+    parts = out_partial if wanted == dtype else framework.cast(out_partial, "float32")
+    zeros = [
+        framework.from_numpy(np.zeros((1, n, 1), np.float32), parts)
+        for n in (1, out_partial.shape[0])
+    ]
     order = (*range(1, out_partial.ndim - 1), 0, out_partial.ndim - 1)
-    permute = framework.permute
-    mask = permute(lse_partial, order[:-1])
+    # Masks are kept in other units: what is common to the parts would cost their last bits.
+    relative, top = framework.minus_top(lse_partial)
     options = _ext.Options(
         function,
         ("query", "key", "out_partial"),
@@ -98,18 +106,33 @@ def combine(act: Act, function: str, arguments: dict[str, Any]) -> Any:
         {
             "query": zeros[0],
             "key": zeros[1],
-            "out_partial": permute(out_partial, order),
-            "attn_mask": mask[..., None, :],
+            "out_partial": framework.permute(parts, order),
+            "attn_mask": framework.permute(relative, order[:-1])[..., None, :],
         },
         backend,
     )
     if len(results) == 1:
         return results[0]
-    merged, lse = results[0][..., 0, :], results[1][..., 0]
+    merged, lse = results[0][..., 0, :], results[1][..., 0] + top
     if out is not None:
         framework.copy_to(out, merged)
         return out, lse
-    return merged if out_dtype is None else framework.cast(merged, out_dtype), lse
+    return merged if wanted == dtype_name(merged.dtype) else framework.cast(merged, wanted), lse
+
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _checked_dtype(function: str, out_dtype: Any) -> str:
+    name = dtype_name(out_dtype)
+    if name not in _DTYPES:
+        raise TypeError(
+            message(
+                function, "out_dtype is wrong", reprlib.repr(out_dtype),
+                "float32, float16 or bfloat16",
+            )
+        )  # fmt: skip
+    return name
 
 
 def _check_shapes(function: str, out_partial: Any, lse_partial: Any) -> None:
@@ -128,19 +151,28 @@ def _check_shapes(function: str, out_partial: Any, lse_partial: Any) -> None:
         raise ValueError(
             message(function, "lse_partial has the wrong shape", lse_shape, str(shape[:-1]))
         )
-    if dtype_name(lse_partial) != "float32":
-        raise TypeError(
-            message(function, "lse_partial has the wrong dtype", dtype_name(lse_partial), "float32")
-        )
+    dtype = dtype_name(lse_partial.dtype)
+    if dtype != "float32":
+        raise TypeError(message(function, "lse_partial has the wrong dtype", dtype, "float32"))
 
 
-def _check_out(function: str, out_partial: Any, out: Any, out_dtype: Any) -> None:
+def _checked_out(
+    framework: Framework, function: str, out_partial: Any, out: Any, out_dtype: Any
+) -> str:
+    """The dtype of `out`, into which a result can be written."""
+    framework.check_writable(out, function, "out")
+    _ext.check_tensor(function, "out", framework.export(out, function, "out"), writable=True)
     expected = tuple(out_partial.shape)[1:]
     if tuple(out.shape) != expected:
         raise ValueError(
             message(function, "out has the wrong shape", tuple(out.shape), str(expected))
         )
-    if out_dtype is not None and out_dtype != out.dtype:
+    devices = [getattr(tensor, "device", None) for tensor in (out, out_partial)]
+    if devices[0] != devices[1]:
+        raise ValueError(message(function, "out is on another device", *map(str, devices)))
+    dtype = dtype_name(out.dtype)
+    if out_dtype is not None and _checked_dtype(function, out_dtype) != dtype:
         raise TypeError(
-            message(function, "out and out_dtype differ", f"{out.dtype} and {out_dtype}", "one")
+            message(function, "out and out_dtype differ", f"{dtype} and {out_dtype}", "one dtype")
         )
+    return dtype

@@ -73,6 +73,8 @@ def flash_attn_with_kvcache(
         Also return the log-sum-exp, shape (batch, nheads, seqlen_q), float32.
     attn_mask, qv
         As in `flash_attn_varlen_func`; `qv` has the shape (batch, seqlen_q, nheads, head_dim_v).
+        With `cache_leftpad`, columns of the mask, and positions of windows and chunks, count from
+        the first row that counts; rotary positions are rows of the cache.
 
     Everything else is as in `flash_attn_func`; `causal` aligns at the bottom right of the keys in
     use, the new ones included.
@@ -109,13 +111,18 @@ def attend_kvcache(act: Act, function: str, arguments: dict[str, Any]) -> Any:
         )
     arguments["new_key"], arguments["new_value"] = k, v
     arguments["return_lse"] = flag(function, "return_softmax_lse", arguments["return_softmax_lse"])
+    k_cache, lengths = arguments["k_cache"], arguments["cache_seqlens"]
+    rows = tuple(getattr(k_cache, "shape", ()))
+    if lengths is None and arguments["attn_mask"] is not None and len(rows) == 4:
+        # The same mask fits as does when the length is given.
+        lengths = rows[1] if arguments["block_table"] is None else None
     tables = {name: arguments[name] for name in ("cache_batch_idx", "cache_leftpad", "block_table")}
     return attend_sequences(
         act,
         function,
-        {"q": q, "k_cache": arguments["k_cache"], "v_cache": arguments["v_cache"]},
+        {"q": q, "k_cache": k_cache, "v_cache": arguments["v_cache"]},
         arguments,
-        {"seqused_k": _lengths(function, arguments["cache_seqlens"], q), **tables},
+        {"seqused_k": _lengths(function, lengths, q), **tables},
         "cache_seqlens",
     )
 

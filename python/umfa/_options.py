@@ -31,7 +31,7 @@ def number(function: str, name: str, value: Any) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(
-            message(function, f"{name} is out of range", value, "a finite float")
+            message(function, f"{name} is out of range", _shown(value), "a finite float")
         ) from None
 
 
@@ -45,12 +45,19 @@ def flag(function: str, name: str, value: Any) -> bool:
     )
 
 
+def _shown(number: Any) -> Any:
+    """An int as a message can show it: str() refuses thousands of digits."""
+    if isinstance(number, int) and abs(number) >= 10**40:
+        return f"an integer of {number.bit_length()} bits"
+    return number
+
+
 def unsigned(function: str, name: str, value: Any) -> int:
     """An int of 64 bits without a sign."""
     expected = "0 to 2**64 - 1"
     found = _index(function, name, value, expected)
     if not 0 <= found < 2**64:
-        raise ValueError(message(function, f"{name} is out of range", found, expected))
+        raise ValueError(message(function, f"{name} is out of range", _shown(found), expected))
     return found
 
 
@@ -69,7 +76,7 @@ def integer(function: str, name: str, value: Any, expected: str) -> int:
     """An int that the core can be asked about: it judges the range, 64 bits is the door's width."""
     found = _index(function, name, value, expected)
     if not -(2**63) <= found < 2**63:
-        raise ValueError(message(function, f"{name} does not fit 64 bits", found, expected))
+        raise ValueError(message(function, f"{name} does not fit 64 bits", _shown(found), expected))
     return found
 
 

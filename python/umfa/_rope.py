@@ -6,6 +6,7 @@ from typing import Any
 
 from ._attend import attend_sequences
 from ._attention import Act, run
+from ._errors import message
 from ._options import WindowSize
 
 
@@ -61,5 +62,10 @@ def fused_rope_attention(
 
 def attend_rope(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     """The function without its docstring, for whoever does something else at the end."""
+    for name in ("rotary_cos", "rotary_sin"):
+        if arguments[name] is None:
+            raise TypeError(
+                message(function, f"{name} is missing", None, "a tensor; see flash_attn_func")
+            )
     tensors = {"q": arguments["q"], "k": arguments["k"], "v": arguments["v"]}
     return attend_sequences(act, function, tensors, arguments)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._attend import seed_of
+from . import _ext
+from ._attend import drawn_seed, seed_of
 from ._attention import Act, run
 from ._errors import message
 from ._frameworks import causal_bias, framework_of
@@ -34,8 +35,8 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : tensor, shape (..., nheads, seqlen_q, head_dim)
-        float32, float16 or bfloat16. ``nheads`` and the dimensions before it, of which there may be
-        none or up to five, broadcast among query, key and value.
+        float32, float16 or bfloat16, with 2 to 8 dimensions. ``nheads`` and the dimensions before
+        it broadcast among query, key and value.
     key : tensor, shape (..., nheads, seqlen_kv, head_dim)
         Same dtype and framework.
     value : tensor, shape (..., nheads, seqlen_kv, head_dim_v)
@@ -87,16 +88,22 @@ def attend_sdpa(act: Act, function: str, arguments: dict[str, Any]) -> Any:
         if bias is None:
             tensors["attn_mask"] = attn_mask
     framework = framework_of(function, tensors)
-    options = make_sdpa_options(
-        function,
-        arguments["dropout_p"],
-        is_causal,
-        arguments["scale"],
-        arguments["enable_gqa"],
-        backend,
-        None if bias is None else bias[0],
-        *seed_of(act, framework, function, arguments),
-    )
+    seed = seed_of(framework, function, arguments)
+
+    def options(seed: tuple[int | None, int]) -> _ext.Options:
+        return make_sdpa_options(
+            function,
+            arguments["dropout_p"],
+            is_causal,
+            arguments["scale"],
+            arguments["enable_gqa"],
+            backend,
+            None if bias is None else bias[0],
+            seed[0] or 0,
+            seed[1],
+        )
+
+    call = options(seed)
     if attn_mask is not None and is_causal:
         raise ValueError(
             message(
@@ -108,7 +115,9 @@ def attend_sdpa(act: Act, function: str, arguments: dict[str, Any]) -> Any:
         )
     if bias is not None:
         _check_bias(function, bias, query, key)
-    return act(framework, function, options, tensors, backend)[0]
+    if seed[0] is None and act is run:
+        call = options((drawn_seed(framework, function, call, tensors, backend), seed[1]))
+    return act(framework, function, call, tensors, backend)[0]
 
 
 def _check_bias(function: str, bias: tuple[str, int, int], query: Any, key: Any) -> None:

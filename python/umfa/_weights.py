@@ -46,25 +46,30 @@ def weights_of(
 
     `plain` and `dropped` are the call's options without and with its dropout.
     """
-    query_name, _, value_name = tuple(tensors)[:3]
+    query_name, key_name, value_name = tuple(tensors)[:3]
     query, value = tensors[query_name], tensors[value_name]
     rows = list(_sequences(tensors, query, value))
     most_q = max((q.stop - q.start for _, q, _ in rows), default=0)
     most_k = max((k.stop - k.start for _, _, k in rows), default=0)
+    # In float32, so that no weight is too small to show its sign.
+    own = (query_name, key_name)
+    asked = {
+        name: framework.cast(tensor, "float32") if name in own else tensor
+        for name, tensor in tensors.items()
+    }
     found = np.zeros((len(rows), query.shape[-2], most_q, most_k), np.float32)
     for first in range(0, most_k, COLUMNS):
         width = min(COLUMNS, most_k - first)
         identity = np.zeros((*value.shape[:-1], width), np.float32)
         for b, _, k in rows:
-            own = range(first, min(first + width, k.stop - k.start))
-            for j in own:
+            for j in range(first, min(first + width, k.stop - k.start)):
                 identity[b + (k.start + j, slice(None), j - first)] = 1  # noqa: RUF005
-        asked = {**tensors, value_name: framework.from_numpy(identity, value)}
+        asked[value_name] = framework.from_numpy(identity, asked[query_name])
         seen, kept = (
             framework.to_numpy(act(framework, function, options, asked, backend)[0])
             for options in (plain, dropped)
         )
-        signed = np.where(kept == 0, -seen, seen)
+        signed = np.where((kept == 0) & (seen > 0), -seen, seen)
         for i, (b, q, _) in enumerate(rows):
             own_rows = signed[b + (q,)].swapaxes(0, 1)  # noqa: RUF005
             found[i, :, : own_rows.shape[1], first : first + width] = own_rows

@@ -103,6 +103,12 @@ bool elements_distinct(const TensorView& view) {
     return true;
 }
 
+void check_distinct(const Checker& check, const TensorView& view, const std::string& name) {
+    if (!elements_distinct(view))
+        check.value(name + " has elements that share memory", "an expanded or overlapping view",
+                    "one address for each element");
+}
+
 bool interleaved(const TensorView& a, const TensorView& b) {
     if (a.ndim != b.ndim || a.ndim >= TensorView::max_ndim || a.dtype != b.dtype) return false;
     TensorView both = a;

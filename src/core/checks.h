@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "core/error.h"
+#include "core/export.h"
 #include "core/tensor_view.h"
 
 namespace umfa {
@@ -39,8 +40,10 @@ inline int64_t stride_at(const TensorView& view, int from_last) {
 }
 
 /// What must hold before anyone follows the tensor's pointer.
-void check_memory(const Checker& check, const TensorView& view, const std::string& name);
-void check_float_dtype(const Checker& check, const TensorView& view, const std::string& name);
+UMFA_CORE_API void check_memory(const Checker& check, const TensorView& view,
+                                const std::string& name);
+UMFA_CORE_API void check_float_dtype(const Checker& check, const TensorView& view,
+                                     const std::string& name);
 /// Same dtype, device as the tensor called `as_name`.
 void check_same_dtype(const Checker& check, const TensorView& view, const std::string& name,
                       const TensorView& as, const std::string& as_name);
@@ -52,6 +55,9 @@ void check_overlap(const Checker& check, const TensorView& written, const std::s
 /// True when no two indices may name the same element: sorted by stride, each dimension steps over
 /// everything the smaller ones reach. Sufficient, and exact for every view made by slicing.
 bool elements_distinct(const TensorView& view);
+/// What must hold of a tensor that is written.
+UMFA_CORE_API void check_distinct(const Checker& check, const TensorView& view,
+                                  const std::string& name);
 /// Whether two views are slices of one tensor that lie between one another without touching, as key
 /// and value of a cache that holds both.
 bool interleaved(const TensorView& a, const TensorView& b);

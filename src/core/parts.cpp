@@ -123,9 +123,7 @@ Append checked_append(const Checker& check, const Problem& problem,
                        name_of(cache.dtype));
         check_same_device(check, view, name, cache);
         check_memory(check, view, name);
-        if (!elements_distinct(cache))
-            check.value(std::string(cache_name) + " has elements that share memory",
-                        "an expanded or overlapping view", "one address for each element");
+        check_distinct(check, cache, std::string(cache_name));
         check_overlap(check, cache, std::string(cache_name), k, "k");
         check_overlap(check, cache, std::string(cache_name), v, "v");
         check_overlap(check, cache, std::string(cache_name), request.query,

@@ -15,6 +15,19 @@ std::string dims_text(Layout layout, bool broadcasts) {
                                   : "4: (batch, nheads, seqlen, head_dim)";
 }
 
+/// That what is written lies in none of the tensors of the orthogonal parts.
+void check_apart_from_parts(const Checker& check, const Problem& problem, const TensorView& view,
+                            const std::string& name) {
+    if (problem.alibi) check_overlap(check, view, name, problem.alibi->view, "alibi_slopes");
+    if (problem.mask) check_overlap(check, view, name, problem.mask->given, "attn_mask");
+    if (problem.sinks) check_overlap(check, view, name, problem.sinks->logits, "learnable_sink");
+    if (problem.qv) check_overlap(check, view, name, problem.qv->view, "qv");
+    if (problem.rotary) {
+        check_overlap(check, view, name, problem.rotary->cos, "rotary_cos");
+        check_overlap(check, view, name, problem.rotary->sin, "rotary_sin");
+    }
+}
+
 void check_writable(const Checker& check, const Problem& problem, const TensorView& view,
                     const TensorView& shape, const std::string& name) {
     bool same = view.ndim == shape.ndim;
@@ -24,20 +37,11 @@ void check_writable(const Checker& check, const Problem& problem, const TensorVi
         check.type(name + " has the wrong dtype", name_of(view.dtype), name_of(shape.dtype));
     check_same_device(check, view, name, shape);
     check_memory(check, view, name);
-    if (!elements_distinct(view))
-        check.value(name + " has elements that share memory", "an expanded or overlapping view",
-                    "one address for each element");
+    check_distinct(check, view, name);
     check_overlap(check, view, name, problem.query.view, std::string(problem.query_name));
     check_overlap(check, view, name, problem.key.view, std::string(problem.key_name));
     check_overlap(check, view, name, problem.value.view, std::string(problem.value_name));
-    if (problem.alibi) check_overlap(check, view, name, problem.alibi->view, "alibi_slopes");
-    if (problem.mask) check_overlap(check, view, name, problem.mask->given, "attn_mask");
-    if (problem.sinks) check_overlap(check, view, name, problem.sinks->logits, "learnable_sink");
-    if (problem.qv) check_overlap(check, view, name, problem.qv->view, "qv");
-    if (problem.rotary) {
-        check_overlap(check, view, name, problem.rotary->cos, "rotary_cos");
-        check_overlap(check, view, name, problem.rotary->sin, "rotary_sin");
-    }
+    check_apart_from_parts(check, problem, view, name);
     if (problem.append) {
         check_overlap(check, view, name, problem.append->key.view, "k");
         check_overlap(check, view, name, problem.append->value.view, "v");
@@ -270,6 +274,10 @@ Problem Problem::make(const AttentionRequest& request) {
         problem.rotary = checked_rotary(check, problem, request);
     if (request.sinks) problem.sinks = checked_sinks(check, problem, request);
     if (request.attn_mask) problem.mask = broadcast_mask(check, problem, *request.attn_mask);
+    if (problem.append) {  // what is read besides may not lie in the caches
+        for (const auto& [cache, name] : {std::pair{&k, &k_name}, {&v, &v_name}})
+            check_apart_from_parts(check, problem, *cache, *name);
+    }
     problem.merge_batch();
 
     problem.wants_lse = request.wants_lse || request.lse.has_value();

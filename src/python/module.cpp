@@ -15,6 +15,7 @@
 #include <memory>
 #include <new>
 
+#include "core/checks.h"
 #include "core/dispatch.h"
 #include "core/dlpack_view.h"
 #include "core/error.h"
@@ -135,6 +136,16 @@ std::pair<bool, std::string> attention_can_run(const Options& options, nb::handl
                                            others, inputs)),
                 options.backend);
     return {verdict.yes, verdict.reason};
+}
+
+void check_tensor(const std::string& function, const std::string& name, nb::handle tensor,
+                  bool writable) {
+    const TensorView view = writable ? import<nb::ndarray<>>(tensor, function, name).view
+                                     : import<nb::ndarray<nb::ro>>(tensor, function, name).view;
+    const Checker check{function};
+    check_float_dtype(check, view, name);
+    check_memory(check, view, name);
+    if (writable) check_distinct(check, view, name);
 }
 
 /// Uninitialised memory for frameworks whose own arrays cannot be written in place: of the CPU, or
@@ -290,6 +301,10 @@ NB_MODULE(_ext, m) {
                   "value: object, alibi_slopes: object | None, attn_mask: object | None, "
                   "others: dict[str, object] | None = None) -> tuple[bool, str]"),
           "The routing's verdict on the same call, and its reason.");
+    m.def("check_tensor", &check_tensor, "function"_a, "name"_a, "tensor"_a, "writable"_a = false,
+          nb::sig("def check_tensor(function: str, name: str, tensor: object, "
+                  "writable: bool = False) -> None"),
+          "Raises what a call would about this tensor alone.");
     m.def("empty", &empty, "shape"_a, "dtype"_a, "device"_a = "cpu",
           nb::sig("def empty(shape: collections.abc.Sequence[int], dtype: str, "
                   "device: str = 'cpu') -> typing.Any"),

@@ -10,10 +10,10 @@ import pytest
 from emulated import MACHINES
 
 import reference
+import umfa
+from attend import call_on
 from cases import normal
 from checks import BASE, LSE, assert_close, assert_same_bits
-from umfa._kvcache import attend_kvcache
-from umfa._varlen import attend_varlen
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -29,37 +29,22 @@ def varlen(
     q: Array, k: Array, v: Array, cu_q: Any, cu_k: Any, *, dtype: Any = np.int32, **options: Any
 ) -> Result:
     """`umfa.flash_attn_varlen_func(..., return_attn_probs=True)`."""
-    tables = {
-        name: None if name not in options else np.asarray(options.pop(name), dtype)
-        for name in ("block_table", "seqused_q", "seqused_k")
-    }
-    out, lse, _ = attend_varlen(
-        emulated.act, "umfa.flash_attn_varlen_func", q, k, v,
-        np.asarray(cu_q, dtype), None if cu_k is None else np.asarray(cu_k, dtype), None, None,
-        0.0, options.pop("softmax_scale", None), options.pop("causal", False),
-        options.pop("window_size", (-1, -1)), options.pop("softcap", 0.0),
-        options.pop("alibi_slopes", None), False, True, *tables.values(),
-        options.pop("attention_chunk", 0), options.pop("learnable_sink", None), "metal",
+    for name in ("block_table", "seqused_q", "seqused_k"):
+        if name in options:
+            options[name] = np.asarray(options[name], dtype)
+    return Result(
+        *call_on(
+            "metal-emulated", umfa.flash_attn_varlen_func, q, k, v, np.asarray(cu_q, dtype),
+            None if cu_k is None else np.asarray(cu_k, dtype), None, None, return_lse=True,
+            **options,
+        )
     )  # fmt: skip
-    assert not options
-    return Result(out, lse)
 
 
 def kvcache(q: Array, k: Array, v: Array, **options: Any) -> Result:
-    """`umfa.flash_attn_with_kvcache(..., return_softmax_lse=True)`."""
-    tables = (
-        options.pop(name, None)
-        for name in ("cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table")
-    )
-    out, lse = attend_kvcache(
-        emulated.act, "umfa.flash_attn_with_kvcache", q, k, v, None, None, None, None, *tables,
-        options.pop("softmax_scale", None), options.pop("causal", False),
-        options.pop("window_size", (-1, -1)), options.pop("softcap", 0.0), True,
-        options.pop("alibi_slopes", None), 0, True, options.pop("attention_chunk", 0),
-        options.pop("learnable_sink", None), "metal",
-    )  # fmt: skip
-    assert not options
-    return Result(out, lse)
+    """flash_attn_with_kvcache on the emulated GPU."""
+    function = umfa.flash_attn_with_kvcache
+    return Result(*call_on("metal-emulated", function, q, k, v, return_softmax_lse=True, **options))
 
 
 def expected_of(

@@ -52,8 +52,14 @@ class Framework(Protocol):
     def permute(self, tensor: Any, order: tuple[int, ...]) -> Any:
         """A tensor with the dimensions in another order; a view where the framework has them."""
 
-    def cast(self, tensor: Any, dtype: Any) -> Any:
-        """A tensor of another dtype."""
+    def cast(self, tensor: Any, dtype: str) -> Any:
+        """A tensor of another dtype, by its name."""
+
+    def minus_top(self, x: Any) -> tuple[Any, Any]:
+        """x less its largest along the first dimension, and that; 0 where it is -inf."""
+
+    def mark_written(self, tensor: Any) -> None:
+        """Tells the framework that the memory of a tensor has been written."""
 
     def copy_to(self, out: Any, tensor: Any) -> None:
         """Writes the numbers of `tensor` into `out`, which check_writable has passed."""
@@ -125,9 +131,10 @@ def framework_of(function: str, tensors: dict[str, Any]) -> Framework:
     return framework
 
 
-def dtype_name(tensor: Any) -> str:
-    """'float32', whatever the framework."""
-    return str(tensor.dtype).rsplit(".", 1)[-1]
+def dtype_name(dtype: Any) -> str:
+    """'float32', whatever framework's, and in whatever way it is spelled."""
+    name = getattr(dtype, "__name__", None) or getattr(dtype, "name", None) or str(dtype)
+    return str(name).rsplit(".", 1)[-1]
 
 
 def causal_bias(mask: Any) -> tuple[str, int, int] | None:

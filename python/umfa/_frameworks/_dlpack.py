@@ -80,8 +80,20 @@ def permute(tensor: Any, order: tuple[int, ...]) -> Any:
     return _namespace(tensor).permute_dims(tensor, order)
 
 
-def cast(tensor: Any, dtype: Any) -> Any:
-    return _namespace(tensor).astype(tensor, dtype)
+def cast(tensor: Any, dtype: str) -> Any:
+    namespace = _namespace(tensor)
+    return namespace.astype(tensor, getattr(namespace, dtype))
+
+
+def minus_top(x: Any) -> tuple[Any, Any]:
+    namespace = _namespace(x)
+    top = namespace.max(x, axis=0)
+    top = namespace.where(top == -namespace.inf, namespace.zeros_like(top), top)
+    return x - top, top
+
+
+def mark_written(tensor: Any) -> None:
+    """Nothing to be told."""
 
 
 def copy_to(out: Any, tensor: Any) -> None:

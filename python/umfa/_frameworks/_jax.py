@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import _ext
@@ -63,8 +64,8 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
         message(
             function,
             f"{argument} would have to be written in place, which jax arrays cannot be",
-            "new keys and values",
-            "caches of torch or numpy, or a cache that holds the new rows already",
+            "an immutable array",
+            "tensors of torch or numpy, or results that are returned",
         )
     )
 
@@ -84,8 +85,18 @@ def permute(tensor: Any, order: tuple[int, ...]) -> Any:
     return tensor.transpose(order)
 
 
-def cast(tensor: Any, dtype: Any) -> Any:
+def cast(tensor: Any, dtype: str) -> Any:
     return tensor.astype(dtype)
+
+
+def minus_top(x: Any) -> tuple[Any, Any]:
+    top = jnp.amax(x, axis=0)
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    return x - top, top
+
+
+def mark_written(tensor: Any) -> None:
+    """Never reached: check_writable raises."""
 
 
 def copy_to(out: Any, tensor: Any) -> None:

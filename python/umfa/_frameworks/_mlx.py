@@ -84,8 +84,8 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
         message(
             function,
             f"{argument} would have to be written in place, which mlx arrays cannot be",
-            "new keys and values",
-            "caches of torch or numpy, or a cache that holds the new rows already",
+            "an immutable array",
+            "tensors of torch or numpy, or results that are returned",
         )
     )
 
@@ -107,8 +107,18 @@ def permute(tensor: Any, order: tuple[int, ...]) -> Any:
     return tensor.transpose(order)
 
 
-def cast(tensor: Any, dtype: Any) -> Any:
-    return tensor.astype(dtype)
+def cast(tensor: Any, dtype: str) -> Any:
+    return tensor.astype(getattr(mx, dtype))
+
+
+def minus_top(x: Any) -> tuple[Any, Any]:
+    top = mx.max(x, axis=0)
+    top = mx.where(top == -mx.inf, 0.0, top)
+    return x - top, top
+
+
+def mark_written(tensor: Any) -> None:
+    """Never reached: check_writable raises."""
 
 
 def copy_to(out: Any, tensor: Any) -> None:

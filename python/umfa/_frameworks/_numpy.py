@@ -89,6 +89,7 @@ def to_host(tensor: Any, function: str, argument: str) -> Any:
 
 
 def check_writable(tensor: Any, function: str, argument: str) -> None:
+    _check_not_masked(tensor, function, argument)
     if not tensor.flags.writeable:
         raise ValueError(
             message(function, f"{argument} is read-only", "flags.writeable False", "a copy")
@@ -112,8 +113,18 @@ def permute(tensor: Any, order: tuple[int, ...]) -> Any:
     return tensor.transpose(order)
 
 
-def cast(tensor: Any, dtype: Any) -> Any:
+def cast(tensor: Any, dtype: str) -> Any:
     return tensor.astype(dtype)
+
+
+def minus_top(x: Any) -> tuple[Any, Any]:
+    top = np.amax(x, axis=0)
+    top = np.where(top == -np.inf, np.float32(0), top)
+    return x - top, top
+
+
+def mark_written(tensor: Any) -> None:
+    """Nothing to be told."""
 
 
 def copy_to(out: Any, tensor: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .._errors import UnsupportedError, message
+from . import causal_bias
 
 _forward_ad: Any = forward_ad  # its functions carry no annotations
 
@@ -80,6 +81,16 @@ def _check_plain(tensor: Any, function: str, argument: str) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         got = tensor.dtype if tensor.is_quantized else tensor.layout
         raise UnsupportedError(message(function, f"{argument} is not a dense tensor", got, plain))
+    if causal_bias(tensor) is not None:
+        # By class a tensor, but its memory holds nothing.
+        raise UnsupportedError(
+            message(
+                function,
+                f"{argument} is a causal bias, which only scaled_dot_product_attention takes",
+                f"{type(tensor).__module__}.{type(tensor).__qualname__}",
+                "causal=True for the lower right, or a mask that is written out",
+            )
+        )
     if tensor.device.type == "meta":
         raise ValueError(
             message(function, f"{argument} has no data", "device meta", "a tensor on cpu or mps")
@@ -106,7 +117,33 @@ def to_host(tensor: Any, function: str, argument: str) -> Any:
 
 
 def check_writable(tensor: Any, function: str, argument: str) -> None:
-    """Every such tensor may be."""
+    _check_plain(tensor, function, argument)
+    lazy = "negated" if tensor.is_neg() else "conjugated" if tensor.is_conj() else ""
+    if lazy:  # what is written would be read with the other sign
+        raise ValueError(
+            message(function, f"{argument} cannot be written", f"a lazily {lazy} view", "a copy")
+        )
+    for what, refused in (
+        ("requires grad", tensor.requires_grad),
+        (
+            "is an inference tensor outside of inference mode",
+            tensor.is_inference() and not torch.is_inference_mode_enabled(),
+        ),
+    ):
+        if refused:
+            raise UnsupportedError(
+                message(
+                    function,
+                    f"{argument} cannot be written in place: it {what}",
+                    f"a {tensor.dtype} tensor",
+                    "a detached copy",
+                )
+            )
+
+
+def mark_written(tensor: Any) -> None:
+    # An operation in place on no elements: it raises the version that autograd compares.
+    tensor.detach()[:0].zero_()
 
 
 def draw_seed() -> int:
@@ -125,8 +162,14 @@ def permute(tensor: Any, order: tuple[int, ...]) -> Any:
     return tensor.permute(order)
 
 
-def cast(tensor: Any, dtype: Any) -> Any:
-    return tensor.to(dtype)
+def cast(tensor: Any, dtype: str) -> Any:
+    return tensor.to(getattr(torch, dtype))
+
+
+def minus_top(x: Any) -> tuple[Any, Any]:
+    top = x.amax(0)
+    top = torch.where(torch.isneginf(top), 0.0, top)
+    return x - top, top
 
 
 def copy_to(out: Any, tensor: Any) -> None:
