@@ -104,7 +104,7 @@ def flash_attn_func(
     S_dmask : tensor, shape (batch, nheads, seqlen_q, seqlen_kv), or None
         Only with `return_attn_probs`, and not None only with dropout: the weights before dropout,
         negative where they were dropped. For looking at small problems, since it is as large as it
-        looks.
+        looks; not with `qv` or a `block_table`.
 
     Raises
     ------

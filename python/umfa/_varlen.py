@@ -54,7 +54,8 @@ def flash_attn_varlen_func(
         Sequence ``b`` holds the rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` of `q`. Empty
         sequences are fine. Rows of the output that belong to none are 0, their log-sum-exp -inf.
     cu_seqlens_k : int32 or int64 tensor, shape (batch + 1,)
-        The same of `k` and `v`; with `block_table` only the lengths count.
+        The same of `k` and `v`; with `block_table` only the lengths count, and None means all rows
+        of the table's pages.
     max_seqlen_q, max_seqlen_k : int or tensor without dimensions, or None
         At least the longest sequence; only checked.
     block_table : int32 or int64 tensor, shape (batch, pages of a sequence), optional

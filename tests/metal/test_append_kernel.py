@@ -81,8 +81,13 @@ def kernels() -> list[str]:
     return [launch["kernel"].split("_")[0] for launch in emulated.last_plan["launches"]]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 64), (33, 40), (300, 7)])
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", pytest.param("float32", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v"),
+    [(64, 64), (33, 40), pytest.param(300, 7, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("seqlen_q", [1, 20])
 def test_rows_are_copied_bit_for_bit(
     seqlen_q: int, head_dim: int, head_dim_v: int, dtype: str
@@ -155,7 +160,9 @@ def check_rotated(
     )
 
 
-@pytest.mark.parametrize("machine", [None, "permuted lane map"])
+@pytest.mark.parametrize(
+    "machine", [None, pytest.param("permuted lane map", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("seqlen_q", [1, 4, 20])
 @INTERLEAVED

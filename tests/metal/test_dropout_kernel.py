@@ -97,7 +97,9 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "p", [0.1, pytest.param(0.5, marks=pytest.mark.slow), pytest.param(0.9, marks=pytest.mark.slow)]
+)
 @KINDS
 def test_probabilities(lengths: tuple[int, int], p: float, dtype: str) -> None:
     check(dense(lengths, dtype), p)
@@ -140,7 +142,10 @@ def test_options(lengths: tuple[int, int], name: str) -> None:
         check(tensors, **options)
 
 
-@pytest.mark.parametrize("head_dim", [40, 160, 192, 300])
+@pytest.mark.parametrize(
+    "head_dim",
+    [40, pytest.param(160, marks=pytest.mark.slow), 192, pytest.param(300, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_shape_of_tile(dtype: str, head_dim: int) -> None:
     check(dense((20, 45), dtype, head_dim, batch=1))

@@ -103,13 +103,17 @@ def test_any_strides() -> None:
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 64), (576, 512)])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v"), [(64, 64), pytest.param(576, 512, marks=pytest.mark.slow)]
+)
 def test_any_machine(head_dim: int, head_dim_v: int, machine: str) -> None:
     emulated.settings.options = MACHINES[machine]
     check(*tensors("float16", 20, 40, head_dim, head_dim_v), causal=True)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    "seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 64), (64, 512), (576, 512)])
 def test_any_schedule(head_dim: int, head_dim_v: int, dtype: str, seed: int) -> None:

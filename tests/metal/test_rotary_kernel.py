@@ -57,7 +57,9 @@ def check(
 
 @INTERLEAVED
 @pytest.mark.parametrize("table", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_tables_of_any_dtype(dtype: str, table: str, interleaved: bool) -> None:
     cos, sin = (normal((90, 16), table, seed=i) for i in (3, 4))
     check(*dense(dtype, 40, 70, 64), cos, sin, interleaved, causal=True)
@@ -82,8 +84,15 @@ WIDE = 20  # the constant
     ("head_dim", "channels", "wide"),
     [(64, 64, True), (128, 32, True), (72, 64, True), (80, 80, True), (64, 40, False)],
 )
-@pytest.mark.parametrize("family", [7, 9])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        (7, "float16"),
+        (9, "bfloat16"),
+        pytest.param(9, "float16", marks=pytest.mark.slow),
+        pytest.param(7, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_keys_32_bytes_at_a_time(
     dtype: str, family: int, head_dim: int, channels: int, wide: bool, interleaved: bool
 ) -> None:

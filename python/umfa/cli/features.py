@@ -75,6 +75,7 @@ def rows() -> list[Row]:
         "learnable_sink": sink, "attention_chunk": 16, "attn_mask": zeros(2, 1, 1, 30) == 0,
         "return_lse": True,
     }  # fmt: skip
+    cached = {name: x for name, x in everything.items() if name != "return_lse"}
     rope = umfa.fused_rope_attention, (*_flash()[1], *angles)
     return [
         Row(
@@ -102,7 +103,7 @@ def rows() -> list[Row]:
             ],
         ),
         Row(
-            "PyTorch's shapes: any number of batch dimensions, broadcasting, top-left causal",
+            "PyTorch's shapes: 2 to 8 dimensions, which broadcast; top-left causal",
             [_torch_like(), _torch_like(2, 3, 1), _torch_like(2, is_causal=True)],
         ),
         Row(
@@ -138,7 +139,14 @@ def rows() -> list[Row]:
             "attention over a compressed cache (`qv`, as in DeepSeek's MLA)",
             [_flash(qv=zeros(2, 9, 4, 16)), _cached(qv=zeros(2, 1, 4, 16), pages=True)],
         ),
-        Row("all of these options together", [_flash(2, **everything, dropout_p=0.1)]),
+        Row(
+            "all of these options together",
+            [
+                _flash(2, **everything, dropout_p=0.1, qv=zeros(2, 9, 4, 16)),
+                _cached(*new, *angles, pages=True, qv=zeros(2, 1, 4, 16), **cached),
+                (*rope, {**everything, "dropout_p": 0.1, "qv": zeros(2, 9, 4, 16)}),
+            ],
+        ),
         Row(
             "results of parts of the keys merged (`flash_attn_combine`)",
             [(umfa.flash_attn_combine, (zeros(3, 2, 9, 4, 16), zeros(3, 2, 9, 4)), {})],
