@@ -117,7 +117,8 @@ def test_a_mask_is_never_expanded(kind: str, run_python: RunPython) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", [pytest.param("bool", marks=pytest.mark.slow), "float32"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bool", "float32"])
 def test_the_mask_of_flux(kind: str, run_python: RunPython) -> None:
     """(1, 1, 1, 4608): written out, it would take 21 MB for each of 24 heads, or 85 in float32."""
     process = run_python(MASKED, "1,24,4608,128", kind, timeout=600)

@@ -47,7 +47,7 @@ def flag(function: str, name: str, value: Any) -> bool:
 
 def _shown(number: Any) -> Any:
     """An int as a message can show it: str() refuses thousands of digits."""
-    if isinstance(number, int) and abs(number) >= 10**40:
+    if isinstance(number, int) and abs(number) >= 10**1000:
         return f"an integer of {number.bit_length()} bits"
     return number
 

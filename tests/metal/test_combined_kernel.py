@@ -22,9 +22,7 @@ HEADS, HEADS_K, NEW, CHANNELS = 4, 2, 6, 24
 USED = np.array([61, 0, 130])
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))]
-)
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) for seed in range(12)])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("seqlen_q", [3, 30])
 def test_any_combination(seqlen_q: int, dtype: str, seed: int) -> None:

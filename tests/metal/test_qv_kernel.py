@@ -114,7 +114,7 @@ def test_any_machine(head_dim: int, head_dim_v: int, machine: str) -> None:
 @pytest.mark.parametrize(
     "seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 64), (64, 512), (576, 512)])
 def test_any_schedule(head_dim: int, head_dim_v: int, dtype: str, seed: int) -> None:
     """V takes K's place in between: what is read when is up to barriers."""

@@ -69,7 +69,7 @@ def test_tables_of_any_dtype(dtype: str, table: str, interleaved: bool) -> None:
 @pytest.mark.parametrize(
     ("head_dim", "channels"), [(64, 64), (64, 2), (30, 22), (33, 32), (192, 64), (300, 300)]
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_channels(dtype: str, head_dim: int, channels: int, interleaved: bool) -> None:
     """The first ones turn, the others do not; shared among simdgroups, odd numbers in all."""
     cos, sin = rotary_tables(60, channels)
