@@ -108,7 +108,9 @@ print(status("VmHWM") - before - out.nbytes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["bool", "float32", "expanded"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("bool", marks=pytest.mark.slow), "float32", "expanded"]
+)
 def test_a_mask_is_never_expanded(kind: str, run_python: RunPython) -> None:
     """(2, 1, 1, 16384): written out, it would take 0.5 GB, or 2 GB in float32."""
     process = run_python(MASKED, "2,1,16384,64", kind, timeout=600)

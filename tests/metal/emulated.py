@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from metal_emulator import Counters, Library, Options
 
 import reference
@@ -52,6 +53,12 @@ MACHINES = {
     "noisy math": Options(math_noise=True),
 }
 """What a GPU may do otherwise than this emulator does by default."""
+
+SOME_MACHINES = [
+    name if name == "permuted lane map" else pytest.param(name, marks=pytest.mark.slow)
+    for name in MACHINES
+]
+"""For tests of which one other machine is enough in every run: each compiles all kernels anew."""
 
 settings = Settings()
 counters: list[Counters] = []

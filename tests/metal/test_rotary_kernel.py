@@ -7,7 +7,7 @@ from typing import Any
 import emulated
 import numpy as np
 import pytest
-from emulated import MACHINES
+from emulated import MACHINES, SOME_MACHINES
 
 import reference
 from cases import normal
@@ -56,7 +56,9 @@ def check(
 
 
 @INTERLEAVED
-@pytest.mark.parametrize("table", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "table", ["float32", pytest.param("float16", marks=pytest.mark.slow), "bfloat16"]
+)
 @pytest.mark.parametrize(
     "dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow), "bfloat16"]
 )
@@ -158,7 +160,7 @@ def test_any_strides(interleaved: bool) -> None:
     check(*tensors, cos, sin, interleaved)
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", SOME_MACHINES)
 @INTERLEAVED
 def test_any_machine(interleaved: bool, machine: str) -> None:
     emulated.settings.options = MACHINES[machine]
