@@ -77,6 +77,19 @@ def test_autograd_notices_that_a_cache_was_written(torch: Any) -> None:
     assert key._version == version
 
 
+def test_a_cache_that_requires_grad_may_be_written_without_grad(torch: Any) -> None:
+    key, value = (torch.zeros(1, 8, 2, 8, requires_grad=True) for _ in range(2))
+    q = torch.ones(1, 1, 2, 8)
+    with pytest.raises(umfa.UnsupportedError, match="it requires grad"):
+        umfa.flash_attn_with_kvcache(q, key, value, q, q, cache_seqlens=2)
+    assert not key.any()
+    with torch.no_grad():
+        umfa.flash_attn_with_kvcache(q, key, value, q, q, cache_seqlens=2)
+    assert (key[:, 2] == 1).all()
+    assert key.requires_grad
+    assert key._version > 0
+
+
 def test_fake_tensors_with_dropout(torch: Any) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -81,7 +81,7 @@ def _check_plain(tensor: Any, function: str, argument: str) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         got = tensor.dtype if tensor.is_quantized else tensor.layout
         raise UnsupportedError(message(function, f"{argument} is not a dense tensor", got, plain))
-    if causal_bias(tensor) is not None:
+    if type(tensor) is not torch.Tensor and causal_bias(tensor) is not None:
         # By class a tensor, but its memory holds nothing.
         raise UnsupportedError(
             message(
@@ -124,7 +124,7 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
             message(function, f"{argument} cannot be written", f"a lazily {lazy} view", "a copy")
         )
     for what, refused in (
-        ("requires grad", tensor.requires_grad),
+        ("requires grad", tensor.requires_grad and torch.is_grad_enabled()),
         (
             "is an inference tensor outside of inference mode",
             tensor.is_inference() and not torch.is_inference_mode_enabled(),
