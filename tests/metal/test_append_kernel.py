@@ -164,7 +164,7 @@ def check_rotated(
     "machine", [None, pytest.param("permuted lane map", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("seqlen_q", [1, 4, 20])
+@pytest.mark.parametrize("seqlen_q", [1, pytest.param(4, marks=pytest.mark.slow), 20])
 @INTERLEAVED
 def test_rotated(interleaved: bool, seqlen_q: int, causal: bool, machine: str | None) -> None:
     """New keys turn by their place in the cache; queries from the first one's on, or all by it."""

@@ -58,7 +58,9 @@ def check(
     assert launch["kernel"].startswith("forward")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16", "bfloat16"]
+)
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), DIMS)
 def test_dims(head_dim: int, head_dim_v: int, dtype: str) -> None:
     check(*tensors(dtype, 20, 45, head_dim, head_dim_v), causal=True)

@@ -24,6 +24,7 @@ def test_the_host_compiles_for_macos(source: Path, tmp_path: Path) -> None:
     assert image.minimum_macos == cross.FLOOR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", cross.host_sources(), ids=lambda p: p.name)
 def test_the_host_compiles_with_older_headers_and_for_an_older_macos(
     source: Path, tmp_path: Path
