@@ -9,6 +9,8 @@
 
 using namespace metal;
 
+using namespace umfa;
+
 namespace umfa {
 
 /// Where a cache has a key of a sequence.
@@ -24,24 +26,27 @@ inline device T* place_of(device T* cache, constant OperandStrides& strides,
     return cache + batch * strides.batch + row * strides.row;
 }
 
+}  // namespace umfa
+
 /// One threadgroup copies a few rows of one head of one sequence, the keys rotated where there are
 /// angles.
+///
+/// Metal's compiler assumes that buffer arguments do not alias, and the two caches may interleave in
+/// one buffer: safe as long as no cache is read here.
 template <typename T>
-[[kernel]] void append(device T* key [[buffer(UMFA_BUFFER_KEY)]],
-                       device T* value [[buffer(UMFA_BUFFER_VALUE)]],
-                       device const T* new_key [[buffer(UMFA_BUFFER_NEW_KEY)]],
-                       device const T* new_value [[buffer(UMFA_BUFFER_NEW_VALUE)]],
-                       device const SequenceParams* sequences [[buffer(UMFA_BUFFER_SEQUENCES)]],
-                       device const int* page_table
-                       [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
-                       device const uchar* rotary_cos
-                       [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
-                       device const uchar* rotary_sin
-                       [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
-                       constant AppendParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
-                       uint3 group [[threadgroup_position_in_grid]],
-                       uint3 threads [[threads_per_threadgroup]],
-                       uint3 thread_position [[thread_position_in_threadgroup]]) {
+[[kernel]] void umfa_append(
+    device T* key [[buffer(UMFA_BUFFER_KEY)]], device T* value [[buffer(UMFA_BUFFER_VALUE)]],
+    device const T* new_key [[buffer(UMFA_BUFFER_NEW_KEY)]],
+    device const T* new_value [[buffer(UMFA_BUFFER_NEW_VALUE)]],
+    device const SequenceParams* sequences [[buffer(UMFA_BUFFER_SEQUENCES)]],
+    device const int* page_table [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
+    device const uchar* rotary_cos
+    [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
+    device const uchar* rotary_sin
+    [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
+    constant AppendParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
+    uint3 group [[threadgroup_position_in_grid]], uint3 threads [[threads_per_threadgroup]],
+    uint3 thread_position [[thread_position_in_threadgroup]]) {
     const int batch = group.z, head = group.y, first_row = group.x * params.rows_per_threadgroup;
     const int rows = min(params.rows_per_threadgroup, params.rows - first_row);
     const int first = thread_position.x;
@@ -60,7 +65,7 @@ template <typename T>
         T a = element<T>(new_key, params.new_key, row, params.rows, at.x, columns);
         T b = element<T>(new_key, params.new_key, row, params.rows, at.y, columns);
         if (has_rotary && 2 * pair < rotary.params.channels)
-            rotate(a, b, rotary, sequence.position_q + row, pair);
+            rotate_pair(a, b, rotary, sequence.position_q + row, pair);
         device T* to =
             place_of(key, params.key, sequence, page_table, params.page_size, first_key + row);
         to[at.x * channel_stride(params.key)] = a;
@@ -75,10 +80,8 @@ template <typename T>
     }
 }
 
-}  // namespace umfa
-
 #define UMFA_APPEND(NAME, TYPE) \
-    template [[host_name(NAME)]] [[kernel]] decltype(umfa::append<TYPE>) umfa::append<TYPE>;
+    template [[host_name(NAME)]] [[kernel]] decltype(umfa_append<TYPE>) umfa_append<TYPE>;
 
 #ifdef UMFA_KERNEL
 UMFA_APPEND(UMFA_KERNEL, UMFA_T)

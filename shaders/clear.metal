@@ -6,18 +6,18 @@
 #include "umfa/scores.h"
 
 using namespace metal;
-
-namespace umfa {
+using namespace umfa;
 
 /// One threadgroup writes a few rows of one head.
 template <typename T>
-[[kernel]] void clear(device T* out [[buffer(UMFA_BUFFER_OUT)]],
-                      device float* lse [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
-                      device const UnusedRows* unused [[buffer(UMFA_BUFFER_TASKS)]],
-                      constant ClearParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
-                      uint3 group [[threadgroup_position_in_grid]],
-                      uint3 threads [[threads_per_threadgroup]],
-                      uint3 thread_position [[thread_position_in_threadgroup]]) {
+[[kernel]] void umfa_clear(device T* out [[buffer(UMFA_BUFFER_OUT)]],
+                           device float* lse
+                           [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
+                           device const UnusedRows* unused [[buffer(UMFA_BUFFER_TASKS)]],
+                           constant ClearParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
+                           uint3 group [[threadgroup_position_in_grid]],
+                           uint3 threads [[threads_per_threadgroup]],
+                           uint3 thread_position [[thread_position_in_threadgroup]]) {
     const int head = group.y, columns = params.head_dim_v, first = thread_position.x;
     const int64_t batch = unused[group.x].batch, first_row = unused[group.x].row;
     const int rows = unused[group.x].rows;
@@ -31,10 +31,8 @@ template <typename T>
     }
 }
 
-}  // namespace umfa
-
 #define UMFA_CLEAR(NAME, TYPE) \
-    template [[host_name(NAME)]] [[kernel]] decltype(umfa::clear<TYPE>) umfa::clear<TYPE>;
+    template [[host_name(NAME)]] [[kernel]] decltype(umfa_clear<TYPE>) umfa_clear<TYPE>;
 
 #ifdef UMFA_KERNEL
 UMFA_CLEAR(UMFA_KERNEL, UMFA_T)

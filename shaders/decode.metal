@@ -30,6 +30,8 @@ using namespace metal;
 // Several threadgroups share a row's keys: what this one finds is only a part.
 constant bool is_split [[function_constant(UMFA_CONSTANT_IS_SPLIT)]];
 
+using namespace umfa;
+
 namespace umfa {
 
 /// How a lane's `per_lane` channels of a row are cut into chunks of up to 16 bytes; `lanes` lanes
@@ -79,8 +81,10 @@ inline int first_key_of(int first_visible) {
     return has_dropout ? first_visible / 8 * 8 : first_visible;
 }
 
+}  // namespace umfa
+
 template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
-[[kernel]] void decode(
+[[kernel]] void umfa_decode(
     device const T* query [[buffer(UMFA_BUFFER_QUERY)]],
     device const T* key [[buffer(UMFA_BUFFER_KEY)]],
     device const T* value [[buffer(UMFA_BUFFER_VALUE)]], device T* out [[buffer(UMFA_BUFFER_OUT)]],
@@ -143,7 +147,6 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
         // the last one and are not stored.
         const int n = min(first_row + f * 8 + at.row, row_count - 1);
         heads[f] = head_kv * params.group + n / seqlen_q;
-        start(softmax[f]);
         rows[f] =
             score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.seqlen_kv - seqlen_q);
         const int position = sequence.position_q + rows[f].row * params.rotary.advance;
@@ -164,24 +167,28 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             else
                 parked_q[(f * DF + d) * 32 + lane] = float2(float(first), float(second));
         }
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
     }
 
     if (!Q_STAYS) threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    const Visible<int> visible = visible_of(params, sequence);
+    const Visible<int> range = visible_of(params, sequence);
     const int last_query = seqlen_q - 1;
-    const int all_begin = visible_begin(visible, last_query), all_end = visible_end(visible, 0);
+    const int all_begin = visible_begin(range, last_query), all_end = visible_end(range, 0);
     int first = decode_params.first_key, last = decode_params.last_key;
     if (has_sequences) {
-        first = first_key_of(visible_begin(visible, 0));
-        last = visible_end(visible, last_query);
+        first = first_key_of(visible_begin(range, 0));
+        last = visible_end(range, last_query);
     }
     const int begin = first + split * decode_params.keys_per_split;
     const int end = min(begin + decode_params.keys_per_split, last);
     const float unit = scale_last ? params.score_scale : 1.0f;
 
+#pragma clang loop unroll(full)
+    for (int f = 0; f < QF; ++f) {
+        start(softmax[f]);
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
+    }
     for (int k0 = begin + int(simdgroup) * 8; k0 < end; k0 += 8 * SIMDGROUPS) {
         // B(channel, key) of K takes two keys a lane, B(key, channel) of V one.
         M k0_row[DF], k1_row[DF], v_row[2 * DVF];
@@ -214,33 +221,32 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
         Fragment<M> p[QF];
 #pragma clang loop unroll(full)
         for (int f = 0; f < QF; ++f) {
-            float x[2];
-#pragma clang loop unroll(full)
-            for (int e = 0; e < 2; ++e) {
-                const int column = k0 + at.column + e;
-                x[e] = biased(s[f].thread_elements()[e], rows[f], column, params);
-                if (mixed) {
-                    const int from = visible_begin(visible, rows[f].row);
-                    const int to = min(visible_end(visible, rows[f].row), end);
-                    if (column < from || column >= to) x[e] = lowest;
-                }
-                if (has_mask) x[e] = masked(x[e], rows[f], column, params, mask);
+            const int column = k0 + at.column;
+            float2 x = pair_of(s[f]);
+            x.x = biased(x.x, rows[f], column, params);
+            x.y = biased(x.y, rows[f], column + 1, params);
+            if (mixed) {
+                const int from = visible_begin(range, rows[f].row);
+                const int to = min(visible_end(range, rows[f].row), end);
+                if (column < from || column >= to) x.x = lowest;
+                if (column + 1 < from || column + 1 >= to) x.y = lowest;
             }
-            const float top = max(x[0], x[1]);
+            if (has_mask) {
+                x.x = masked(x.x, rows[f], column, params, mask);
+                x.y = masked(x.y, rows[f], column + 1, params, mask);
+            }
+            const float top = max(x.x, x.y);
             if (must_follow(softmax[f], top, unit)) {
                 const float factor = follow(softmax[f], top, unit);
 #pragma clang loop unroll(full)
-                for (int d = 0; d < DVF; ++d)
-                    set(o[f][d], o[f][d].thread_elements()[0] * factor,
-                        o[f][d].thread_elements()[1] * factor);
+                for (int d = 0; d < DVF; ++d) set_pair(o[f][d], pair_of(o[f][d]) * factor);
             }
             const float relative_to = base(softmax[f]);
-            float p0 = weight(x[0], unit, relative_to);
-            float p1 = weight(x[1], unit, relative_to);
+            float p0 = weight(x.x, unit, relative_to);
+            float p1 = weight(x.y, unit, relative_to);
             softmax[f].sum += p0 + p1;
             if (has_dropout) {
-                const Philox words =
-                    words_of(params.dropout, batch, heads[f], rows[f].row, k0 + at.column);
+                const Philox words = words_of(params.dropout, batch, heads[f], rows[f].row, column);
                 drop(p0, p1, words, k0 / 8 % 2 != 0, params.dropout);
             }
             set(p[f], M(p0), M(p1));
@@ -254,12 +260,13 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             for (int f = 0; f < QF; ++f) simdgroup_multiply_accumulate(o[f][d], p[f], b, o[f][d]);
         }
     }
-
     // The upper half of the simdgroups hands over to the lower half, until one is left.
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) softmax[f].sum = total(softmax[f]);
+    constexpr int HALVINGS = (SIMDGROUPS > 1) + (SIMDGROUPS > 2) + (SIMDGROUPS > 4);
 #pragma clang loop unroll(full)
-    for (int half_count = SIMDGROUPS / 2; half_count > 0; half_count /= 2) {
+    for (int halving = 0; halving < HALVINGS; ++halving) {
+        const int half_count = SIMDGROUPS >> (halving + 1);
         const int slot = simdgroup % half_count;
         threadgroup float2* their_out = merged_out + slot * (QF * DVF * 32) + lane;
         threadgroup float2* their_state = merged_state + slot * (QF * 32) + lane;
@@ -268,9 +275,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             for (int f = 0; f < QF; ++f) {
                 their_state[f * 32] = float2(softmax[f].reference, softmax[f].sum);
 #pragma clang loop unroll(full)
-                for (int d = 0; d < DVF; ++d)
-                    their_out[(f * DVF + d) * 32] =
-                        float2(o[f][d].thread_elements()[0], o[f][d].thread_elements()[1]);
+                for (int d = 0; d < DVF; ++d) their_out[(f * DVF + d) * 32] = pair_of(o[f][d]);
             }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -283,8 +288,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 #pragma clang loop unroll(full)
                 for (int d = 0; d < DVF; ++d) {
                     const float2 other = their_out[(f * DVF + d) * 32];
-                    set(o[f][d], o[f][d].thread_elements()[0] * mine + other.x * theirs,
-                        o[f][d].thread_elements()[1] * mine + other.y * theirs);
+                    set_pair(o[f][d], pair_of(o[f][d]) * mine + other * theirs);
                 }
             }
         }
@@ -302,14 +306,14 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             if (has_sequences)
                 to = sequence.part + int64_t(heads[f] * seqlen_q + row) * sequence.splits;
             to += split;
+            device float* part = partial_out + to * params.head_dim_v;
 #pragma clang loop unroll(full)
             for (int d = 0; d < DVF; ++d) {
-#pragma clang loop unroll(full)
-                for (int e = 0; e < 2; ++e) {
-                    const int column = value_channel<T, DV>(d, at.column + e);
-                    if (column < params.head_dim_v)
-                        partial_out[to * params.head_dim_v + column] = o[f][d].thread_elements()[e];
-                }
+                const int first = value_channel<T, DV>(d, at.column);
+                const int second = value_channel<T, DV>(d, at.column + 1);
+                const float2 x = pair_of(o[f][d]);
+                if (first < params.head_dim_v) part[first] = x.x;
+                if (second < params.head_dim_v) part[second] = x.y;
             }
             if (at.column == 0) partial_state[to] = float2(softmax[f].reference, softmax[f].sum);
             continue;
@@ -320,13 +324,11 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
                        (sequence.query_row + row) * params.out.row;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DVF; ++d) {
-#pragma clang loop unroll(full)
-            for (int e = 0; e < 2; ++e) {
-                const int column = value_channel<T, DV>(d, at.column + e);
-                if (column < params.head_dim_v)
-                    to[column * channel_stride(params.out)] =
-                        T(o[f][d].thread_elements()[e] * inverse);
-            }
+            const int first = value_channel<T, DV>(d, at.column);
+            const int second = value_channel<T, DV>(d, at.column + 1);
+            const float2 x = pair_of(o[f][d]) * inverse;
+            if (first < params.head_dim_v) to[first * channel_stride(params.out)] = T(x.x);
+            if (second < params.head_dim_v) to[second * channel_stride(params.out)] = T(x.y);
         }
         if (has_lse && at.column == 0)
             lse[sequence.query_batch * params.lse.batch + heads[f] * params.lse.head +
@@ -338,7 +340,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 /// One threadgroup merges one row: its simdgroups take every SIMDGROUPS-th split, its lanes the
 /// channels, and the parts are added in a fixed order.
 template <typename T, int SIMDGROUPS, int PER_LANE>
-[[kernel]] void decode_merge(
+[[kernel]] void umfa_decode_merge(
     device const float* partial_out [[buffer(UMFA_BUFFER_PARTIAL_OUT)]],
     device const float2* partial_state [[buffer(UMFA_BUFFER_PARTIAL_STATE)]],
     device T* out [[buffer(UMFA_BUFFER_OUT)]],
@@ -415,14 +417,12 @@ template <typename T, int SIMDGROUPS, int PER_LANE>
             log_sum_exp(softmax.reference, softmax.sum);
 }
 
-}  // namespace umfa
-
 #define UMFA_DECODE(NAME, ...) \
     template [[host_name(      \
-        NAME)]] [[kernel]] decltype(umfa::decode<__VA_ARGS__>) umfa::decode<__VA_ARGS__>;
-#define UMFA_MERGE(NAME, ...)                                                         \
-    template [[host_name(NAME)]] [[kernel]] decltype(umfa::decode_merge<__VA_ARGS__>) \
-        umfa::decode_merge<__VA_ARGS__>;
+        NAME)]] [[kernel]] decltype(umfa_decode<__VA_ARGS__>) umfa_decode<__VA_ARGS__>;
+#define UMFA_MERGE(NAME, ...)                                                        \
+    template [[host_name(NAME)]] [[kernel]] decltype(umfa_decode_merge<__VA_ARGS__>) \
+        umfa_decode_merge<__VA_ARGS__>;
 
 #ifdef UMFA_KERNEL
 // Compiled from text for one problem: the planner names the kernel and its shape.

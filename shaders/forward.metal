@@ -29,6 +29,8 @@ using namespace metal;
 // Queries have a second part, which meets the values: scores are q.k + qv.v.
 constant bool has_qv [[function_constant(UMFA_CONSTANT_HAS_QV)]];
 
+using namespace umfa;
+
 namespace umfa {
 
 /// S += A B^T, from the rows of B as they lie in threadgroup memory: transposed by the load.
@@ -57,9 +59,7 @@ inline void add_parts(thread Fragment<float> (&s)[QF][KF], threadgroup float2* p
                       ushort simdgroup, ushort lane) {
     threadgroup float2* mine = parts + simdgroup * (QF * KF * 32) + lane;
 #pragma clang loop unroll(full)
-    for (int i = 0; i < QF * KF; ++i)
-        mine[i * 32] =
-            float2(s[i / KF][i % KF].thread_elements()[0], s[i / KF][i % KF].thread_elements()[1]);
+    for (int i = 0; i < QF * KF; ++i) mine[i * 32] = pair_of(s[i / KF][i % KF]);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     threadgroup const float2* first = parts + simdgroup / SPLIT * SPLIT * (QF * KF * 32) + lane;
 #pragma clang loop unroll(full)
@@ -67,13 +67,32 @@ inline void add_parts(thread Fragment<float> (&s)[QF][KF], threadgroup float2* p
         float2 sum = first[i * 32];
 #pragma clang loop unroll(full)
         for (int part = 1; part < SPLIT; ++part) sum += first[(part * QF * KF + i) * 32];
-        set(s[i / KF][i % KF], sum.x, sum.y);
+        set_pair(s[i / KF][i % KF], sum);
     }
 }
 
+/// O += P V, from the rows of V as they lie in threadgroup memory.
+template <int ROW, int QF, int KF, int DVF, typename M>
+inline void add_values(thread Fragment<float> (&o)[QF][DVF], thread Fragment<M> (&p)[QF][KF],
+                       threadgroup const M* rows) {
+#pragma clang loop unroll(full)
+    for (int j = 0; j < KF; ++j) {
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DVF; ++d) {
+            Fragment<M> b;
+            simdgroup_load(b, rows + j * 8 * ROW + d * 8, ROW);
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f)
+                simdgroup_multiply_accumulate(o[f][d], p[f][j], b, o[f][d]);
+        }
+    }
+}
+
+}  // namespace umfa
+
 template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS, int SPLIT,
           bool ONE_TILE>
-[[kernel]] void forward(
+[[kernel]] void umfa_forward(
     device const T* query [[buffer(UMFA_BUFFER_QUERY)]],
     device const T* key [[buffer(UMFA_BUFFER_KEY)]],
     device const T* value [[buffer(UMFA_BUFFER_VALUE)]], device T* out [[buffer(UMFA_BUFFER_OUT)]],
@@ -132,7 +151,6 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
         const int row = my_row + f * 8 + at.row;
-        start(softmax[f]);
         rows[f] = score_row(params, slopes, batch, head, row, seqlen_kv - seqlen_q);
         const int position = sequence.position_q + row * params.rotary.advance;
 #pragma clang loop unroll(full)
@@ -144,8 +162,6 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
                 query_element<M>(query, params.query, rotary, position, row, seqlen_q, column + 1,
                                  params.head_dim));
         }
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
         if (has_qv) {
             device const T* of_head = query_v + sequence.query_batch * params.qv.batch +
                                       sequence.query_row * params.qv.row + head * params.qv.head;
@@ -161,14 +177,21 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 
     // Visible ranges grow with the query: the first and last rows bound the threadgroup, and the
     // first and last of a simdgroup tell whether a tile is hidden, whole or mixed for it.
-    const Visible<int> visible = visible_of(params, sequence);
-    const int tiles_begin = visible_begin(visible, first_row) / BK * BK;
-    const int tiles_end = visible_end(visible, min(first_row + BQ, seqlen_q) - 1);
+    const Visible<int> range = visible_of(params, sequence);
+    const int last_row = min(first_row + BQ, seqlen_q) - 1;
+    const int tiles_begin = visible_begin(range, first_row) / BK * BK;
+    const int tiles_end = visible_end(range, last_row);
     const int my_last = min(my_row + 8 * QF, seqlen_q) - 1;
-    const int some_begin = visible_begin(visible, my_row), some_end = visible_end(visible, my_last);
-    const int all_begin = visible_begin(visible, my_last), all_end = visible_end(visible, my_row);
+    const int some_begin = visible_begin(range, my_row), some_end = visible_end(range, my_last);
+    const int all_begin = visible_begin(range, my_last), all_end = visible_end(range, my_row);
     const float unit = scale_last ? params.score_scale : 1.0f;
 
+#pragma clang loop unroll(full)
+    for (int f = 0; f < QF; ++f) {
+        start(softmax[f]);
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
+    }
     for (int k0 = tiles_begin; k0 < tiles_end; k0 += BK) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (rotates_keys)
@@ -208,45 +231,50 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 #pragma clang loop unroll(full)
         for (int f = 0; f < QF; ++f) {
 #pragma clang loop unroll(full)
-            for (int i = 0; i < BK / 4; ++i) {
-                const int column = k0 + i / 2 * 8 + at.column + i % 2;
-                s[f][i / 2].thread_elements()[i % 2] =
-                    biased(s[f][i / 2].thread_elements()[i % 2], rows[f], column, params);
+            for (int j = 0; j < KF; ++j) {
+                const int column = k0 + j * 8 + at.column;
+                const float2 x = pair_of(s[f][j]);
+                set(s[f][j], biased(x.x, rows[f], column, params),
+                    biased(x.y, rows[f], column + 1, params));
             }
             if (mixed) {  // few tiles are: worth a branch, and the passes are short
-                const int begin = visible_begin(visible, rows[f].row);
-                const int end = visible_end(visible, rows[f].row);
+                const int begin = visible_begin(range, rows[f].row);
+                const int end = visible_end(range, rows[f].row);
 #pragma clang loop unroll(full)
-                for (int i = 0; i < BK / 4; ++i) {
-                    const int column = k0 + i / 2 * 8 + at.column + i % 2;
-                    if (column < begin || column >= end)
-                        s[f][i / 2].thread_elements()[i % 2] = lowest;
+                for (int j = 0; j < KF; ++j) {
+                    const int column = k0 + j * 8 + at.column;
+                    const float2 x = pair_of(s[f][j]);
+                    set(s[f][j], column < begin || column >= end ? lowest : x.x,
+                        column + 1 < begin || column + 1 >= end ? lowest : x.y);
                 }
             }
             if (has_mask) {
 #pragma clang loop unroll(full)
-                for (int i = 0; i < BK / 4; ++i) {
-                    const int column = k0 + i / 2 * 8 + at.column + i % 2;
-                    s[f][i / 2].thread_elements()[i % 2] =
-                        masked(s[f][i / 2].thread_elements()[i % 2], rows[f], column, params, mask);
+                for (int j = 0; j < KF; ++j) {
+                    const int column = k0 + j * 8 + at.column;
+                    const float2 x = pair_of(s[f][j]);
+                    set(s[f][j], masked(x.x, rows[f], column, params, mask),
+                        masked(x.y, rows[f], column + 1, params, mask));
                 }
             }
             float top = lowest;
 #pragma clang loop unroll(full)
-            for (int i = 0; i < BK / 4; ++i) top = max(top, s[f][i / 2].thread_elements()[i % 2]);
+            for (int j = 0; j < KF; ++j) {
+                const float2 x = pair_of(s[f][j]);
+                top = max(top, max(x.x, x.y));
+            }
             if (must_follow(softmax[f], top, unit)) {
                 const float factor = follow(softmax[f], top, unit);
 #pragma clang loop unroll(full)
-                for (int d = 0; d < DVF; ++d)
-                    set(o[f][d], o[f][d].thread_elements()[0] * factor,
-                        o[f][d].thread_elements()[1] * factor);
+                for (int d = 0; d < DVF; ++d) set_pair(o[f][d], pair_of(o[f][d]) * factor);
             }
             const float relative_to = base(softmax[f]);
             Philox words;
 #pragma clang loop unroll(full)
             for (int j = 0; j < KF; ++j) {
-                float p0 = weight(s[f][j].thread_elements()[0], unit, relative_to);
-                float p1 = weight(s[f][j].thread_elements()[1], unit, relative_to);
+                const float2 x = pair_of(s[f][j]);
+                float p0 = weight(x.x, unit, relative_to);
+                float p1 = weight(x.y, unit, relative_to);
                 softmax[f].sum += p0 + p1;
                 if (has_dropout) {
                     const int column = k0 + j * 8 + at.column;
@@ -257,22 +285,8 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
                 set(p[f][j], M(p0), M(p1));
             }
         }
-
-        // O += P V
-#pragma clang loop unroll(full)
-        for (int j = 0; j < KF; ++j) {
-            threadgroup const M* v_rows = v_tile + j * 8 * V_ROW + part * DVF * 8;
-#pragma clang loop unroll(full)
-            for (int d = 0; d < DVF; ++d) {
-                Fragment<M> b;
-                simdgroup_load(b, v_rows + d * 8, V_ROW);
-#pragma clang loop unroll(full)
-                for (int f = 0; f < QF; ++f)
-                    simdgroup_multiply_accumulate(o[f][d], p[f][j], b, o[f][d]);
-            }
-        }
+        add_values<V_ROW>(o, p, v_tile + part * DVF * 8);
     }
-
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
         const int row = rows[f].row;
@@ -281,13 +295,11 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         const float inverse = finish(softmax[f], sinks, head * params.sink, params.dropout.factor);
 #pragma clang loop unroll(full)
         for (int d = 0; d < DVF; ++d) {
-#pragma clang loop unroll(full)
-            for (int e = 0; e < 2; ++e) {
-                const int column = (part * DVF + d) * 8 + at.column + e;
-                if (column < params.head_dim_v)
-                    out[row * params.out.row + column * channel_stride(params.out)] =
-                        T(o[f][d].thread_elements()[e] * inverse);
-            }
+            const int column = (part * DVF + d) * 8 + at.column;
+            const float2 x = pair_of(o[f][d]) * inverse;
+            device T* to = out + row * params.out.row + column * channel_stride(params.out);
+            if (column < params.head_dim_v) to[0] = T(x.x);
+            if (column + 1 < params.head_dim_v) to[channel_stride(params.out)] = T(x.y);
         }
         if (has_lse && part == 0 && at.column == 0)
             lse[sequence.query_batch * params.lse.batch + head * params.lse.head +
@@ -296,11 +308,9 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     }
 }
 
-}  // namespace umfa
-
 #define UMFA_FORWARD(NAME, ...) \
     template [[host_name(       \
-        NAME)]] [[kernel]] decltype(umfa::forward<__VA_ARGS__>) umfa::forward<__VA_ARGS__>;
+        NAME)]] [[kernel]] decltype(umfa_forward<__VA_ARGS__>) umfa_forward<__VA_ARGS__>;
 
 #ifdef UMFA_KERNEL
 // Compiled from text for one problem: the planner names the kernel and its shape.

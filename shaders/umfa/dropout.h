@@ -7,11 +7,11 @@
 #include "umfa/params.h"
 #include "umfa/philox.h"
 
+using namespace metal;
+
 constant bool has_dropout [[function_constant(UMFA_CONSTANT_HAS_DROPOUT)]];
 
 namespace umfa {
-
-using namespace metal;
 
 /// The words of a lane's columns in two neighbouring fragments, of which the first begins at a
 /// multiple of 16 keys. `column`: any of the lane's four.

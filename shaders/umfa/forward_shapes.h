@@ -25,8 +25,8 @@
 #pragma once
 
 // 16 bits: half; bfloat from Apple9 on.
-// Up to D = 96 two fragments of queries fit the registers (D = 64: 32 + 24 + 16 + 20) and halve the
-// threadgroup traffic. At D = 128 Apple7 and 8 take 16 keys: 32 measured 0.71x there (mlx-mfa, M1),
+// Up to D = 64 two fragments of queries fit the registers (D = 64: 32 + 24 + 16 + 20) and halve the
+// threadgroup traffic. From D = 80 on one does: two would take 118 at D = 80. At D = 128 Apple7 and 8 take 16 keys: 32 measured 0.71x there (mlx-mfa, M1),
 // for want of registers; on Apple9 registers and threadgroup memory are one pool, and 32 keys fit
 // (mlx-mfa selects the same on M3). Apple10 as Apple9: its matrix units are reached through Metal 4's
 // matmul2d alone, and simdgroup matrices run as before. 192/128 is the shape of DeepSeek's MLA,

@@ -4,9 +4,9 @@
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
-namespace umfa {
-
 using namespace metal;
+
+namespace umfa {
 
 template <typename T>
 using Fragment = simdgroup_matrix<T, 8, 8>;
@@ -27,9 +27,9 @@ inline LaneMap lane_map(ushort lane) {
     at.row = umfa_lane_row();
     at.column = umfa_lane_column();
 #else
-    const short quad = lane / 4;
-    at.row = (quad & 4) + (lane / 2) % 4;
-    at.column = (quad & 2) * 2 + (lane % 2) * 2;
+    const short four = lane / 4;
+    at.row = (four & 4) + (lane / 2) % 4;
+    at.column = (four & 2) * 2 + (lane % 2) * 2;
 #endif
     return at;
 }
@@ -46,10 +46,19 @@ inline float row_sum(float x) {
     return x + simd_shuffle_xor(x, ushort(8));
 }
 
+// Elements are read and written by constant indices: a computed index into thread_elements() that
+// stays one after unrolling would go through memory.
 template <typename T>
-inline void set(thread Fragment<T>& fragment, T first, T second) {
-    fragment.thread_elements()[0] = first;
-    fragment.thread_elements()[1] = second;
+inline void set(thread Fragment<T>& frag, T first, T second) {
+    frag.thread_elements()[0] = first;
+    frag.thread_elements()[1] = second;
 }
+
+/// This lane's two elements.
+inline float2 pair_of(thread Fragment<float>& frag) {
+    return float2(frag.thread_elements()[0], frag.thread_elements()[1]);
+}
+
+inline void set_pair(thread Fragment<float>& frag, float2 pair) { set(frag, pair.x, pair.y); }
 
 }  // namespace umfa

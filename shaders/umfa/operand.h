@@ -8,14 +8,14 @@
 #include "umfa/params.h"
 #include "umfa/sequence.h"
 
+using namespace metal;
+
 constant bool unit_channels
     [[function_constant(UMFA_CONSTANT_UNIT_CHANNELS)]];  // every channel stride is 1
 // Rows of K and V start on 16 bytes and their channels come in whole 16 bytes.
 constant bool wide_loads [[function_constant(UMFA_CONSTANT_WIDE_LOADS)]];
 
 namespace umfa {
-
-using namespace metal;
 
 inline int64_t channel_stride(constant OperandStrides& strides) {
     return unit_channels ? 1 : strides.channel;
@@ -72,13 +72,13 @@ template <int WORDS>
 struct Words;
 template <>
 struct Words<1> {
-    static void load(thread uint (&words)[1], device const void* at) {
+    static void load(thread uint* words, device const void* at) {
         words[0] = *reinterpret_cast<device const uint*>(at);
     }
 };
 template <>
 struct Words<2> {
-    static void load(thread uint (&words)[2], device const void* at) {
+    static void load(thread uint* words, device const void* at) {
         const uint2 v = *reinterpret_cast<device const uint2*>(at);
         words[0] = v.x;
         words[1] = v.y;
@@ -86,7 +86,7 @@ struct Words<2> {
 };
 template <>
 struct Words<4> {
-    static void load(thread uint (&words)[4], device const void* at) {
+    static void load(thread uint* words, device const void* at) {
         const uint4 v = *reinterpret_cast<device const uint4*>(at);
         words[0] = v.x;
         words[1] = v.y;
@@ -98,8 +98,8 @@ struct Words<4> {
 /// N neighbours of the row that starts at `row`, which take 4, 8 or 16 bytes; zeros past the last
 /// channel, and where there is no row.
 template <int N, typename M, typename T>
-inline void load_elements(thread M (&elements)[N], device const T* row,
-                          constant OperandStrides& strides, bool there, int column, int columns) {
+inline void load_elements(thread M* elements, device const T* row, constant OperandStrides& strides,
+                          bool there, int column, int columns) {
     if (wide_loads) {
         constexpr int PER_WORD = 4 / sizeof(T), WORDS = N / PER_WORD;
         uint words[WORDS] = {};

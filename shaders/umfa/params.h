@@ -2,7 +2,7 @@
 // the 8-byte ones first, no bool, no 3-vectors.
 #pragma once
 
-#ifndef __METAL__
+#ifndef __METAL_VERSION__  // defined by every Metal compiler; __METAL__ from Metal 3 on
 #include <stdint.h>
 #endif
 

@@ -4,7 +4,7 @@
 // Included by the shaders (MSL, C++14 subset) and by the host.
 #pragma once
 
-#ifdef __METAL__
+#ifdef __METAL_VERSION__
 #include <metal_stdlib>
 #define UMFA_HIGH_PRODUCT(a, b) metal::mulhi(a, b)
 #else

@@ -9,6 +9,8 @@
 #include "umfa/params.h"
 #include "umfa/scores.h"
 
+using namespace metal;
+
 // Queries are rotated; by the kernel that appends, new keys.
 constant bool has_rotary [[function_constant(UMFA_CONSTANT_HAS_ROTARY)]];
 // Keys too, each time they are staged.
@@ -22,8 +24,6 @@ constant bool wide_rotary [[function_constant(UMFA_CONSTANT_WIDE_ROTARY)]];
 
 namespace umfa {
 
-using namespace metal;
-
 struct Rotary {
     device const uchar* cos;
     device const uchar* sin;
@@ -32,10 +32,9 @@ struct Rotary {
 
 inline Rotary rotary_of(constant RotaryParams& params, device const uchar* cos,
                         device const uchar* sin) {
-    Rotary rotary;
-    rotary.cos = has_rotary ? cos : nullptr;
-    rotary.sin = has_rotary ? sin : nullptr;
-    rotary.params = params;
+    // Initialised, not assigned: a struct in `constant` has no assignment to one of a thread.
+    const RotaryParams mine = params;
+    const Rotary rotary = {has_rotary ? cos : nullptr, has_rotary ? sin : nullptr, mine};
     return rotary;
 }
 
@@ -54,9 +53,9 @@ inline int2 runs_of(thread const Rotary& rotary, int pair) {
                                                   : int2(pair, pair + half_way);
 }
 
-/// Rotates N pairs that lie in two runs of channels; with wide_rotary.
+/// Rotates N pairs that lie in two runs of N channels, one behind the other in `x`; with wide_rotary.
 template <int N, typename T>
-inline void rotate_runs(thread T (&x)[2][N], thread const Rotary& rotary, int position, int pair) {
+inline void rotate_runs(thread T* x, thread const Rotary& rotary, int position, int pair) {
     thread const RotaryParams& at = rotary.params;
     device const float4* cos = reinterpret_cast<device const float4*>(
         reinterpret_cast<device const float*>(rotary.cos) + position * at.cos_position + pair);
@@ -67,19 +66,19 @@ inline void rotate_runs(thread T (&x)[2][N], thread const Rotary& rotary, int po
         const float4 c = cos[i], s = sin[i];
 #pragma clang loop unroll(full)
         for (int e = 0; e < 4; ++e) {
-            const int n = 4 * i + e, k = 2 * n;  // pair n: neighbours, or one of each run
-            thread T& first = rotary_interleaved ? x[k / N][k % N] : x[0][n];
-            thread T& second = rotary_interleaved ? x[k / N][k % N + 1] : x[1][n];
-            const float a = float(first), b = float(second);
-            first = T(a * c[e] - b * s[e]);
-            second = T(a * s[e] + b * c[e]);
+            const int n = 4 * i + e;  // pair n: neighbours, or one of each run
+            const int first = rotary_interleaved ? 2 * n : n;
+            const int second = rotary_interleaved ? 2 * n + 1 : N + n;
+            const float a = float(x[first]), b = float(x[second]);
+            x[first] = T(a * c[e] - b * s[e]);
+            x[second] = T(a * s[e] + b * c[e]);
         }
     }
 }
 
 template <typename T>
-inline void rotate(thread T& first, thread T& second, thread const Rotary& rotary, int position,
-                   int pair) {
+inline void rotate_pair(thread T& first, thread T& second, thread const Rotary& rotary,
+                        int position, int pair) {
     thread const RotaryParams& at = rotary.params;
     const float cos =
         number_at(rotary.cos, rotary_kind, position * at.cos_position + pair * at.cos_channel);
@@ -103,7 +102,7 @@ inline M query_element(device const T* rows, constant OperandStrides& strides,
     const int2 at = channels_of(rotary, pair);
     rows += row * strides.row;
     T first = rows[at.x * channel_stride(strides)], second = rows[at.y * channel_stride(strides)];
-    rotate(first, second, rotary, position, pair);
+    rotate_pair(first, second, rotary, position, pair);
     return M(column == at.x ? first : second);
 }
 

@@ -8,6 +8,8 @@
 #include "umfa/params.h"
 #include "umfa/visible.h"
 
+using namespace metal;
+
 constant bool has_lse [[function_constant(UMFA_CONSTANT_HAS_LSE)]];
 constant int mask_kind [[function_constant(UMFA_CONSTANT_MASK_KIND)]];
 constant bool has_mask [[function_constant(UMFA_CONSTANT_HAS_MASK)]];
@@ -21,8 +23,6 @@ constant bool has_sinks [[function_constant(UMFA_CONSTANT_HAS_SINKS)]];
 constant int sink_kind [[function_constant(UMFA_CONSTANT_SINK_KIND)]];
 
 namespace umfa {
-
-using namespace metal;
 
 // Stands for -inf, which Metal leaves undefined under fast math. No real score comes near. Times a
 // scale that waits it is still far below all of them, so that exp2 gives 0.
@@ -97,8 +97,8 @@ inline float biased(float x, thread const ScoreRow& row, int column,
 inline float masked(float x, thread const ScoreRow& row, int column, constant ForwardParams& params,
                     device const uchar* mask) {
     if (x <= lowest) return lowest;
-    const float bias = mask_at(mask, row.mask + column * params.mask_column);
-    return bias == lowest ? lowest : x + bias;
+    const float added = mask_at(mask, row.mask + column * params.mask_column);
+    return added == lowest ? lowest : x + added;
 }
 
 }  // namespace umfa

@@ -8,6 +8,8 @@
 #include "umfa/params.h"
 #include "umfa/visible.h"
 
+using namespace metal;
+
 // Sequences lie where a buffer says, and threadgroups find what they do in a list of tasks.
 constant bool has_sequences [[function_constant(UMFA_CONSTANT_HAS_SEQUENCES)]];
 // Key j of a sequence is row j % page_size of the page that the table has at j / page_size.
@@ -16,28 +18,26 @@ constant bool has_chunk [[function_constant(UMFA_CONSTANT_HAS_CHUNK)]];
 
 namespace umfa {
 
-using namespace metal;
-
 inline SequenceParams sequence_at(constant ForwardParams& params,
                                   device const SequenceParams* sequences, int index) {
-    SequenceParams found = {};
     if (has_sequences) {
-        found = sequences[index];
-    } else {
-        found.query_batch = found.kv_batch = index;
-        found.seqlen_q = params.seqlen_q;
-        found.seqlen_kv = params.seqlen_kv;
-        found.offset = params.offset;
-        found.position_q = params.seqlen_kv - params.seqlen_q;
+        const SequenceParams found = sequences[index];
+        return found;
     }
+    SequenceParams found = {};
+    found.query_batch = found.kv_batch = index;
+    found.seqlen_q = params.seqlen_q;
+    found.seqlen_kv = params.seqlen_kv;
+    found.offset = params.offset;
+    found.position_q = params.seqlen_kv - params.seqlen_q;
     return found;
 }
 
 inline Visible<int> visible_of(constant ForwardParams& params,
                                thread const SequenceParams& sequence) {
-    const Visible<int> visible = {sequence.seqlen_kv, sequence.offset, params.left, params.right,
-                                  has_chunk ? params.chunk : 0};
-    return visible;
+    const Visible<int> range = {sequence.seqlen_kv, sequence.offset, params.left, params.right,
+                                has_chunk ? params.chunk : 0};
+    return range;
 }
 
 /// Pages of one sequence.
@@ -58,12 +58,12 @@ inline Pages pages_of(constant ForwardParams& params, device const int* table,
 
 /// First row of a sequence's keys or values; with pages, of all pages.
 template <typename T>
-inline device const T* first_key(device const T* tensor, constant OperandStrides& strides,
+inline device const T* first_key(device const T* rows, constant OperandStrides& strides,
                                  thread const SequenceParams& sequence, int head) {
-    tensor += head * strides.head;
-    if (!has_pages) tensor += sequence.kv_batch * strides.batch;
-    if (has_sequences && !has_pages) tensor += sequence.kv_row * strides.row;
-    return tensor;
+    rows += head * strides.head;
+    if (!has_pages) rows += sequence.kv_batch * strides.batch;
+    if (has_sequences && !has_pages) rows += sequence.kv_row * strides.row;
+    return rows;
 }
 
 /// Start of a row that is there; `rows` is row 0, or with pages the first of all pages.

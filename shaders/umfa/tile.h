@@ -40,7 +40,7 @@ struct Store<float, bfloat> {
 /// Copies ROWS rows of D channels of K or V into threadgroup memory, from key `first` on; zeros past
 /// the last row and channel.
 template <typename M, int D, int ROWS, int THREADS, typename T>
-inline void stage(threadgroup M* tile, device const T* keys, constant OperandStrides& strides,
+inline void stage(threadgroup M* staged, device const T* keys, constant OperandStrides& strides,
                   Pages pages, int first, int row_count, int columns, ushort thread_index) {
     device const T* rows = has_pages ? keys : keys + first * strides.row;
     pages.first = first;
@@ -62,38 +62,48 @@ inline void stage(threadgroup M* tile, device const T* keys, constant OperandStr
         for (int step = 0; step < STEPS; ++step) {
             const int i = step * THREADS + thread_index, row = i / (D / N),
                       column = i % (D / N) * N;
-            if (row < ROWS) Store<M, T>::words(tile + row * ROW + column, words[step]);
+            if (row < ROWS) Store<M, T>::words(staged + row * ROW + column, words[step]);
         }
     } else {
         for (int i = thread_index; i < ROWS * D; i += THREADS) {
             const int row = i / D, column = i % D;
-            tile[row * ROW + column] =
+            staged[row * ROW + column] =
                 element<M>(rows, strides, pages, row, row_count, column, columns);
         }
     }
 }
 
-/// 16 bytes of elements as words.
-inline uint4 packed(thread half (&x)[8]) {
-    return uint4(as_type<uint>(half2(x[0], x[1])), as_type<uint>(half2(x[2], x[3])),
-                 as_type<uint>(half2(x[4], x[5])), as_type<uint>(half2(x[6], x[7])));
-}
-inline uint word_of(bfloat first, bfloat second) {
-    return uint(as_type<ushort>(first)) | uint(as_type<ushort>(second)) << 16;
-}
-inline uint4 packed(thread bfloat (&x)[8]) {
-    return uint4(word_of(x[0], x[1]), word_of(x[2], x[3]), word_of(x[4], x[5]),
-                 word_of(x[6], x[7]));
-}
-inline uint4 packed(thread float (&x)[4]) {
-    return uint4(as_type<uint>(x[0]), as_type<uint>(x[1]), as_type<uint>(x[2]),
-                 as_type<uint>(x[3]));
-}
+// 16 bytes of elements as words.
+template <typename T>
+struct Pack;
+template <>
+struct Pack<half> {
+    static uint4 words(thread const half* x) {
+        return uint4(as_type<uint>(half2(x[0], x[1])), as_type<uint>(half2(x[2], x[3])),
+                     as_type<uint>(half2(x[4], x[5])), as_type<uint>(half2(x[6], x[7])));
+    }
+};
+template <>
+struct Pack<bfloat> {
+    static uint word(bfloat first, bfloat second) {
+        return uint(as_type<ushort>(first)) | uint(as_type<ushort>(second)) << 16;
+    }
+    static uint4 words(thread const bfloat* x) {
+        return uint4(word(x[0], x[1]), word(x[2], x[3]), word(x[4], x[5]), word(x[6], x[7]));
+    }
+};
+template <>
+struct Pack<float> {
+    static uint4 words(thread const float* x) {
+        return uint4(as_type<uint>(x[0]), as_type<uint>(x[1]), as_type<uint>(x[2]),
+                     as_type<uint>(x[3]));
+    }
+};
 
 /// The same of keys that are rotated on the way, each by the angles of its position. By single
 /// elements this took more than the products (H100, D = 64: 2.2 times the time of a call without).
 template <typename M, int D, int ROWS, int THREADS, typename T>
-inline void stage_rotated(threadgroup M* tile, device const T* keys,
+inline void stage_rotated(threadgroup M* staged, device const T* keys,
                           constant OperandStrides& strides, Pages pages, int first, int row_count,
                           int columns, thread const Rotary& rotary, ushort thread_index) {
     device const T* rows = has_pages ? keys : keys + first * strides.row;
@@ -105,13 +115,13 @@ inline void stage_rotated(threadgroup M* tile, device const T* keys,
             const int2 at = runs_of<N>(rotary, pair);
             const bool there = row < row_count;
             device const T* key = has_pages && !there ? rows : key_row(rows, strides, pages, row);
-            T x[2][N];
-            load_elements(x[0], key, strides, there, at.x, columns);
-            load_elements(x[1], key, strides, there, at.y, columns);
+            T x[2 * N];
+            load_elements<N>(x, key, strides, there, at.x, columns);
+            load_elements<N>(x + N, key, strides, there, at.y, columns);
             if (there && 2 * pair < rotary.params.channels)
-                rotate_runs(x, rotary, first + row, pair);
-            Store<M, T>::words(tile + row * ROW + at.x, packed(x[0]));
-            Store<M, T>::words(tile + row * ROW + at.y, packed(x[1]));
+                rotate_runs<N>(x, rotary, first + row, pair);
+            Store<M, T>::words(staged + row * ROW + at.x, Pack<T>::words(x));
+            Store<M, T>::words(staged + row * ROW + at.y, Pack<T>::words(x + N));
         }
         return;
     }
@@ -122,9 +132,9 @@ inline void stage_rotated(threadgroup M* tile, device const T* keys,
         T a = element<T>(rows, strides, pages, row, row_count, at.x, columns);
         T b = element<T>(rows, strides, pages, row, row_count, at.y, columns);
         if (row < row_count && 2 * pair < rotary.params.channels)
-            rotate(a, b, rotary, first + row, pair);
-        tile[row * ROW + at.x] = M(a);
-        tile[row * ROW + at.y] = M(b);
+            rotate_pair(a, b, rotary, first + row, pair);
+        staged[row * ROW + at.x] = M(a);
+        staged[row * ROW + at.y] = M(b);
     }
 }
 
