@@ -23,6 +23,7 @@
 #include "umfa/scores.h"
 #include "umfa/sequence.h"
 #include "umfa/softmax.h"
+#include "umfa/values.h"
 #include "umfa/visible.h"
 
 using namespace metal;
@@ -81,6 +82,103 @@ inline int first_key_of(int first_visible) {
     return has_dropout ? first_visible / 8 * 8 : first_visible;
 }
 
+/// Attends to a simdgroup's runs of keys: every SIMDGROUPS-th run from `first` to `end`. GUARDED is
+/// for passes 1 to 3 of values.h. They have a body of their own, so that they do not slow down pass 0.
+template <bool GUARDED, int D, int SIMDGROUPS, typename T, typename M, int QF, int DVF,
+          int Q_FRAGMENTS>
+UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow (&softmax)[QF],
+                        thread Fragment<M> (&q)[QF][Q_FRAGMENTS],
+                        threadgroup const float2* parked_q, thread const ScoreRow (&rows)[QF],
+                        thread const int (&heads)[QF], device const T* key, device const T* value,
+                        device const uchar* mask, constant ForwardParams& params,
+                        thread const Pages& pages, Visible<int> range, int last_query, int batch,
+                        int first, int end, LaneMap at, uint lane, int pass) {
+    constexpr int DF = D / 8;
+    constexpr bool Q_STAYS = Q_FRAGMENTS == DF;
+    const int all_begin = visible_begin(range, last_query), all_end = visible_end(range, 0);
+    const float unit = scale_last ? params.score_scale : 1.0f;
+#pragma clang loop unroll(full)
+    for (int f = 0; f < QF; ++f) {
+        start(softmax[f]);
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
+    }
+    for (int k0 = first; k0 < end; k0 += 8 * SIMDGROUPS) {
+        // B(channel, key) of K takes two keys a lane, B(key, channel) of V one.
+        M k0_row[DF], k1_row[DF], v_row[2 * DVF];
+        load_chunks<DF, 8>(k0_row, key, params.key, pages, k0 + at.column, end, at.row,
+                           params.head_dim);
+        load_chunks<DF, 8>(k1_row, key, params.key, pages, k0 + at.column + 1, end, at.row,
+                           params.head_dim);
+        load_chunks<2 * DVF, 4>(v_row, value, params.value, pages, k0 + at.row, end, at.column / 2,
+                                params.head_dim_v);
+
+        Fragment<float> s[QF];
+#pragma clang loop unroll(full)
+        for (int f = 0; f < QF; ++f) set(s[f], 0.0f, 0.0f);
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DF; ++d) {
+            Fragment<M> b;
+            set(b, k0_row[d], k1_row[d]);
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f) {
+                if (!Q_STAYS) {
+                    const float2 parked = parked_q[(f * DF + d) * 32 + lane];
+                    set(q[f][0], M(parked.x), M(parked.y));
+                }
+                simdgroup_multiply_accumulate(s[f], q[f][Q_STAYS ? d : 0], b, s[f]);
+            }
+        }
+
+        // A split may end inside a run, so its own end bounds what is seen too.
+        const bool mixed = all_begin > k0 || min(all_end, end) < k0 + 8;
+        Fragment<M> p[QF];
+#pragma clang loop unroll(full)
+        for (int f = 0; f < QF; ++f) {
+            const int column = k0 + at.column;
+            float2 x = pair_of(s[f]);
+            x.x = biased(x.x, rows[f], column, params);
+            x.y = biased(x.y, rows[f], column + 1, params);
+            if (mixed) {
+                const int from = visible_begin(range, rows[f].row);
+                const int to = min(visible_end(range, rows[f].row), end);
+                if (column < from || column >= to) x.x = lowest;
+                if (column + 1 < from || column + 1 >= to) x.y = lowest;
+            }
+            if (has_mask) {
+                x.x = masked(x.x, rows[f], column, params, mask);
+                x.y = masked(x.y, rows[f], column + 1, params, mask);
+            }
+            if (GUARDED && counts(pass)) x = seen_scores(x);
+            const float top = max(x.x, x.y);
+            if (must_follow(softmax[f], top, unit)) {
+                const float factor = follow(softmax[f], top, unit);
+#pragma clang loop unroll(full)
+                for (int d = 0; d < DVF; ++d) set_pair(o[f][d], pair_of(o[f][d]) * factor);
+            }
+            const float relative_to = base(softmax[f]);
+            float p0 = weight(x.x, unit, relative_to);
+            float p1 = weight(x.y, unit, relative_to);
+            softmax[f].sum += p0 + p1;
+            if (has_dropout) {
+                const Philox words = words_of(params.dropout, batch, heads[f], rows[f].row, column);
+                drop(p0, p1, words, k0 / 8 % 2 != 0,
+                     GUARDED ? threshold_of(params.dropout, pass) : params.dropout.threshold);
+            }
+            set(p[f], M(p0), M(p1));
+        }
+
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DVF; ++d) {
+            Fragment<M> b;
+            const M v0 = v_row[2 * d], v1 = v_row[2 * d + 1];
+            set(b, GUARDED ? guarded(v0, pass) : v0, GUARDED ? guarded(v1, pass) : v1);
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f) simdgroup_multiply_accumulate(o[f][d], p[f], b, o[f][d]);
+        }
+    }
+}
+
 }  // namespace umfa
 
 template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
@@ -107,8 +205,11 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
     constexpr int DF = D / 8, DVF = DV / 8;  // fragments
+    constexpr int THREADS = 32 * SIMDGROUPS, FLAGS = flag_words(QF * DVF);
     threadgroup float2 merged_out[SIMDGROUPS / 2 * QF * DVF * 32];
     threadgroup float2 merged_state[SIMDGROUPS / 2 * QF * 32];
+    threadgroup uint flags[2 * FLAGS * THREADS];
+    threadgroup int first_run[SIMDGROUPS];
     // Q stays in registers where it leaves room for O; else in threadgroup memory, in lane order.
     constexpr bool Q_STAYS = D * sizeof(M) <= 512;
     threadgroup float2 parked_q[Q_STAYS ? 1 : QF * DF * 32];
@@ -181,85 +282,28 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     }
     const int begin = first + split * decode_params.keys_per_split;
     const int end = min(begin + decode_params.keys_per_split, last);
-    const float unit = scale_last ? params.score_scale : 1.0f;
-
+    const bool hides = has_mask || all_begin > begin || all_end < end;
+    // Each simdgroup decides for itself whether it must guard.
+    if (lane == 0) first_run[simdgroup] = begin + int(simdgroup) * 8;
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    attend<false, D, SIMDGROUPS>(o, softmax, q, parked_q, rows, heads, key, value, mask, params,
+                                 pages, range, last_query, batch, begin + int(simdgroup) * 8, end,
+                                 at, lane, 0);
+    bool spoils = false;
 #pragma clang loop unroll(full)
-    for (int f = 0; f < QF; ++f) {
-        start(softmax[f]);
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
+    for (int i = 0; i < QF * DVF; ++i) spoils = spoils || is_spoiled(o[i / DVF][i % DVF]);
+    if (hides && simd_any(spoils)) {
+        const int thread_index = simdgroup * 32 + lane;
+        for (int pass = 1; pass <= 3; ++pass) {
+            attend<true, D, SIMDGROUPS>(o, softmax, q, parked_q, rows, heads, key, value, mask,
+                                        params, pages, range, last_query, batch,
+                                        first_run[simdgroup], end, at, lane, pass);
+            if (pass < 3)
+                count_spoiled<THREADS>(flags + (pass - 1) * FLAGS * THREADS + thread_index, o);
+        }
+        spoil<THREADS>(o, flags + thread_index, flags + FLAGS * THREADS + thread_index);
     }
-    for (int k0 = begin + int(simdgroup) * 8; k0 < end; k0 += 8 * SIMDGROUPS) {
-        // B(channel, key) of K takes two keys a lane, B(key, channel) of V one.
-        M k0_row[DF], k1_row[DF], v_row[2 * DVF];
-        load_chunks<DF, 8>(k0_row, key, params.key, pages, k0 + at.column, end, at.row,
-                           params.head_dim);
-        load_chunks<DF, 8>(k1_row, key, params.key, pages, k0 + at.column + 1, end, at.row,
-                           params.head_dim);
-        load_chunks<2 * DVF, 4>(v_row, value, params.value, pages, k0 + at.row, end, at.column / 2,
-                                params.head_dim_v);
 
-        Fragment<float> s[QF];
-#pragma clang loop unroll(full)
-        for (int f = 0; f < QF; ++f) set(s[f], 0.0f, 0.0f);
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DF; ++d) {
-            Fragment<M> b;
-            set(b, k0_row[d], k1_row[d]);
-#pragma clang loop unroll(full)
-            for (int f = 0; f < QF; ++f) {
-                if (!Q_STAYS) {
-                    const float2 parked = parked_q[(f * DF + d) * 32 + lane];
-                    set(q[f][0], M(parked.x), M(parked.y));
-                }
-                simdgroup_multiply_accumulate(s[f], q[f][Q_STAYS ? d : 0], b, s[f]);
-            }
-        }
-
-        // A split may end inside a run, so its own end bounds what is seen too.
-        const bool mixed = all_begin > k0 || min(all_end, end) < k0 + 8;
-        Fragment<M> p[QF];
-#pragma clang loop unroll(full)
-        for (int f = 0; f < QF; ++f) {
-            const int column = k0 + at.column;
-            float2 x = pair_of(s[f]);
-            x.x = biased(x.x, rows[f], column, params);
-            x.y = biased(x.y, rows[f], column + 1, params);
-            if (mixed) {
-                const int from = visible_begin(range, rows[f].row);
-                const int to = min(visible_end(range, rows[f].row), end);
-                if (column < from || column >= to) x.x = lowest;
-                if (column + 1 < from || column + 1 >= to) x.y = lowest;
-            }
-            if (has_mask) {
-                x.x = masked(x.x, rows[f], column, params, mask);
-                x.y = masked(x.y, rows[f], column + 1, params, mask);
-            }
-            const float top = max(x.x, x.y);
-            if (must_follow(softmax[f], top, unit)) {
-                const float factor = follow(softmax[f], top, unit);
-#pragma clang loop unroll(full)
-                for (int d = 0; d < DVF; ++d) set_pair(o[f][d], pair_of(o[f][d]) * factor);
-            }
-            const float relative_to = base(softmax[f]);
-            float p0 = weight(x.x, unit, relative_to);
-            float p1 = weight(x.y, unit, relative_to);
-            softmax[f].sum += p0 + p1;
-            if (has_dropout) {
-                const Philox words = words_of(params.dropout, batch, heads[f], rows[f].row, column);
-                drop(p0, p1, words, k0 / 8 % 2 != 0, params.dropout);
-            }
-            set(p[f], M(p0), M(p1));
-        }
-
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) {
-            Fragment<M> b;
-            set(b, v_row[2 * d], v_row[2 * d + 1]);
-#pragma clang loop unroll(full)
-            for (int f = 0; f < QF; ++f) simdgroup_multiply_accumulate(o[f][d], p[f], b, o[f][d]);
-        }
-    }
     // The upper half of the simdgroups hands over to the lower half, until one is left.
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) softmax[f].sum = total(softmax[f]);

@@ -22,6 +22,7 @@
 #include "umfa/sequence.h"
 #include "umfa/softmax.h"
 #include "umfa/tile.h"
+#include "umfa/values.h"
 #include "umfa/visible.h"
 
 using namespace metal;
@@ -88,6 +89,23 @@ inline void add_values(thread Fragment<float> (&o)[QF][DVF], thread Fragment<M> 
     }
 }
 
+/// Whether a row of the threadgroup holds NaN or an infinity. All threads get the same answer.
+template <int SIMDGROUPS, int QF, int DVF>
+inline bool any_spoiled(thread Fragment<float> (&o)[QF][DVF], thread const ScoreRow (&rows)[QF],
+                        int seqlen_q, threadgroup uint* votes, ushort thread_index) {
+    bool mine = false;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < QF * DVF; ++i)
+        mine = mine || (rows[i / DVF].row < seqlen_q && is_spoiled(o[i / DVF][i % DVF]));
+    const bool of_simdgroup = simd_any(mine);
+    if (thread_index % 32 == 0) votes[thread_index / 32] = of_simdgroup ? 1u : 0u;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint any = 0u;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < SIMDGROUPS; ++i) any |= votes[i];
+    return any != 0u;
+}
+
 }  // namespace umfa
 
 template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS, int SPLIT,
@@ -119,6 +137,10 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     threadgroup uint4 k_words[tile_words<M>(BK, D)];
     threadgroup uint4 v_words[ONE_TILE ? 1 : tile_words<M>(BK, DV)];
     threadgroup float2 parts[SPLIT > 1 ? SIMDGROUPS * QF * KF * 32 : 1];
+    constexpr int FLAGS = flag_words(QF * DVF);
+    threadgroup uint votes[SIMDGROUPS];
+    threadgroup uint flags[2 * FLAGS * THREADS];
+    threadgroup int first_tile[4];  // one, in whole 16 bytes
     threadgroup M* k_tile = reinterpret_cast<threadgroup M*>(k_words);
     threadgroup M* v_tile = ONE_TILE ? k_tile : reinterpret_cast<threadgroup M*>(v_words);
 
@@ -184,109 +206,138 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     const int my_last = min(my_row + 8 * QF, seqlen_q) - 1;
     const int some_begin = visible_begin(range, my_row), some_end = visible_end(range, my_last);
     const int all_begin = visible_begin(range, my_last), all_end = visible_end(range, my_row);
+    const int staged_end = min((tiles_end + BK - 1) / BK * BK, seqlen_kv);
+    const bool hides = has_mask || visible_begin(range, last_row) > tiles_begin ||
+                       visible_end(range, first_row) < staged_end;
     const float unit = scale_last ? params.score_scale : 1.0f;
 
-#pragma clang loop unroll(full)
-    for (int f = 0; f < QF; ++f) {
-        start(softmax[f]);
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
-    }
-    for (int k0 = tiles_begin; k0 < tiles_end; k0 += BK) {
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (rotates_keys)
-            stage_rotated<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
-                                             params.head_dim, rotary, thread_index);
-        else
-            stage<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
-                                     params.head_dim, thread_index);
-        if (!ONE_TILE)
-            stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
-                                      params.head_dim_v, thread_index);
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        const bool sees = my_row < seqlen_q && some_end > k0 && some_begin < k0 + BK;
-        if (SPLIT == 1 && !sees) continue;  // no barrier below would wait for this simdgroup
-
-        Fragment<float> s[QF][KF];
-#pragma clang loop unroll(full)
-        for (int i = 0; i < QF * KF; ++i) set(s[i / KF][i % KF], 0.0f, 0.0f);
-        if (sees) add_products<K_ROW>(s, q, k_tile + part * DF * 8);
-        if (ONE_TILE && has_qv) {
-            threadgroup_barrier(mem_flags::mem_threadgroup);  // K has been read
-            stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
-                                      params.head_dim_v, thread_index);
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-        }
-        if (has_qv && sees) add_products<V_ROW>(s, qv, v_tile + part * DVF * 8);
-        if (SPLIT > 1) add_parts<SPLIT>(s, parts, simdgroup, lane);
-        if (ONE_TILE && !has_qv) {
-            stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
-                                      params.head_dim_v, thread_index);
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-        }
-        if (!sees) continue;
-
-        const bool mixed = all_begin > k0 || all_end < k0 + BK;
-        Fragment<M> p[QF][KF];
+    // In a register, where later passes begin would stay alive through the first, with all that is
+    // derived from it: the kernel for D = 128 spilled (ptxas, sm_90, three threadgroups a
+    // multiprocessor: 36 bytes).
+    if (thread_index == 0) first_tile[0] = tiles_begin;
+    // Pass 0 alone, unless it meets NaN or infinities where keys are hidden (values.h).
+    int pass = hides ? 0 : -1, from = tiles_begin;
+    for (;; ++pass) {
 #pragma clang loop unroll(full)
         for (int f = 0; f < QF; ++f) {
+            start(softmax[f]);
 #pragma clang loop unroll(full)
-            for (int j = 0; j < KF; ++j) {
-                const int column = k0 + j * 8 + at.column;
-                const float2 x = pair_of(s[f][j]);
-                set(s[f][j], biased(x.x, rows[f], column, params),
-                    biased(x.y, rows[f], column + 1, params));
-            }
-            if (mixed) {  // few tiles are: worth a branch, and the passes are short
-                const int begin = visible_begin(range, rows[f].row);
-                const int end = visible_end(range, rows[f].row);
-#pragma clang loop unroll(full)
-                for (int j = 0; j < KF; ++j) {
-                    const int column = k0 + j * 8 + at.column;
-                    const float2 x = pair_of(s[f][j]);
-                    set(s[f][j], column < begin || column >= end ? lowest : x.x,
-                        column + 1 < begin || column + 1 >= end ? lowest : x.y);
-                }
-            }
-            if (has_mask) {
-#pragma clang loop unroll(full)
-                for (int j = 0; j < KF; ++j) {
-                    const int column = k0 + j * 8 + at.column;
-                    const float2 x = pair_of(s[f][j]);
-                    set(s[f][j], masked(x.x, rows[f], column, params, mask),
-                        masked(x.y, rows[f], column + 1, params, mask));
-                }
-            }
-            float top = lowest;
-#pragma clang loop unroll(full)
-            for (int j = 0; j < KF; ++j) {
-                const float2 x = pair_of(s[f][j]);
-                top = max(top, max(x.x, x.y));
-            }
-            if (must_follow(softmax[f], top, unit)) {
-                const float factor = follow(softmax[f], top, unit);
-#pragma clang loop unroll(full)
-                for (int d = 0; d < DVF; ++d) set_pair(o[f][d], pair_of(o[f][d]) * factor);
-            }
-            const float relative_to = base(softmax[f]);
-            Philox words;
-#pragma clang loop unroll(full)
-            for (int j = 0; j < KF; ++j) {
-                const float2 x = pair_of(s[f][j]);
-                float p0 = weight(x.x, unit, relative_to);
-                float p1 = weight(x.y, unit, relative_to);
-                softmax[f].sum += p0 + p1;
-                if (has_dropout) {
-                    const int column = k0 + j * 8 + at.column;
-                    if (KF == 1 || j % 2 == 0)
-                        words = words_of(params.dropout, batch, head, rows[f].row, column);
-                    drop(p0, p1, words, KF == 1 ? column / 8 % 2 != 0 : j % 2 != 0, params.dropout);
-                }
-                set(p[f][j], M(p0), M(p1));
-            }
+            for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
         }
-        add_values<V_ROW>(o, p, v_tile + part * DVF * 8);
+        for (int k0 = from; k0 < tiles_end; k0 += BK) {
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+            if (rotates_keys)
+                stage_rotated<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
+                                                 params.head_dim, rotary, thread_index);
+            else
+                stage<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
+                                         params.head_dim, thread_index);
+            if (!ONE_TILE)
+                stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
+                                          params.head_dim_v, thread_index);
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+            const bool sees = my_row < seqlen_q && some_end > k0 && some_begin < k0 + BK;
+            // No barrier below would wait for this simdgroup.
+            if (SPLIT == 1 && !sees && pass <= 0) continue;
+
+            Fragment<float> s[QF][KF];
+#pragma clang loop unroll(full)
+            for (int i = 0; i < QF * KF; ++i) set(s[i / KF][i % KF], 0.0f, 0.0f);
+            if (sees) add_products<K_ROW>(s, q, k_tile + part * DF * 8);
+            if (ONE_TILE && has_qv) {
+                threadgroup_barrier(mem_flags::mem_threadgroup);  // K has been read
+                stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
+                                          params.head_dim_v, thread_index);
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+            }
+            if (has_qv && sees) add_products<V_ROW>(s, qv, v_tile + part * DVF * 8);
+            if (SPLIT > 1) add_parts<SPLIT>(s, parts, simdgroup, lane);
+            if (ONE_TILE && !has_qv) {
+                stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
+                                          params.head_dim_v, thread_index);
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+            }
+            if (pass > 0) {
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                guard_rows<BK, DV, V_ROW, THREADS>(v_tile, pass, thread_index);
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+            }
+            if (!sees) continue;
+
+            const bool counting = counts(pass), mixed = all_begin > k0 || all_end < k0 + BK;
+            Fragment<M> p[QF][KF];
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f) {
+#pragma clang loop unroll(full)
+                for (int j = 0; j < KF; ++j) {
+                    const int column = k0 + j * 8 + at.column;
+                    const float2 x = pair_of(s[f][j]);
+                    set(s[f][j], biased(x.x, rows[f], column, params),
+                        biased(x.y, rows[f], column + 1, params));
+                }
+                if (mixed || counting) {  // few tiles are: worth a branch, and the passes are short
+                    const int begin = visible_begin(range, rows[f].row);
+                    const int end = visible_end(range, rows[f].row);
+#pragma clang loop unroll(full)
+                    for (int j = 0; j < KF; ++j) {
+                        const int column = k0 + j * 8 + at.column;
+                        const float2 x = pair_of(s[f][j]);
+                        set(s[f][j], column < begin || column >= end ? lowest : x.x,
+                            column + 1 < begin || column + 1 >= end ? lowest : x.y);
+                    }
+                    if (!has_mask && counting) set_seen<KF>(s[f]);
+                }
+                if (has_mask) {
+#pragma clang loop unroll(full)
+                    for (int j = 0; j < KF; ++j) {
+                        const int column = k0 + j * 8 + at.column;
+                        const float2 x = pair_of(s[f][j]);
+                        set(s[f][j], masked(x.x, rows[f], column, params, mask),
+                            masked(x.y, rows[f], column + 1, params, mask));
+                    }
+                    if (counting) set_seen<KF>(s[f]);
+                }
+                float top = lowest;
+#pragma clang loop unroll(full)
+                for (int j = 0; j < KF; ++j) {
+                    const float2 x = pair_of(s[f][j]);
+                    top = max(top, max(x.x, x.y));
+                }
+                if (must_follow(softmax[f], top, unit)) {
+                    const float factor = follow(softmax[f], top, unit);
+#pragma clang loop unroll(full)
+                    for (int d = 0; d < DVF; ++d) set_pair(o[f][d], pair_of(o[f][d]) * factor);
+                }
+                const float relative_to = base(softmax[f]);
+                Philox words;
+#pragma clang loop unroll(full)
+                for (int j = 0; j < KF; ++j) {
+                    const float2 x = pair_of(s[f][j]);
+                    float p0 = weight(x.x, unit, relative_to);
+                    float p1 = weight(x.y, unit, relative_to);
+                    softmax[f].sum += p0 + p1;
+                    if (has_dropout) {
+                        const int column = k0 + j * 8 + at.column;
+                        if (KF == 1 || j % 2 == 0)
+                            words = words_of(params.dropout, batch, head, rows[f].row, column);
+                        drop(p0, p1, words, KF == 1 ? column / 8 % 2 != 0 : j % 2 != 0,
+                             threshold_of(params.dropout, pass));
+                    }
+                    set(p[f][j], M(p0), M(p1));
+                }
+            }
+            add_values<V_ROW>(o, p, v_tile + part * DVF * 8);
+        }
+        if (pass == 3 || pass < 0) break;
+        if (pass > 0)
+            count_spoiled<THREADS>(flags + (pass - 1) * FLAGS * THREADS + thread_index, o);
+        else if (!any_spoiled<SIMDGROUPS>(o, rows, seqlen_q, votes, thread_index))
+            break;
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // keeps the load here
+        from = first_tile[0];
     }
+    if (pass > 0) spoil<THREADS>(o, flags + thread_index, flags + FLAGS * THREADS + thread_index);
+
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
         const int row = rows[f].row;

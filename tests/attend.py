@@ -33,8 +33,8 @@ class Result(NamedTuple):
 def call_on(backend: str, function: Any, *tensors: Any, **options: Any) -> Any:
     """A public function on NumPy arrays; of "metal-emulated" its body, with what it asks played on
     the emulator, which gives (out, lse) always."""
-    if backend == "cpu":
-        return function(*tensors, backend="cpu", **options)
+    if backend in ("cpu", "metal"):
+        return function(*tensors, backend=backend, **options)
     assert backend == "metal-emulated", backend
     bound = inspect.signature(function).bind(*tensors, **options)
     bound.apply_defaults()

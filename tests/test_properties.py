@@ -137,7 +137,7 @@ def test_memory_layout_changes_no_bit(problem: Problem, attend_numpy: Attend) ->
     assert_same_bits(bits(of_views.lse), bits(of_copies.lse), "lse")
 
 
-@pytest.mark.cpu_only
+@pytest.mark.slow_emulated
 @settings(PROFILE, max_examples=100)
 @given(problem=st.sampled_from(list(DTYPES)).flatmap(problems), data=st.data())
 def test_what_a_row_does_not_see_changes_no_bit(

@@ -21,13 +21,14 @@ inline Philox words_of(constant DropoutParams& params, int batch, int head, int 
                          uint(row), uint(column) / 16 * 4 + uint(column) % 8 / 2);
 }
 
-/// Makes the probabilities of one of the two fragments 0 where they are dropped.
+/// Makes the probabilities of one of the two fragments 0 where they are dropped: where their word is
+/// below `threshold`.
 inline void drop(thread float& first, thread float& second, thread const Philox& words,
-                 bool second_fragment, constant DropoutParams& params) {
+                 bool second_fragment, uint threshold) {
     const uint a = second_fragment ? words.word[2] : words.word[0];
     const uint b = second_fragment ? words.word[3] : words.word[1];
-    first = a >= params.threshold ? first : 0.0f;
-    second = b >= params.threshold ? second : 0.0f;
+    first = a >= threshold ? first : 0.0f;
+    second = b >= threshold ? second : 0.0f;
 }
 
 }  // namespace umfa

@@ -41,6 +41,8 @@ class Case:
     rotary: str = ""  # "pairs" or "halves": queries and keys; with new rows those alone
     # Of the keys these are the last, and go into a cache first; with a page_size into pages.
     new_rows: int = 0
+    # > 0: values of the keys from here on are NaN and infinities; no query may see those keys.
+    bad_from: int = 0
     family: int = 9
     cores: int = 40
     label: str = ""
@@ -199,6 +201,14 @@ def _checks() -> list[Case]:
                 replace(base, new_rows=9, rotary="pairs", causal="lower_right", page_size=7),
                 replace(base, new_rows=9, rotary="halves", layout="odd", head_dim=33),
             ]
+    # Values that nobody sees, beside some that all see: causal from the top left.
+    for dtype in ("float16", "bfloat16", "float32"):
+        tiles = Case(
+            seqlen_q=40, seqlen_k=90, heads=4, heads_k=2, dtype=dtype, causal="upper_left",
+            bad_from=40,
+        )  # fmt: skip
+        found += [tiles, replace(tiles, head_dim=128), replace(tiles, head_dim=320)]
+        found += [replace(tiles, seqlen_q=4, bad_from=4, head_dim=d) for d in (64, 128, 256)]
     # Larger ones, many tiles long.
     for dtype in ("float16", "bfloat16", "float32"):
         found += [

@@ -62,6 +62,10 @@ def random_buffers(case: Case, rng: np.random.Generator) -> dict[str, Array]:
             view[...] = store(values, place.dtype)
             if name in ("key", "value") and (case.page_size or case.new_rows):
                 view[~_rows_in_use(case, place)] = poison(place)[0]
+            if name == "value" and case.bad_from:
+                bad = store(np.float32([np.inf, -np.inf]), place.dtype)
+                for n, one in enumerate([poison(place)[0], *bad]):
+                    view[:, case.bad_from + n :: 3] = one
         found[name] = buffer
     return found
 
