@@ -319,6 +319,18 @@ LINT = [
         "typedef float f8[8];",
     ),
     ("unknown-attribute", "void g(int x) { if (x) [[likely]] {} }", "void g(int x) { if (x) {} }"),
+    # test_reserved.py has every word and every sort of declaration.
+    (
+        "keyword-name",
+        "float g(float4 fragment) { return fragment.x; }",
+        "float g(float4 piece) { return piece.x; }",
+    ),
+    (
+        "predeclared-macro",
+        "float g() { float INFINITY; return 1.0f; }",
+        "float g() { return 1.0f; }",
+    ),
+    ("predeclared-type", "struct sampler { int x; };", "struct own_sampler { int x; };"),
 ]
 
 

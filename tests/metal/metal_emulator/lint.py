@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+from . import reserved
 from .errors import SourceError
 from .rewrite import threadgroup_variables
 from .structure import (
@@ -458,19 +459,26 @@ RULES: dict[str, Rule] = {
         boolean_to_integer,
         ambiguous_name,
         lambda_expression,
+        *reserved.RULES,
     )
 }
+
+# Of umfa's own shaders, which no compiler of Apple's has read yet.
+OWN_RULES: dict[str, Rule] = {
+    **RULES,
+    **{rule.__name__.replace("_", "-"): rule for rule in reserved.OWN_RULES},
+}
+
+
+def findings(s: Structure, rules: dict[str, Rule]) -> list[tuple[Token, str, str]]:
+    """What the rules find, as (token, rule, message) in the order of the text."""
+    found = [(token, name, message) for name, rule in rules.items() for token, message in rule(s)]
+    return sorted(found, key=lambda f: (f[0].start, f[1]))
 
 
 def check(s: Structure, allow: frozenset[str] = frozenset()) -> None:
     """Raises SourceError with all findings, unless their rule is in ``allow``."""
-    found = [
-        (token, name, message)
-        for name, rule in RULES.items()
-        if name not in allow
-        for token, message in rule(s)
-    ]
+    found = findings(s, {name: rule for name, rule in RULES.items() if name not in allow})
     if found:
-        found.sort(key=lambda f: (f[0].start, f[1]))
         lines = [f"{t.location}: error: {message} [{name}]" for t, name, message in found]
         raise SourceError("\n".join(lines), tuple(name for _, name, _ in found))

@@ -8,9 +8,11 @@ be read. The types are left to C++: the launcher takes them from the function it
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 
+from .declarations import Declaration, declarations
 from .errors import SourceError
 from .records import Record, find_records
 from .tokens import Token, matching, matching_angle, matching_angle_back, spelled, tokenize
@@ -215,6 +217,10 @@ class Structure:
     def all_kernels(self) -> list[Kernel]:
         return [k for group in self.overloads.values() for k in group]
 
+    @functools.cached_property
+    def declared(self) -> list[Declaration]:
+        return declarations(self.tokens)
+
     def scope_of(self, i: int) -> tuple[Scope, ...]:
         """Scopes around token ``i``, outermost first."""
         return self.around[i]
@@ -357,6 +363,9 @@ def _read_kernel(s: Structure, start: int, at: int) -> None:
         i = (close or i) + 1
     while i < len(tokens):
         i = _skip_attributes(s, i)
+        if tokens[i].text in (";", "{", "}", "="):
+            i = len(tokens)
+            break
         if (
             tokens[i].kind == "name"
             and tokens[i + 1].text == "("
@@ -371,6 +380,8 @@ def _read_kernel(s: Structure, start: int, at: int) -> None:
         if tokens[i].text == "(":
             i = matching(tokens, i)
         i += 1
+    if i >= len(tokens):
+        raise s.fail(tokens[at], "keyword-name", "'kernel' begins a function, and none is here")
     name = tokens[i]
     if "void" not in {t.text for t in tokens[start:i]}:
         raise s.fail(name, "kernel-void", f"kernel '{name.text}' must return void")
