@@ -1,5 +1,5 @@
 """umfa's own shaders, read as Apple's compiler would: every file in every branch of its conditions,
-by rules that published Metal need not keep (`reserved.OWN_RULES`)."""
+by rules that published Metal need not keep (`reserved.OWN_RULES`, `provenance`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import lint, structure, toolchain
 from .declarations import declarations
+from .provenance import faults, forms, raw_forms
 from .reserved import Macro, macro_faults, macros_of
 from .tokens import tokenize
 from .words import MACROS
@@ -16,7 +17,10 @@ from .words import MACROS
 # What conditions in shaders/ may ask for: `structures` reads the text with each of them and
 # without. UMFA_METAL_EMULATOR is never defined on a Mac.
 KNOWN_CONDITIONS = frozenset(
-    ("__METAL__", "UMFA_METAL_EMULATOR", "UMFA_KERNEL", "UMFA_MERGES", "UMFA_SHAPE", "UMFA_M")
+    (
+        *("__METAL__", "__METAL_VERSION__", "UMFA_METAL_EMULATOR"),
+        *("UMFA_KERNEL", "UMFA_MERGES", "UMFA_SHAPE", "UMFA_M"),
+    )
 )
 _MACRO = "'{}' is a macro of Metal, and here the name of a {} [predeclared-macro]"
 _CONDITION = re.compile(r"^[ \t]*#[ \t]*(?:el)?if(?:n?def)?\b([^\n]*)", re.MULTILINE)
@@ -95,4 +99,14 @@ def name_faults(folder: Path) -> list[str]:
                 found[f"{where}: error: {_MACRO.format(d.token.text, d.kind)}"] = None
     for rule, message, macro in macro_faults(macros(folder)):
         found[f"{macro.file}:{macro.line}: error: {message} [{rule}]"] = None
+    return sorted(found)
+
+
+def form_faults(folder: Path, known: dict[tuple[str, str], tuple[str, str]]) -> list[str]:
+    """Forms in what a Mac compiles that are not in the table, with their places."""
+    found: dict[str, None] = {}
+    for s, flat in texts(folder, emulated=False):
+        found |= dict.fromkeys(faults(forms(s, flat), known))
+    for path in sources(folder):
+        found |= dict.fromkeys(faults(raw_forms(path.read_text(), str(path)), known))
     return sorted(found)

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from .declarations import Declaration, declarations
 from .errors import SourceError
 from .records import Record, find_records
-from .tokens import Token, matching, matching_angle, matching_angle_back, spelled, tokenize
+from .tokens import (
+    Token,
+    matching,
+    matching_angle,
+    matching_angle_back,
+    parts_of,
+    spelled,
+    tokenize,
+)
 
 SCALARS = [
     "bool",
@@ -426,23 +434,7 @@ def _template_parameters(s: Structure, start: int) -> list[tuple[bool, bool]]:
 
 def _split(s: Structure, start: int, end: int) -> list[tuple[int, int]]:
     """Token ranges between the commas at the top level of [start, end)."""
-    parts, depth, first = [], 0, start
-    i = start
-    while i < end:
-        text = s.tokens[i].text
-        if text in "([{":
-            i = matching(s.tokens, i)
-        elif text == "<":
-            depth += 1
-        elif text == ">":
-            depth -= 1
-        elif text == "," and depth == 0:
-            parts.append((first, i))
-            first = i + 1
-        i += 1
-    if first < end:
-        parts.append((first, end))
-    return parts
+    return parts_of(s.tokens, start, end)
 
 
 def _read_parameters(s: Structure, start: int, end: int) -> list[Parameter]:

@@ -132,6 +132,25 @@ def matching_angle_back(tokens: list[Token], i: int) -> int | None:
     return None
 
 
+def parts_of(tokens: list[Token], start: int, end: int) -> list[tuple[int, int]]:
+    """Token ranges between the commas at the top level of [start, end)."""
+    parts, first, i = [], start, start
+    while i < end:
+        text = tokens[i].text
+        if text in ("(", "[", "{"):
+            i = matching(tokens, i)
+        elif text == "<":
+            close = matching_angle(tokens, i)
+            i = close if close is not None and close < end else i
+        elif text == ",":
+            parts.append((first, i))
+            first = i + 1
+        i += 1
+    if first < end:
+        parts.append((first, end))
+    return parts
+
+
 def is_double(token: Token) -> bool:
     """Whether this is a floating-point literal without a suffix."""
     text = token.text.lower()
