@@ -34,7 +34,7 @@ def missing_address_space(s: Structure) -> Iterator[Finding]:
     """Every pointer and reference says which memory it points to."""
     tokens = s.tokens
     types = {*SCALARS, *VECTORS, *PACKED, *MATRICES, *LIBRARY_TYPES, "void", "auto", "unsigned"}
-    types |= s.records | s.aliases | s.type_parameters
+    types |= s.records
     pointers: set[int] = set()
     for i, token in enumerate(tokens):
         if token.text not in ("*", "&") or i == 0 or i + 1 >= len(tokens):
@@ -47,14 +47,14 @@ def missing_address_space(s: Structure) -> Iterator[Finding]:
             if token.text == "*":
                 yield token, "the pointer pointed to needs an address space (thread, device, ...)"
             continue
-        if tokens[k].text == "(" and tokens[k - 1].text in types:
+        if tokens[k].text == "(" and _names_type(s, k - 1, types):
             opening, k = k, k - 1  # a reference to an array
         if tokens[k].text == ">":
             angle = matching_angle_back(tokens, k)
             if angle is None or angle == 0:
                 continue
             k = angle - 1
-        if tokens[k].kind != "name" or tokens[k].text not in types:
+        if tokens[k].kind != "name" or not _names_type(s, k, types):
             continue
         if not _starts_declaration(tokens, k):
             continue
@@ -77,6 +77,14 @@ def missing_address_space(s: Structure) -> Iterator[Finding]:
             yield token, "a pointer or reference needs an address space (thread, device, ...)"
 
 
+def _names_type(s: Structure, k: int, types: set[str]) -> bool:
+    """Whether token ``k`` names a type: a type parameter of another template does not."""
+    name = s.tokens[k].text
+    if name in types or s.is_type(name, k):
+        return True
+    return name in s.aliases and s.tokens[k - 1].text == "::"
+
+
 def _starts_declaration(tokens: list[Token], k: int) -> bool:
     """Whether what precedes the type name at ``k`` lets it begin a declaration or a cast, so that
     the star after it is no multiplication."""
@@ -90,12 +98,13 @@ def _starts_declaration(tokens: list[Token], k: int) -> bool:
 
 
 def unsuffixed_literal(s: Structure) -> Iterator[Finding]:
-    """1.0 is a double, which Metal has not."""
+    """1.0 is a double in C++, which Metal has not."""
     for token in s.tokens:
         if is_double(token):
             yield (
                 token,
-                f"the literal {token.text} is a double: write {token.text}f or {token.text}h",
+                f"the literal {token.text} has no suffix: Metal reads it as a float, C++ as a "
+                f"double; write {token.text}f or {token.text}h",
             )
 
 
@@ -279,6 +288,9 @@ _LIBRARY = {
 }
 
 
+_OF_VECTORS = {"dot", "length", "distance"}  # of one number Metal has none
+
+
 def ambiguous_name(s: Structure) -> Iterator[Finding]:
     """A function of one's own, named like one of Metal's and for the same types, beside
     ``using namespace metal``: whoever calls it calls either."""
@@ -297,6 +309,8 @@ def ambiguous_name(s: Structure) -> Iterator[Finding]:
             continue
         close = matching(tokens, i + 1)
         types = {t.text for t in tokens[i + 2 : close] if t.text in (numbers | s.records)}
+        if token.text in _OF_VECTORS and not types & {*VECTORS}:
+            continue
         defined = types and types <= numbers - {"bool", "bfloat"} and tokens[close + 1].text == "{"
         called = any(
             tokens[k].text == token.text and tokens[k + 1].text == "(" and s.scope_of(k)

@@ -23,6 +23,7 @@ def rewrite(text: str, s: Structure, inexact: bool = False) -> str:
         edits[i] = token.text
     prefix: dict[int, str] = {}
     _instantiations(s, edits)
+    _utilities(s, edits)
     _attributes(s, edits)
     _function_constants(s, edits, prefix)
     _literals(s, edits, inexact)
@@ -43,7 +44,7 @@ def rewrite(text: str, s: Structure, inexact: bool = False) -> str:
         pieces.append(edits[i])
         at = token.end
     pieces.append(text[at:])
-    result = "".join(pieces)
+    result = _own_names(s) + "".join(pieces)
     return re.sub(r"^#pragma umfa include (\w+)$", r"#include <\1>", result, flags=re.MULTILINE)
 
 
@@ -57,6 +58,35 @@ def _instantiations(s: Structure, edits: list[str]) -> None:
         for i in range(start, end):
             if s.tokens[i].text == "kernel":
                 edits[i] = ""
+
+
+_UTILITIES = {
+    *("move", "forward", "swap", "declval"),
+    *("integer_sequence", "index_sequence", "make_integer_sequence", "make_index_sequence"),
+}
+
+
+def _utilities(s: Structure, edits: list[str]) -> None:
+    """``metal::move`` and its like are reached by their whole names in any case."""
+    for i, token in enumerate(s.tokens):
+        if token.text not in _UTILITIES or i < 2:
+            continue
+        if s.tokens[i - 1].text == "::" and s.tokens[i - 2].text == "metal":
+            edits[i - 2] = "umfa_utility"
+
+
+def _own_names(s: Structure) -> str:
+    """Names that the text takes for itself: beside ``using namespace metal`` the utilities' would
+    be a second meaning of them."""
+    own = set()
+    for i, token in enumerate(s.tokens):
+        if token.text not in _UTILITIES:
+            continue
+        before = s.tokens[i - 1]
+        outside = all(x.kind == "namespace" and x.name != "metal" for x in s.scope_of(i))
+        if outside and (before.kind == "name" or before.text in "*&>"):
+            own.add(token.text)
+    return "".join(f"#define UMFA_OWN_{name}\n" for name in sorted(own))
 
 
 def _attributes(s: Structure, edits: list[str]) -> None:
@@ -92,7 +122,8 @@ def _function_constants(s: Structure, edits: list[str], prefix: dict[int, str]) 
 
 def threadgroup_variables(s: Structure) -> list[tuple[int, int, bool]]:
     """Declarations of variables in threadgroup memory: first token, the name, has initialiser.
-    Pointers to threadgroup memory are not among them."""
+    Pointers to threadgroup memory are not among them, and lists in braces, which published kernels
+    have, no initialisers."""
     found = []
     for i, token in enumerate(s.tokens):
         if token.text != "threadgroup" or token.kind != "name":
@@ -121,7 +152,7 @@ def threadgroup_variables(s: Structure) -> list[tuple[int, int, bool]]:
         initialised = False
         while end < len(s.tokens) and s.tokens[end].text != ";":
             text = s.tokens[end].text
-            initialised = initialised or text in ("=", "{")
+            initialised = initialised or (text == "=" and s.tokens[end + 1].text != "{")
             end = matching(s.tokens, end) + 1 if text in "([{" else end + 1
         found.append((i, name, initialised))
     return found
@@ -151,6 +182,12 @@ def _threadgroup_variables(s: Structure, edits: list[str], prefix: dict[int, str
                 i = matching_angle(s.tokens, i) or i
             elif s.tokens[i].kind == "name":
                 name = i
+            if text == "{" or (text == "=" and s.tokens[i + 1].text == "{"):
+                # Nobody promises that the memory holds it: it stays unwritten, and is checked so.
+                end = matching(s.tokens, i + (text == "=")) + 1
+                _blank(edits, i, end)
+                i = end
+                continue
             if text in (",", ";"):
                 shown = s.tokens[name].text
                 edits[name] = STORAGE + shown
@@ -199,7 +236,8 @@ def _literals(s: Structure, edits: list[str], inexact: bool) -> None:
 def _constructors(s: Structure, edits: list[str]) -> None:
     """T(...), (T)x and static_cast<T>(x) where T is a vector or may become one in a template."""
     tokens = s.tokens
-    names = {*VECTORS, *PACKED, "half", "bfloat"} | s.aliases | s.type_parameters
+    fixed = {*VECTORS, *PACKED, "half", "bfloat"}
+    names = fixed | s.aliases | s.type_parameters
     for i, token in enumerate(tokens[:-1]):
         if token.kind != "name":
             continue
@@ -218,8 +256,13 @@ def _constructors(s: Structure, edits: list[str]) -> None:
             if close is None:
                 continue
             end = close
-        elif token.text not in names:
+        elif token.text not in names or not (token.text in fixed or s.is_type(token.text, i)):
             continue
+        elif token.text in s.aliases and tokens[i + 1].text == "<":  # an alias template
+            close = matching_angle(tokens, i + 1)
+            if close is None:
+                continue
+            end = close
         first = i
         if before == "::" and i >= 2 and tokens[i - 2].text == "metal":
             first = i - 2

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from .declarations import Declaration, declarations
 from .errors import SourceError
+from .expressions import constants, evaluate
 from .records import Record, find_records
 from .tokens import (
     Token,
@@ -24,6 +25,7 @@ from .tokens import (
     spelled,
     tokenize,
 )
+from .typenames import find_type_ranges, find_types
 
 SCALARS = [
     "bool",
@@ -221,6 +223,9 @@ class Structure:
     vector_aliases: set[str] = field(default_factory=set)  # those that name vectors, and only they
     type_parameters: set[str] = field(default_factory=set)
     attribute_at: dict[int, int] = field(default_factory=dict)
+    integers: dict[str, int] = field(default_factory=dict)  # constants of the text, when asked for
+    # Where names of types mean types: token ranges of templates and scopes.
+    type_ranges: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def all_kernels(self) -> list[Kernel]:
         return [k for group in self.overloads.values() for k in group]
@@ -233,6 +238,11 @@ class Structure:
         """Scopes around token ``i``, outermost first."""
         return self.around[i]
 
+    def is_type(self, name: str, i: int) -> bool:
+        """Whether a type parameter or an alias of this name is in scope at token ``i``."""
+        ranges = self.type_ranges.get(name)
+        return ranges is not None and any(first <= i <= last for first, last in ranges)
+
     def fail(self, token: Token, rule: str, message: str) -> SourceError:
         return SourceError(f"{token.location}: error: {message} [{rule}]", (rule,))
 
@@ -242,10 +252,11 @@ def read(text: str) -> Structure:
     tokens = tokenize(text)
     s = Structure(tokens)
     _find_attributes(s)
-    _find_types(s)
+    find_types(s)
     s.record_list = find_records(tokens)
     _find_kernels(s)
     _find_scopes(s)
+    find_type_ranges(s)
     _find_constants(s)
     return s
 
@@ -280,40 +291,6 @@ def _find_attributes(s: Structure) -> None:
         i = end + 1
 
 
-def _find_types(s: Structure) -> None:
-    tokens = s.tokens
-    for i, token in enumerate(tokens[:-2]):
-        following = tokens[i + 1]
-        if token.text in ("struct", "class", "union") and following.kind == "name":
-            if i > 0 and tokens[i - 1].text in ("<", ","):
-                s.type_parameters.add(following.text)
-            else:
-                s.records.add(following.text)
-        elif token.text == "typename" and following.kind == "name":
-            if tokens[i - 1].text in ("<", ",") and tokens[i + 2].text in (",", ">", "="):
-                s.type_parameters.add(following.text)
-        elif token.text == "using" and following.kind == "name" and tokens[i + 2].text == "=":
-            end = i + 3
-            while end + 1 < len(tokens) and tokens[end].text != ";":
-                end += 1
-            _add_alias(s, following.text, tokens[i + 3 : end])
-        elif token.text == "typedef":
-            end = i
-            while end + 1 < len(tokens) and tokens[end].text != ";":
-                end = matching(tokens, end) + 1 if tokens[end].text == "{" else end + 1
-            if tokens[end - 1].kind == "name":
-                _add_alias(s, tokens[end - 1].text, tokens[i + 1 : end - 1])
-
-
-def _add_alias(s: Structure, name: str, definition: list[Token]) -> None:
-    s.aliases.add(name)
-    words = [t.text for t in definition if t.text not in ("metal", "::", "const", "typename")]
-    if words and (words[0] == "vec" or (len(words) == 1 and words[0] in VECTORS)):
-        s.vector_aliases.add(name)
-    elif name in s.vector_aliases:
-        s.vector_aliases.discard(name)
-
-
 def _statement_start(s: Structure, i: int) -> int:
     """First token of the declaration that holds token ``i`` at namespace scope."""
     k = i
@@ -325,11 +302,12 @@ def _statement_start(s: Structure, i: int) -> int:
 def _integer(s: Structure, attribute: Attribute) -> int:
     text = attribute.text.strip()
     try:
-        return int(text.rstrip("uUlL"), 0)
-    except ValueError:
-        raise s.fail(
-            attribute.token, "attribute", f"[[{attribute.name}]] needs an integer, not '{text}'"
-        ) from None
+        if not s.integers and any(t.kind == "name" for t in attribute.arguments):
+            s.integers = constants(s.tokens)
+        return evaluate(attribute.arguments, s.integers)
+    except ValueError as error:
+        message = f"[[{attribute.name}]] needs an integer, not '{text}': {error}"
+        raise s.fail(attribute.token, "attribute", message) from None
 
 
 def _find_kernels(s: Structure) -> None:

@@ -87,6 +87,7 @@ _ERRORS = (
     "-Werror=return-type",
     "-Werror=conversion-null",
     "-Werror=uninitialized",
+    "-Werror=division-by-zero",
 )
 
 
@@ -104,6 +105,8 @@ def _reading(*flags: str) -> list[str]:
     return _language(
         *("-O2", "-g1", "-fPIC", *kernel_flags(), f"-I{HEADERS}", f"-I{BACKEND}"),
         *("-Xclang", "-disable-llvm-passes", "-ftrivial-auto-var-init=pattern"),
+        # A large frame touches all of its pages, and so the guard behind a fiber's stack.
+        "-fstack-clash-protection",
         # Names of files stay whole, so that those of the emulator's own headers are known.
         "-fdebug-compilation-dir=.",
         *flags,
@@ -215,7 +218,7 @@ def preprocess(
     text: str, name: str, folder: str, include_dirs: Sequence[str], macros: dict[str, str]
 ) -> str:
     """The text with its macros and its own headers, without Metal's."""
-    command = [
+    flags: list[str] = [
         *clang(),
         *("-E", "-x", "c++", "-std=c++17", "-undef", "-nostdinc"),
         f"-I{HEADERS / 'preprocess'}",
@@ -224,19 +227,53 @@ def preprocess(
         *("-D__METAL__=1", "-D__METAL_VERSION__=310", "-D__METAL_MACOS__=1"),
         *("-D__HAVE_BFLOAT__=1", "-DUMFA_METAL_EMULATOR=1"),
         *(f"-D{k}={v}" for k, v in macros.items()),
-        *("-fno-caret-diagnostics", "-"),
+        "-fno-caret-diagnostics",
     ]
     quoted = name.replace("\\", "\\\\").replace('"', '\\"')
-    done = subprocess.run(
-        command,
-        input=f'# 1 "{quoted}"\n{text}',
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    named = f'# 1 "{quoted}"\n{text}'
+    flat = _preprocessed(named, flags)
+    if not any(_has_names(pragma) for pragma in _UNROLL.findall(flat)):
+        return flat
+    return _expand_pragmas(flat, _preprocessed(named, [*flags, "-dD"]))
+
+
+def _preprocessed(text: str, flags: Sequence[str]) -> str:
+    done = subprocess.run([*flags, "-"], input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SourceError(done.stderr)
     return done.stdout
+
+
+# Pragmas in which macros count; clang leaves those to its parser, which no longer knows them.
+_UNROLL = re.compile(r"^#pragma ((?:clang loop|GCC|unroll|nounroll)\b.*)$", re.MULTILINE)
+_DIRECTIVE = re.compile(r"^#(?:define|undef) .*$|" + _UNROLL.pattern, re.MULTILINE)
+
+
+_PRAGMA_WORDS = {
+    *("clang", "loop", "GCC", "unroll", "nounroll", "unroll_count", "vectorize", "interleave"),
+    *("full", "enable", "disable", "assume_safety", "vectorize_width", "interleave_count"),
+}
+
+
+def _has_names(pragma: str) -> bool:
+    return not set(re.findall(r"[A-Za-z_]\w*", pragma)) <= _PRAGMA_WORDS
+
+
+def _expand_pragmas(flat: str, with_definitions: str) -> str:
+    """The text with the macros in its pragmas expanded, as they are defined at each of them."""
+    lines = []
+    for found in _DIRECTIVE.finditer(with_definitions):
+        pragma = found.group(1)
+        if pragma is None:
+            lines.append(found.group())
+            continue
+        kept, opening, rest = pragma.partition("(" if "(" in pragma else " ")
+        lines += [f'"umfa pragma" "{kept}{opening}"', f"{rest}", '"umfa end"']
+    command = [*clang(), *("-E", "-P", "-x", "c++", "-undef", "-nostdinc", "-Wno-everything", "-")]
+    text = run(command, "\n".join(lines) + "\n")
+    expanded = re.findall(r'"umfa pragma" "(.*?)"\s*(.*?)\s*"umfa end"', text, re.DOTALL)
+    pragmas = iter(f"#pragma {start}{' '.join(rest.split())}" for start, rest in expanded)
+    return _UNROLL.sub(lambda _: next(pragmas), flat)
 
 
 def assemble(ir: Path, output: Path) -> None:
@@ -258,7 +295,7 @@ def compile_runtime(output: Path) -> None:
         [
             system_compiler(),
             *("-std=c++20", "-O3", "-fPIC", *native_flags(), "-ffp-contract=fast"),
-            *("-shared", *map(str, sources), "-lm", "-o", str(output)),
+            *("-shared", *map(str, sources), "-lm", "-pthread", "-o", str(output)),
         ]
     )
 

@@ -15,9 +15,9 @@ from metal_ptx.translate import compile
 from warp_machine import WarpLibrary
 
 
-def _load() -> ModuleType:
-    path = Path(__file__).parents[1] / "emulator" / "test_language.py"
-    spec = importlib.util.spec_from_file_location("emulator_language", path)
+def _load(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "emulator" / f"test_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"emulator_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -25,7 +25,7 @@ def _load() -> ModuleType:
     return module
 
 
-language = _load()
+language, published, pointers = (_load(name) for name in ("language", "published", "pointers"))
 
 SAME = [
     "parameter_may_be_named_as_its_attribute",
@@ -50,12 +50,37 @@ SAME = [
 @pytest.fixture(autouse=True)
 def _another_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulator_kernels, "Library", WarpLibrary)
-    monkeypatch.setattr(language, "Library", WarpLibrary)
+    for module in (language, published):
+        monkeypatch.setattr(module, "Library", WarpLibrary)
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_same_answers(name: str) -> None:
     getattr(language, f"test_{name}")()
+
+
+PUBLISHED = [
+    "constant_expressions_in_attributes",
+    "variables_named_like_other_templates_types",
+    "own_functions_beside_those_of_metal",
+    "metals_own_utilities_stay",
+    "comparisons_of_bfloat",
+    "alias_templates_construct",
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_forms(name: str) -> None:
+    getattr(published, f"test_{name}")()
+
+
+def test_macros_in_pragmas(tmp_path: Path) -> None:
+    published.test_macros_in_pragmas(tmp_path)
+
+
+def test_one_array_at_two_indices() -> None:
+    """The pointers are the host's own here."""
+    pointers.test_one_array_at_two_indices(True)
 
 
 def test_structs_includes_and_macros(tmp_path: Path) -> None:

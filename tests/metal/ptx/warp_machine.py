@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from metal_emulator import DispatchError, KernelError, Options, toolchain
 from metal_emulator.build import cache_folder
+from metal_emulator.checks import bits
 from metal_emulator.library import _Dispatch, _Result, _running, _runtime, _three
 from metal_ptx.entries import Entry
 from metal_ptx.translate import as_cpp, as_ir
@@ -224,6 +225,7 @@ def launch(
     address = ctypes.cast(handle[symbol], ctypes.c_void_p).value
     ctypes.c_void_p.in_dll(handle, "machine_kernel").value = address
     request, result = _Dispatch(), _Result()
+    request.checks = bits(frozenset({"divergence", "lanes", "limits"}))
     request.entry = ctypes.cast(handle["machine_entry"], ctypes.c_void_p).value
     request.threadgroups[:] = _three("threadgroups", threadgroups)
     request.threads[:] = _three("threads", threads)
