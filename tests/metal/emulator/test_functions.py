@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emulator_kernels import floats, run
+from metal_emulator import Options
 
 
 def evaluate(expressions: list[str], prelude: str = "", n: int = 1, **more: Any) -> np.ndarray:
@@ -243,6 +244,7 @@ def test_quadgroups(threads: int) -> None:
         }""",
         {0: x, 1: out},
         threads=threads,
+        options=Options(checks={"edge": False}),
     )
     q = x.reshape(-1, 4)
     lanes = np.arange(4)

@@ -447,6 +447,7 @@ def test_argument_of_the_maximum() -> None:
         }""",
         {0: x, 1: out, 2: np.uint32(1000).tobytes()},
         threads=128,
+        options=Options(checks={"edge": False}),  # only the first lane's result counts
     )
     assert out[0] == x.argmax()
 

@@ -4,11 +4,13 @@
 >>> counters = library.dispatch("add", 4, 32, {0: a, 1: b})
 """
 
+from .checks import CHECKS
 from .counters import Counters
 from .errors import DispatchError, EmulatorError, KernelError, SourceError
 from .library import Library, Options
 
 __all__ = [
+    "CHECKS",
     "Counters",
     "DispatchError",
     "EmulatorError",

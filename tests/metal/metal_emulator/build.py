@@ -61,7 +61,7 @@ def build(
         runtime()  # part of building, so that the first dispatch does not wait for it
         late = structure.initialised_late(declared)
         ir = toolchain.compile_kernel(code, second, late)
-        ir = toolchain.optimise(read_early(ir, toolchain.OWN_HEADERS, allow))
+        ir = toolchain.optimise(read_early(ir, toolchain.OWN_HEADERS, allow, checks))
         _make(folder, library, notes, ir, checks)
     loaded = json.loads(notes.read_text())
     return Built(

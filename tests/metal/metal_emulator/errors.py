@@ -23,7 +23,8 @@ class DispatchError(EmulatorError):
 
 
 class KernelError(EmulatorError):
-    """A check fired while the kernel ran; ``check`` is its name, ``location`` file:line or ''."""
+    """A check fired while the kernel ran; ``check`` is its name, ``location`` file:line, that of
+    the kernel where no closer one is known."""
 
     def __init__(self, check: str, kernel: str, location: str, message: str) -> None:
         where = f"{location}: " if location else ""

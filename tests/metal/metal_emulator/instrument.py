@@ -25,8 +25,18 @@ _ACCESS = re.compile(
 _ALIGN = re.compile(r"\balign (\d+)")
 _SITED = re.compile(
     r"call .*@(umfa_rendezvous|umfa_converge|umfa_matrix_multiply|umfa_threadgroup_barrier"
-    r"|umfa_simdgroup_barrier|umfa_check_max_threads|umfa_check_uniform)\("
+    r"|umfa_simdgroup_barrier|umfa_check_max_threads|umfa_check_uniform|umfa_past_edge"
+    r"|umfa_check_division)\("
 )
+_MEETING = re.compile(r"@umfa_(?:rendezvous|matrix_multiply|\w+group_barrier)\(")
+_SAFE_DIVISOR = re.compile(r"call void @umfa_check_division\(i64 [^,]+, i64 (?!0,|-1,)-?\d+,")
+_LABEL = re.compile(r'^([\w.$-]+|"[^"]+"):')
+_TARGET = re.compile(r'label %([\w.$-]+|"[^"]+")')
+_COMPARED = re.compile(
+    r"^(  %\S+ = icmp (?:samesign )?\w+) ptr addrspace\(([12])\) ([^,]+), ([^,]+)(.*)$"
+)
+_ADDRESS = re.compile(r"^  (%\S+) = ptrtoint ptr addrspace\(([12])\) ([^,]+) to i64")
+_DIFFERENCE = re.compile(r"^(  %\S+ = sub (?:n[us]w )*i64) (%[^,]+), (%[^,]+)(.*)$")
 _FLOP = re.compile(r"= (?:f(?:add|sub|mul|div|rem)) (?:[a-z]+ )*(<(\d+) x )?(?:float|half|bfloat)")
 _FMA = re.compile(r"@llvm\.(?:fma|fmuladd)\.(?:v(\d+))?")
 _TERMINATOR = re.compile(r"^\s*(?:br|ret|switch|unreachable|indirectbr)\b")
@@ -136,89 +146,169 @@ def _parts(text: str) -> list[str]:
 
 def instrument(text: str, own_headers: tuple[str, ...], checks: bool) -> Instrumented:
     """The IR with checks (or only counts), and what the runtime must know of it."""
-    lines = text.split("\n")
-    named = {m.group(1): m.group(2) for line in lines if (m := _NAMED_TYPE.match(line))}
-    sites = Sites(lines, own_headers)
-    out: list[str] = []
-    result = Instrumented("")
-    variables: list[Variable] = []
-    kernels: dict[int, str] = {}
-    counts = dict.fromkeys(COUNTS, 0)
-    serial = 0
-    entry: int | None = None
-    in_function = counting = False
+    return _Writer(text, own_headers, checks).write()
 
-    def flush() -> None:
-        nonlocal serial
-        for i, name in enumerate(COUNTS):
-            if counts[name]:
-                at = f"getelementptr inbounds (i8, ptr @umfa_counts, i64 {8 * i})"
-                out.append(f"  %umfa.{serial} = load i64, ptr {at}, align 8")
-                out.append(f"  %umfa.{serial + 1} = add i64 %umfa.{serial}, {counts[name]}")
-                out.append(f"  store i64 %umfa.{serial + 1}, ptr {at}, align 8")
-                serial += 2
-                counts[name] = 0
 
-    for line in lines:
-        if not in_function:
-            found = _FUNCTION.match(line)
+class _Writer:
+    """Goes through a module line by line, and writes what goes between."""
+
+    def __init__(self, text: str, own_headers: tuple[str, ...], checks: bool) -> None:
+        self.lines = text.split("\n")
+        self.named = {m.group(1): m.group(2) for x in self.lines if (m := _NAMED_TYPE.match(x))}
+        self.sites = Sites(self.lines, own_headers)
+        self.checks = checks
+        self.out: list[str] = []
+        self.result = Instrumented("")
+        self.variables: list[Variable] = []
+        self.kernels: dict[int, str] = {}
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.serial = 0
+        self.entry: int | None = None
+        self.counting = False
+        self.function_site = self.last_site = 0
+        self.labels: set[str] = set()  # of the blocks of this function so far
+        self.stepped = False  # whether this block counts as a step already
+        self.addresses: dict[str, tuple[str, str]] = {}
+
+    def write(self) -> Instrumented:
+        in_function = False
+        for i, line in enumerate(self.lines):
+            if in_function and line != "}":
+                self._instruction(i, line)
+                continue
+            found = None if in_function else _FUNCTION.match(line)
+            in_function = found is not None
             if found:
-                in_function = True
-                name = found.group(1)
-                # The back end's combining functions run once for a simdgroup, not on the GPU.
-                counting = "umfa_backend" not in name
-                entry = int(name[11:]) if re.fullmatch(r"umfa_entry_\d+", name) else None
+                self._start(found.group(1), line)
             elif line.startswith(("@llvm.used", "@llvm.compiler.used")):
                 continue  # it has kept the variables through the optimiser, and may go
+            elif line.startswith("declare void @umfa_check_division"):
+                continue
             elif line.startswith("@"):
-                line = _global(line, variables, result.unset, named)
-            out.append(line)
-            continue
-        if line == "}":
-            in_function = False
-            out.append(line)
-            continue
+                line = _global(line, self.variables, self.result.unset, self.named)
+            self.out.append(line)
+        for n, kernel in self.kernels.items():
+            owner = f"_ZZ{kernel[2:]}E"
+            self.result.variables[n] = [v for v in self.variables if v.symbol.startswith(owner)]
+        self.result.text = "\n".join([*self.out, *_tables(self.result)]) + "\n"
+        self.result.sites = self.sites.table
+        return self.result
+
+    def _start(self, name: str, line: str) -> None:
+        # The back end's combining functions run once for a simdgroup, not on the GPU.
+        self.counting = "umfa_backend" not in name
+        self.entry = int(name[11:]) if re.fullmatch(r"umfa_entry_\d+", name) else None
+        debug = re.search(r" !dbg !(\d+)", line)
+        self.function_site = self.sites.of_function(int(debug.group(1))) if debug else 0
+        self.last_site = self.function_site
+        self.labels = set()
+        self.stepped = False
+        self.addresses = {}
+
+    def _instruction(self, i: int, line: str) -> None:
+        if label := _LABEL.match(line):
+            self.labels.add(label.group(1))
+            self.stepped = False
+        if _SAFE_DIVISOR.search(line):
+            return
         debug = _DEBUG.search(line)
-        site = sites.number(int(debug.group(1))) if debug else 0
+        site = self.sites.number(int(debug.group(1))) if debug else 0
+        if self.sites.is_known(site):
+            self.last_site = site
+        else:
+            site = self.function_site
         if "addrspace(" in line:
-            access = _access(line, named)
-            if access is not None:
-                space, pointer, size, flags = access
-                if checks:
-                    out.append(
-                        f"  call void @umfa_access_{space}(ptr addrspace({space}) {pointer}, "
-                        f"i32 {size}, i32 {flags}, i32 {site})"
-                    )
-                if counting and size.isdigit():
-                    for bit, word in ((_READ, "read"), (_WRITE, "written")):
-                        kind = {1: "device", 2: "constant", 3: "threadgroup"}[space]
-                        if flags & bit and f"{kind}_{word}" in counts:
-                            counts[f"{kind}_{word}"] += int(size)
+            self._memory(line)
+            line = self._pointers(line)
+        elif found := _DIFFERENCE.match(line):
+            line = self._difference(found)
         if "umfa_" in line and _SITED.search(line):
-            out.append(f"  store i32 {site}, ptr @umfa_site, align 4")
-        if entry is not None and entry not in kernels:
+            self.stepped = self.stepped or bool(_MEETING.search(line))
+            self.out.append(f"  store i32 {site}, ptr @umfa_site, align 4")
+        if self.entry is not None and self.entry not in self.kernels:
             called = _ENTRY_CALL.search(line)
             if called and not called.group(1).startswith("umfa_"):
-                kernels[entry] = called.group(1)
-        if counting:
-            flop = _FLOP.search(line)
-            if flop:
-                counts["flops"] += int(flop.group(2) or 1)
-            fma = _FMA.search(line)
-            if fma:
-                counts["fma"] += int(fma.group(1) or 1)
-                counts["flops"] += 2 * int(fma.group(1) or 1)
+                self.kernels[self.entry] = called.group(1)
+        if self.counting:
+            self._arithmetic(line)
         if _TERMINATOR.match(line):
-            flush()
-        out.append(line)
+            self._step(i)
+            self._flush()
+        self.out.append(line)
 
-    for n, kernel in kernels.items():
-        owner = f"_ZZ{kernel[2:]}E"
-        result.variables[n] = [v for v in variables if v.symbol.startswith(owner)]
-    out += _tables(result)
-    result.text = "\n".join(out) + "\n"
-    result.sites = sites.table
-    return result
+    def _memory(self, line: str) -> None:
+        access = _access(line, self.named)
+        if access is None:
+            return
+        space, pointer, size, flags = access
+        if self.checks:
+            self.stepped = True
+            self.out.append(
+                f"  call void @umfa_access_{space}(ptr addrspace({space}) {pointer}, "
+                f"i32 {size}, i32 {flags}, i32 {self.last_site})"
+            )
+        if self.counting and size.isdigit():
+            for bit, word in ((_READ, "read"), (_WRITE, "written")):
+                kind = {1: "device", 2: "constant", 3: "threadgroup"}[space]
+                if flags & bit and f"{kind}_{word}" in self.counts:
+                    self.counts[f"{kind}_{word}"] += int(size)
+
+    def _pointers(self, line: str) -> str:
+        """Pointers compare as the host's: one array at two indices is the same memory."""
+        if address := _ADDRESS.match(line):
+            self.addresses[address.group(1)] = (address.group(2), address.group(3))
+        found = _COMPARED.match(line)
+        if not found or "null" in (found.group(3), found.group(4)):
+            return line
+        start, space, *operands, rest = found.groups()
+        a, b = (self._host_address(space, x) for x in operands)
+        return f"{start} i64 {a}, {b}{rest}"
+
+    def _difference(self, found: re.Match[str]) -> str:
+        start, *operands, rest = found.groups()
+        if not all(x in self.addresses for x in operands):
+            return found.group(0)
+        a, b = (self._host_address(*self.addresses[x]) for x in operands)
+        return f"{start} {a}, {b}{rest}"
+
+    def _host_address(self, space: str, pointer: str) -> str:
+        name = f"%umfa.{self.serial}"
+        self.serial += 1
+        self.out.append(
+            f"  {name} = call i64 @umfa_host_address_{space}(ptr addrspace({space}) {pointer})"
+        )
+        return name
+
+    def _arithmetic(self, line: str) -> None:
+        flop = _FLOP.search(line)
+        if flop:
+            self.counts["flops"] += int(flop.group(2) or 1)
+        fma = _FMA.search(line)
+        if fma:
+            self.counts["fma"] += int(fma.group(1) or 1)
+            self.counts["flops"] += 2 * int(fma.group(1) or 1)
+
+    def _step(self, i: int) -> None:
+        """Every loop jumps back somewhere: a step, if no access in the block is one already."""
+        targets = _TARGET.findall(line := self.lines[i])
+        if line.endswith("["):  # a switch, whose cases follow
+            end = next(
+                k for k in range(i, len(self.lines)) if self.lines[k].strip().startswith("]")
+            )
+            targets += [t for x in self.lines[i + 1 : end] for t in _TARGET.findall(x)]
+        if self.checks and self.counting and not self.stepped and self.labels & set(targets):
+            self.out.append(f"  call void @umfa_step(i32 {self.last_site})")
+
+    def _flush(self) -> None:
+        for i, name in enumerate(COUNTS):
+            if self.counts[name]:
+                at = f"getelementptr inbounds (i8, ptr @umfa_counts, i64 {8 * i})"
+                old, new = f"%umfa.{self.serial}", f"%umfa.{self.serial + 1}"
+                self.out.append(f"  {old} = load i64, ptr {at}, align 8")
+                self.out.append(f"  {new} = add i64 {old}, {self.counts[name]}")
+                self.out.append(f"  store i64 {new}, ptr {at}, align 8")
+                self.serial += 2
+                self.counts[name] = 0
 
 
 def _access(line: str, named: Types) -> tuple[int, str, str, int] | None:
@@ -331,6 +421,9 @@ def _tables(result: Instrumented) -> list[str]:
         out.append(
             f"declare void @umfa_access_{space}(ptr addrspace({space}), i32, i32, i32) nounwind"
         )
+        out.append(f"declare i64 @umfa_host_address_{space}(ptr addrspace({space})) nounwind")
+    out.append("declare void @umfa_step(i32) nounwind")
+    out.append("declare void @umfa_check_division(i64, i64, i32) nounwind")
     for n, found in result.variables.items():
         symbols = ", ".join(f"ptr addrspace(3) @{v.symbol}" for v in found)
         if found:

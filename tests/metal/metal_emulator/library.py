@@ -9,13 +9,14 @@ import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from . import checks as run_time
 from .build import Built, build, runtime
 from .counters import Counters
 from .errors import DispatchError, KernelError
@@ -31,16 +32,23 @@ _BUFFERS = 31
 class Options:
     """How a library is built and run.
 
-    ``checks`` are the run-time checks; without them a kernel runs faster and errors are undefined
-    behaviour, as on a GPU. ``allow`` names rules of the linter to ignore.
+    ``checks`` are the run-time checks: all, none, or by name (`metal_emulator.CHECKS`) those that
+    are not on, as ``{"race": False}``. Without any a kernel runs faster and errors are undefined
+    behaviour, as on a GPU. ``step_limit`` is how many accesses and rounds of loops one thread may
+    make before it counts as spinning. ``allow`` names rules of the linter to ignore.
     """
 
-    checks: bool = True
+    checks: bool | Mapping[str, bool] = field(default=True, hash=False)
+    step_limit: int = 1 << 26
     flush_to_zero: bool = False
     math_noise: bool = False
     reverse_reductions: bool = False
     permute_lanes: bool = False
     allow: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        run_time.chosen(self.checks)
+        _integer("step_limit", self.step_limit, 1 << 63)
 
 
 class _Binding(ctypes.Structure):
@@ -87,6 +95,7 @@ class _Dispatch(ctypes.Structure):
         ("unset", ctypes.POINTER(_Unset)),
         ("unset_count", ctypes.c_uint64),
         ("schedule_seed", ctypes.c_uint64),
+        ("step_limit", ctypes.c_uint64),
         ("checks", ctypes.c_uint32),
         ("flush_to_zero", ctypes.c_uint32),
         ("math_noise", ctypes.c_uint32),
@@ -174,7 +183,7 @@ class Library:
             include_dirs,
             macros or {},
             constants or {},
-            self.options.checks,
+            bool(run_time.chosen(self.options.checks)),
             self.options.allow,
         )
         self._loaded: _Loaded | None = None
@@ -255,7 +264,8 @@ class Library:
         request.variables, request.variable_count = variables, len(variables)
         request.unset, request.unset_count = loaded.unset, loaded.unset_count
         request.schedule_seed = _integer("schedule_seed", schedule_seed, 1 << 64)
-        request.checks = self.options.checks
+        request.checks = run_time.bits(run_time.chosen(self.options.checks))
+        request.step_limit = how.step_limit
         request.flush_to_zero = how.flush_to_zero
         request.math_noise = how.math_noise
         request.reverse_reductions = how.reverse_reductions
@@ -267,7 +277,8 @@ class Library:
         del keep
         if failed:
             file, line = self._built.sites[result.site]
-            raise KernelError(check, kernel, f"{file}:{line}" if file else "", error)
+            place = f"{file}:{line}" if file else entries[kernel].kernel.token.location
+            raise KernelError(check, kernel, place, error)
         return _counters(result, set(buffers or {}))
 
     def _load(self) -> _Loaded:

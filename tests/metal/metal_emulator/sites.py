@@ -58,3 +58,18 @@ class Sites:
             self.table.append((shown[0], int(shown[1])))
         self.by_location[location] = number
         return number
+
+    def is_known(self, number: int) -> bool:
+        file, line = self.table[number]
+        return bool(file) and line > 0
+
+    def of_function(self, subprogram: int) -> int:
+        """The place of a function, for what in it has no place of its own; 0 if it has none."""
+        fields = self.nodes.get(subprogram, ("", {}))[1]
+        key = ((self.file(subprogram), fields.get("line", "0"), "function"),)
+        if not key[0][0] or key[0][0].startswith(self.own) or key[0][1] == "0":
+            return 0
+        if key not in self.by_chain:
+            self.by_chain[key] = len(self.table)
+            self.table.append((key[0][0], int(key[0][1])))
+        return self.by_chain[key]

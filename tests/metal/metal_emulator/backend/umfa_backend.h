@@ -45,6 +45,7 @@ UMFA_CONVERGENT void umfa_matrix_multiply(void* d, const void* a, const void* b,
 UMFA_CONVERGENT void umfa_threadgroup_barrier(unsigned flags);
 UMFA_CONVERGENT void umfa_simdgroup_barrier(unsigned flags);
 void umfa_inactive_lane(unsigned lane);
+void umfa_past_edge(int lane);
 void umfa_check_max_threads(unsigned long limit);
 void umfa_check_uniform(unsigned long value);
 
@@ -130,6 +131,12 @@ struct shuffle_lanes {
 template <typename T>
 UMFA_INLINE_CONVERGENT T shuffle(T value, unsigned source) {
     return exchange<shuffle_lanes<T>>(value, source, shuffles);
+}
+
+/// What a shuffle reads that asks for a lane which the group does not have: its own value.
+UMFA_INLINE_HEADER unsigned past_edge(int wanted) {
+    umfa_past_edge(wanted);
+    return lane();
 }
 
 template <typename T>

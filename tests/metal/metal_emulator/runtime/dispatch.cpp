@@ -47,12 +47,18 @@ std::string thread_text(const Fiber& f) {
 [[noreturn]] void fail(const char* check, uint32_t site, const std::string& what) {
     if (!R.running) abort();
     R.failed = true;
-    R.check = check;
-    R.error = what;
-    R.error_site = site;
+    // What goes wrong after a read of unwritten memory mostly does so for that reason.
+    const bool follows = R.unwritten_read && strcmp(check, "data race") != 0;
+    R.check = follows ? "uninitialised threadgroup memory" : check;
+    R.error = follows ? R.unwritten_text : what;
+    R.error_site = follows ? R.unwritten_site : site;
     void* dropped;
     umfa_switch(&dropped, R.main_stack);
     abort();
+}
+
+void report_unwritten_read() {
+    if (R.unwritten_read) fail("uninitialised threadgroup memory", 0, "");
 }
 }  // namespace umfa_runtime
 
@@ -106,6 +112,7 @@ static void run_threadgroup(uint32_t number) {
     R.launch.threadgroup[2] = number / d.threadgroups[0] / d.threadgroups[1];
     R.live = R.threads;
     R.waiting = 0;
+    R.unwritten_read = false;
     if (R.epoch > kMaxEpoch / 2) {
         R.threadgroup_stamps.resize(R.threadgroup_stamps.write.size());
         R.epoch = 0;
@@ -132,6 +139,7 @@ static void run_threadgroup(uint32_t number) {
         f.simdgroup = &R.simdgroups[t / kLanes];
         f.site = f.trail_site = 0;
         f.trail = f.uniform = 0;
+        f.steps_left = d.step_limit == 0 ? ~0ULL : d.step_limit + 1;
         start_fiber(f);
     }
     for (unsigned i = 0; i < groups; i++) {
@@ -177,6 +185,8 @@ static void restore_flush(unsigned old) {
 
 int umfa_run(const umfa_dispatch* dispatch, umfa_result* result) {
     R.d = dispatch;
+    R.checks = dispatch->checks;
+    umfa_site = 0;
     R.counters = umfa_counters{};
     umfa_counts = umfa_static_counters{};
     R.failed = false;
@@ -197,7 +207,7 @@ int umfa_run(const umfa_dispatch* dispatch, umfa_result* result) {
     R.group_epochs.clear();
     R.group_numbers.clear();
     const bool fits = prepare_threadgroup_memory();
-    if (!fits) {
+    if (!fits && checks(umfa_checks_limits)) {
         R.failed = true;
         R.check = "threadgroup memory";
         R.error = text("%llu bytes of threadgroup memory; a threadgroup has %u",
@@ -216,9 +226,12 @@ int umfa_run(const umfa_dispatch* dispatch, umfa_result* result) {
             for (uint32_t i = total; i > 1; i--) std::swap(order[i - 1], order[next_random() % i]);
         }
         const unsigned old = set_flush(dispatch->flush_to_zero);
-        R.running = true;
-        for (uint32_t i = 0; i < total && !R.failed; i++) run_threadgroup(order[i]);
-        R.running = false;
+        {
+            const FaultGuard guard;
+            R.running = true;
+            for (uint32_t i = 0; i < total && !R.failed; i++) run_threadgroup(order[i]);
+            R.running = false;
+        }
         restore_flush(old);
     }
     for (int i = 0; i < kBuffers; i++) {

@@ -27,6 +27,22 @@ enum umfa_access_flags : uint32_t {
     umfa_access_atomic = 1 << 14,
 };
 
+// Which checks may stop a dispatch; Python has them in this order (checks.py).
+enum umfa_checks : uint32_t {
+    umfa_checks_bounds = 1 << 0,
+    umfa_checks_alignment = 1 << 1,
+    umfa_checks_constants = 1 << 2,
+    umfa_checks_uninitialised = 1 << 3,
+    umfa_checks_race = 1 << 4,
+    umfa_checks_divergence = 1 << 5,
+    umfa_checks_uniform = 1 << 6,
+    umfa_checks_lanes = 1 << 7,
+    umfa_checks_edge = 1 << 8,
+    umfa_checks_limits = 1 << 9,
+    umfa_checks_division = 1 << 10,
+    umfa_checks_steps = 1 << 11,
+};
+
 struct umfa_site_entry {
     const char* file;
     uint32_t line;
@@ -80,6 +96,7 @@ struct umfa_dispatch {
     const umfa_unset* unset;
     uint64_t unset_count;
     uint64_t schedule_seed;
+    uint64_t step_limit;  // of one thread: accesses and rounds of loops
     uint32_t checks, flush_to_zero, math_noise, reverse_reductions, permute_lanes, reserved;
 };
 

@@ -133,11 +133,13 @@ inline void track_sized(Stamps& stamps, uint64_t at, uint32_t size, uint32_t fla
         refuse(t.other, did);
     };
     if (atomic) stamps.expect_atomics();
-    refuse(stamps.write, "wrote");
-    if (write) refuse_all(stamps.read, "read");
-    if (stamps.atomics && !atomic) {
-        refuse_all(stamps.atomic_write, "wrote atomically");
-        if (write) refuse_all(stamps.atomic_read, "read atomically");
+    if (checks(umfa_checks_race)) {
+        refuse(stamps.write, "wrote");
+        if (write) refuse_all(stamps.read, "read");
+        if (stamps.atomics && !atomic) {
+            refuse_all(stamps.atomic_write, "wrote atomically");
+            if (write) refuse_all(stamps.atomic_read, "read atomically");
+        }
     }
     if (atomic)
         note<kSize>(write ? stamps.atomic_write : stamps.atomic_read, at, size, own, by);
@@ -161,6 +163,7 @@ inline void track(Stamps& stamps, uint64_t at, uint32_t size, uint32_t flags, co
 
 void check_alignment(uint64_t address, uint32_t flags, uint32_t site, const Where& w) {
     const uint32_t alignment = flags & umfa_access_alignment;
+    if (!checks(umfa_checks_alignment)) return;
     if (address & (alignment - 1))
         fail("misaligned access", site,
              thread_text(*current()) + ((flags & umfa_access_write) ? " writes " : " reads ") +
@@ -175,7 +178,7 @@ void device_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site, boo
     const uint64_t index = (p - base) >> kSlotBits;
     if (p < base || index >= kSlots) {
         if (is_constant) {
-            for (unsigned i = 0; i < R.d->unset_count; i++) {
+            for (unsigned i = 0; i < R.d->unset_count && checks(umfa_checks_constants); i++) {
                 const umfa_unset& u = R.d->unset[i];
                 if (p == reinterpret_cast<uint64_t>(u.address))
                     fail("function constant", site,
@@ -184,6 +187,7 @@ void device_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site, boo
             }
             return;  // a table of the program
         }
+        if (!checks(umfa_checks_bounds)) return;
         fail("out of bounds", site,
              thread_text(*current()) + (write ? " writes" : " reads") +
                  " through a pointer that belongs to no buffer");
@@ -194,16 +198,18 @@ void device_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site, boo
                  " an argument whose function constant is false");
     Buffer& b = R.buffers[index];
     const int64_t offset = static_cast<int64_t>(p - reinterpret_cast<uint64_t>(b.data));
-    if (!b.bound)
-        fail("unbound buffer", site,
-             thread_text(*current()) + (write ? " writes" : " reads") +
-                 text(" buffer %d, which the dispatch does not bind", static_cast<int>(index)));
-    if (offset < 0 || static_cast<uint64_t>(offset) + size > b.size)
+    if (offset < 0 || static_cast<uint64_t>(offset) + size > b.size) {
+        if (!checks(umfa_checks_bounds)) return;
+        if (!b.bound)
+            fail("unbound buffer", site,
+                 thread_text(*current()) + (write ? " writes" : " reads") +
+                     text(" buffer %d, which the dispatch does not bind", static_cast<int>(index)));
         fail("out of bounds", site,
              thread_text(*current()) + (write ? " writes " : " reads ") +
                  text("%u bytes at byte %lld of buffer %d, which has %llu bytes", size,
                       static_cast<long long>(offset), static_cast<int>(index),
                       static_cast<unsigned long long>(b.size)));
+    }
     auto describe = [&](uint64_t at) {
         return Where{"buffer", text("buffer %d", static_cast<int>(index)), at, true};
     };
@@ -223,6 +229,28 @@ void device_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site, boo
     }
 }
 
+std::string region_name(const Region& region) {
+    return region.name ? text("threadgroup variable '%s'", region.name)
+                       : text("threadgroup memory %d", region.index);
+}
+
+[[gnu::cold, gnu::noinline]] void note_unwritten_read(const Region& g, uint64_t offset,
+                                                      uint32_t size, uint32_t site) {
+    if (!checks(umfa_checks_uninitialised) || R.unwritten_read) return;
+    const Stamps& stamps = R.threadgroup_stamps;
+    for (uint64_t i = offset; i < offset + size; i++) {
+        uint32_t written = stamps.write[g.shadow + i];
+        if (stamps.atomics) written = std::max(written, stamps.atomic_write.last[g.shadow + i]);
+        if (written >> kThreadBits >= R.group_epoch) continue;
+        R.unwritten_read = true;
+        R.unwritten_site = site;
+        R.unwritten_text = thread_text(*current()) + " reads " + region_name(g) +
+                           text(" at byte %llu, which no thread of this threadgroup has written",
+                                static_cast<unsigned long long>(i));
+        return;
+    }
+}
+
 void threadgroup_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site) {
     Region* g = R.last_region;
     if (g == nullptr || p - g->begin >= g->size) {
@@ -231,11 +259,8 @@ void threadgroup_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site
             if (p - candidate.begin < candidate.size) g = &candidate;
     }
     const bool write = flags & umfa_access_write;
-    auto name = [](const Region& region) {
-        return region.name ? text("threadgroup variable '%s'", region.name)
-                           : text("threadgroup memory %d", region.index);
-    };
     if (g == nullptr || p + size > g->begin + g->size) {
+        if (!checks(umfa_checks_bounds)) return;
         // Name the nearest region below, with which the pointer probably began.
         const Region* near = g;
         for (const Region& candidate : R.regions)
@@ -248,36 +273,36 @@ void threadgroup_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site
                       ? std::string("threadgroup memory that the dispatch did not ask for")
                       : text("%u bytes at byte %lld of ", size,
                              static_cast<long long>(p - near->begin)) +
-                            name(*near) +
+                            region_name(*near) +
                             text(", which has %llu bytes",
                                  static_cast<unsigned long long>(near->size))));
     }
     R.last_region = g;
     const uint64_t offset = p - g->begin;
     auto describe = [&](uint64_t at) {
-        return Where{"threadgroup", name(*g), at - g->shadow, false};
+        return Where{"threadgroup", region_name(*g), at - g->shadow, false};
     };
     if (p & ((flags & umfa_access_alignment) - 1))
         check_alignment(p, flags, site, describe(g->shadow + offset));
-    if (!write || (flags & umfa_access_atomic && flags & umfa_access_read)) {
-        const Stamps& stamps = R.threadgroup_stamps;
-        const uint32_t* w = &stamps.write[g->shadow + offset];
+    const bool reads = !write || (flags & umfa_access_atomic && flags & umfa_access_read);
+    if (reads) {
+        const uint32_t* w = &R.threadgroup_stamps.write[g->shadow + offset];
         uint32_t oldest = w[0];
         for (uint32_t i = 1; i < size; i++) oldest = std::min(oldest, w[i]);
-        for (uint32_t i = 0; i < size && oldest >> kThreadBits < R.group_epoch; i++) {
-            uint32_t written = w[i];
-            if (stamps.atomics)
-                written = std::max(written, stamps.atomic_write.last[g->shadow + offset + i]);
-            if (written >> kThreadBits < R.group_epoch)
-                fail("uninitialised threadgroup memory", site,
-                     thread_text(*current()) + " reads " + name(*g) +
-                         text(" at byte %llu, which no thread of this threadgroup has written",
-                              static_cast<unsigned long long>(offset + i)));
-        }
+        if (oldest >> kThreadBits < R.group_epoch) note_unwritten_read(*g, offset, size, site);
     }
     const Toucher by{R.epoch,       R.barrier_epoch,  own_simdgroup().threadgroup_epoch,
                      R.group_epoch, current()->index, false};
     track(R.threadgroup_stamps, g->shadow + offset, size, flags, by, describe, site);
+}
+
+[[gnu::cold, gnu::noinline]] void fail_steps(uint32_t site) {
+    if (!checks(umfa_checks_steps)) return;
+    fail("spinning thread", site,
+         thread_text(*current()) +
+             text(" has made %llu accesses and rounds of loops, the limit: it waits for what no "
+                  "other thread does meanwhile, or its loop has no end",
+                  static_cast<unsigned long long>(R.d->step_limit)));
 }
 
 // Quiet NaNs in every float format, and a large odd integer.
@@ -314,7 +339,7 @@ bool prepare_memory() {
             b.mapped = needed;
         }
         memcpy(b.data, binding.data, binding.size);
-        if (R.d->checks && binding.may_write) {
+        if (checks(umfa_checks_race) && binding.may_write) {
             b.tracked = true;
             b.stamps.resize(binding.size);
         }
@@ -363,14 +388,45 @@ using namespace umfa_runtime;
 
 extern "C" {
 
+/// Where an address is for the host. A buffer has a place of its own for each index, which keeps the
+/// checks exact, and pointers compare and differ as those into the memory that was bound.
+static uint64_t host_address(uint64_t p) {
+    const uint64_t index = (p - reinterpret_cast<uint64_t>(R.slots)) >> kSlotBits;
+    if (index >= kBuffers || !R.buffers[index].bound) return p;
+    return p - reinterpret_cast<uint64_t>(R.buffers[index].data) +
+           reinterpret_cast<uint64_t>(R.d->buffers[index].data);
+}
+
+uint64_t umfa_host_address_1(uint64_t p) { return host_address(p); }
+uint64_t umfa_host_address_2(uint64_t p) { return host_address(p); }
+
+void umfa_step(uint32_t site) {
+    if (R.running) count_step(site);
+}
+
+void umfa_check_division(uint64_t dividend, uint64_t divisor, unsigned signed_bits) {
+    if (!R.running || !checks(umfa_checks_division)) return;
+    if (divisor == 0)
+        fail("division by zero", umfa_site, thread_text(*current()) + " divides by zero");
+    if (signed_bits >= 32 && divisor == ~0ULL && dividend == ~0ULL << (signed_bits - 1))
+        fail("division by zero", umfa_site,
+             thread_text(*current()) + " divides the smallest integer by -1, which overflows");
+}
+
 void umfa_access_1(uint64_t p, uint32_t size, uint32_t flags, uint32_t site) {
-    if (R.running) device_access(p, size, flags, site, false);
+    if (!R.running) return;
+    count_step(site);
+    device_access(p, size, flags, site, false);
 }
 void umfa_access_2(uint64_t p, uint32_t size, uint32_t flags, uint32_t site) {
-    if (R.running) device_access(p, size, flags, site, true);
+    if (!R.running) return;
+    count_step(site);
+    device_access(p, size, flags, site, true);
 }
 void umfa_access_3(uint64_t p, uint32_t size, uint32_t flags, uint32_t site) {
-    if (R.running) threadgroup_access(p, size, flags, site);
+    if (!R.running) return;
+    count_step(site);
+    threadgroup_access(p, size, flags, site);
 }
 
 void* umfa_buffer(unsigned index, unsigned long element_size, unsigned alignment) {

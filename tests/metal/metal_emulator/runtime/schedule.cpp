@@ -81,21 +81,30 @@ void hand_over(Simdgroup& s) {
              " at " + site_text(b.trail_site));
 }
 
+// One of those that take part: the current lane may have returned, and waits for nothing.
+const Fiber* any_at_simd(const Simdgroup& s) {
+    const Fiber* f = current();
+    for (unsigned i = 0; i < s.ring_size && f->state == State::done; i++)
+        if (s.ring[i]->state == State::at_simd) f = s.ring[i];
+    return f;
+}
+
 void check_trails(Simdgroup& s) {
     const Fiber* first = s.first_done;
+    const Fiber* part = any_at_simd(s);
     for (unsigned i = 0; i < s.ring_size; i++) {
         const Fiber* f = s.ring[i];
         if (f->state == State::done) continue;
         if (first == nullptr) first = f;
         if (f->state == State::at_simd || f == current()) {
-            if (s.kind == 3 && f->uniform != current()->uniform)
+            if (s.kind == 3 && f->uniform != part->uniform && checks(umfa_checks_uniform))
                 fail("non-uniform shuffle", f->site,
                      text("%s passes %llu as the lane, mask or delta, %s passes %llu",
                           thread_text(*f).c_str(), static_cast<unsigned long long>(f->uniform),
-                          thread_text(*current()).c_str(),
-                          static_cast<unsigned long long>(current()->uniform)));
+                          thread_text(*part).c_str(),
+                          static_cast<unsigned long long>(part->uniform)));
         }
-        if (f->trail != first->trail) fail_trails(*first, *f);
+        if (f->trail != first->trail && checks(umfa_checks_divergence)) fail_trails(*first, *f);
     }
 }
 
@@ -115,7 +124,58 @@ void complete(Simdgroup& s) {
         if (s.ring[i]->state == State::at_simd) s.ring[i]->state = State::ready;
 }
 
+// Where divergence is allowed, the lanes at one place are the active ones. Of several places the
+// first in the code is served first, so that a branch ends before what follows it.
+void complete_part(Simdgroup& s) {
+    Fiber* first = nullptr;
+    for (unsigned i = 0; i < s.ring_size; i++) {
+        Fiber* f = s.ring[i];
+        if (f->state == State::at_simd && (first == nullptr || f->site < first->site)) first = f;
+    }
+    s.slots.active = 0;
+    unsigned active = 0;
+    for (unsigned i = 0; i < s.ring_size; i++) {
+        Fiber* f = s.ring[i];
+        if (f->state != State::at_simd || f->site != first->site || f->combine != first->combine)
+            continue;
+        s.slots.slot[f->self.lane] = f->slot;
+        s.slots.active |= 1U << f->self.lane;
+        f->state = State::ready;
+        active++;
+        if (first->kind == 3 && f->uniform != first->uniform && checks(umfa_checks_uniform))
+            fail("non-uniform shuffle", f->site, "lanes pass different lanes, masks or deltas");
+        if (f != first) f->uniform = 0;
+    }
+    first->uniform = 0;
+    s.arrived -= active;
+    if (first->kind == 1 && active != kLanes)
+        fail("inactive lanes", first->site,
+             text("this operation needs all 32 lanes of the simdgroup; %u take part", active));
+    if (first->kind == 0) R.counters.simd_operations++;
+    if (first->kind == 3) R.counters.shuffles++;
+    R.combining = first;
+    if (first->combine != nullptr) first->combine(&s.slots);
+    s.slots.active = 0;
+}
+
+bool all_meet(const Simdgroup& s) { return s.arrived != 0 && s.arrived + s.waiting == s.live; }
+
+void rendezvous_in_parts(void* slot, umfa_combine combine, unsigned kind) {
+    Fiber* f = current();
+    Simdgroup& s = own_simdgroup();
+    f->site = umfa_site;
+    f->slot = slot;
+    f->combine = combine;
+    f->kind = kind;
+    f->state = State::at_simd;
+    s.arrived++;
+    if (all_meet(s)) complete_part(s);
+    if (f->state == State::at_simd) hand_over(s);
+}
+
 void rendezvous(void* slot, umfa_combine combine, unsigned kind) {
+    count_step(umfa_site);
+    if (!checks(umfa_checks_divergence)) return rendezvous_in_parts(slot, combine, kind);
     Fiber* f = current();
     Simdgroup& s = own_simdgroup();
     f->site = umfa_site;
@@ -160,9 +220,10 @@ void rendezvous(void* slot, umfa_combine combine, unsigned kind) {
 
 // The last live thread is at the barrier.
 void release_barrier() {
-    if (R.d->checks) {
+    if (checks(umfa_checks_divergence)) {
         for (Simdgroup& s : R.simdgroups) check_trails(s);
     }
+    if (R.barrier_flags & 2) report_unwritten_read();
     if (R.barrier_flags & 2) R.barrier_epoch = ++R.epoch;
     if (R.barrier_flags & 1) R.device_barrier_epoch = ++R.device_epoch;
     R.waiting = 0;
@@ -188,8 +249,9 @@ void leave_ring(Simdgroup& s, Fiber* f) {
     Simdgroup& s = own_simdgroup();
     f->state = State::done;
     if (s.first_done == nullptr) s.first_done = f;
-    if (R.d->checks && f->trail != s.first_done->trail) fail_trails(*s.first_done, *f);
-    if (R.waiting != 0) {
+    const bool strict = checks(umfa_checks_divergence);
+    if (strict && f->trail != s.first_done->trail) fail_trails(*s.first_done, *f);
+    if (strict && R.waiting != 0) {
         const Fiber* other = f;
         for (unsigned i = 0; i < R.threads; i++)
             if (R.fibers[i].state == State::at_barrier) other = &R.fibers[i];
@@ -201,8 +263,14 @@ void leave_ring(Simdgroup& s, Fiber* f) {
     s.live--;
     R.live--;
     void* dropped;
-    if (R.live == 0) umfa_switch(&dropped, R.main_stack);
-    if (s.arrived != 0 && s.arrived == s.live) {
+    if (R.live == 0) {
+        report_unwritten_read();
+        umfa_switch(&dropped, R.main_stack);
+    }
+    if (!strict) {
+        if (R.waiting == R.live) release_barrier();
+        if (all_meet(s)) complete_part(s);
+    } else if (s.arrived != 0 && s.arrived == s.live) {
         // The rest of the simdgroup waits for this lane alone.
         if (s.kind == 2)
             fail("divergent barrier", s.site,
@@ -250,6 +318,7 @@ void umfa_rendezvous(void* slot, umfa_combine combine, unsigned kind) {
 }
 
 void umfa_inactive_lane(unsigned lane) {
+    if (!checks(umfa_checks_lanes)) return;
     fail("inactive lanes", R.combining->site,
          text("a lane of simdgroup %u in threadgroup (%u,%u,%u) reads from lane %u, which takes no "
               "part in the operation",
@@ -257,11 +326,17 @@ void umfa_inactive_lane(unsigned lane) {
               R.launch.threadgroup[2], lane));
 }
 
+void umfa_past_edge(int lane) {
+    if (!checks(umfa_checks_edge)) return;
+    fail("shuffle past the edge", umfa_site,
+         thread_text(*current()) +
+             text(" asks for the value of lane %d, which its group does not have", lane));
+}
+
 void umfa_converge(const void* pointer, unsigned long stride) {
-    if (!R.d->checks) return;
     Fiber* f = current();
     const Simdgroup& s = own_simdgroup();
-    if (s.size != kLanes)
+    if (s.size != kLanes && checks(umfa_checks_lanes))
         fail(
             "inactive lanes", umfa_site,
             text("simdgroup matrices need all 32 lanes of the simdgroup; this one has %u", s.size));
@@ -272,12 +347,24 @@ void umfa_converge(const void* pointer, unsigned long stride) {
     f->trail_site = umfa_site;
 }
 
-void umfa_check_uniform(unsigned long value) {
-    if (!R.d->checks) return;
-    current()->uniform = value;
+void umfa_check_uniform(unsigned long value) { current()->uniform = value; }
+
+static void barrier_in_parts(unsigned flags) {
+    Fiber* f = current();
+    Simdgroup& s = own_simdgroup();
+    f->site = umfa_site;
+    R.barrier_flags = R.waiting == 0 ? flags : R.barrier_flags & flags;
+    R.counters.threadgroup_barriers += R.waiting == 0;
+    f->state = State::at_barrier;
+    s.waiting++;
+    if (++R.waiting == R.live) return release_barrier();
+    if (all_meet(s)) complete_part(s);
+    hand_over(s);
 }
 
 void umfa_threadgroup_barrier(unsigned flags) {
+    count_step(umfa_site);
+    if (!checks(umfa_checks_divergence)) return barrier_in_parts(flags);
     Fiber* f = current();
     Simdgroup& s = own_simdgroup();
     f->site = umfa_site;
@@ -326,6 +413,7 @@ static void simdgroup_barrier_2(umfa_lane_slots* slots) {
     Simdgroup& s = own_simdgroup();
     const unsigned flags = *static_cast<unsigned*>(slots->slot[__builtin_ctz(slots->active)]);
     R.counters.simdgroup_barriers++;
+    if (flags & 2) report_unwritten_read();
     if (flags & 2) s.threadgroup_epoch = ++R.epoch;
     if (flags & 1) s.device_epoch = ++R.device_epoch;
 }
@@ -333,7 +421,7 @@ static void simdgroup_barrier_2(umfa_lane_slots* slots) {
 void umfa_simdgroup_barrier(unsigned flags) { rendezvous(&flags, simdgroup_barrier_2, 2); }
 
 void umfa_check_max_threads(unsigned long limit) {
-    if (R.threads > limit)
+    if (R.threads > limit && checks(umfa_checks_limits))
         fail("too many threads", umfa_site,
              text("%u threads per threadgroup; the kernel's max_total_threads_per_threadgroup is "
                   "%lu",

@@ -48,6 +48,11 @@ struct Fiber {
     uint64_t trail;       // hash of the operations that need convergence but do not meet
     uint32_t trail_site;  // the last of them
     uint64_t uniform;     // must be the same in all lanes of the coming operation
+    uint64_t steps_left;  // accesses, meetings and rounds of loops
+    // What it waits to take part in, where lanes may meet in parts of a simdgroup.
+    void* slot;
+    umfa_combine combine;
+    unsigned kind;
     char* memory;
 };
 
@@ -115,6 +120,7 @@ struct Region {  // of threadgroup memory
 
 struct Runtime {
     const umfa_dispatch* d;
+    uint32_t checks;
     umfa_counters counters;
     Fiber* fibers = nullptr;
     char* stacks = nullptr;
@@ -140,12 +146,18 @@ struct Runtime {
     std::string error, check;
     uint32_t error_site;
     bool failed, running = false;
+    // The first read of threadgroup memory that nobody had written. Who writes it later with no
+    // barrier between is the cause, so the report waits for one of them.
+    bool unwritten_read;
+    std::string unwritten_text;
+    uint32_t unwritten_site;
     unsigned map_row[kLanes], map_column[kLanes];
     unsigned current_combine_site;
     Fiber* combining;
 };
 
 extern Runtime R;
+inline bool checks(uint32_t which) { return (R.checks & which) != 0; }
 inline Fiber* current() { return reinterpret_cast<Fiber*>(umfa_self); }
 
 // dispatch.cpp
@@ -155,6 +167,18 @@ std::string thread_text(const Fiber& f);
 /// Leaves the dispatch with an error; the fibers are simply not resumed.
 [[noreturn]] void fail(const char* check, uint32_t site, const std::string& what);
 char* reserve(size_t bytes);
+/// Stops the dispatch at a read of threadgroup memory that was not written, if there was one.
+void report_unwritten_read();
+
+// faults.cpp
+/// While it lives, faults of the processor end the dispatch, not the process.
+class FaultGuard {
+public:
+    FaultGuard();
+    ~FaultGuard();
+    FaultGuard(const FaultGuard&) = delete;
+    FaultGuard& operator=(const FaultGuard&) = delete;
+};
 
 // schedule.cpp
 uint64_t next_random();
@@ -165,6 +189,10 @@ void rendezvous(void* slot, umfa_combine combine, unsigned kind);
 inline Simdgroup& own_simdgroup() { return *current()->simdgroup; }
 
 // memory.cpp
+void fail_steps(uint32_t site);
+inline void count_step(uint32_t site) {
+    if (--current()->steps_left == 0) fail_steps(site);
+}
 bool prepare_memory();
 bool prepare_threadgroup_memory();
 void poison_threadgroup_memory();

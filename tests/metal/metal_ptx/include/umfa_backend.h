@@ -61,6 +61,9 @@ UMFA_INLINE_CONVERGENT T shuffle(T value, unsigned source) {
     return move_words(value,
                       [=](int w) { return __nvvm_shfl_sync_idx_i32(everyone, w, from, 31); });
 }
+/// What a shuffle reads that asks for a lane which the group does not have: its own value.
+UMFA_INLINE_HEADER unsigned past_edge(int) { return lane(); }
+
 template <typename T>
 UMFA_INLINE_CONVERGENT T shuffle_xor(T value, unsigned mask) {
     const int flip = static_cast<int>(lane_of_apple(mask & 31));
