@@ -71,7 +71,9 @@ if(umfa_metal STREQUAL "ON")
   set_source_files_properties(${host_sources} PROPERTIES LANGUAGE OBJCXX
     COMPILE_OPTIONS "-fobjc-arc;-Wunguarded-availability-new")
   target_compile_definitions(libumfa PRIVATE UMFA_HAS_METAL)
-  target_link_libraries(libumfa PRIVATE "-framework Metal" "-framework Foundation")
+  # CoreGraphics: without it in the process MTLCreateSystemDefaultDevice returns nil.
+  target_link_libraries(libumfa PRIVATE "-framework Metal" "-framework Foundation"
+    "-framework CoreGraphics")
 endif()
 
 # The same sources, compiled by the clang of PyPI's ziglang for Apple's Objective-C ABI on ELF, which

@@ -19,7 +19,7 @@ struct Gpu {
     uint64_t max_buffer_bytes = 0, memory_bytes = 0;
 };
 
-/// The default GPU. When there is none that umfa can use, nullopt, and why in `reason`.
+/// The first GPU that umfa can use. When there is none, nullopt, and why in `reason`.
 std::optional<Gpu> open_gpu(std::string& reason);
 
 /// "Apple M3 Max (applegpu_g15s, Apple9, 40 cores assumed, 48.0 GiB)"

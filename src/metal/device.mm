@@ -1,5 +1,7 @@
 #import "metal/device.h"
 
+#import <CoreGraphics/CGGeometry.h>
+
 #include <cstdio>
 #include <string_view>
 
@@ -7,6 +9,10 @@
 
 namespace umfa::metal {
 namespace {
+
+/// MTLCreateSystemDefaultDevice returns nil in a process that has not loaded CoreGraphics, such as a
+/// command-line program. A linker with -dead_strip_dylibs drops a framework of which nothing is used.
+[[gnu::used]] const void* const keeps_core_graphics = &CGRectNull;
 
 /// MTLGPUFamilyApple10, which only the headers of macOS 26 and newer name.
 constexpr auto apple10 = static_cast<MTLGPUFamily>(1010);
@@ -45,23 +51,13 @@ int cores_of(std::string_view name) {
     return Capabilities{}.cores;
 }
 
-}  // namespace
-
-std::optional<Gpu> open_gpu(std::string& reason) {
-    id<MTLDevice> device = MTLCreateSystemDefaultDevice();
-    if (!device) {
-        reason = "no Metal device";
-        return std::nullopt;
-    }
+/// What umfa needs to know of a device. When it cannot use it, nullopt, and why in `reason`.
+__attribute__((availability(macos, introduced = 14.0))) std::optional<Gpu> open_device(
+    id<MTLDevice> device, std::string& reason) {
     Gpu gpu;
     gpu.device = device;
     gpu.name = text_of(device.name);
-    if (@available(macOS 14.0, *)) {
-        gpu.architecture = text_of(device.architecture.name);
-    } else {
-        reason = "this macOS is older than 14, whose Metal the kernels are written in";
-        return std::nullopt;
-    }
+    gpu.architecture = text_of(device.architecture.name);
     const std::optional<Family> family = family_of(device);
     if (!family) {
         reason = gpu.name + " is older than GPU family Apple7 (M1), whose matrix operations umfa "
@@ -80,6 +76,38 @@ std::optional<Gpu> open_gpu(std::string& reason) {
     gpu.max_buffer_bytes = device.maxBufferLength;
     gpu.memory_bytes = device.recommendedMaxWorkingSetSize;
     return gpu;
+}
+
+bool contains(NSArray<id<MTLDevice>>* devices, id<MTLDevice> device) {
+    for (NSUInteger i = 0; i < devices.count; ++i)
+        if ([device isEqual:[devices objectAtIndex:i]]) return true;
+    return false;
+}
+
+}  // namespace
+
+std::optional<Gpu> open_gpu(std::string& reason) {
+    if (@available(macOS 14.0, *)) {
+        std::string refused;
+        const auto open = [&](id<MTLDevice> device) {
+            std::string why;
+            std::optional<Gpu> gpu = open_device(device, why);
+            if (!gpu) refused += (refused.empty() ? "" : "; ") + why;
+            return gpu;
+        };
+        // The list first: the default device may be nil where the list has one, and the list is
+        // empty in some sandboxes that have a default device.
+        NSArray<id<MTLDevice>>* listed = MTLCopyAllDevices();
+        for (NSUInteger i = 0; i < listed.count; ++i)
+            if (std::optional<Gpu> gpu = open([listed objectAtIndex:i])) return gpu;
+        id<MTLDevice> usual = MTLCreateSystemDefaultDevice();
+        if (usual && !contains(listed, usual))
+            if (std::optional<Gpu> gpu = open(usual)) return gpu;
+        reason = refused.empty() ? "no Metal device" : refused;
+    } else {
+        reason = "this macOS is older than 14, whose Metal the kernels are written in";
+    }
+    return std::nullopt;
 }
 
 std::string describe(const Gpu& gpu) {

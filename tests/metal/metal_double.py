@@ -17,7 +17,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,14 +106,23 @@ def _make(path: Path, library: Path, extra: tuple[Path, ...]) -> None:
         os.replace(linked, path)
 
 
-class _Machine(ctypes.Structure):
+class _Device(ctypes.Structure):
     _fields_ = (
-        ("present", ctypes.c_int32),
-        ("family", ctypes.c_int32),
-        ("max_threads", ctypes.c_int32),
-        ("shuffle", ctypes.c_int32),
         ("name", ctypes.c_char_p),
         ("architecture", ctypes.c_char_p),
+        ("family", ctypes.c_int32),
+        ("unified", ctypes.c_int32),
+    )
+
+
+class _Machine(ctypes.Structure):
+    _fields_ = (
+        ("device_count", ctypes.c_int32),
+        ("devices", ctypes.POINTER(_Device)),
+        ("listed", ctypes.c_int32),
+        ("usual", ctypes.c_int32),
+        ("max_threads", ctypes.c_int32),
+        ("shuffle", ctypes.c_int32),
     )
 
 
@@ -177,12 +186,16 @@ _RESULTS = {
     "umfa_double_violations": ctypes.c_int64,
     "umfa_double_new_buffer": ctypes.c_void_p,
     "umfa_double_buffer_contents": ctypes.c_void_p,
+    "umfa_double_new_buffer_on": ctypes.c_void_p,
     "umfa_double_new_queue": ctypes.c_void_p,
+    "umfa_double_new_queue_on": ctypes.c_void_p,
     "umfa_double_new_command_buffer": ctypes.c_void_p,
 }
 _ARGUMENTS = {
     "umfa_double_fault": (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64),
     "umfa_double_new_buffer": (ctypes.c_uint64,),
+    "umfa_double_new_buffer_on": (ctypes.c_int32, ctypes.c_uint64),
+    "umfa_double_new_queue_on": (ctypes.c_int32,),
     "umfa_double_buffer_contents": (ctypes.c_void_p,),
     "umfa_double_new_command_buffer": (ctypes.c_void_p,),
     "umfa_double_commit": (ctypes.c_void_p,),
@@ -256,6 +269,19 @@ def _kernel(pointer: Any) -> Kernel:
     )
 
 
+class Device(NamedTuple):
+    """What an MTLDevice says of itself."""
+
+    name: str = "Apple M1"
+    architecture: str = "applegpu_g13g"
+    family: int = 7
+    unified: bool = True
+
+
+PARAVIRTUAL = Device("Apple Paravirtual device", "paravirtual", family=5)
+"""What a virtual Mac shows, hosted CI among them: GPU family Apple5, no matrix operations."""
+
+
 class Gpu:
     """Who computes. A subclass runs kernels; what it raises is the command buffer's error."""
 
@@ -307,18 +333,50 @@ class Double:
         self,
         *,
         present: bool = True,
-        family: int = 7,
-        max_threads: int = 1024,
-        shuffle: int = 0,
         name: str = "Apple M1",
         architecture: str = "applegpu_g13g",
+        family: int = 7,
+        devices: Sequence[Device] | None = None,
+        listed: int | None = None,
+        usual: int | None = 0,
+        max_threads: int = 1024,
+        shuffle: int = 0,
     ) -> None:
-        """Which GPU there is, from the next time that umfa looks."""
+        """Which GPUs there are, from the next time that umfa looks.
+
+        Parameters
+        ----------
+        present, name, architecture, family
+            Of the only GPU.
+        devices
+            Several GPUs, or none.
+        listed
+            How many of them MTLCopyAllDevices has, from the first; by default all.
+        usual
+            The one that MTLCreateSystemDefaultDevice returns; None: nil.
+        max_threads
+            What every pipeline takes.
+        shuffle
+            Seed of the order in which unordered dispatches run.
+        """
+        if devices is None:
+            devices = [Device(name, architecture, family)] if present else []
         self.library.umfa_double_release()
+        described = (_Device * len(devices))(
+            *(
+                _Device(d.name.encode(), d.architecture.encode(), d.family, d.unified)
+                for d in devices
+            )
+        )
         self.library.umfa_double_set_machine(
             ctypes.byref(
                 _Machine(
-                    present, family, max_threads, shuffle, name.encode(), architecture.encode()
+                    len(devices),
+                    described,
+                    len(devices) if listed is None else listed,
+                    -1 if usual is None else usual,
+                    max_threads,
+                    shuffle,
                 )
             )
         )
@@ -354,7 +412,7 @@ class Double:
         self.library.umfa_double_clear_faults()
         count, alive = self.live()
         self.library.umfa_double_install(0)
-        self.library.umfa_double_set_machine(ctypes.byref(_Machine(0, 7, 1024, 0, b"", b"")))
+        self.set_machine(present=False)
         self.library.umfa_double_set_gpu(_PREPARE(), _RUN())
         violations, what = self.violations()
         assert violations == 0, f"Metal would not have accepted:\n{what}"

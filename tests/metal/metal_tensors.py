@@ -28,13 +28,16 @@ _get_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 class MetalTensor:
     """A copy of an array in a Metal buffer of its own, `byte_offset` bytes after its start.
 
-    The buffer ends with the last element, so that nothing beyond may be touched.
+    The buffer ends with the last element, so that nothing beyond may be touched. `device`: the
+    number of the machine's GPU that has it.
     """
 
-    def __init__(self, double: Double, array: Array, byte_offset: int = 0) -> None:
+    def __init__(self, double: Double, array: Array, byte_offset: int = 0, device: int = 0) -> None:
         self.double = double
         self.shape = array.shape
-        self.buffer = double.library.umfa_double_new_buffer(byte_offset + max(array.nbytes, 1))
+        self.buffer = double.library.umfa_double_new_buffer_on(
+            device, byte_offset + max(array.nbytes, 1)
+        )
         contents = double.library.umfa_double_buffer_contents(self.buffer)
         self.address = contents + byte_offset
         if array.size:

@@ -12,6 +12,10 @@
 
 #include "runtime/double.h"
 
+@interface NSArray (UMFADouble)
+- (void)umfaAdd:(id)object;
+@end
+
 @interface NSMutableDictionary (UMFADouble)
 - (void)umfaCopyInto:(std::vector<std::pair<std::string, std::string>>*)entries;
 @end
@@ -27,13 +31,24 @@
 
 namespace metal_double {
 
+/// One GPU of the machine.
+struct DeviceFacts {
+    std::string name, architecture;
+    int family = 7;
+    bool unified = true;
+};
+
 struct Machine {
-    bool present = false;
-    int family = 7, max_threads = 1024;
+    std::vector<DeviceFacts> devices;
+    int listed = 0;  // how many of them MTLCopyAllDevices has, from the first
+    int usual = -1;  // the one that MTLCreateSystemDefaultDevice returns; -1: nil
+    int max_threads = 1024;
     uint32_t shuffle = 0;
-    std::string name = "Apple M1", architecture = "applegpu_g13g";
 };
 Machine machine();
+
+/// The GPU of a number, retained; nil where the machine has none of it.
+id<MTLDevice> new_device(int number);
 
 /// Whether the next operation of a kind is to fail, and with which value.
 bool fault(umfa_double_fault_kind kind, int64_t* value = nullptr);

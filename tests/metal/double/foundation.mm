@@ -1,4 +1,5 @@
 // Double of Foundation, reference-counted by hand.
+#import <CoreGraphics/CGGeometry.h>
 #import <Foundation/Foundation.h>
 #include <dispatch/dispatch.h>
 
@@ -21,6 +22,8 @@ id objc_autorelease(id object);
 const char* class_getName(Class type);
 Class object_getClass(id object);
 }
+
+const CGRect CGRectNull = {};
 
 @implementation NSObject
 + (instancetype)alloc {
@@ -109,6 +112,24 @@ Class object_getClass(id object);
 @implementation NSConstantString
 - (const char*)UTF8String {
     return _text;
+}
+@end
+
+@implementation NSArray {
+    std::vector<id> _objects;
+}
+- (void)dealloc {
+    for (id object : _objects) [object release];
+    [super dealloc];
+}
+- (NSUInteger)count {
+    return _objects.size();
+}
+- (id)objectAtIndex:(NSUInteger)index {
+    return [[_objects.at(index) retain] autorelease];
+}
+- (void)umfaAdd:(id)object {
+    _objects.push_back([object retain]);
 }
 @end
 

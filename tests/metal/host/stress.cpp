@@ -214,7 +214,8 @@ void first_use() {
 
 int main() {
     umfa_double_set_gpu(prepare, run);
-    const umfa_double_machine machine{1, 9, 1024, 7, "Apple M4", "applegpu_g16g"};
+    const umfa_double_device device{"Apple M4", "applegpu_g16g", 9, 1};
+    const umfa_double_machine machine{1, &device, 1, 0, 1024, 7};
     umfa_double_set_machine(&machine);
     umfa_double_install(1);
 

@@ -113,15 +113,6 @@ def test_no_device(double: Double) -> None:
     umfa.flash_attn_func(x, x, x, backend="metal")
 
 
-@pytest.mark.parametrize("family", [5, 6])
-def test_a_gpu_that_is_too_old(family: int, double: Double) -> None:
-    """Hosted Macs show a paravirtual device, which has no matrix operations."""
-    double.set_machine(family=family, name="Apple Paravirtual device")
-    metal = umfa.backends()[0]
-    assert not metal.available
-    assert metal.reason.startswith("Apple Paravirtual device is older than GPU family Apple7")
-
-
 def test_a_failure_poisons_its_queue_only(double: Double, recorder: Recorder) -> None:
     x = np.zeros((1, 4, 1, 8), np.float32)
     before = umfa.stats()

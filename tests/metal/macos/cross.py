@@ -28,8 +28,14 @@ TARGET = ("-target", f"aarch64-macos.{FLOOR}")
 
 METAL = "/System/Library/Frameworks/Metal.framework/Versions/A/Metal"
 FOUNDATION = "/System/Library/Frameworks/Foundation.framework/Versions/C/Foundation"
+CORE_GRAPHICS = "/System/Library/Frameworks/CoreGraphics.framework/Versions/A/CoreGraphics"
 SYSTEM, OBJC = "/usr/lib/libSystem.B.dylib", "/usr/lib/libobjc.A.dylib"
-MAY_NEED = {METAL, FOUNDATION, SYSTEM, OBJC}
+MAY_NEED = {METAL, FOUNDATION, CORE_GRAPHICS, SYSTEM, OBJC}
+# What the frameworks export, as far as umfa may use it.
+STUBBED = (
+    *(f"-F{STUBS / 'frameworks'}", f"-L{STUBS / 'lib'}", "-lobjc"),
+    *("-framework", "Metal", "-framework", "Foundation", "-framework", "CoreGraphics"),
+)
 
 CXX = (
     *("-std=c++20", "-O2", "-DNDEBUG", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
@@ -146,8 +152,8 @@ def build(work: Path) -> tuple[Path, Path]:
             work / "libumfa.dylib",
             objects,
             *("-install_name", "@rpath/libumfa.dylib"),
-            *(f"-F{STUBS / 'frameworks'}", f"-L{STUBS / 'lib'}"),
-            *("-framework", "Metal", "-framework", "Foundation", "-lobjc"),
+            *STUBBED,
+            "-Wl,-dead_strip_dylibs",  # as some distributions have it in LDFLAGS
         )
         flags = extension_flags()
         door = list(pool.map(one, enumerate(((s, flags) for s in extension_sources()), len(jobs))))

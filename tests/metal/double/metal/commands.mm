@@ -371,8 +371,10 @@ double now() {
 
 extern "C" {
 
-void* umfa_double_new_buffer(uint64_t length) {
-    id<MTLDevice> device = MTLCreateSystemDefaultDevice();
+void* umfa_double_new_buffer(uint64_t length) { return umfa_double_new_buffer_on(0, length); }
+
+void* umfa_double_new_buffer_on(int32_t number, uint64_t length) {
+    id<MTLDevice> device = new_device(number);
     // The test's own memory: faults are for umfa, rules for everyone.
     void* buffer = length > 0
                        ? (void*)[UMFABuffer newOn:device length:length]
@@ -383,8 +385,10 @@ void* umfa_double_new_buffer(uint64_t length) {
 
 void* umfa_double_buffer_contents(void* buffer) { return ((id<MTLBuffer>)buffer).contents; }
 
-void* umfa_double_new_queue(void) {
-    id<MTLDevice> device = MTLCreateSystemDefaultDevice();
+void* umfa_double_new_queue(void) { return umfa_double_new_queue_on(0); }
+
+void* umfa_double_new_queue_on(int32_t number) {
+    id<MTLDevice> device = new_device(number);
     void* queue = [device newCommandQueue];
     [device release];
     return queue;

@@ -138,26 +138,27 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
 
 @interface UMFADevice : NSObject <MTLDevice> {
 @public
-    Machine machine;
+    DeviceFacts facts;
+    int number, max_threads;
 }
 @end
 
 @implementation UMFADevice
 - (NSString*)name {
-    return [NSString stringWithUTF8String:machine.name.c_str()];
+    return [NSString stringWithUTF8String:facts.name.c_str()];
 }
 - (MTLArchitecture*)architecture {
-    return [MTLArchitecture umfaNamed:machine.architecture.c_str()];
+    return [MTLArchitecture umfaNamed:facts.architecture.c_str()];
 }
 - (uint64_t)registryID {
-    return 4294967296 + static_cast<uint64_t>(machine.family);
+    return 4294967296 + static_cast<uint64_t>(number);
 }
-// One GPU, however often it is asked for.
+// The same GPU, however often it is asked for.
 - (BOOL)isEqual:(id)object {
-    return [object isKindOfClass:[UMFADevice class]];
+    return [object isKindOfClass:[UMFADevice class]] && ((UMFADevice*)object)->number == number;
 }
 - (BOOL)hasUnifiedMemory {
-    return YES;
+    return facts.unified;
 }
 - (uint64_t)recommendedMaxWorkingSetSize {
     return uint64_t{6} << 30;
@@ -172,7 +173,7 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
     return MTLSizeMake(1024, 1024, 1024);
 }
 - (BOOL)supportsFamily:(MTLGPUFamily)family {
-    return family >= 1001 && family <= 1000 + machine.family;
+    return family >= 1001 && family <= 1000 + facts.family;
 }
 - (id<MTLCommandQueue>)newCommandQueue {
     return fault(UMFA_FAULT_QUEUE) ? nil : [UMFAQueue newOn:self];
@@ -248,7 +249,7 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
         return nil;
     }
     int64_t limit = 0;
-    pipeline->max_threads = static_cast<NSUInteger>(machine.max_threads);
+    pipeline->max_threads = static_cast<NSUInteger>(max_threads);
     if (fault(UMFA_FAULT_PIPELINE_THREADS, &limit))
         pipeline->max_threads = static_cast<NSUInteger>(limit);
     pipeline->static_bytes = bytes;
@@ -258,10 +259,26 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
 }
 @end
 
-extern "C" id<MTLDevice> MTLCreateSystemDefaultDevice(void) {
+id<MTLDevice> metal_double::new_device(int number) {
     const Machine machine = metal_double::machine();
-    if (!machine.present) return nil;
+    if (number < 0 || number >= static_cast<int>(machine.devices.size())) return nil;
     UMFADevice* device = [UMFADevice new];
-    device->machine = machine;
+    device->facts = machine.devices[static_cast<size_t>(number)];
+    device->number = number;
+    device->max_threads = machine.max_threads;
     return device;
+}
+
+extern "C" id<MTLDevice> MTLCreateSystemDefaultDevice(void) {
+    return new_device(metal_double::machine().usual);
+}
+
+extern "C" NSArray<id<MTLDevice>>* MTLCopyAllDevices(void) {
+    NSArray* devices = [NSArray new];
+    for (int number = 0; number < metal_double::machine().listed; ++number) {
+        id<MTLDevice> device = new_device(number);
+        [devices umfaAdd:device];
+        [device release];
+    }
+    return devices;
 }

@@ -131,12 +131,16 @@ extern "C" {
 
 void umfa_double_set_machine(const umfa_double_machine* machine) {
     const std::lock_guard guard(lock);
-    current.present = machine->present != 0;
-    current.family = machine->family;
+    current.devices.clear();
+    for (int32_t i = 0; i < machine->device_count; ++i) {
+        const umfa_double_device& device = machine->devices[i];
+        current.devices.push_back(
+            {device.name, device.architecture, device.family, device.unified != 0});
+    }
+    current.listed = std::min(machine->listed, machine->device_count);
+    current.usual = machine->usual;
     current.max_threads = machine->max_threads;
     current.shuffle = static_cast<uint32_t>(machine->shuffle);
-    current.name = machine->name;
-    current.architecture = machine->architecture;
 }
 
 void umfa_double_fault(int32_t kind, int32_t skip, int32_t count, int64_t value) {

@@ -29,12 +29,19 @@ UMFA_DOUBLE_API void umfa_double_release(void);
 // ---- the machine ---------------------------------------------------------------------------------
 
 typedef struct {
-    int32_t present;           // whether there is a device
-    int32_t family;            // 7 to 10
-    int32_t max_threads;       // of every pipeline
-    int32_t shuffle;           // seed of the order in which unordered dispatches run
     const char* name;          // e.g. "Apple M1"
     const char* architecture;  // e.g. "applegpu_g13g"
+    int32_t family;            // newest of Apple's GPU families that it has: 5 to 10
+    int32_t unified;           // whether it shares the CPU's memory
+} umfa_double_device;
+
+typedef struct {
+    int32_t device_count;
+    const umfa_double_device* devices;
+    int32_t listed;       // how many of them MTLCopyAllDevices has, from the first
+    int32_t usual;        // the one that MTLCreateSystemDefaultDevice returns; -1: nil
+    int32_t max_threads;  // of every pipeline
+    int32_t shuffle;      // seed of the order in which unordered dispatches run
 } umfa_double_machine;
 UMFA_DOUBLE_API void umfa_double_set_machine(const umfa_double_machine* machine);
 
@@ -93,8 +100,11 @@ UMFA_DOUBLE_API void umfa_double_set_gpu(umfa_double_prepare_fn prepare, umfa_do
 
 /// An MTLBuffer (retained) of shared memory; umfa_double_object_release gives it back.
 UMFA_DOUBLE_API void* umfa_double_new_buffer(uint64_t length);
+/// On the machine's device of that number; the others are on the first.
+UMFA_DOUBLE_API void* umfa_double_new_buffer_on(int32_t device, uint64_t length);
 UMFA_DOUBLE_API void* umfa_double_buffer_contents(void* buffer);
 UMFA_DOUBLE_API void* umfa_double_new_queue(void);
+UMFA_DOUBLE_API void* umfa_double_new_queue_on(int32_t device);
 UMFA_DOUBLE_API void* umfa_double_new_command_buffer(void* queue);
 UMFA_DOUBLE_API void umfa_double_commit(void* command_buffer);
 /// The status after waiting: 4 completed, 5 error.

@@ -50,7 +50,7 @@ typedef signed char BOOL;
 NS_ASSUME_NONNULL_BEGIN
 
 typedef double CFTimeInterval;
-@class NSString, NSError, NSDictionary;
+@class NSString, NSError, NSArray, NSDictionary;
 
 #ifndef __APPLE__
 @protocol NSObject
@@ -94,6 +94,11 @@ typedef NS_ENUM(NSUInteger, NSStringEncoding) { NSUTF8StringEncoding = 4 };
     const char* _text;
     unsigned int _length;
 }
+@end
+
+@interface NSArray<__covariant Object> : NSObject
+@property(readonly) NSUInteger count;
+- (Object)objectAtIndex:(NSUInteger)index;
 @end
 
 @interface NSDictionary<__covariant Key, __covariant Value> : NSObject

@@ -172,6 +172,8 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
 
 FOUNDATION_EXPORT id<MTLDevice> _Nullable MTLCreateSystemDefaultDevice(void)
     __attribute__((ns_returns_retained));
+FOUNDATION_EXPORT NSArray<id<MTLDevice>>* MTLCopyAllDevices(void)
+    __attribute__((ns_returns_retained));
 
 NS_ASSUME_NONNULL_END
 #pragma clang diagnostic pop

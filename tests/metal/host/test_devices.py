@@ -1,0 +1,116 @@
+"""Which GPU umfa takes, of those that a process is shown, and what it says where it takes none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from metal_double import PARAVIRTUAL, Device, Double
+from metal_gpus import Recorder
+from metal_tensors import MetalTensor
+from test_encode import VALUE_ERROR, c_library, encode
+
+import umfa
+
+M1, M4 = Device(), Device("Apple M4", "applegpu_g16g", 9)
+DISCRETE = Device("AMD Radeon Pro 5500M", "", 0)
+NOT_UNIFIED = Device("Apple of another kind", "", 9, unified=False)
+TOO_OLD = (
+    "{} is older than GPU family Apple7 (M1), whose matrix operations umfa uses, or a virtual "
+    "machine's"
+)
+
+
+def chosen() -> str:
+    """The device that umfa takes, or why it takes none."""
+    metal = umfa.backends()[0]
+    return metal.device.split(" (")[0] if metal.available else metal.reason
+
+
+@pytest.mark.parametrize(
+    ("devices", "listed", "usual", "expected"),
+    [
+        ([M1], 1, 0, "Apple M1"),
+        ([M1], 1, None, "Apple M1"),
+        ([M1], 0, 0, "Apple M1"),
+        ([M1, M4], 2, 1, "Apple M1"),
+        ([PARAVIRTUAL, M4], 2, 0, "Apple M4"),
+        ([DISCRETE, NOT_UNIFIED, M4], 3, 0, "Apple M4"),
+        ([PARAVIRTUAL, M4], 1, 1, "Apple M4"),
+        ([], 0, None, "no Metal device"),
+        ([M1], 0, None, "no Metal device"),
+        ([PARAVIRTUAL], 1, 0, TOO_OLD.format(PARAVIRTUAL.name)),
+        ([PARAVIRTUAL], 0, 0, TOO_OLD.format(PARAVIRTUAL.name)),
+        (
+            [DISCRETE, NOT_UNIFIED],
+            1,
+            1,
+            f"{TOO_OLD.format(DISCRETE.name)}; {NOT_UNIFIED.name} does not share the CPU's memory",
+        ),
+    ],
+    ids=[
+        "one",
+        "no default device: no CoreGraphics",
+        "an empty list: a sandbox",
+        "the first of two",
+        "the first is unusable",
+        "only the last is usable",
+        "the list has only an unusable one",
+        "none",
+        "one that is not shown",
+        "a virtual Mac",
+        "a virtual Mac with an empty list",
+        "none is usable",
+    ],
+)
+def test_the_device_that_is_taken(
+    devices: list[Device], listed: int, usual: int | None, expected: str, double: Double
+) -> None:
+    double.set_machine(devices=devices, listed=listed, usual=usual)
+    assert chosen() == expected
+
+
+@pytest.mark.parametrize("family", [1, 5, 6])
+def test_a_gpu_that_is_too_old(family: int, double: Double, recorder: Recorder) -> None:
+    """On a hosted Mac everything still works, on the CPU, and no kernel reaches the GPU."""
+    double.set_machine(devices=[PARAVIRTUAL._replace(family=family)])
+    x = np.zeros((1, 512, 4, 64), np.float32)
+    reason = TOO_OLD.format(PARAVIRTUAL.name)
+    assert umfa.can_run(x, x, x, backend="metal") == (False, f"metal: {reason}")
+    with pytest.raises(umfa.UnsupportedError, match="Apple Paravirtual device is older than GPU"):
+        umfa.flash_attn_func(x, x, x, backend="metal")
+    before = umfa.stats()
+    umfa.flash_attn_func(x, x, x)
+    assert umfa.stats().cpu_calls - before.cpu_calls == 1
+    assert not recorder.prepared
+
+
+def test_work_goes_to_the_device_that_was_taken(double: Double, recorder: Recorder) -> None:
+    double.set_machine(devices=[PARAVIRTUAL, M4])
+    x = np.zeros((1, 4, 1, 8), np.float32)
+    umfa.flash_attn_func(x, x, x, backend="metal")
+    assert len(recorder.dispatches) == 1
+
+
+def test_a_tensor_on_another_device_is_refused(double: Double) -> None:
+    double.set_machine(devices=[PARAVIRTUAL, M4])
+    x = MetalTensor(double, np.zeros((1, 4, 2, 16), np.float32), device=0)
+    with pytest.raises(
+        ValueError, match=r"an input is in a buffer of another Metal device; got .*; expected Apple"
+    ):
+        umfa.flash_attn_func(x, x, x)
+    y = MetalTensor(double, np.zeros((1, 4, 2, 16), np.float32), device=1)
+    umfa.flash_attn_func(y, y, y)
+
+
+def test_a_command_buffer_of_another_device_is_refused(double: Double) -> None:
+    double.set_machine(devices=[PARAVIRTUAL, M4])
+    x = MetalTensor(double, np.zeros((1, 4, 2, 16), np.float32), device=1)
+    queue = double.library.umfa_double_new_queue_on(0)
+    commands = double.library.umfa_double_new_command_buffer(queue)
+    library = c_library()
+    assert encode(library, commands, x, x, x, x) == VALUE_ERROR
+    assert b"the command buffer is of another Metal device; got Apple Paravirtual" in (
+        library.umfa_last_error()
+    )
+    double.library.umfa_double_object_release(commands)
+    double.library.umfa_double_object_release(queue)
