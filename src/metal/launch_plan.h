@@ -50,7 +50,7 @@ struct KernelLaunch {
     std::string kernel;  // host_name in the library
     std::string source;  // file under shaders/ that holds it
     std::vector<std::pair<std::string, std::string>>
-        macros;  // to compile just this kernel from text
+        macros;  // to compile just this kernel from text (kernel_text.h)
     std::vector<Constant> constants;
     std::vector<Binding> buffers;
     uint32_t params_index = 0;       // buffer index of `params`

@@ -2,6 +2,7 @@
 
 #include <dispatch/dispatch.h>
 
+#include "metal/kernel_text.h"
 #include "metal/shaders.h"
 #import "metal/text.h"
 
@@ -19,32 +20,29 @@ id<MTLLibrary> open_metallib(const Gpu& gpu, std::string& reason) {
     return library;
 }
 
-/// Apple's defaults depend on the system, so both choices are made. Safe mathematics: kernels meet
+/// Apple's defaults depend on the system, so every choice is made. Safe mathematics: kernels meet
 /// NaN and infinities in what they are given. Where speed allows less, they say fast:: themselves.
-MTLCompileOptions* compile_options(const KernelLaunch& launch) {
+MTLCompileOptions* compile_options() {
     MTLCompileOptions* options = [MTLCompileOptions new];
     options.languageVersion = MTLLanguageVersion3_1;
 #if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
-    if (@available(macOS 15.0, *))
+    if (@available(macOS 15.0, *)) {
         options.mathMode = MTLMathModeSafe;
-    else
+        return options;
+    }
 #endif
-        options.fastMathEnabled = NO;
-    NSMutableDictionary<NSString*, NSObject*>* macros = [NSMutableDictionary new];
-    for (const auto& [name, value] : launch.macros)
-        [macros setObject:ns_string(value) forKey:ns_string(name)];
-    options.preprocessorMacros = macros;
+    options.fastMathEnabled = NO;
     return options;
 }
 
 id<MTLLibrary> compile(const Gpu& gpu, const KernelLaunch& launch, std::string_view caller) {
-    const std::string_view text = shader_text(launch.source);
+    const std::string text = kernel_text(launch);
     if (text.empty())
         fail(ErrorKind::internal, caller, "a shader is missing from umfa", launch.source,
              "a file that the build has embedded");
     NSError* error = nil;
     id<MTLLibrary> library = [gpu.device newLibraryWithSource:ns_string(text)
-                                                      options:compile_options(launch)
+                                                      options:compile_options()
                                                         error:&error];
     // An error beside a library holds warnings.
     if (!library)
@@ -87,9 +85,8 @@ Libraries::Function Libraries::function_of(const Gpu& gpu, const KernelLaunch& l
         // A shape that was not compiled ahead, or a system that is older than the compiler.
         reason = "in the metallib: " + reason + "; in the text: ";
     }
-    std::string key = launch.kernel;
-    for (const auto& [macro, value] : launch.macros) key += "\n" + macro + "=" + value;
-    id<MTLLibrary> library = libraries_.get(key, [&] { return compile(gpu, launch, caller); });
+    id<MTLLibrary> library = libraries_.get(launch.kernel + "\n" + kernel_defines(launch),
+                                            [&] { return compile(gpu, launch, caller); });
     id<MTLFunction> function = [library newFunctionWithName:name
                                              constantValues:constants
                                                       error:&error];

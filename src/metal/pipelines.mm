@@ -1,16 +1,16 @@
 #import "metal/pipelines.h"
 
 #include "core/stats.h"
+#include "metal/kernel_text.h"
 #import "metal/text.h"
 
 namespace umfa::metal {
 namespace {
 
 std::string key_of(const KernelLaunch& launch) {
-    std::string key = launch.kernel;
-    for (const auto& [macro, value] : launch.macros) key += "\n" + macro + "=" + value;
+    std::string key = launch.kernel + "\n" + kernel_defines(launch);
     for (const Constant& constant : launch.constants)
-        key += "\n" + std::to_string(constant.index) + ":" + std::to_string(constant.value);
+        key += std::to_string(constant.index) + ":" + std::to_string(constant.value) + "\n";
     return key;
 }
 

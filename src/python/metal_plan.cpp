@@ -3,6 +3,7 @@
 
 #include <nanobind/stl/string.h>
 
+#include "metal/kernel_text.h"
 #include "python/door.h"
 
 namespace umfa::python {
@@ -50,6 +51,7 @@ nb::dict launch_dict(const KernelLaunch& launch) {
     result["kernel"] = launch.kernel;
     result["source"] = launch.source;
     result["macros"] = macros;
+    result["defines"] = kernel_defines(launch);
     result["constants"] = constants;
     result["buffers"] = buffers;
     result["params_index"] = launch.params_index;

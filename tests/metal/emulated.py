@@ -215,8 +215,8 @@ def _play(
     launch: dict[str, Any], tensors: dict[str, Any], scratch: list[Array], data: list[bytes]
 ) -> Counters:
     library = Library(
-        embed.flatten(launch["source"]),  # as umfa carries it, so that both share the cache
-        macros=launch["macros"],
+        # As umfa gives it to Metal, so that both share the cache.
+        launch["defines"] + embed.flatten(launch["source"]),
         constants=launch["constants"],
         options=settings.options,
     )

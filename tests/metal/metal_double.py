@@ -139,9 +139,6 @@ class _Buffer(ctypes.Structure):
 class _Kernel(ctypes.Structure):
     _fields_ = (
         ("source", ctypes.c_char_p),
-        ("macro_names", ctypes.POINTER(ctypes.c_char_p)),
-        ("macro_values", ctypes.POINTER(ctypes.c_char_p)),
-        ("macro_count", ctypes.c_uint32),
         ("kernel", ctypes.c_char_p),
         ("constant_count", ctypes.c_uint32),
         ("constant_indices", ctypes.POINTER(ctypes.c_uint32)),
@@ -184,6 +181,7 @@ _RESULTS = {
     "umfa_double_live": ctypes.c_int64,
     "umfa_double_without_pool": ctypes.c_int64,
     "umfa_double_violations": ctypes.c_int64,
+    "umfa_double_compile": ctypes.c_int32,
     "umfa_double_new_buffer": ctypes.c_void_p,
     "umfa_double_buffer_contents": ctypes.c_void_p,
     "umfa_double_new_buffer_on": ctypes.c_void_p,
@@ -239,7 +237,6 @@ class Kernel:
     """What a pipeline is made of; with `buffers`, `threadgroups` and `threads`, a dispatch."""
 
     source: str
-    macros: dict[str, str]
     name: str
     constants: dict[int, bool | int]
     buffers: dict[int, Bound] = field(default_factory=dict)
@@ -254,7 +251,6 @@ def _kernel(pointer: Any) -> Kernel:
     k = pointer.contents
     return Kernel(
         k.source.decode(),
-        {k.macro_names[i].decode(): k.macro_values[i].decode() for i in range(k.macro_count)},
         k.kernel.decode(),
         {
             k.constant_indices[i]: _TYPES[k.constant_types[i]](k.constant_values[i])
@@ -399,6 +395,13 @@ class Double:
     def violations(self) -> tuple[int, str]:
         """What Metal's validation would have stopped at since the last time."""
         return _text(self.library.umfa_double_violations)
+
+    def compile_with_macro(self, name: str, value: str) -> str:
+        """What Metal's compiler says of an empty text with one of preprocessorMacros."""
+        error = ctypes.create_string_buffer(4096)
+        compile_ = self.library.umfa_double_compile
+        failed = compile_(name.encode(), value.encode(), error, ctypes.c_size_t(4096))
+        return error.value.decode() if failed else ""
 
     def start(self) -> None:
         self.library.umfa_double_clear_faults()

@@ -21,11 +21,10 @@ def memory(bound: Bound) -> Array:
 @functools.lru_cache(maxsize=256)
 def _library(
     source: str,
-    macros: tuple[tuple[str, str], ...],
     constants: tuple[tuple[int, bool | int], ...],
     options: Options,
 ) -> Library:
-    return Library(source, macros=dict(macros), constants=dict(constants), options=options)
+    return Library(source, constants=dict(constants), options=options)
 
 
 class Emulator(Gpu):
@@ -37,7 +36,6 @@ class Emulator(Gpu):
     def _find(self, kernel: Kernel) -> Library:
         library = _library(
             kernel.source,
-            tuple(kernel.macros.items()),
             tuple(sorted(kernel.constants.items())),
             self.options,
         )

@@ -56,10 +56,9 @@ bool fault(umfa_double_fault_kind kind, int64_t* value = nullptr);
 /// What Metal's validation layer would have stopped at.
 void violation(const std::string& text);
 
-/// One thing a pipeline computes: library text, macros, kernel and constants.
+/// One thing a pipeline computes: library text, kernel and constants.
 struct Kernel {
     std::string source, name;
-    std::vector<std::pair<std::string, std::string>> macros;
     struct Constant {
         uint32_t type;
         int32_t value;

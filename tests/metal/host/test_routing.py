@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import threading
 from typing import Any
 
@@ -112,7 +113,9 @@ def test_pipelines_are_built_once(double: Double, recorder: Recorder) -> None:
 
 def test_the_kernel_gets_the_text_that_umfa_carries(double: Double, recorder: Recorder) -> None:
     call(SMALL, backend="metal")
-    assert recorder.dispatches[-1].source == _ext.shader_text("forward.metal")
+    defines, line, shader = recorder.dispatches[-1].source.partition("#line")
+    assert line + shader == _ext.shader_text("forward.metal")
+    assert set(re.findall("(?m)^#(\\w+)", defines)) == {"define"}
     assert '#include "' not in recorder.dispatches[-1].source
 
 

@@ -24,12 +24,17 @@ SHADERS = Path(__file__).resolve().parents[3] / "shaders"
 def compile_launch(launch: dict[str, Any], shaders: Path = SHADERS) -> Ptx:
     """The kernel of one launch of a plan, for exactly its threadgroup."""
     return compile(
-        shaders / launch["source"],
+        kernel_text(launch, shaders),
         include_dirs=[shaders],
-        macros=launch["macros"],
         constants=launch["constants"],
         threads=launch["threadgroup"],
     )
+
+
+def kernel_text(launch: dict[str, Any], shaders: Path) -> str:
+    """What Metal would compile for a launch, with its #includes still to be followed."""
+    source = shaders / launch["source"]
+    return f'{launch["defines"]}#line 1 "{source}"\n{source.read_text()}'
 
 
 def build(
@@ -78,7 +83,7 @@ def build(
 
 
 def _identity(launch: dict[str, Any]) -> str:
-    parts = [launch[k] for k in ("source", "macros", "constants", "threadgroup")]
+    parts = [launch[k] for k in ("source", "defines", "constants", "threadgroup")]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 

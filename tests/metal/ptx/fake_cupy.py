@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import warp_machine
+from metal_ptx import bundle
 
 GUARD = 256
 
@@ -49,9 +50,8 @@ def module(launches: dict[str, dict[str, Any]], shaders: Path) -> types.ModuleTy
             assert Path(path).read_bytes()  # what the GPU would load is there
             self.threads = launch["threadgroup"]
             self.library, _ = warp_machine.build(
-                shaders / launch["source"],
+                bundle.kernel_text(launch, shaders),
                 include_dirs=[shaders],
-                macros=launch["macros"],
                 constants=launch["constants"],
                 threads=self.threads,
             )

@@ -3,6 +3,8 @@
 
 #include <unistd.h>
 
+#include <cstdio>
+
 using namespace metal_double;
 
 namespace {
@@ -31,20 +33,20 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
 @end
 
 @implementation MTLCompileOptions {
-    BOOL _math_is_safe;
+    BOOL _mode_is_safe;
 }
 @synthesize languageVersion = _languageVersion, mathMode = _mathMode,
             fastMathEnabled = _fastMathEnabled, preprocessorMacros = _preprocessorMacros;
 - (void)setMathMode:(MTLMathMode)mode {
     _mathMode = mode;
-    _math_is_safe = mode == MTLMathModeSafe;
+    _mode_is_safe = mode == MTLMathModeSafe;
 }
 - (void)setFastMathEnabled:(BOOL)enabled {
     _fastMathEnabled = enabled;
-    _math_is_safe = !enabled;
+    _mode_is_safe = !enabled;
 }
 - (BOOL)umfaMathIsSafe {
-    return _math_is_safe;
+    return _mode_is_safe;
 }
 - (void)dealloc {
     [_preprocessorMacros release];
@@ -100,9 +102,30 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
 @interface UMFALibrary : NSObject <MTLLibrary> {
 @public
     std::string source;
-    std::vector<std::pair<std::string, std::string>> macros;
 }
 @end
+
+namespace {
+
+/// The value of a #define before the first line that is none; empty where there is no such.
+std::string defined_in_front(const std::string& text, const std::string& name) {
+    const std::string start = "#define " + name + " ";
+    for (size_t at = 0, end; text.compare(at, 8, "#define ") == 0; at = end + 1) {
+        end = text.find('\n', at);
+        if (end == std::string::npos) break;
+        if (text.compare(at, start.size(), start) == 0)
+            return text.substr(at + start.size(), end - at - start.size());
+    }
+    return {};
+}
+
+/// Apple's compiler service takes its options as one string that it divides at spaces, and tools that
+/// are known to work pass it no value with a quote or a comma either.
+bool survives_the_service(const std::string& macro) {
+    return macro.find_first_of(" \t\n\"'\\,") == std::string::npos;
+}
+
+}  // namespace
 
 @implementation UMFALibrary
 - (id<MTLFunction>)newFunctionWithName:(NSString*)name
@@ -114,15 +137,13 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
     }
     // A library made ahead holds what its text instantiates; one made from text for a kernel, that.
     const std::string quoted = std::string("\"") + name.UTF8String + "\"";
-    bool holds = macros.empty();
-    for (const auto& [key, value] : macros) holds = holds || value == quoted;
-    if (!holds) {
+    const std::string only = defined_in_front(source, "UMFA_KERNEL");
+    if (!only.empty() && only != quoted) {
         set_error(error, @"MTLLibraryErrorDomain", 5, "the library has no such function");
         return nil;
     }
     UMFAFunction* function = [UMFAFunction new];
     function->kernel.source = source;
-    function->kernel.macros = macros;
     function->kernel.name = name.UTF8String;
     function->kernel.constants = values->_values;
     uint64_t ignored = 0;
@@ -222,9 +243,20 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
                   "injected: program_source:1:1: error: expected unqualified-id");
         return nil;
     }
+    std::vector<std::pair<std::string, std::string>> macros;
+    [(NSMutableDictionary*)options.preprocessorMacros umfaCopyInto:&macros];
+    std::string defines;
+    for (const auto& [name, value] : macros) {
+        if (!survives_the_service(name + "=" + value)) {
+            const std::string text =
+                "the compiler service takes no such macro: " + name + "=" + value;
+            set_error(error, @"MTLLibraryErrorDomain", 3, text.c_str());
+            return nil;
+        }
+        defines += "#define " + name + " " + value + "\n";
+    }
     UMFALibrary* library = [UMFALibrary new];
-    library->source = source.UTF8String;
-    [(NSMutableDictionary*)options.preprocessorMacros umfaCopyInto:&library->macros];
+    library->source = defines + source.UTF8String;
     return library;
 }
 - (id<MTLComputePipelineState>)
@@ -281,4 +313,23 @@ extern "C" NSArray<id<MTLDevice>>* MTLCopyAllDevices(void) {
         [device release];
     }
     return devices;
+}
+
+extern "C" int32_t umfa_double_compile(const char* name, const char* value, char* error,
+                                       size_t capacity) {
+    @autoreleasepool {
+        id<MTLDevice> device = [new_device(0) autorelease];
+        MTLCompileOptions* options = [[MTLCompileOptions new] autorelease];
+        options.languageVersion = MTLLanguageVersion3_1;
+        options.fastMathEnabled = NO;
+        NSMutableDictionary* macros = [[NSMutableDictionary new] autorelease];
+        [macros setObject:[NSString stringWithUTF8String:value]
+                   forKey:[NSString stringWithUTF8String:name]];
+        options.preprocessorMacros = macros;
+        NSError* reason = nil;
+        id<MTLLibrary> library = [device newLibraryWithSource:@"" options:options error:&reason];
+        if (!library) std::snprintf(error, capacity, "%s", reason.localizedDescription.UTF8String);
+        [library release];
+        return library ? 0 : 1;
+    }
 }

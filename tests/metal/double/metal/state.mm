@@ -24,26 +24,18 @@ constexpr size_t error_capacity = 4096;
 /// The plain C struct of a kernel, and the arrays it points to.
 struct Described {
     explicit Described(const Kernel& kernel) {
-        for (const auto& [name, value] : kernel.macros) {
-            names.push_back(name.c_str());
-            values.push_back(value.c_str());
-        }
         for (const auto& [index, constant] : kernel.constants) {
             indices.push_back(index);
             types.push_back(constant.type);
             constants.push_back(constant.value);
         }
         c.source = kernel.source.c_str();
-        c.macro_names = names.data();
-        c.macro_values = values.data();
-        c.macro_count = static_cast<uint32_t>(names.size());
         c.kernel = kernel.name.c_str();
         c.constant_count = static_cast<uint32_t>(indices.size());
         c.constant_indices = indices.data();
         c.constant_types = types.data();
         c.constant_values = constants.data();
     }
-    std::vector<const char*> names, values;
     std::vector<uint32_t> indices, types;
     std::vector<int32_t> constants;
     umfa_double_kernel c{};

@@ -74,10 +74,7 @@ typedef struct {
 } umfa_double_buffer;
 
 typedef struct {
-    const char* source;  // Metal text, flattened
-    const char* const* macro_names;
-    const char* const* macro_values;
-    uint32_t macro_count;
+    const char* source;  // Metal text, flattened, with its macros defined in front
     const char* kernel;
     uint32_t constant_count;
     const uint32_t* constant_indices;
@@ -95,6 +92,10 @@ typedef int (*umfa_double_prepare_fn)(const umfa_double_kernel* kernel, uint64_t
                                       char* error, size_t capacity);
 typedef int (*umfa_double_run_fn)(const umfa_double_kernel* kernel, char* error, size_t capacity);
 UMFA_DOUBLE_API void umfa_double_set_gpu(umfa_double_prepare_fn prepare, umfa_double_run_fn run);
+
+/// Compiles an empty text with one entry of preprocessorMacros. Not 0: refused, and why.
+UMFA_DOUBLE_API int32_t umfa_double_compile(const char* name, const char* value, char* error,
+                                            size_t capacity);
 
 // ---- Metal objects for tests, as another framework would bring them --------------------------------
 

@@ -1,0 +1,21 @@
+#include "metal/kernel_text.h"
+
+#include <string_view>
+
+#include "metal/shaders.h"
+
+namespace umfa::metal {
+
+std::string kernel_defines(const KernelLaunch& launch) {
+    std::string text;
+    for (const auto& [name, value] : launch.macros) text += "#define " + name + " " + value + "\n";
+    return text;
+}
+
+std::string kernel_text(const KernelLaunch& launch) {
+    const std::string_view shader = shader_text(launch.source);
+    if (shader.empty()) return {};
+    return kernel_defines(launch).append(shader);
+}
+
+}  // namespace umfa::metal
