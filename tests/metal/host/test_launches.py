@@ -79,6 +79,18 @@ def test_fewer_threads_for_every_launch(limit: int, emulated: Double) -> None:
     decode()
 
 
+@pytest.mark.parametrize("short", [0, 1], ids=["the first launch", "the launch that merges"])
+def test_fewer_threads_for_one_launch_of_two(short: int, emulated: Double) -> None:
+    """Apple's compiler spends registers by kernel: only one of a plan's may take fewer threads."""
+    emulated.fault("pipeline_threads", skip=short, value=64)
+    before = umfa.stats()
+    decode()
+    after = umfa.stats()
+    assert after.command_buffers - before.command_buffers == 1
+    assert after.pipelines - before.pipelines == 3 + short, "planned twice"
+    decode()
+
+
 def test_no_tile_small_enough(emulated: Double) -> None:
     emulated.set_machine(max_threads=32)
     with pytest.raises(
