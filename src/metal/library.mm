@@ -22,12 +22,14 @@ id<MTLLibrary> open_metallib(const Gpu& gpu, std::string& reason) {
 
 /// Apple's defaults depend on the system, so every choice is made. Safe mathematics: kernels meet
 /// NaN and infinities in what they are given. Where speed allows less, they say fast:: themselves.
+/// The same as -fno-fast-math, with which the metallib is compiled: safe mode, precise functions.
 MTLCompileOptions* compile_options() {
     MTLCompileOptions* options = [MTLCompileOptions new];
     options.languageVersion = MTLLanguageVersion3_1;
 #if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
     if (@available(macOS 15.0, *)) {
         options.mathMode = MTLMathModeSafe;
+        options.mathFloatingPointFunctions = MTLMathFloatingPointFunctionsPrecise;
         return options;
     }
 #endif

@@ -114,5 +114,6 @@ bool run(Dispatch& dispatch, std::string& error);
 @end
 
 @interface MTLCompileOptions (UMFADouble)
+/// Whether safe mode and precise functions have been asked for.
 - (BOOL)umfaMathIsSafe;
 @end

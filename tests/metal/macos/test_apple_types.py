@@ -153,6 +153,7 @@ def test_types_are_apples(ours: list[Method], apples: dict[str, list[dict[str, A
     # Properties of objects and enums of three classes, of which pyobjc has nothing to say.
     assert unknown == {
         *("languageVersion", "setLanguageVersion:", "mathMode", "setMathMode:"),
+        *("mathFloatingPointFunctions", "setMathFloatingPointFunctions:"),
         *("preprocessorMacros", "setPreprocessorMacros:", "setConstantValue:type:atIndex:"),
         *("computeFunction", "setComputeFunction:"),
     }

@@ -33,20 +33,25 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
 @end
 
 @implementation MTLCompileOptions {
-    BOOL _mode_is_safe;
+    BOOL _mode_is_safe, _functions_are_precise;
 }
 @synthesize languageVersion = _languageVersion, mathMode = _mathMode,
+            mathFloatingPointFunctions = _mathFloatingPointFunctions,
             fastMathEnabled = _fastMathEnabled, preprocessorMacros = _preprocessorMacros;
 - (void)setMathMode:(MTLMathMode)mode {
     _mathMode = mode;
     _mode_is_safe = mode == MTLMathModeSafe;
 }
+- (void)setMathFloatingPointFunctions:(MTLMathFloatingPointFunctions)functions {
+    _mathFloatingPointFunctions = functions;
+    _functions_are_precise = functions == MTLMathFloatingPointFunctionsPrecise;
+}
 - (void)setFastMathEnabled:(BOOL)enabled {
     _fastMathEnabled = enabled;
-    _mode_is_safe = !enabled;
+    _mode_is_safe = _functions_are_precise = !enabled;
 }
 - (BOOL)umfaMathIsSafe {
-    return _mode_is_safe;
+    return _mode_is_safe && _functions_are_precise;
 }
 - (void)dealloc {
     [_preprocessorMacros release];
@@ -237,7 +242,8 @@ bool survives_the_service(const std::string& macro) {
     // What Apple's defaults are depends on the system: every choice must be made.
     if (options.languageVersion != MTLLanguageVersion3_1)
         violation("newLibraryWithSource: languageVersion is not 3.1");
-    if (![options umfaMathIsSafe]) violation("newLibraryWithSource: mathematics is not safe");
+    if (![options umfaMathIsSafe])
+        violation("newLibraryWithSource: mathematics is not safe, or its functions not precise");
     if (fault(UMFA_FAULT_LIBRARY)) {
         set_error(error, @"MTLLibraryErrorDomain", 3,
                   "injected: program_source:1:1: error: expected unqualified-id");

@@ -37,6 +37,10 @@ typedef NS_ENUM(NSInteger, MTLMathMode) {
     MTLMathModeRelaxed = 1,
     MTLMathModeFast = 2,
 };
+typedef NS_ENUM(NSInteger, MTLMathFloatingPointFunctions) {
+    MTLMathFloatingPointFunctionsFast = 0,
+    MTLMathFloatingPointFunctionsPrecise = 1,
+};
 #endif
 typedef NS_OPTIONS(NSUInteger, MTLPipelineOption) { MTLPipelineOptionNone = 0 };
 typedef NS_ENUM(NSUInteger, MTLDispatchType) {
@@ -74,6 +78,7 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
 @property(nonatomic) MTLLanguageVersion languageVersion;
 #if __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000
 @property(nonatomic) MTLMathMode mathMode UMFA_MACOS(15.0);
+@property(nonatomic) MTLMathFloatingPointFunctions mathFloatingPointFunctions UMFA_MACOS(15.0);
 #endif
 @property(nonatomic) BOOL fastMathEnabled UMFA_MACOS_UNTIL(10.11, 15.0);
 @property(nullable, nonatomic, copy) NSDictionary<NSString*, NSObject*>* preprocessorMacros;
