@@ -20,43 +20,67 @@ if(umfa_metal STREQUAL "DOUBLE" AND APPLE)
 endif()
 
 # ---- shaders: their text always, compiled ahead where Apple's compiler is --------------------------
+# AUTO: a metallib if Apple's compiler is there and takes the kernels, else their text alone, with a
+# message. ON: a build without one is an error. OFF: the compiler is not asked.
+set(UMFA_METALLIB AUTO CACHE STRING "Kernels compiled ahead: AUTO, ON or OFF")
+set_property(CACHE UMFA_METALLIB PROPERTY STRINGS AUTO ON OFF)
+if(NOT UMFA_METALLIB MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "UMFA_METALLIB is '${UMFA_METALLIB}'; expected AUTO, ON or OFF")
+endif()
+if(UMFA_METALLIB STREQUAL "ON" AND NOT umfa_metal STREQUAL "ON")
+  message(FATAL_ERROR "UMFA_METALLIB=ON needs the Metal backend; UMFA_METAL is '${UMFA_METAL}'")
+endif()
+
 file(GLOB shader_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/shaders/*.metal)
 file(GLOB_RECURSE shader_headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/shaders/*.h)
 set(embedded ${CMAKE_CURRENT_BINARY_DIR}/embedded_shaders.cpp)
-set(metallib "")
+set(metal_tool ${PROJECT_SOURCE_DIR}/cmake/metal_tool.py)
+set(air_files "")
+set(make_metallib "")
 set(metallib_arguments "")
-if(umfa_metal STREQUAL "ON")
+if(umfa_metal STREQUAL "ON" AND NOT UMFA_METALLIB STREQUAL "OFF")
   execute_process(COMMAND xcrun --sdk macosx --find metal
     OUTPUT_VARIABLE found_metal RESULT_VARIABLE metal_missing OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
   if(NOT metal_missing)
     # Since Xcode 26 the tool may be a placeholder for a component that is not installed.
     execute_process(COMMAND xcrun --sdk macosx metal --version RESULT_VARIABLE metal_missing OUTPUT_QUIET ERROR_QUIET)
   endif()
-  if(metal_missing)
+  if(metal_missing AND UMFA_METALLIB STREQUAL "ON")
+    message(FATAL_ERROR "UMFA_METALLIB=ON needs Apple's Metal compiler, and 'xcrun --sdk macosx metal --version' "
+      "fails; install Xcode and, since Xcode 26, its Metal toolchain: xcodebuild -downloadComponent MetalToolchain")
+  elseif(metal_missing)
     message(STATUS "No Metal compiler: kernels will be compiled from their text, at run time")
   else()
     message(STATUS "Metal compiler: ${found_metal}")
     set(metallib ${CMAKE_CURRENT_BINARY_DIR}/umfa.metallib)
-    set(metallib_arguments --metallib ${metallib})
-    set(air_files "")
+    set(run_metal_tool ${Python_EXECUTABLE} ${metal_tool})
+    set(metallib_arguments --metallib-or-text ${metallib})
+    if(UMFA_METALLIB STREQUAL "ON")
+      list(APPEND run_metal_tool --required)
+      set(metallib_arguments --metallib ${metallib})
+    endif()
     foreach(source IN LISTS shader_sources)
       get_filename_component(name ${source} NAME_WE)
       set(air ${CMAKE_CURRENT_BINARY_DIR}/${name}.air)
-      # Safe mathematics, as src/metal/library.mm asks for when it compiles the text.
+      # Mathematics as src/metal/library.mm asks for when it compiles the text: -fno-fast-math is both
+      # the safe mode and precise functions. Toolchains before Xcode 16 know no option but this one.
       add_custom_command(OUTPUT ${air}
-        COMMAND xcrun --sdk macosx metal -std=metal3.1 -mmacosx-version-min=14.0 -O2 -fno-fast-math
+        COMMAND ${run_metal_tool} --output ${air} --
+                xcrun --sdk macosx metal -std=metal3.1 -mmacosx-version-min=14.0 -O2 -fno-fast-math
                 -Wall -Wextra -I ${PROJECT_SOURCE_DIR}/shaders -c ${source} -o ${air}
-        DEPENDS ${source} ${shader_headers} VERBATIM)
+        DEPENDS ${source} ${shader_headers} ${metal_tool} VERBATIM)
       list(APPEND air_files ${air})
     endforeach()
-    add_custom_command(OUTPUT ${metallib}
-      COMMAND xcrun --sdk macosx metallib ${air_files} -o ${metallib}
-      DEPENDS ${air_files} VERBATIM)
+    # One command with what embeds it, so that a metallib of an earlier build cannot stay in.
+    set(make_metallib COMMAND ${run_metal_tool} --output ${metallib} --objects ${air_files} --
+                              xcrun --sdk macosx metallib ${air_files} -o ${metallib})
   endif()
 endif()
 add_custom_command(OUTPUT ${embedded}
+  ${make_metallib}
   COMMAND ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/shaders/embed.py ${embedded} ${metallib_arguments}
-  DEPENDS ${PROJECT_SOURCE_DIR}/shaders/embed.py ${shader_sources} ${shader_headers} ${metallib} VERBATIM)
+  DEPENDS ${PROJECT_SOURCE_DIR}/shaders/embed.py ${shader_sources} ${shader_headers} ${air_files}
+    ${metal_tool} VERBATIM)
 target_sources(libumfa PRIVATE ${embedded})
 
 # ---- the host --------------------------------------------------------------------------------------

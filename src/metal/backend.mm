@@ -5,6 +5,7 @@
 #import "metal/executor.h"
 #include "metal/host.h"
 #include "metal/plan_forward.h"
+#include "metal/shaders.h"
 
 namespace umfa::metal {
 namespace {
@@ -45,7 +46,8 @@ void deallocate(void* memory) {
 
 std::string describe_device() {
     const AutoreleasePool pool;
-    return describe(Context::current("umfa.backends")->gpu());
+    return describe(Context::current("umfa.backends")->gpu()) +
+           (metallib().empty() ? ", kernels compiled when first used" : ", kernels compiled ahead");
 }
 
 }  // namespace

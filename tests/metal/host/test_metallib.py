@@ -49,6 +49,7 @@ def call() -> tuple[int, int]:
 
 
 def test_compiled_ahead(double: Double, recorder: Recorder) -> None:
+    assert umfa.backends()[0].device.endswith(", kernels compiled ahead")
     assert call() == (1, 0)
     kernel = recorder.dispatches[-1]
     assert not kernel.source.startswith("#define")

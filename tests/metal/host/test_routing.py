@@ -93,7 +93,8 @@ def test_what_the_gpu_is(
     double.set_machine(family=family, name=name, architecture=architecture)
     metal = umfa.backends()[0]
     assert metal.device == (
-        f"{name} ({architecture}, Apple{family}, {cores} cores assumed, 6.0 GiB for the GPU)"
+        f"{name} ({architecture}, Apple{family}, {cores} cores assumed, 6.0 GiB for the GPU), "
+        "kernels compiled when first used"
     )
     # bfloat arithmetic is native from Apple9 on: the planner must have been told.
     q = _ext.empty((1, 8, 1, 64), "bfloat16")

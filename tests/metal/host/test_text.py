@@ -44,11 +44,14 @@ def test_the_emulated_plans_give_the_same_text(double: Double, recorder: Recorde
     assert kernel.source[: kernel.source.index("#line")] == launch["defines"]
 
 
-def test_messages_name_the_shaders_own_lines() -> None:
+@pytest.mark.parametrize("place", ["the first line", "the line after the headers"])
+def test_messages_name_the_shaders_own_lines(place: str) -> None:
     """As many lines as the macros take are not added to where an error is."""
     lines = emulated.embed.flatten("clear.metal").splitlines()
-    at = max(i for i, line in enumerate(lines) if re.fullmatch(r'#line \d+ "clear.metal"', line))
-    number = lines[at].split()[1]  # of the line after the last header
+    marks = [i for i, line in enumerate(lines) if re.fullmatch(r'#line \d+ "clear.metal"', line)]
+    at = 0 if place == "the first line" else marks[-1]
+    assert at in marks
+    number = lines[at].split()[1]
     defines = ['#define UMFA_KERNEL "clear_f32"', "#define UMFA_T float"]
     text = "\n".join([*defines, *lines[: at + 1], "nonsense;", *lines[at + 1 :], ""])
     with pytest.raises(SourceError, match=rf"clear\.metal:{number}:"):

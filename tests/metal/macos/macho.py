@@ -5,11 +5,22 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 _MAGIC = 0xFEEDFACF
 _SEGMENT, _SYMTAB, _LOAD_DYLIB, _SIGNATURE, _BUILD_VERSION = 0x19, 0x2, 0xC, 0x1D, 0x32
-_UNDEFINED_TYPE, _TYPE_MASK, _EXTERNAL, _STAB = 0x0, 0x0E, 0x01, 0xE0
+_UNDEFINED_TYPE, _IN_SECTION, _TYPE_MASK, _EXTERNAL, _STAB = 0x0, 0x0E, 0x0E, 0x01, 0xE0
 DYNAMIC_LOOKUP = "looked up when loaded"
+
+
+class Section(NamedTuple):
+    """A part of a segment; `offset` is in the file."""
+
+    segment: str
+    name: str
+    address: int
+    size: int
+    offset: int
 
 
 @dataclass
@@ -23,6 +34,17 @@ class Image:
     undefined: dict[str, set[str]] = field(default_factory=dict)
     """Symbols by the library that has them."""
     selectors: set[str] = field(default_factory=set)
+    sections: list[Section] = field(default_factory=list)
+    defined: dict[str, tuple[Section, int]] = field(default_factory=dict)
+    """Symbols by name: the section that holds them, and their address."""
+
+    def content(self, path: Path, symbol: str, size: int) -> bytes:
+        """The first bytes of a symbol that the image at `path`, this one, defines."""
+        section, address = self.defined[symbol]
+        start = section.offset + address - section.address
+        if address + size > section.address + section.size:
+            raise ValueError(f"{symbol} has no {size} bytes in its section")
+        return path.read_bytes()[start : start + size]
 
 
 def read(path: Path) -> Image:
@@ -44,8 +66,12 @@ def read(path: Path) -> Image:
         elif command == _SYMTAB:
             symtab = struct.unpack_from("<4I", data, at + 8)
         elif command == _SEGMENT:
-            image.selectors |= _selectors(data, at)
+            image.sections += _sections(data, at)
         at += size
+    for section in image.sections:
+        if section.name == "__objc_methname":
+            names = data[section.offset : section.offset + section.size].decode()
+            image.selectors |= set(filter(None, names.split("\0")))
     if symtab:
         _read_symbols(data, image, *symtab)
     return image
@@ -55,13 +81,12 @@ def _string(data: bytes, at: int) -> str:
     return data[at : data.index(b"\0", at)].decode()
 
 
-def _selectors(data: bytes, at: int) -> set[str]:
-    found: set[str] = set()
+def _sections(data: bytes, at: int) -> list[Section]:
+    found = []
     for i in range(struct.unpack_from("<I", data, at + 64)[0]):
-        section = at + 72 + 80 * i
-        if data[section : section + 16].rstrip(b"\0") == b"__objc_methname":
-            size, offset = struct.unpack_from("<QI", data, section + 40)
-            found |= set(filter(None, data[offset : offset + size].decode().split("\0")))
+        start = at + 72 + 80 * i
+        name, segment = (data[n : n + 16].rstrip(b"\0").decode() for n in (start, start + 16))
+        found.append(Section(segment, name, *struct.unpack_from("<QQI", data, start + 32)))
     return found
 
 
@@ -69,7 +94,9 @@ def _read_symbols(
     data: bytes, image: Image, offset: int, count: int, strings: int, _size: int
 ) -> None:
     for i in range(count):
-        name, kind, _, description, _ = struct.unpack_from("<IBBHQ", data, offset + 16 * i)
+        name, kind, number, description, value = struct.unpack_from("<IBBHQ", data, offset + 16 * i)
+        if not kind & _STAB and kind & _TYPE_MASK == _IN_SECTION:
+            image.defined[_string(data, strings + name)] = (image.sections[number - 1], value)
         if kind & _STAB or kind & _TYPE_MASK != _UNDEFINED_TYPE or not kind & _EXTERNAL:
             continue
         ordinal = description >> 8

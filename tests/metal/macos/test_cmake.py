@@ -35,6 +35,11 @@ echo "$*" >> {log}
 case "$*" in
 "--sdk macosx --find metal") echo /stand-in/metal; exit {found};;
 "--sdk macosx metal --version") exit {works};;
+*{failing}*)
+    for output; do :; done
+    echo "half of one" > "$output"
+    echo "kernel.metal:1:1: error: planted" >&2
+    exit 1;;
 "--sdk macosx metal -std="* | "--sdk macosx metallib "*)
     for output; do :; done
     printf 'MTLB of %s' "$*" > "$output";;
@@ -61,12 +66,12 @@ class Mac:
     folder: Path
 
     @classmethod
-    def made(cls, folder: Path, *, found: bool, works: bool) -> Mac:
+    def made(cls, folder: Path, *, found: bool, works: bool, failing: str = "none") -> Mac:
+        """`failing`: a part of the commands that xcrun fails at."""
         mac = cls(folder)
         (folder / "bin").mkdir()
-        log = folder / "xcrun.log"
-        log.touch()
-        mac._tool("xcrun", XCRUN.format(log=log, found=int(not found), works=int(not works)))
+        (folder / "xcrun.log").touch()
+        mac.install_xcrun(found=found, works=works, failing=failing)
         mac._tool("install_name_tool", "#!/bin/sh\n")
         flags = (
             *(*cross.TARGET, "-fno-sanitize=undefined", "-include", "float.h"),
@@ -77,6 +82,15 @@ class Mac:
         mac._tool("c++", COMPILER.format(zig=zig, flags=shlex.join(flags)))
         return mac
 
+    def install_xcrun(self, *, found: bool, works: bool, failing: str = "none") -> None:
+        text = XCRUN.format(
+            log=shlex.quote(str(self.folder / "xcrun.log")),
+            found=int(not found),
+            works=int(not works),
+            failing=failing.replace(" ", "\\ "),
+        )
+        self._tool("xcrun", text)
+
     def _tool(self, name: str, text: str) -> None:
         tool = self.folder / "bin" / name
         tool.write_text(text)
@@ -86,7 +100,7 @@ class Mac:
     def build(self) -> Path:
         return self.folder / "build"
 
-    def run(self, *arguments: str) -> str:
+    def run(self, *arguments: str, fails: bool = False) -> str:
         environment = cross.environment()
         environment["PATH"] = f"{self.folder / 'bin'}:{environment['PATH']}"
         done = subprocess.run(
@@ -97,10 +111,10 @@ class Mac:
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stdout
+        assert (done.returncode != 0) == fails, done.stdout
         return done.stdout
 
-    def configure(self, *options: str) -> str:
+    def configure(self, *options: str, fails: bool = False) -> str:
         nanobind = pytest.importorskip("nanobind")
         compiler = self.folder / "bin" / "c++"
         return self.run(
@@ -116,10 +130,12 @@ class Mac:
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dnanobind_DIR={nanobind.cmake_dir()}",
             *options,
+            fails=fails,
         )
 
-    def make(self, target: str) -> None:
-        self.run("cmake", "--build", str(self.build), "--target", target)
+    def make(self, target: str, *, fails: bool = False) -> str:
+        """What the build says."""
+        return self.run("cmake", "--build", str(self.build), "--target", target, fails=fails)
 
     def asked_of_xcrun(self) -> list[str]:
         return (self.folder / "xcrun.log").read_text().splitlines()
@@ -134,15 +150,18 @@ class Mac:
         }
 
 
+OBJECT = "CMakeFiles/libumfa.dir/embedded_shaders.cpp.o"
+
+
 def embedded(mac: Mac) -> tuple[str, bytes]:
-    """(the C++ file that holds the shaders, the metallib in it)."""
-    mac.make("embedded_shaders.cpp")
+    """(the C++ file that holds the shaders, the metallib in the object that comes of it)."""
+    mac.make(OBJECT)
     text = (mac.build / "embedded_shaders.cpp").read_text()
-    data = re.search(r"metallib_bytes\[\] = \{([\d, ]*)\}", text)
-    size = re.search(r"\(metallib_bytes\), (\d+)\}", text)
-    assert data is not None
-    assert size is not None
-    return text, bytes(map(int, data[1].split(",")))[: int(size[1])]
+    size = re.search(r"return \{umfa_metallib, (\d+)\};", text)
+    compiled = mac.build / OBJECT
+    image = macho.read(compiled)
+    assert (size is not None) == ("_umfa_metallib" in image.defined)
+    return text, image.content(compiled, "_umfa_metallib", int(size[1])) if size else b""
 
 
 def assert_texts_are_there(text: str) -> None:
@@ -176,6 +195,87 @@ def test_without_apples_compiler_the_text_is_carried(found: bool, tmp_path: Path
     assert not [line for line in mac.asked_of_xcrun() if " -c " in line or "metallib" in line]
 
 
+FAILURES = [
+    pytest.param("decode.metal", id="a kernel"),
+    pytest.param("macosx metallib", id="the linker", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("failing", FAILURES)
+def test_a_compiler_that_fails_does_not_fail_the_build(failing: str, tmp_path: Path) -> None:
+    mac = Mac.made(tmp_path, found=True, works=True, failing=failing)
+    mac.configure()
+    said = mac.make(OBJECT)
+    assert "kernel.metal:1:1: error: planted" in said
+    assert "umfa: Apple's Metal compiler failed: status 1 of: xcrun --sdk macosx metal" in said
+    assert "umfa: the kernels are not compiled ahead. The library holds their text" in said
+    text, metallib = embedded(mac)
+    assert metallib == b""
+    assert_texts_are_there(text)
+
+    assert "error: planted" in mac.make(OBJECT), "it is tried again, and said again"
+    mac.install_xcrun(found=True, works=True)
+    assert "umfa: " not in mac.make(OBJECT)
+    assert embedded(mac)[1].startswith(b"MTLB of --sdk macosx metallib ")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_gone_does_not_fail_the_build(tmp_path: Path) -> None:
+    mac = Mac.made(tmp_path, found=True, works=True)
+    mac.configure()
+    (tmp_path / "bin" / "xcrun").unlink()
+    said = mac.make(OBJECT)
+    assert "umfa: Apple's Metal compiler failed: xcrun does not start: No such file" in said
+    assert embedded(mac)[1] == b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", FAILURES)
+def test_a_metallib_that_no_longer_compiles_is_not_kept(failing: str, tmp_path: Path) -> None:
+    mac = Mac.made(tmp_path, found=True, works=True)
+    mac.configure()
+    assert embedded(mac)[1] != b""
+    mac.install_xcrun(found=True, works=True, failing=failing)
+    (mac.build / "decode.air").unlink()  # a build that was interrupted when it began to compile
+    assert embedded(mac)[1] == b""
+    assert not (mac.build / "umfa.metallib").exists()
+
+
+@pytest.mark.parametrize("failing", FAILURES)
+def test_metallib_on_makes_a_failure_an_error(failing: str, tmp_path: Path) -> None:
+    mac = Mac.made(tmp_path, found=True, works=True, failing=failing)
+    mac.configure("-DUMFA_METALLIB=ON")
+    said = mac.make(OBJECT, fails=True)
+    assert "kernel.metal:1:1: error: planted" in said
+    assert "umfa: UMFA_METALLIB=ON makes this an error; AUTO goes on without." in said
+    assert "The library holds their text" not in said
+
+
+@pytest.mark.slow
+def test_metallib_on(tmp_path: Path) -> None:
+    mac = Mac.made(tmp_path, found=True, works=True)
+    mac.configure("-DUMFA_METALLIB=ON")
+    assert embedded(mac)[1].startswith(b"MTLB of --sdk macosx metallib ")
+
+
+@pytest.mark.parametrize("found", [False, True], ids=["no tool", "a placeholder of one"])
+def test_metallib_on_needs_the_compiler(found: bool, tmp_path: Path) -> None:
+    mac = Mac.made(tmp_path, found=found, works=False)
+    said = mac.configure("-DUMFA_METALLIB=ON", fails=True)
+    assert "UMFA_METALLIB=ON needs Apple's Metal compiler" in said
+    assert "xcodebuild -downloadComponent" in said
+
+
+def test_metallib_off_does_not_ask(tmp_path: Path) -> None:
+    mac = Mac.made(tmp_path, found=True, works=True)
+    mac.configure("-DUMFA_METALLIB=OFF")
+    text, metallib = embedded(mac)
+    assert metallib == b""
+    assert_texts_are_there(text)
+    assert not [line for line in mac.asked_of_xcrun() if "metal" in line]
+    assert [name for name in mac.commands() if name.endswith(".mm")], "the host is compiled"
+
+
 def test_how_the_host_is_compiled(tmp_path: Path) -> None:
     mac = Mac.made(tmp_path, found=False, works=False)
     mac.configure()  # AUTO, which is ON here
@@ -204,9 +304,11 @@ def test_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("system", "choice", "message"),
     [
-        ("Linux", "ON", "UMFA_METAL=ON needs macOS"),
-        ("Darwin", "DOUBLE", "UMFA_METAL=DOUBLE is for Linux"),
-        ("Linux", "on", "UMFA_METAL is 'on'; expected AUTO, ON, OFF or DOUBLE"),
+        ("Linux", "METAL=ON", "UMFA_METAL=ON needs macOS"),
+        ("Darwin", "METAL=DOUBLE", "UMFA_METAL=DOUBLE is for Linux"),
+        ("Linux", "METAL=on", "UMFA_METAL is 'on'; expected AUTO, ON, OFF or DOUBLE"),
+        ("Darwin", "METALLIB=YES", "UMFA_METALLIB is 'YES'; expected AUTO, ON or OFF"),
+        ("Linux", "METALLIB=ON", "UMFA_METALLIB=ON needs the Metal backend; UMFA_METAL is 'AUTO'"),
     ],
 )
 def test_choices_that_make_no_sense(system: str, choice: str, message: str, tmp_path: Path) -> None:
@@ -217,7 +319,7 @@ def test_choices_that_make_no_sense(system: str, choice: str, message: str, tmp_
     done = subprocess.run(
         [
             *("cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), "-G", "Ninja"),
-            *(f"-DCMAKE_SYSTEM_NAME={system}", f"-DUMFA_METAL={choice}"),
+            *(f"-DCMAKE_SYSTEM_NAME={system}", "-DUMFA_METAL=AUTO", f"-DUMFA_{choice}"),
         ],
         capture_output=True,
         text=True,
@@ -231,6 +333,11 @@ def test_the_workflow_compiles_as_the_build_does() -> None:
     workflow = (cross.ROOT / ".github" / "workflows" / "wheels.yml").read_text()
     step = re.sub(r"\\\n\s*", "", workflow)
     assert f"xcrun --sdk macosx metal {METAL_FLAGS} -Werror" in step
+
+
+def test_wheels_are_made_with_a_metallib_or_not_at_all() -> None:
+    project = (cross.ROOT / "pyproject.toml").read_text()
+    assert re.findall('CMAKE_ARGS = "(.*)"', project) == ["-DUMFA_METAL=ON -DUMFA_METALLIB=ON"]
 
 
 @pytest.mark.slow
