@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 ADVICE = (
-    "the kernels are not compiled ahead. The library holds their text, and Metal compiles each when "
-    "it is first used. UMFA_METALLIB=ON makes this an error, UMFA_METALLIB=OFF does not try."
+    "the kernels are not compiled ahead. The library holds their text, and Metal compiles each "
+    "when it is first used. UMFA_METALLIB=ON makes this an error, UMFA_METALLIB=OFF does not try."
 )
 
 

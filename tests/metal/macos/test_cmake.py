@@ -288,6 +288,9 @@ def test_how_the_host_is_compiled(tmp_path: Path) -> None:
             *("-DUMFA_HAS_METAL", f"-mmacosx-version-min={cross.FLOOR}"),
         } <= set(commands[name]), name
     assert "-DUMFA_HAS_METAL" in commands["dispatch.cpp"]
+    linked = (mac.build / "build.ninja").read_text()
+    for framework in ("Metal", "Foundation", "CoreGraphics"):
+        assert f"-framework {framework}" in linked
     built = {source.name for source in cross.core_sources()}
     assert set(commands) == {*built, "embedded_shaders.cpp"}, "what cross.py compiles, too"
 

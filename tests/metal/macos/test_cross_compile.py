@@ -24,6 +24,14 @@ def test_the_host_compiles_for_macos(source: Path, tmp_path: Path) -> None:
     assert image.minimum_macos == cross.FLOOR
 
 
+def test_the_host_refers_to_core_graphics(tmp_path: Path) -> None:
+    """Linkers may drop a framework of which nothing is used; Metal then has no default device."""
+    source = cross.ROOT / "src" / "metal" / "device.mm"
+    image = macho.read(cross.compile_one(source, tmp_path / "host.o", *cross.CORE, *cross.HOST))
+    undefined = set().union(*image.undefined.values())
+    assert {"_CGRectNull", "_MTLCopyAllDevices", "_MTLCreateSystemDefaultDevice"} <= undefined
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", cross.host_sources(), ids=lambda p: p.name)
 def test_the_host_compiles_with_older_headers_and_for_an_older_macos(
