@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 import cases
 import checks
+import mac
 import reference
 import umfa
 from cases import Case
@@ -147,7 +147,7 @@ class Attend:
         On the emulator, batch and heads shrink to one group where the case is large: it does about
         0.4 GFLOP/s. Lengths and head dims never do.
         """
-        if self.backend != "cpu" and sys.platform != "darwin":
+        if self.backend != "cpu" and not mac.IS_MAC:
             case = case.shrunk(limit=5e8)
             if self.backend == "metal" and case.flop > 4e9:
                 pytest.skip("minutes on the emulator, which runs it without the host")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import zlib
@@ -15,30 +14,30 @@ import pytest
 from metal_emulator import Options
 
 import frameworks
+import mac
 import umfa
 from attend import Attend
 from frameworks import Framework
 from umfa import _ext
 
 METAL = Path(__file__).parent / "metal"
-# Its fibers switch stacks in assembly, of which only this has been run.
-EMULATOR_RUNS_HERE = sys.platform == "linux" and platform.machine() == "x86_64"
-# On a Mac the suite's "metal" is the Mac's own.
-GPU_IS_REAL = sys.platform == "darwin"
-EMULATOR_REASON = "the emulator of Metal has only been run on Linux x86-64"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Say once, not once per test function, that a framework is absent.
+    """Say once, not once per test function, that a framework or the GPU is absent.
 
     pytest folds skips of one place, and takes a fixture's skip to be at the test that asked for it.
     """
     report = yield
-    if isinstance(report.longrepr, tuple) and report.longrepr[2].endswith("is not installed"):
-        report.longrepr = (frameworks.__file__, 1, report.longrepr[2])
+    if isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if reason.endswith("is not installed"):
+            report.longrepr = (frameworks.__file__, 1, reason)
+        elif mac.is_reason(reason.removeprefix("Skipped: ")):
+            report.longrepr = (mac.__file__, 1, reason)
     return report
 
 
@@ -71,7 +70,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     Each test on the emulator has a schedule of its own, the same in every run. "metal-permuted" has
     another map of lanes to matrix elements too, and meets the acceptance set only.
     """
-    if request.param == "metal" and not GPU_IS_REAL:
+    if request.param == "metal" and not mac.IS_MAC:
         import metal_double  # builds the host: only for tests that need it
         import metal_gpus
 
@@ -112,17 +111,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     The emulator takes NumPy arrays. The host takes those of all frameworks in the same way, by
     DLPack: one beside NumPy shows it.
     """
-    dropped = []
+    dropped, need_gpu = [], []
     for item in items:
         emulates = METAL in item.path.parents and item.path.name != "test_plan_forward.py"
-        if emulates and not EMULATOR_RUNS_HERE:
-            item.add_marker(pytest.mark.skip(reason=EMULATOR_REASON))
+        if emulates and not mac.EMULATOR_RUNS:
+            item.add_marker(pytest.mark.skip(reason=mac.EMULATOR_REASON))
         parameters = getattr(item, "callspec", None)
         values = parameters.params if parameters else {}
         backend = values.get("backend", "cpu")
+        on_gpu = backend == "metal" and mac.IS_MAC
+        if on_gpu or (METAL.parent / "gpu") in item.path.parents:
+            need_gpu.append(item)
         if backend == "cpu":
             continue
-        on_gpu = backend == "metal" and GPU_IS_REAL
         frameworks_of = _HOST_FRAMEWORKS if backend == "metal" else {"numpy"}
         if (
             (not on_gpu and values.get("framework", "numpy") not in frameworks_of)
@@ -132,14 +133,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             dropped.append(item)
         elif on_gpu:
             continue
-        elif not EMULATOR_RUNS_HERE:
-            item.add_marker(pytest.mark.skip(reason=EMULATOR_REASON))
+        elif not mac.EMULATOR_RUNS:
+            item.add_marker(pytest.mark.skip(reason=mac.EMULATOR_REASON))
         elif item.get_closest_marker("slow_emulated"):
             item.add_marker(pytest.mark.slow)
         elif backend == "metal":
             name = getattr(item, "originalname", "")
             if name not in _HOST_BY_DEFAULT or values.get("framework", "numpy") != "numpy":
                 item.add_marker(pytest.mark.slow)
+    if need_gpu and (reason := mac.missing_gpu()):
+        for item in need_gpu:
+            item.add_marker(pytest.mark.skip(reason=reason))
     if "slow" not in config.option.markexpr:
         dropped += [item for item in items if item.get_closest_marker("slow")]
     if dropped:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
+import mac
 import umfa
 from capsules import DlpackObject
 
@@ -24,7 +24,14 @@ def outcome(**options):
     return "done"
 """
 
-WITHOUT_METAL = pytest.mark.skipif(sys.platform == "darwin", reason="Macs may have a GPU")
+
+@pytest.fixture
+def without_metal() -> None:
+    if not mac.missing_gpu():
+        pytest.skip("this Mac has a GPU that umfa can use")
+
+
+WITHOUT_METAL = pytest.mark.usefixtures("without_metal")
 
 
 @pytest.mark.parametrize(

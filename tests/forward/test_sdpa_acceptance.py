@@ -5,12 +5,12 @@ Compared with float64 attention of the same rounded inputs, as in test_acceptanc
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+import mac
 import reference
 from cases import normal
 from checks import BASE, Tolerance, assert_close
@@ -31,7 +31,7 @@ def inputs(
 
 def fewer(attend: Attend, batch: int, heads: int) -> tuple[int, int]:
     """Batch and heads: one of each on the emulator, which does about 0.4 GFLOP/s."""
-    emulated = attend.backend != "cpu" and sys.platform != "darwin"
+    emulated = attend.backend != "cpu" and not mac.IS_MAC
     return (1, 1) if emulated else (batch, heads)
 
 
