@@ -64,6 +64,7 @@ def of_cibuildwheel(job: str) -> list[str]:
 JOBS: dict[str, Callable[[str], list[str]] | None] = {
     "ci.yml:readme": of_readme,
     "wheels.yml:build": of_cibuildwheel,
+    "wheels.yml:hosted-gpu": None,  # .ci/on-a-mac --hosted
     "wheels.yml:gpu": None,  # .ci/on-a-mac: test_a_real_gpu
 }
 
@@ -83,6 +84,8 @@ class Item(NamedTuple):
 
     @property
     def is_emulated(self) -> bool:
+        if self.folder == "test_on_a_mac.py":
+            return "metal" in self.marks
         return self.folder == "metal" and "test_plan_forward.py" not in self.name
 
 

@@ -357,6 +357,9 @@ NB_MODULE(_ext, m) {
             return std::string(text);
         },
         "file"_a, "The Metal text of a shader with its own headers put in.");
+    m.def(
+        "metallib", [] { return nb::bytes(metal::metallib().data(), metal::metallib().size()); },
+        "The kernels that the build compiled ahead; empty where it had no compiler of Apple's.");
     m.def("cpu_features", &cpu::features, "Instruction set extensions of this CPU.");
     m.def("cpu_isa", &cpu::isa_in_use, "Instruction set whose kernels run.");
     m.def("cpu_isas", &cpu::isa_list, "(name, usable on this CPU) of every kernel set built in.");

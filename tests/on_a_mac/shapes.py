@@ -1,0 +1,114 @@
+"""Every kernel that the planner can ask for, as launches of its plans."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import emulated
+import ml_dtypes
+import numpy as np
+
+from umfa import _ext
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Play = Callable[[dict[str, Any], dict[str, Any], list[Array], list[bytes]], None]
+
+DTYPES = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32}
+# Options and tensors that switch on what costs registers.
+VARIANTS = ("plain", "everything")
+
+
+class Shape(NamedTuple):
+    """A kernel with its constants."""
+
+    name: str
+    variant: str
+    launch: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What the compiler gets: the macros as lines in front, as src/metal/library.mm does."""
+        lines = [f"#define {name} {value}\n" for name, value in self.launch["macros"].items()]
+        return "".join(lines) + _ext.shader_text(self.launch["source"])
+
+
+@contextmanager
+def played_by(play: Play) -> Iterator[None]:
+    """The launches of the plans that `emulated` makes inside go to `play`."""
+    before = emulated._play
+    vars(emulated)["_play"] = play
+    try:
+        yield
+    finally:
+        vars(emulated)["_play"] = before
+
+
+def head_dims() -> list[tuple[int, int]]:
+    """Those of the shape tables."""
+    dims = set()
+    for table in ("forward_shapes.h", "decode_shapes.h"):
+        text = (emulated.SHADERS / "umfa" / table).read_text()
+        dims |= {(int(d), int(dv)) for d, dv in re.findall(r"\bX\((\d+), (\d+),", text)}
+    return sorted(dims)
+
+
+def call(
+    dtype: Any, dims: tuple[int, int], seqlen_q: int, heads: tuple[int, int], variant: str
+) -> None:
+    """Plan attention of two sequences, and what goes with it."""
+    d, dv = dims
+    rows, batch = (1024 if seqlen_q < 8 else 64), 2
+
+    def zeros(*shape: int) -> Array:
+        return np.zeros(shape, dtype)
+
+    query, key = zeros(batch, seqlen_q, heads[0], d), zeros(batch, rows, heads[1], d)
+    value = zeros(batch, rows, heads[1], dv)
+    options: dict[str, Any] = {"num_splits": 2} if seqlen_q < 8 else {}
+    tensors: dict[str, Any] = {}
+    if variant == "everything":
+        options |= {"causal": True, "softcap": 30.0, "rotary_interleaved": False}
+        tensors["attn_mask"] = zeros(1, 1, seqlen_q, rows)
+        tensors["learnable_sink"] = zeros(heads[0])
+        table = np.zeros((rows + 64, d // 2), np.float32)
+        tensors |= {"rotary_cos": table, "rotary_sin": table}
+        tensors |= {"new_key": zeros(batch, 3, heads[1], d)}
+        tensors |= {"new_value": zeros(batch, 3, heads[1], dv)}
+        tensors["seqused_k"] = np.array([rows - 8, rows // 2], np.int32)
+    emulated.call(query, key, value, options, **tensors)
+
+
+def call_clear(dtype: Any) -> None:
+    """Plan sequences with rows that nobody uses."""
+    query, key = np.ones((2, 40, 2, 32), dtype), np.ones((2, 40, 2, 32), dtype)
+    emulated.call(query, key, key, {}, seqused_q=np.array([7, 40], np.int32))
+
+
+def every_shape() -> list[Shape]:
+    """Each kernel once for each variant. Raises if the planner refuses a call of these."""
+    found: dict[str, Shape] = {}
+    variant = "plain"
+
+    def note(launch: dict[str, Any], *_: Any) -> None:
+        # The planner sees one problem at a time: constants are told apart by the variant.
+        found.setdefault(f"{launch['kernel']} {variant}", Shape(launch["kernel"], variant, launch))
+
+    before = emulated.settings
+    with played_by(note):
+        try:
+            for family in (7, 9):
+                emulated.settings = emulated.Settings(family=family)
+                for dtype in DTYPES.values():
+                    variant = "plain"
+                    call_clear(dtype)
+                    for dims in head_dims():
+                        for variant in VARIANTS:
+                            call(dtype, dims, 40, (2, 2), variant)
+                            call(dtype, dims, 1, (2, 2), variant)
+                            call(dtype, dims, 1, (16, 1), variant)
+        finally:
+            emulated.settings = before
+    return sorted(found.values(), key=lambda shape: (shape.name, shape.variant))

@@ -1,0 +1,68 @@
+"""The stages, in their order, and how one runs in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from on_a_mac.part import Part
+
+# Statuses of a stage's process.
+GOOD, BAD, WRONG = 0, 1, 3
+
+
+class Stage(NamedTuple):
+    """A part of the report: `module`:`function`, in at most `seconds`."""
+
+    name: str
+    title: str
+    target: str
+    seconds: float
+
+
+ABOUT = Stage("about", "The machine", "on_a_mac.about:run", 300)
+COMPILE = Stage("compile", "Every kernel, compiled", "on_a_mac.compile:run", 3600)
+LANES = Stage("lanes", "Lanes of 8x8 matrices", "on_a_mac.lanes:run", 300)
+ROWS = Stage("rows", "Kernels without matrices, run without umfa", "on_a_mac.rows:run", 300)
+SMOKE = Stage("smoke", "A small call of everything", "on_a_mac.smoke:run", 1800)
+VALIDATED = Stage(
+    "validated", "Tests, with Metal's validation", "on_a_mac.suite:run_validated", 4 * 3600
+)
+EVERYTHING = Stage(
+    "everything", "All tests, without validation", "on_a_mac.suite:run_everything", 4 * 3600
+)
+TIMING = Stage("timing", "Times", "on_a_mac.timing:run", 1800)
+
+OWN = [ABOUT, COMPILE, LANES, ROWS, SMOKE, VALIDATED, EVERYTHING, TIMING]
+# Hosted Macs have no GPU for the rest.
+HOSTED = [ABOUT, COMPILE, LANES, ROWS]
+
+
+def command(stage: Stage, part: Path, *, quick: bool, double: bool) -> list[str]:
+    """What runs a stage, from any folder that has tests/ and tests/metal on its path."""
+    flags = [*(["--quick"] if quick else []), *(["--on-the-double"] if double else [])]
+    return [sys.executable, "-m", "on_a_mac", "--stage", stage.target, "--part", str(part), *flags]
+
+
+def gpu_of(double: bool, target: str) -> Any:
+    """The double's machine, if it is wanted. Tests bring their own."""
+    if not double or target.startswith("on_a_mac.suite:"):
+        return contextlib.nullcontext()
+    import metal_double
+    import metal_gpus
+
+    return metal_double.machine(metal_gpus.Emulator())
+
+
+def run_here(target: str, part: Path, *, quick: bool, double: bool) -> int:
+    """Run a stage in this process; its status."""
+    module, function = target.split(":")
+    written = Part(part)
+    with gpu_of(double, target):
+        getattr(importlib.import_module(module), function)(written, quick=quick)
+    if written.wrong:
+        return WRONG
+    return BAD if written.failures else GOOD
