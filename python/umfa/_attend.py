@@ -16,7 +16,6 @@ _OPTIONAL = (
     "alibi_slopes", "attn_mask", "learnable_sink", "qv", "new_key", "new_value", "rotary_cos",
     "rotary_sin",
 )  # fmt: skip
-_SHOWN = {"new_key": "k", "new_value": "v"}  # the caller's names where the core has others
 
 
 def attend_sequences(
@@ -41,16 +40,15 @@ def attend_sequences(
         _check_one(function, "learnable_sink", arguments["learnable_sink"], "s_aux", get("s_aux"))
         arguments["learnable_sink"] = arguments["s_aux"]
     names = tuple(tensors)
+    written: tuple[str, ...] = ()
     given = {name: tensor for name in _OPTIONAL if (tensor := get(name)) is not None}
     if given:
-        shown = {_SHOWN.get(name, name): tensor for name, tensor in given.items()}
-        framework = framework_of(function, {**tensors, **shown})
         tensors.update(given)
         if "new_key" in given or "new_value" in given:
-            for name in names[1:]:  # the caches
-                framework.check_writable(tensors[name], function, name)
-    else:
-        framework = framework_of(function, tensors)
+            written = names[1:]  # the caches
+    framework = framework_of(function, tensors, written)
+    for name in written:
+        framework.check_writable(tensors[name], function, name)
     seed = seed_of(framework, function, arguments)
     dropout_p = get("dropout_p", 0.0)
 
@@ -88,8 +86,8 @@ def attend_sequences(
         seed = drawn_seed(framework, function, call, tensors, arguments["backend"]), seed[1]
         call = options(dropout_p, lse or probs, seed)
     results = act(framework, function, call, tensors, arguments["backend"])
-    if act is run and "new_key" in given:
-        for name in names[1:]:
+    if act is run:
+        for name in written:
             framework.mark_written(tensors[name])
     if len(results) == 1:
         return results[0]

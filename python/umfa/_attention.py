@@ -111,12 +111,14 @@ def _exported(
             slopes = export(tensor, function, name, backend)
         else:
             others = {} if others is None else others
-            own = tensor if name in TABLES else export(tensor, function, name, backend)
-            others[name] = own
+            if name not in TABLES:
+                tensor = export(tensor, function, name, backend)
+            others[name] = tensor
     return query, key, value, slopes, mask, others
 
 
 def table(function: str, name: str, value: Any) -> Any:
     """A table of sequences, of whatever framework: the host reads it before anything runs."""
-    framework = framework_of(function, {name: value})
-    return framework.to_host(value, function, name)
+    given = {name: value}
+    framework = framework_of(function, given)
+    return framework.to_host(given[name], function, name)

@@ -35,8 +35,8 @@ def flash_attn_combine(
         key (its result then does not count). `flash_attn_func` returns it with the last two
         dimensions the other way round: ``lse.transpose(1, 2)``.
     out : tensor, optional
-        Where to write the result, for torch and numpy: of the result's shape, float32, float16 or
-        bfloat16, and on the device of `out_partial`.
+        Where to write the result, for torch and numpy (not a buffer, which is only read): of the
+        result's shape, float32, float16 or bfloat16, and on the device of `out_partial`.
     out_dtype : dtype of the framework, optional
         That of the result; that of `out_partial`, or of `out`, if None.
     backend : {"auto", "metal", "cpu"}
@@ -68,7 +68,13 @@ def combine(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     out_partial, lse_partial = arguments["out_partial"], arguments["lse_partial"]
     out, out_dtype, backend = (arguments[name] for name in ("out", "out_dtype", "backend"))
     tensors = {"out_partial": out_partial, "lse_partial": lse_partial}
-    framework = framework_of(function, tensors if out is None else {**tensors, "out": out})
+    if out is None:
+        framework = framework_of(function, tensors)
+    else:
+        given = {**tensors, "out": out}
+        framework = framework_of(function, given, ("out",))
+        tensors = {name: given[name] for name in tensors}
+    out_partial, lse_partial = tensors.values()
     for name, tensor in tensors.items():
         _ext.check_tensor(function, name, framework.export(tensor, function, name, backend))
     _check_shapes(function, out_partial, lse_partial)

@@ -7,7 +7,7 @@ from typing import Any
 from ._attend import attend_plain, attend_sequences
 from ._attention import Act, run
 from ._errors import message
-from ._frameworks import framework_of
+from ._frameworks import framework_of, shape_of
 from ._options import WindowSize
 
 
@@ -43,7 +43,8 @@ def flash_attn_func(
     ----------
     q : tensor, shape (batch, seqlen_q, nheads, head_dim)
         Query: float32, float16 or bfloat16 (ml_dtypes' under numpy), any strides, of torch, numpy,
-        jax, mlx or any library that speaks DLPack. ``head_dim`` from 1 to 576.
+        jax, mlx or any library that speaks DLPack. ``head_dim`` from 1 to 576. Or an object with
+        Python's buffer protocol (see Notes).
     k : tensor, shape (batch, seqlen_kv, nheads_kv, head_dim)
         Key, same dtype and framework. ``nheads`` is a multiple of ``nheads_kv``; query head ``h``
         reads key head ``h // (nheads // nheads_kv)``.
@@ -116,6 +117,12 @@ def flash_attn_func(
 
     Notes
     -----
+    An object with Python's buffer protocol (a `memoryview`, an `array.array`, a ctypes array, ...)
+    is read as the NumPy array on its memory, in every function and for every tensor; it may stand
+    beside NumPy arrays, and the result is a NumPy array. It needs the native format of a number and
+    the argument's shape: ``memoryview(data).cast("f", shape)`` gives them to plain bytes. What a
+    call writes (caches that are appended to, `out`) cannot be such an object.
+
     Online softmax over key tiles: Milakov & Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022
     (arXiv:2205.14135). Dropout by Philox-4x32-10, Salmon et al. 2011.
     """
@@ -222,23 +229,30 @@ def attend(act: Act, function: str, arguments: dict[str, Any]) -> Any:
 
 def attend_qkvpacked(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     qkv = arguments["qkv"]
-    check_packed(function, "qkv", qkv, 3, 2, "(batch, seqlen, 3, nheads, head_dim)")
-    parts = {f"qkv[:, :, {i}]": qkv[:, :, i] for i in range(3)}
+    parts = unpacked(function, "qkv", qkv, 3, 2, "(batch, seqlen, 3, nheads, head_dim)")
     return attend_sequences(act, function, parts, arguments)
 
 
 def attend_kvpacked(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     kv = arguments["kv"]
-    check_packed(function, "kv", kv, 2, 2, "(batch, seqlen_kv, 2, nheads_kv, head_dim)")
-    parts = {"q": arguments["q"], "kv[:, :, 0]": kv[:, :, 0], "kv[:, :, 1]": kv[:, :, 1]}
-    return attend_sequences(act, function, parts, arguments)
+    parts = unpacked(function, "kv", kv, 2, 2, "(batch, seqlen_kv, 2, nheads_kv, head_dim)")
+    return attend_sequences(act, function, {"q": arguments["q"], **parts}, arguments)
 
 
-def check_packed(
+# By the dimension that is sliced: the text of an index, and the index.
+_PARTS = {
+    dimension: [(f"[{':, ' * dimension}{i}]", (slice(None),) * dimension + (i,)) for i in range(3)]
+    for dimension in (1, 2)
+}
+
+
+def unpacked(
     function: str, name: str, packed: Any, count: int, dimension: int, layout: str
-) -> None:
-    """Whether `packed` can be sliced into `count` parts along `dimension`, two before the last."""
-    framework_of(function, {name: packed})
+) -> dict[str, Any]:
+    """The `count` slices of `packed` along `dimension`, the third from the end, by their names."""
+    given = {name: packed}
+    framework_of(function, given)
+    packed = given[name]
     if not hasattr(type(packed), "__getitem__"):
         raise TypeError(
             message(
@@ -248,6 +262,7 @@ def check_packed(
                 "a tensor with __getitem__ and shape",
             )
         )
-    shape = tuple(getattr(packed, "shape", None) or ())
+    shape = shape_of(packed) or ()
     if len(shape) != dimension + 3 or shape[dimension] != count:
         raise ValueError(message(function, f"{name} has the wrong shape", shape, layout))
+    return {name + text: packed[index] for text, index in _PARTS[dimension][:count]}

@@ -9,6 +9,8 @@ import numpy as np
 from ._attend import attend_sequences
 from ._attention import Act, run
 from ._errors import message
+from ._frameworks import shape_of
+from ._frameworks._buffer import is_buffer
 from ._options import WindowSize, flag, integer
 
 
@@ -50,7 +52,8 @@ def flash_attn_with_kvcache(
         head dim may differ.
     k, v : tensor, shape (batch, seqlen_new, nheads_kv, head_dim), optional
         Written into the caches **in place**, behind the `cache_seqlens` rows in use, before
-        anything is read. Not for jax and mlx, whose arrays cannot be written.
+        anything is read. Not for jax and mlx, whose arrays cannot be written, nor for caches that
+        are objects with the buffer protocol, which are only read.
     rotary_cos, rotary_sin : tensor, shape (positions, rotary_dim / 2), optional
         Only with `k` and `v`: rotates the new keys by the angles of their positions in the cache,
         and the queries from position ``cache_seqlens`` on: with `causal`, a window or a chunk one
@@ -112,10 +115,11 @@ def attend_kvcache(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     arguments["new_key"], arguments["new_value"] = k, v
     arguments["return_lse"] = flag(function, "return_softmax_lse", arguments["return_softmax_lse"])
     k_cache, lengths = arguments["k_cache"], arguments["cache_seqlens"]
-    rows = tuple(getattr(k_cache, "shape", ()))
-    if lengths is None and arguments["attn_mask"] is not None and len(rows) == 4:
+    if lengths is None and arguments["attn_mask"] is not None:
         # The same mask fits as does when the length is given.
-        lengths = rows[1] if arguments["block_table"] is None else None
+        rows = shape_of(k_cache) or ()
+        known = len(rows) == 4 and isinstance(rows[1], int)  # else the call is refused
+        lengths = rows[1] if known and arguments["block_table"] is None else None
     tables = {name: arguments[name] for name in ("cache_batch_idx", "cache_leftpad", "block_table")}
     return attend_sequences(
         act,
@@ -130,6 +134,8 @@ def attend_kvcache(act: Act, function: str, arguments: dict[str, Any]) -> Any:
 def _lengths(function: str, cache_seqlens: Any, q: Any) -> Any:
     if cache_seqlens is None or hasattr(cache_seqlens, "__dlpack__"):
         return cache_seqlens
+    if type(cache_seqlens) is not int and is_buffer(cache_seqlens):
+        return cache_seqlens
     length = integer(function, "cache_seqlens", cache_seqlens, "a number of rows, or a tensor")
-    shape = tuple(getattr(q, "shape", ()))
+    shape = shape_of(q) or ()
     return np.full(shape[:1] if len(shape) == 4 else 0, length, dtype=np.int64)

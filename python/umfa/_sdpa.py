@@ -8,7 +8,7 @@ from . import _ext
 from ._attend import drawn_seed, seed_of
 from ._attention import Act, run
 from ._errors import message
-from ._frameworks import causal_bias, framework_of
+from ._frameworks import causal_bias, framework_of, shape_of
 from ._options import make_sdpa_options
 
 
@@ -79,9 +79,9 @@ def scaled_dot_product_attention(
 
 def attend_sdpa(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     """The function without its docstring, for whoever does something else at the end."""
-    query, key, attn_mask = arguments["query"], arguments["key"], arguments["attn_mask"]
+    attn_mask = arguments["attn_mask"]
     is_causal, backend = arguments["is_causal"], arguments["backend"]
-    tensors = {"query": query, "key": key, "value": arguments["value"]}
+    tensors = {"query": arguments["query"], "key": arguments["key"], "value": arguments["value"]}
     bias = None
     if attn_mask is not None:
         bias = causal_bias(attn_mask)
@@ -114,17 +114,15 @@ def attend_sdpa(act: Act, function: str, arguments: dict[str, Any]) -> Any:
             )
         )
     if bias is not None:
-        _check_bias(function, bias, query, key)
+        _check_bias(function, bias, tensors["query"], tensors["key"])
     if seed[0] is None and act is run:
         call = options((drawn_seed(framework, function, call, tensors, backend), seed[1]))
     return act(framework, function, call, tensors, backend)[0]
 
 
 def _check_bias(function: str, bias: tuple[str, int, int], query: Any, key: Any) -> None:
-    lengths = tuple(
-        tensor.shape[-2] if len(getattr(tensor, "shape", ())) >= 2 else None
-        for tensor in (query, key)
-    )
+    shapes = shape_of(query) or (), shape_of(key) or ()
+    lengths = tuple(shape[-2] if len(shape) >= 2 else None for shape in shapes)
     if None not in lengths and lengths != bias[1:]:
         raise ValueError(
             message(

@@ -7,7 +7,7 @@ from typing import Any
 from ._attend import attend_sequences
 from ._attention import Act, run
 from ._errors import message
-from ._flash_attn import check_packed
+from ._flash_attn import unpacked
 from ._options import WindowSize
 
 
@@ -172,18 +172,17 @@ def attend_varlen(act: Act, function: str, arguments: dict[str, Any]) -> Any:
 
 def attend_varlen_qkvpacked(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     qkv = arguments["qkv"]
-    check_packed(function, "qkv", qkv, 3, 1, "(total, 3, nheads, head_dim)")
+    parts = unpacked(function, "qkv", qkv, 3, 1, "(total, 3, nheads, head_dim)")
     for side in "qk":
         arguments[f"cu_seqlens_{side}"] = arguments["cu_seqlens"]
         arguments[f"max_seqlen_{side}"] = arguments["max_seqlen"]
-    return _attend(act, function, {f"qkv[:, {i}]": qkv[:, i] for i in range(3)}, arguments)
+    return _attend(act, function, parts, arguments)
 
 
 def attend_varlen_kvpacked(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     kv = arguments["kv"]
-    check_packed(function, "kv", kv, 2, 1, "(total_k, 2, nheads_kv, head_dim)")
-    tensors = {"q": arguments["q"], "kv[:, 0]": kv[:, 0], "kv[:, 1]": kv[:, 1]}
-    return _attend(act, function, tensors, arguments)
+    parts = unpacked(function, "kv", kv, 2, 1, "(total_k, 2, nheads_kv, head_dim)")
+    return _attend(act, function, {"q": arguments["q"], **parts}, arguments)
 
 
 def _attend(act: Act, function: str, tensors: dict[str, Any], arguments: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from .._errors import message
+from ._buffer import as_array, is_buffer
 
 
 class Framework(Protocol):
@@ -65,6 +66,9 @@ class Framework(Protocol):
         """Writes the numbers of `tensor` into `out`, which check_writable has passed."""
 
 
+SHOWN = {"new_key": "k", "new_value": "v"}
+"""The caller's names of tensors, where the core has others."""
+
 # Module of the tensor class -> class; jax tracers are jax.Array too.
 _CLASSES = {"torch": "Tensor", "jax": "Array", "mlx.core": "array"}
 _MODULES = {"torch": "torch", "jax": "jax", "mlx.core": "mlx"}
@@ -83,8 +87,13 @@ def _name_of(tensor: Any) -> str | None:
     return "dlpack" if hasattr(type(tensor), "__dlpack__") else None
 
 
-def framework_of(function: str, tensors: dict[str, Any]) -> Framework:
-    """The one framework that all `tensors`, by argument name, belong to.
+def framework_of(
+    function: str, tensors: dict[str, Any], written: tuple[str, ...] = ()
+) -> Framework:
+    """The one framework that all `tensors`, by argument name or the core's, belong to.
+
+    Objects with Python's buffer protocol are replaced, in `tensors`, by NumPy arrays on their
+    memory. `written`: the arguments that the call writes, which such objects cannot be.
 
     Raises
     ------
@@ -100,35 +109,66 @@ def framework_of(function: str, tensors: dict[str, Any]) -> Framework:
         known = _KNOWN.get(kind) if kind is not None else None
         if known is not None:
             return known
-    first_name = first_argument = None
-    for argument, tensor in tensors.items():
+    names: dict[str, str] = {}
+    buffers: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        argument = SHOWN.get(key, key)
         name = _name_of(tensor)
+        if name is None and is_buffer(tensor):
+            _check_only_read(function, argument, tensor, written)
+            buffers[key] = as_array(tensor, function, argument)
+            name = "numpy"
         if name is None:
             raise TypeError(
                 message(
                     function,
                     f"{argument} is not a tensor",
                     _short(tensor),
-                    "a tensor of torch, numpy, jax, mlx or any DLPack library",
+                    "a tensor of torch, numpy, jax, mlx or any DLPack library, or a buffer",
                 )
             )
-        if first_name is None:
-            first_name, first_argument = name, argument
-        elif name != first_name:
+        names[key] = name
+    first, name = next(iter(names.items()))
+    for key in names:
+        if names[key] != name:
+            origin, other = (f"{names[x]}{' (a buffer)' * (x in buffers)}" for x in (first, key))
             raise TypeError(
                 message(
                     function,
-                    f"frameworks differ: {first_argument} is of {first_name}, {argument} of {name}",
-                    _short(tensor),
-                    f"a tensor of {first_name}",
+                    f"frameworks differ: {first} is of {origin}, {SHOWN.get(key, key)} of {other}",
+                    _short(tensors[key]),
+                    f"a tensor of {name}",
                 )
             )
-    framework = cast(Framework, import_module(f"{__name__}._{first_name}"))
-    if (
-        first_name != "dlpack" and len(_KNOWN) < 64
-    ):  # such a type may turn out to be of a framework that loads later
-        _KNOWN[type(tensors[cast(str, first_argument)])] = framework
+    tensors.update(buffers)
+    framework = cast(Framework, import_module(f"{__name__}._{name}"))
+    # A type of DLPack's may turn out to be of a framework that loads later.
+    if name != "dlpack" and len(_KNOWN) < 64:
+        _KNOWN[type(tensors[first])] = framework
     return framework
+
+
+def _check_only_read(function: str, argument: str, buffer: Any, written: tuple[str, ...]) -> None:
+    if argument in written:
+        raise TypeError(
+            message(
+                function,
+                f"{argument} would have to be written in place, and buffers are only read",
+                _short(buffer),
+                "a NumPy array, as numpy.asarray makes of a writable buffer",
+            )
+        )
+
+
+def shape_of(tensor: Any) -> tuple[Any, ...] | None:
+    """The shape of whatever an argument is; None where it has none."""
+    try:
+        shape = getattr(tensor, "shape", None)
+        if shape is None and is_buffer(tensor):
+            shape = memoryview(tensor).shape
+        return None if shape is None else tuple(shape)
+    except (RuntimeError, TypeError, ValueError):  # torch's nested tensors, closed buffers, ...
+        return None
 
 
 def dtype_name(dtype: Any) -> str:
