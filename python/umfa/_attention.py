@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from . import _ext
-from ._frameworks import Framework, framework_of
+from ._frameworks import SHOWN, Framework, framework_of
 
 TABLES = frozenset(
     (
@@ -112,7 +112,7 @@ def _exported(
         else:
             others = {} if others is None else others
             if name not in TABLES:
-                tensor = export(tensor, function, name, backend)
+                tensor = export(tensor, function, SHOWN.get(name, name), backend)
             others[name] = tensor
     return query, key, value, slopes, mask, others
 

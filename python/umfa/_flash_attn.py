@@ -251,7 +251,7 @@ def unpacked(
 ) -> dict[str, Any]:
     """The `count` slices of `packed` along `dimension`, the third from the end, by their names."""
     given = {name: packed}
-    framework_of(function, given)
+    framework = framework_of(function, given)
     packed = given[name]
     if not hasattr(type(packed), "__getitem__"):
         raise TypeError(
@@ -263,6 +263,12 @@ def unpacked(
             )
         )
     shape = shape_of(packed) or ()
-    if len(shape) != dimension + 3 or shape[dimension] != count:
-        raise ValueError(message(function, f"{name} has the wrong shape", shape, layout))
-    return {name + text: packed[index] for text, index in _PARTS[dimension][:count]}
+    try:
+        if len(shape) != dimension + 3 or shape[dimension] != count:
+            raise ValueError(message(function, f"{name} has the wrong shape", shape, layout))
+        return {name + text: packed[index] for text, index in _PARTS[dimension][:count]}
+    except (RuntimeError, ValueError):
+        # Nested, sparse and other tensors without strides have shapes and slices of their own, or
+        # none: the reason is that they are such.
+        framework.export(packed, function, name)
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import operator
 import reprlib
@@ -12,6 +13,7 @@ import numpy as np
 
 from . import _ext
 from ._errors import message
+from ._frameworks import shape_of
 
 # Options are never changed: calls with the same ones share them.
 _made: dict[tuple[Any, ...], _ext.Options] = {}
@@ -66,7 +68,7 @@ def _index(function: str, name: str, value: Any, expected: str) -> int:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
         return operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # the latter of torch's tensors without a value
         raise TypeError(
             message(function, f"{name} is not an integer", reprlib.repr(value), expected)
         ) from None
@@ -103,8 +105,9 @@ def _length(function: str, name: str, value: Any) -> int | None:
     """A number of rows; transformers passes tensors without dimensions."""
     if value is None:
         return None
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        value = value.item()
+    if type(value) is not int and shape_of(value) == () and hasattr(value, "item"):
+        with contextlib.suppress(TypeError, RuntimeError):  # without a value: refused below
+            value = value.item()
     return integer(function, name, value, "a number of rows")
 
 

@@ -12,6 +12,11 @@ from . import causal_bias
 
 _forward_ad: Any = forward_ad  # its functions carry no annotations
 
+_RECORDERS = tuple(
+    (getattr(torch._C._TorchDispatchModeKey, key), name)
+    for key, name in (("PROXY", "make_fx"), ("FAKE", "FakeTensorMode"))
+)
+
 
 def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
     _check_plain(tensor, function, argument)
@@ -45,9 +50,10 @@ def _recording() -> str:
     """What is recording torch operations instead of running them; empty if nothing is."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
-    for key, name in (("PROXY", "make_fx"), ("FAKE", "FakeTensorMode")):
-        if torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, key)) is not None:
-            return name
+    if torch._C._len_torch_dispatch_stack() > 0:
+        for key, name in _RECORDERS:
+            if torch._C._get_dispatch_mode(key) is not None:
+                return name
     return ""
 
 
@@ -67,6 +73,15 @@ def _check_plain(tensor: Any, function: str, argument: str) -> None:
                 f"{argument} is inside a torch.func transform",
                 "a functorch tensor",
                 plain,
+            )
+        )
+    if tensor.is_nested:
+        raise UnsupportedError(
+            message(
+                function,
+                f"{argument} is a nested tensor",
+                f"layout {tensor.layout}",
+                "a dense tensor (see flash_attn_varlen_func for sequences of different lengths)",
             )
         )
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
