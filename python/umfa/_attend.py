@@ -49,6 +49,8 @@ def attend_sequences(
     framework = framework_of(function, tensors, written)
     for name in written:
         framework.check_writable(tensors[name], function, name)
+    if framework.autocast is not None:
+        framework.autocast(function, tensors, written)
     seed = seed_of(framework, function, arguments)
     dropout_p = get("dropout_p", 0.0)
 
@@ -113,6 +115,8 @@ def attend_plain(
 ) -> Any:
     """`attend_sequences` without whatever is optional."""
     framework = framework_of(function, tensors)
+    if framework.autocast is not None:
+        framework.autocast(function, tensors, ())
     options = make_options(
         function,
         tuple(tensors),

@@ -123,6 +123,14 @@ def flash_attn_func(
     the argument's shape: ``memoryview(data).cast("f", shape)`` gives them to plain bytes. What a
     call writes (caches that are appended to, `out`) cannot be such an object.
 
+    Under ``torch.autocast`` of their device, float32, float16 and bfloat16 tensors are cast to the
+    autocast dtype, computed in it and returned in it, as PyTorch casts the arguments of its
+    ``scaled_dot_product_attention``: query, key, value, new keys and values, `qv` and a mask of
+    numbers. Slopes, sinks, rotary tables and the log-sum-exp keep their dtypes, and
+    `flash_attn_combine` is not affected. Whole tensors are copied for it, a cache too; keep a cache
+    in the autocast dtype. A cache that is appended to is never cast: one of another dtype is
+    refused.
+
     Online softmax over key tiles: Milakov & Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022
     (arXiv:2205.14135). Dropout by Philox-4x32-10, Salmon et al. 2011.
     """

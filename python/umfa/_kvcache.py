@@ -53,7 +53,8 @@ def flash_attn_with_kvcache(
     k, v : tensor, shape (batch, seqlen_new, nheads_kv, head_dim), optional
         Written into the caches **in place**, behind the `cache_seqlens` rows in use, before
         anything is read. Not for jax and mlx, whose arrays cannot be written, nor for caches that
-        are objects with the buffer protocol, which are only read.
+        are objects with the buffer protocol, which are only read. Under ``torch.autocast`` the
+        caches must have its dtype (see the notes of `flash_attn_func`).
     rotary_cos, rotary_sin : tensor, shape (positions, rotary_dim / 2), optional
         Only with `k` and `v`: rotates the new keys by the angles of their positions in the cache,
         and the queries from position ``cache_seqlens`` on: with `causal`, a window or a chunk one

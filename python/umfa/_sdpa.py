@@ -28,9 +28,9 @@ def scaled_dot_product_attention(
 ) -> Any:
     """Exact attention with the arguments of ``torch.nn.functional.scaled_dot_product_attention``.
 
-    Takes tensors of every framework that `flash_attn_func` takes, reads them where they are, and
-    allocates nothing of the size of the scores: a mask is read through its own strides, never
-    expanded.
+    Takes tensors of every framework that `flash_attn_func` takes, reads them where they are (but
+    see its notes on ``torch.autocast``), and allocates nothing of the size of the scores: a mask is
+    read through its own strides, never expanded.
 
     Parameters
     ----------
@@ -88,6 +88,8 @@ def attend_sdpa(act: Act, function: str, arguments: dict[str, Any]) -> Any:
         if bias is None:
             tensors["attn_mask"] = attn_mask
     framework = framework_of(function, tensors)
+    if framework.autocast is not None:
+        framework.autocast(function, tensors, ())
     seed = seed_of(framework, function, arguments)
 
     def options(seed: tuple[int | None, int]) -> _ext.Options:

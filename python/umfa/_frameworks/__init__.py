@@ -20,6 +20,11 @@ class Framework(Protocol):
     """call(compute, function, *tensors) is compute(*tensors), so that the framework's autograd
     notices. None: it has no need to be told."""
 
+    autocast: Callable[[str, dict[str, Any], tuple[str, ...]], None] | None
+    """autocast(function, tensors, written) replaces tensors, by argument name, by copies in the
+    dtype that the framework's automatic mixed precision wants; it raises if one of those that will
+    be written in place has another. None: the framework has no such thing."""
+
     def export(self, tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
         """A DLPack object on the tensor's memory, which holds its value; raises if it cannot.
 

@@ -51,6 +51,8 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
     """Every such tensor may be."""
 
 
+autocast = None
+
 draw_seed = None
 
 

@@ -70,6 +70,8 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
     )
 
 
+autocast = None
+
 draw_seed = None
 
 

@@ -90,6 +90,9 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
     )
 
 
+autocast = None
+
+
 def draw_seed() -> int:
     low, high = np.array(mx.random.randint(0, 2**31 - 1, (2,))).tolist()
     return int(low | high << 31)

@@ -96,6 +96,9 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
         )
 
 
+autocast = None
+
+
 def draw_seed() -> int:
     # The generator that numpy.random.seed sets; there is no other one that all share.
     return int(np.random.randint(0, 2**63, dtype=np.uint64))

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .._errors import UnsupportedError, message
-from . import causal_bias
+from . import SHOWN, causal_bias, dtype_name
 
 _forward_ad: Any = forward_ad  # its functions carry no annotations
 
@@ -16,6 +16,46 @@ _RECORDERS = tuple(
     (getattr(torch._C._TorchDispatchModeKey, key), name)
     for key, name in (("PROXY", "make_fx"), ("FAKE", "FakeTensorMode"))
 )
+
+# What torch.autocast casts for scaled_dot_product_attention: these tensors, of these dtypes. float8
+# it casts too; here it is refused as ever, since its scale is not known.
+_AUTOCAST = frozenset(("attn_mask", "qv", "new_key", "new_value"))
+_AUTOCAST_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+
+
+def autocast(function: str, tensors: dict[str, Any], written: tuple[str, ...]) -> None:
+    first = next(iter(tensors.values()))
+    device = "cpu" if first.is_cpu else "mps"  # tensors elsewhere are refused
+    if not torch.is_autocast_enabled(device):
+        return
+    dtype = torch.get_autocast_dtype(device)
+    for i, (name, tensor) in enumerate(tensors.items()):
+        if i > 2 and name not in _AUTOCAST:
+            continue
+        _check_plain(tensor, function, SHOWN.get(name, name))
+        if tensor.dtype is dtype or tensor.dtype not in _AUTOCAST_DTYPES:
+            continue
+        if tensor.device.type != device:
+            continue
+        if name in written:
+            raise TypeError(
+                message(
+                    function,
+                    f"{name} is written in place, so that torch.autocast cannot cast it",
+                    dtype_name(tensor.dtype),
+                    f"{dtype_name(dtype)}, or a call under torch.autocast(enabled=False)",
+                )
+            )
+        tensors[name] = _cast_unexpanded(tensor, dtype)
+
+
+def _cast_unexpanded(tensor: Any, dtype: torch.dtype) -> Any:
+    """`tensor.to(dtype)` that copies no element twice: expanded dimensions stay expanded."""
+    once = tensor
+    for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            once = once.narrow(dimension, 0, 1)
+    return once.to(dtype).expand(tensor.shape)
 
 
 def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
