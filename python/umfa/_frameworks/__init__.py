@@ -11,6 +11,7 @@ import numpy as np
 
 from .._errors import message
 from ._buffer import as_array, is_buffer
+from ._versions import check_version
 
 
 class Framework(Protocol):
@@ -77,6 +78,8 @@ SHOWN = {"new_key": "k", "new_value": "v"}
 # Module of the tensor class -> class; jax tracers are jax.Array too.
 _CLASSES = {"torch": "Tensor", "jax": "Array", "mlx.core": "array"}
 _MODULES = {"torch": "torch", "jax": "jax", "mlx.core": "mlx"}
+# Frameworks met so far, by name: their version has been checked.
+_LOADED: dict[str, Framework] = {}
 # Tensor types met so far, of frameworks that are known by name; few, so that it cannot grow.
 _KNOWN: dict[type, Framework] = {}
 
@@ -146,7 +149,7 @@ def framework_of(
                 )
             )
     tensors.update(buffers)
-    framework = cast(Framework, import_module(f"{__name__}._{name}"))
+    framework = _load(function, name)
     # A type of DLPack's may turn out to be of a framework that loads later.
     if name != "dlpack" and len(_KNOWN) < 64:
         _KNOWN[type(tensors[first])] = framework
@@ -174,6 +177,16 @@ def shape_of(tensor: Any) -> tuple[Any, ...] | None:
         return None if shape is None else tuple(shape)
     except (RuntimeError, TypeError, ValueError):  # torch's nested tensors, closed buffers, ...
         return None
+
+
+def _load(function: str, name: str) -> Framework:
+    """The module here of that name; raises if the framework is too old for it."""
+    framework = _LOADED.get(name)
+    if framework is None:
+        # First: the module imports what older releases may lack.
+        check_version(function, name)
+        framework = _LOADED[name] = cast(Framework, import_module(f"{__name__}._{name}"))
+    return framework
 
 
 def dtype_name(dtype: Any) -> str:
