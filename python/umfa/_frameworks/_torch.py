@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from .._errors import UnsupportedError, message
 from . import SHOWN, causal_bias, dtype_name
+from ._versions import release
 
 _forward_ad: Any = forward_ad  # its functions carry no annotations
 
@@ -78,12 +79,31 @@ def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> 
                 "a tensor without tangent",
             )
         )
+    # Lazily negated or conjugated views export the memory without the minus sign.
+    shown = tensor.detach().resolve_conj().resolve_neg()
     if tensor.device.type == "mps":
+        _check_offset(shown, function, argument)
         # DLPack knows no Metal streams: what torch has queued must be done before umfa's own queue
         # reads it. The way back needs nothing, since the call waits.
         torch.mps.synchronize()
-    # Lazily negated or conjugated views export the memory without the minus sign.
-    return tensor.detach().resolve_conj().resolve_neg()
+    return shown
+
+
+def _check_offset(tensor: Any, function: str, argument: str) -> None:
+    """Refuses slices on MPS from torch before 2.10.
+
+    It exports the handle of the Metal buffer plus the offset, which is the handle of nothing.
+    """
+    offset = tensor.storage_offset()
+    if offset != 0 and release(torch.__version__) < (2, 10):
+        raise UnsupportedError(
+            message(
+                function,
+                f"{argument} is a slice on MPS, whose address torch before 2.10 exports wrongly",
+                f"storage_offset {offset} with torch {torch.__version__}",
+                f"a copy ({argument}.clone()), or torch >= 2.10",
+            )
+        )
 
 
 def _recording() -> str:

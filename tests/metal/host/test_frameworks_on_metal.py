@@ -17,24 +17,83 @@ import umfa
 from umfa._frameworks import _dlpack
 
 
-def test_torch_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+class MpsTensor:
+    """A torch tensor on MPS that starts `offset` elements into its buffer."""
+
+    requires_grad = False
+    device = SimpleNamespace(type="mps")
+
+    def __init__(self, offset: int = 0) -> None:
+        self.offset = offset
+
+    def storage_offset(self) -> int:
+        return self.offset
+
+    def detach(self) -> MpsTensor:
+        return self
+
+    resolve_conj = resolve_neg = detach
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that torch's queue was waited for."""
     torch = pytest.importorskip("torch")
     from umfa._frameworks import _torch
 
-    waits = []
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append(1))
+    found: list[int] = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: found.append(1))
     monkeypatch.setattr(_torch, "_check_plain", lambda *_: None)
-    tensor = SimpleNamespace(
-        requires_grad=False,
-        device=SimpleNamespace(type="mps"),
-        detach=lambda: SimpleNamespace(
-            resolve_conj=lambda: SimpleNamespace(resolve_neg=lambda: "exported")
-        ),
-    )
-    assert _torch.export(tensor, "f", "q") == "exported"
+    return found
+
+
+def test_torch_is_waited_for(waits: list[int]) -> None:
+    import torch
+
+    from umfa._frameworks import _torch
+
+    tensor = MpsTensor()
+    assert _torch.export(tensor, "f", "q") is tensor
     assert waits == [1]
     _torch.export(torch.zeros(2), "f", "q")
     assert waits == [1], "the CPU's tensors wait for nothing"
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.9.1+cpu"])
+def test_torch_before_2_10_cannot_export_slices_on_mps(
+    version: str, waits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from umfa._frameworks import _torch
+
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(umfa.UnsupportedError) as caught:
+        _torch.export(MpsTensor(offset=64), "umfa.f", "kv[:, :, 1]")
+    assert str(caught.value) == (
+        "[umfa.f] kv[:, :, 1] is a slice on MPS, whose address torch before 2.10 exports wrongly; "
+        f"got storage_offset 64 with torch {version}; "
+        "expected a copy (kv[:, :, 1].clone()), or torch >= 2.10"
+    )
+    assert waits == []
+    whole = MpsTensor()
+    assert _torch.export(whole, "umfa.f", "q") is whole
+    on_the_cpu = torch.zeros(3)[1:]
+    assert _torch.export(on_the_cpu, "umfa.f", "q").storage_offset() == 1
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "3.0"])
+def test_later_torch_exports_slices_on_mps(
+    version: str, waits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from umfa._frameworks import _torch
+
+    monkeypatch.setattr(torch, "__version__", version)
+    part = MpsTensor(offset=64)
+    assert _torch.export(part, "umfa.f", "q") is part
+    assert waits == [1]
 
 
 class MlxArray(MetalTensor):
