@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 _MAGIC = 0xFEEDFACF
 _SEGMENT, _SYMTAB, _LOAD_DYLIB, _SIGNATURE, _BUILD_VERSION = 0x19, 0x2, 0xC, 0x1D, 0x32
+_ID_DYLIB, _RPATH = 0xD, 0x8000001C
 _UNDEFINED_TYPE, _IN_SECTION, _TYPE_MASK, _EXTERNAL, _STAB = 0x0, 0x0E, 0x0E, 0x01, 0xE0
 DYNAMIC_LOOKUP = "looked up when loaded"
 
@@ -28,7 +29,10 @@ class Image:
     """A library, or an object file, where `libraries` is empty."""
 
     arm64: bool
+    name: str = ""
+    """By which those that link with it will look for it."""
     libraries: list[str] = field(default_factory=list)
+    rpaths: list[str] = field(default_factory=list)
     minimum_macos: str = ""
     signed: bool = False
     undefined: dict[str, set[str]] = field(default_factory=dict)
@@ -58,6 +62,10 @@ def read(path: Path) -> Image:
         command, size = struct.unpack_from("<2I", data, at)
         if command == _LOAD_DYLIB:
             image.libraries.append(_string(data, at + struct.unpack_from("<I", data, at + 8)[0]))
+        elif command == _ID_DYLIB:
+            image.name = _string(data, at + struct.unpack_from("<I", data, at + 8)[0])
+        elif command == _RPATH:
+            image.rpaths.append(_string(data, at + struct.unpack_from("<I", data, at + 8)[0]))
         elif command == _BUILD_VERSION:
             version = struct.unpack_from("<I", data, at + 12)[0]
             image.minimum_macos = f"{version >> 16}.{version >> 8 & 255}"

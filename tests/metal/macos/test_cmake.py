@@ -20,6 +20,7 @@ import cross
 import emulated
 import macho
 import pytest
+import toolchain
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja"
@@ -46,17 +47,6 @@ case "$*" in
 *) exit 1;;
 esac
 """
-# Apple's clang takes -march for a file that needs more than its CPU; zig has -mcpu for that.
-COMPILER = """#!/bin/sh
-for word in "$@"; do
-    shift
-    case "$word" in
-    -march=armv8.2-a+bf16) word=-mcpu=apple_m1+bf16;;
-    esac
-    set -- "$@" "$word"
-done
-exec {zig} {flags} "$@"
-"""
 
 
 @dataclass
@@ -73,13 +63,7 @@ class Mac:
         (folder / "xcrun.log").touch()
         mac.install_xcrun(found=found, works=works, failing=failing)
         mac._tool("install_name_tool", "#!/bin/sh\n")
-        flags = (
-            *(*cross.TARGET, "-fno-sanitize=undefined", "-include", "float.h"),
-            *(f"-I{cross.HEADERS}", f"-F{cross.STUBS / 'frameworks'}"),
-            *(f"-L{cross.STUBS / 'lib'}", "-lobjc", "-Wno-unused-command-line-argument"),
-        )
-        zig = shlex.join([sys.executable, "-m", "ziglang", "c++"])
-        mac._tool("c++", COMPILER.format(zig=zig, flags=shlex.join(flags)))
+        toolchain.write_compiler(folder / "bin" / "c++")
         return mac
 
     def install_xcrun(self, *, found: bool, works: bool, failing: str = "none") -> None:
@@ -92,9 +76,7 @@ class Mac:
         self._tool("xcrun", text)
 
     def _tool(self, name: str, text: str) -> None:
-        tool = self.folder / "bin" / name
-        tool.write_text(text)
-        tool.chmod(0o755)
+        toolchain.write_tool(self.folder / "bin" / name, text)
 
     @property
     def build(self) -> Path:
