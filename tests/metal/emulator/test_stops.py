@@ -105,6 +105,9 @@ LOOPS = [
     "threadgroup int flag[1]; if (t == 0) flag[0] = 0;"
     " threadgroup_barrier(mem_flags::mem_threadgroup);"
     " while (flag[0] == 0) { threadgroup_barrier(mem_flags::mem_none); }",
+    # Without side effects.
+    "uint i = t; while (out[t] == 0) { i ^= 1; } out[t] = i;",
+    "uint i = t; for (uint n = 10; n >= 0; --n) { i += n * t; } out[t] = i;",
 ]
 ENDS = (
     "for (int i = 0; i < 300; i++)"

@@ -107,6 +107,8 @@ def _reading(*flags: str) -> list[str]:
         *("-Xclang", "-disable-llvm-passes", "-ftrivial-auto-var-init=pattern"),
         # A large frame touches all of its pages, and so the guard behind a fiber's stack.
         "-fstack-clash-protection",
+        # C++ takes loops without side effects to end, and clang would remove those that do not.
+        "-fno-finite-loops",
         # Names of files stay whole, so that those of the emulator's own headers are known.
         "-fdebug-compilation-dir=.",
         *flags,
