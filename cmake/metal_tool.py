@@ -48,7 +48,7 @@ def main() -> int:
     failure = failure_of(arguments.command, output, arguments.objects)
     if not failure:
         return 0
-    output.unlink(missing_ok=True)  # half of one
+    output.unlink(missing_ok=True)  # remove a partial output
     print(f"umfa: Apple's Metal compiler failed: {failure}", file=sys.stderr)
     if arguments.required:
         print("umfa: UMFA_METALLIB=ON makes this an error; AUTO goes on without.", file=sys.stderr)

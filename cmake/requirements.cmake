@@ -36,7 +36,7 @@ find_package(Python 3.10 QUIET COMPONENTS Interpreter)
 if(NOT Python_Interpreter_FOUND)
   message(FATAL_ERROR " umfa needs Python >= 3.10 to build, and CMake finds none. -DPython_EXECUTABLE=... names one.")
 endif()
-# pip's builds say where the headers are, and CMake then reads them without a look whether they exist.
+# pip's builds say where the headers are, and CMake does not check that they exist.
 if(NOT DEFINED Python_INCLUDE_DIR OR EXISTS "${Python_INCLUDE_DIR}/Python.h")
   find_package(Python 3.10 QUIET COMPONENTS Interpreter Development.Module)
 endif()

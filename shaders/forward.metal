@@ -211,9 +211,9 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
                        visible_end(range, first_row) < staged_end;
     const float unit = scale_last ? params.score_scale : 1.0f;
 
-    // In a register, where later passes begin would stay alive through the first, with all that is
-    // derived from it: the kernel for D = 128 spilled (ptxas, sm_90, three threadgroups a
-    // multiprocessor: 36 bytes).
+    // The first tile of later passes is kept in threadgroup memory. In a register it stays live through
+    // pass 0, and the kernel for D = 128 spills (ptxas, sm_90, three threadgroups a multiprocessor: 36
+    // bytes).
     if (thread_index == 0) first_tile[0] = tiles_begin;
     // Pass 0 alone, unless it meets NaN or infinities where keys are hidden (values.h).
     int pass = hides ? 0 : -1, from = tiles_begin;
@@ -237,7 +237,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
                                           params.head_dim_v, thread_index);
             threadgroup_barrier(mem_flags::mem_threadgroup);
             const bool sees = my_row < seqlen_q && some_end > k0 && some_begin < k0 + BK;
-            // No barrier below would wait for this simdgroup.
+            // In pass 0 with SPLIT 1 no barrier follows in this tile, so the simdgroup may skip it.
             if (SPLIT == 1 && !sees && pass <= 0) continue;
 
             Fragment<float> s[QF][KF];
@@ -275,7 +275,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
                     set(s[f][j], biased(x.x, rows[f], column, params),
                         biased(x.y, rows[f], column + 1, params));
                 }
-                if (mixed || counting) {  // few tiles are: worth a branch, and the passes are short
+                if (mixed || counting) {  // few tiles need this, so the branch is cheap
                     const int begin = visible_begin(range, rows[f].row);
                     const int end = visible_end(range, rows[f].row);
 #pragma clang loop unroll(full)

@@ -40,7 +40,7 @@ def flash_attn_combine(
     out_dtype : dtype of the framework, optional
         That of the result; that of `out_partial`, or of `out`, if None.
     backend : {"auto", "metal", "cpu"}
-        Who computes; see `flash_attn_func`.
+        Which backend runs the call; see `flash_attn_func`.
 
     Returns
     -------

@@ -69,11 +69,11 @@ def flash_attn_func(
     return_attn_probs : bool
         Also return the log-sum-exp of the scores, and with dropout the weights themselves.
     backend : {"auto", "metal", "cpu"}
-        Who computes. "auto" takes the Apple GPU where there is one, for tensors that it owns and
-        for work on CPU tensors that is large enough to be worth the way (an estimate, not yet
-        measured on Apple hardware). The others insist: what such a backend cannot do is refused,
-        never done elsewhere. The environment variable ``UMFA_BACKEND`` can insist for "auto". See
-        `umfa.backends`.
+        Which backend runs the call. "auto" takes the Apple GPU where there is one, for tensors that
+        it owns and for work on CPU tensors that is large enough to amortise the launch (an
+        estimate, not yet measured on Apple hardware). The others insist: what such a backend cannot
+        do is refused, never done elsewhere. The environment variable ``UMFA_BACKEND`` can insist
+        for "auto". See `umfa.backends`.
     attn_mask : tensor that broadcasts to (batch, nheads, seqlen_q, seqlen_kv), optional
         bool: a query attends where it is True. float32, float16 or bfloat16: added to the scores.
         Read where it is, never expanded; goes together with everything else.

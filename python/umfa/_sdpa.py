@@ -57,7 +57,7 @@ def scaled_dot_product_attention(
         Let query heads share key and value heads: query head ``h`` of ``nheads`` reads key head
         ``h // (nheads // nheads_kv)``.
     backend : {"auto", "metal", "cpu"}
-        Who computes; see `flash_attn_func`.
+        Which backend runs the call; see `flash_attn_func`.
     dropout_seed, dropout_offset : int, optional
         What is dropped; see `flash_attn_func`.
 

@@ -34,7 +34,7 @@ inline bool is_spoiled(thread Fragment<float>& frag) {
 
 /// x with +inf or -inf added, or both.
 inline float spoiled(float x, bool up, bool down) {
-    if (!up && !down) return x;  // also where x is -0
+    if (!up && !down) return x;  // keeps the sign of -0
     return x + as_type<float>(up && down ? nan_bits : up ? infinity_bits : minus_infinity_bits);
 }
 
@@ -48,7 +48,7 @@ inline M guarded(M value, int pass) {
     return M(pass == 3 ? finite : is_counted);
 }
 
-/// Changes the values of a staged tile so.
+/// Applies `guarded` to a staged tile of V.
 template <int ROWS, int D, int ROW, int THREADS, typename M>
 inline void guard_rows(threadgroup M* staged, int pass, ushort thread_index) {
     for (int i = thread_index; i < ROWS * D; i += THREADS) {

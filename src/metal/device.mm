@@ -11,7 +11,7 @@ namespace umfa::metal {
 namespace {
 
 /// MTLCreateSystemDefaultDevice returns nil in a process that has not loaded CoreGraphics, such as a
-/// command-line program. A linker with -dead_strip_dylibs drops a framework of which nothing is used.
+/// command-line program. A linker with -dead_strip_dylibs drops unused frameworks.
 [[gnu::used]] const void* const keeps_core_graphics = &CGRectNull;
 
 /// MTLGPUFamilyApple10, which only the headers of macOS 26 and newer name.
@@ -105,7 +105,7 @@ std::optional<Gpu> open_gpu(std::string& reason) {
             if (std::optional<Gpu> gpu = open(usual)) return gpu;
         reason = refused.empty() ? "no Metal device" : refused;
     } else {
-        reason = "this macOS is older than 14, whose Metal the kernels are written in";
+        reason = "the kernels need macOS 14 or newer";
     }
     return std::nullopt;
 }

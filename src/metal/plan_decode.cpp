@@ -173,7 +173,7 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
     decode.threadgroup = {static_cast<uint32_t>(32 * shape.simdgroups), 1, 1};
     // As decode.metal declares it: O and state of half of the simdgroups, and Q where it is large.
     const int q_bytes = shape.d * type.operand_bytes <= 512 ? 8 : shape.qf * shape.d / 8 * 32 * 8;
-    // And of values.h: two bits for each fragment of O in two counts, and the first keys.
+    // Plus, for values.h, two words of flags for each 16 fragments of O and a first key each simdgroup.
     const int words = (shape.qf * shape.dv / 8 + 15) / 16;
     const int guards = 4 * (2 * words * 32 + 1) * shape.simdgroups;
     decode.threadgroup_bytes = static_cast<uint32_t>(

@@ -34,7 +34,7 @@ uint32_t threadgroup_bytes(const Shape& shape, int operand_bytes) {
     const int k_tile = shape.bk * (shape.d * operand_bytes + 16);
     const int v_tile = shape.one_tile ? 16 : shape.bk * (shape.dv * operand_bytes + 16);
     const int parts = shape.split > 1 ? shape.simdgroups * shape.qf * shape.bk / 8 * 32 * 8 : 8;
-    // Of values.h: votes, two bits for each fragment of O in two counts, and the first tile.
+    // For values.h: a vote each simdgroup, two words of flags for each 16 fragments of O, a first tile.
     const int words = (shape.qf * shape.dv / shape.split / 8 + 15) / 16;
     const int guards = 4 * ((1 + 2 * words * 32) * shape.simdgroups + 4);
     return static_cast<uint32_t>(k_tile + v_tile + parts + guards);

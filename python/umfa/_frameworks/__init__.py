@@ -161,7 +161,7 @@ def _check_only_read(function: str, argument: str, buffer: Any, written: tuple[s
         raise TypeError(
             message(
                 function,
-                f"{argument} would have to be written in place, and buffers are only read",
+                f"{argument} is written in place, but buffers are read-only",
                 _short(buffer),
                 "a NumPy array, as numpy.asarray makes of a writable buffer",
             )

@@ -40,14 +40,19 @@ def as_array(value: Any, function: str, argument: str) -> np.ndarray[Any, Any]:
         view = memoryview(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(
-            message(function, f"{argument} does not give out its memory", error, "an open buffer")
+            message(
+                function,
+                f"{argument} cannot be read",
+                error,
+                "a buffer that is not released or closed",
+            )
         ) from error
     _check_format(view, value, function, argument)
     if view.suboffsets:
         raise ValueError(
             message(
                 function,
-                f"{argument} is reached through pointers",
+                f"{argument} has suboffsets",
                 f"suboffsets {view.suboffsets}",
                 "a buffer of one block of memory; make a copy",
             )
@@ -56,7 +61,7 @@ def as_array(value: Any, function: str, argument: str) -> np.ndarray[Any, Any]:
         return np.asarray(view.toreadonly())
     except (BufferError, RuntimeError, ValueError) as error:  # too many dimensions, say
         raise ValueError(
-            message(function, f"{argument} is no array to NumPy", error, _EXPECTED)
+            message(function, f"{argument} cannot become a NumPy array", error, _EXPECTED)
         ) from error
 
 
@@ -73,7 +78,7 @@ def _check_format(view: memoryview, value: Any, function: str, argument: str) ->
         raise TypeError(
             message(
                 function,
-                f"{argument} holds something else than numbers",
+                f"{argument} does not hold numbers",
                 f"{reprlib.repr(text)} of {view.itemsize} bytes",
                 _EXPECTED,
             )
@@ -88,6 +93,6 @@ def _check_format(view: memoryview, value: Any, function: str, argument: str) ->
                 function,
                 f"{argument} is a buffer of plain bytes",
                 f"{view.nbytes} bytes of {type(value).__name__}",
-                f"a buffer with a format and a shape, as memoryview({argument}).cast('f', shape)",
+                f"one with a format and a shape, as memoryview({argument}).cast(format, shape)",
             )
         )

@@ -140,7 +140,7 @@ class _Reader:
                         self.expression(a, b)
                     first = False
                 return close + 1
-            # Where a name should be: "int if = 3" comes here never, "if = 4" does.
+            # Reached for "if = 4", not for "int if = 3".
         close = self.skip_to(i + 1, end, ";")
         self.expression(i + 1, close)
         return close + 1

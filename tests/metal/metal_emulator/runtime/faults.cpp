@@ -42,7 +42,7 @@ static void on_fault(int signal, siginfo_t* info, void*) {
                                    kStackBytes - kGuardBytes));
     fail("memory fault", 0,
          thread_text(f) +
-             " touches memory that nothing gave it: by an index outside of an array of "
+             " accesses unmapped memory: by an index outside of an array of "
              "its own, or where the check of bounds is off");
 }
 

@@ -300,8 +300,8 @@ void threadgroup_access(uint64_t p, uint32_t size, uint32_t flags, uint32_t site
     if (!checks(umfa_checks_steps)) return;
     fail("spinning thread", site,
          thread_text(*current()) +
-             text(" has made %llu accesses and rounds of loops, the limit: it waits for what no "
-                  "other thread does meanwhile, or its loop has no end",
+             text(" has made %llu accesses and rounds of loops, the limit: the loop "
+                  "does not end, or waits for another thread",
                   static_cast<unsigned long long>(R.d->step_limit)));
 }
 
