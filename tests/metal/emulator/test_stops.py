@@ -197,7 +197,7 @@ def test_a_missing_barrier_is_a_race_before_anything_was_written(seed: int) -> N
 
 UNWRITTEN = [
     "threadgroup int a[32]; out[t] = a[31 - t];",  # nobody ever writes
-    # Whoever writes does so after a barrier.
+    # Writes follow a barrier.
     "threadgroup int a[32]; out[t] = a[31 - t];"
     " threadgroup_barrier(mem_flags::mem_threadgroup); a[t] = 1;",
     "threadgroup int a[32]; out[t] = a[31 - t];"

@@ -25,7 +25,7 @@ def test_the_host_compiles_for_macos(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_host_refers_to_core_graphics(tmp_path: Path) -> None:
-    """Linkers may drop a framework of which nothing is used; Metal then has no default device."""
+    """Linkers may drop unused frameworks; Metal then has no default device."""
     source = cross.ROOT / "src" / "metal" / "device.mm"
     image = macho.read(cross.compile_one(source, tmp_path / "host.o", *cross.CORE, *cross.HOST))
     undefined = set().union(*image.undefined.values())

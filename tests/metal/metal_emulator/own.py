@@ -75,7 +75,7 @@ def macros(folder: Path) -> list[Macro]:
 
 
 def unknown_conditions(folder: Path) -> list[str]:
-    """Macros that conditions ask for and of which no variant knows, with their places."""
+    """Macros in conditions that no variant defines, with their places."""
     found = []
     for path in sources(folder):
         text = path.read_text()

@@ -42,7 +42,7 @@ def table(path: Path = TABLE) -> dict[Key, tuple[str, str]]:
 
 
 def forms(s: Structure, flat: str) -> Iterator[Form]:
-    """Every form in a preprocessed text, of which ``s`` is the structure."""
+    """Every form in a preprocessed text; ``s`` is its structure."""
     yield from Vocabulary(s).all()
     yield from Unusual(s).all()
     yield from loop_forms(s, flat)

@@ -1,6 +1,6 @@
 """Every word that the Metal language or its library has taken, by what taking it again does.
 
-Sources, of which facts were taken and no text:
+Sources (facts only, no text was taken):
 
 * Metal Shading Language Specification: 1.4 (C++14 and its restrictions), 2 (types), 4 (address
   spaces), 5 (functions, attributes, arguments), 6 (library), and the chapters on tensors of 4.0.

@@ -28,7 +28,7 @@ static bool left_its_stack(const Fiber& f, const void* address) {
 
 static void on_fault(int signal, siginfo_t* info, void*) {
     if (!R.running || !pthread_equal(pthread_self(), dispatching)) {
-        put_back();  // the fault repeats, and is for whoever was there before
+        put_back();  // the fault repeats, and the handler before this one gets it
         return;
     }
     const Fiber& f = *current();
