@@ -38,8 +38,9 @@ def kernel_sources() -> list[Path]:
 
 
 def other_sources() -> list[Path]:
-    folders = ("core", "capi", "cpu", "metal")  # of Metal, the planner: routing asks it
-    return [path for name in folders for path in sorted((ROOT / "src" / name).glob("*.cpp"))]
+    # Of Metal, the planner alone: routing asks it.
+    patterns = ("core/*.cpp", "capi/*.cpp", "cpu/*.cpp", "metal/plan_*.cpp")
+    return [path for pattern in patterns for path in sorted((ROOT / "src").glob(pattern))]
 
 
 def qemu() -> str:
