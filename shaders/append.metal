@@ -1,11 +1,11 @@
 // New rows of keys and values, copied into the caches behind those in use before anything is read.
 #include <metal_stdlib>
 
-#include "umfa/indices.h"
-#include "umfa/operand.h"
-#include "umfa/params.h"
-#include "umfa/rotary.h"
-#include "umfa/sequence.h"
+#include "shared/indices.h"
+#include "shared/operand.h"
+#include "shared/params.h"
+#include "shared/rotary.h"
+#include "shared/sequence.h"
 
 using namespace metal;
 

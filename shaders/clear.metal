@@ -1,9 +1,9 @@
 // Rows of the results that belong to no sequence: between packed ones, and past those in use.
 #include <metal_stdlib>
 
-#include "umfa/indices.h"
-#include "umfa/params.h"
-#include "umfa/scores.h"
+#include "shared/indices.h"
+#include "shared/params.h"
+#include "shared/scores.h"
 
 using namespace metal;
 using namespace umfa;

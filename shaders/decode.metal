@@ -14,17 +14,17 @@
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
-#include "umfa/decode_shapes.h"
-#include "umfa/dropout.h"
-#include "umfa/fragment.h"
-#include "umfa/operand.h"
-#include "umfa/params.h"
-#include "umfa/rotary.h"
-#include "umfa/scores.h"
-#include "umfa/sequence.h"
-#include "umfa/softmax.h"
-#include "umfa/values.h"
-#include "umfa/visible.h"
+#include "shared/decode_shapes.h"
+#include "shared/dropout.h"
+#include "shared/fragment.h"
+#include "shared/operand.h"
+#include "shared/params.h"
+#include "shared/rotary.h"
+#include "shared/scores.h"
+#include "shared/sequence.h"
+#include "shared/softmax.h"
+#include "shared/values.h"
+#include "shared/visible.h"
 
 using namespace metal;
 

@@ -191,11 +191,11 @@ def test_every_shape_of_the_tables_is_compiled() -> None:
     found = shapes.every_shape()
     names = {shape.name for shape in found}
     for dtype, table in (("f16", "16"), ("f32", "32"), ("bf16_as_f32", "32")):
-        text = (ROOT / "shaders" / "umfa" / "forward_shapes.h").read_text()
+        text = (ROOT / "shaders" / "shared" / "forward_shapes.h").read_text()
         rows_of = text[text.index(f"#define UMFA_FORWARD_SHAPES_{table}(X)") :].split("\n\n")[0]
         for d, dv, bk in re.findall(r"X\((\d+), (\d+), (\d+),", rows_of):
             assert f"forward_{dtype}_d{d}_v{dv}_k{bk}" in names
-    text = (ROOT / "shaders" / "umfa" / "decode_shapes.h").read_text()
+    text = (ROOT / "shaders" / "shared" / "decode_shapes.h").read_text()
     for d, dv, qf in re.findall(r"X\((\d+), (\d+), (\d+),", text):
         for dtype in ("f16", "bf16", "f32", "bf16_as_f32"):
             assert f"decode_{dtype}_d{d}_v{dv}_q{qf}" in names

@@ -12,8 +12,8 @@
 #include "core/export.h"
 #include "core/sequences.h"
 #include "core/tensor_view.h"
-#include "umfa/philox.h"
-#include "umfa/visible.h"
+#include "shared/philox.h"
+#include "shared/visible.h"
 
 namespace umfa {
 
@@ -84,7 +84,7 @@ struct Rotary {
     bool keys = false;     // key j is rotated too, by the angles of position j
 };
 
-/// Counter-based dropout of the probabilities; what is kept is divided by 1 - p. umfa/philox.h says
+/// Counter-based dropout of the probabilities; what is kept is divided by 1 - p. shared/philox.h says
 /// what is dropped: it depends on the indices of batch, head, query and key alone.
 struct Dropout {
     double p = 0;

@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "metal/plan_parts.h"
-#include "umfa/decode_shapes.h"
-#include "umfa/indices.h"
+#include "shared/decode_shapes.h"
+#include "shared/indices.h"
 
 namespace umfa::metal {
 namespace {

@@ -4,8 +4,8 @@
 #include "metal/plan_append.h"
 #include "metal/plan_decode.h"
 #include "metal/plan_sequences.h"
-#include "umfa/forward_shapes.h"
-#include "umfa/indices.h"
+#include "shared/forward_shapes.h"
+#include "shared/indices.h"
 
 namespace umfa::metal {
 namespace {

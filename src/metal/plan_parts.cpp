@@ -1,6 +1,6 @@
 #include "metal/plan_parts.h"
 
-#include "umfa/indices.h"
+#include "shared/indices.h"
 
 namespace umfa::metal {
 namespace {

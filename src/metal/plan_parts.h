@@ -9,7 +9,7 @@
 #include "core/problem.h"
 #include "metal/capabilities.h"
 #include "metal/launch_plan.h"
-#include "umfa/params.h"
+#include "shared/params.h"
 
 namespace umfa::metal {
 

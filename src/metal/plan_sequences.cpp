@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "umfa/indices.h"
+#include "shared/indices.h"
 
 namespace umfa::metal {
 namespace {

@@ -1,4 +1,4 @@
-"""Stage: which lane holds which elements of an 8x8 matrix (shaders/umfa/fragment.h assumes it)."""
+"""Stage: which lane holds which elements of an 8x8 matrix (shaders/shared/fragment.h assumes it)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ using namespace metal;
 
 
 def assumed() -> np.ndarray:
-    """Index of both elements that each lane holds: lane_map of shaders/umfa/fragment.h."""
+    """Index of both elements that each lane holds: lane_map of shaders/shared/fragment.h."""
     lane = np.arange(32)
     quad = lane // 4
     row = (quad & 4) + lane // 2 % 4

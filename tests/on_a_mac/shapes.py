@@ -50,7 +50,7 @@ def head_dims() -> list[tuple[int, int]]:
     """Those of the shape tables."""
     dims = set()
     for table in ("forward_shapes.h", "decode_shapes.h"):
-        text = (emulated.SHADERS / "umfa" / table).read_text()
+        text = (emulated.SHADERS / "shared" / table).read_text()
         dims |= {(int(d), int(dv)) for d, dv in re.findall(r"\bX\((\d+), (\d+),", text)}
     return sorted(dims)
 

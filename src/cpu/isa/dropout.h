@@ -1,4 +1,4 @@
-// Dropout: umfa/philox.h for many probabilities at a time.
+// Dropout: shared/philox.h for many probabilities at a time.
 //
 // A word lies in the lower half of a 64-bit lane, where one multiplication gives a whole product.
 // What the upper halves hold is never looked at, so that words need no shuffles between rounds.

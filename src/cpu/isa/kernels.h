@@ -6,8 +6,8 @@
 #include <stdint.h>
 
 #include "core/constants.h"
-#include "umfa/philox.h"
-#include "umfa/visible.h"
+#include "shared/philox.h"
+#include "shared/visible.h"
 
 namespace umfa::cpu {
 
@@ -54,7 +54,7 @@ struct Append {
     int64_t rows, heads;
 };
 
-/// What is dropped: umfa/philox.h. Index b of the batch is `batch_first` + b * `batch_step` there.
+/// What is dropped: shared/philox.h. Index b of the batch is `batch_first` + b * `batch_step` there.
 struct Dropout {
     PhiloxKey key;
     uint32_t threshold;  // 0: nothing is dropped

@@ -456,12 +456,12 @@ def test_structs_includes_and_macros(tmp_path: Path) -> None:
 
 
 def test_project_header_shared_with_the_host() -> None:
-    """shaders/umfa/*.h compile for the GPU as they do for the host."""
+    """shaders/shared/*.h compile for the GPU as they do for the host."""
     shaders = Path(__file__).parents[3] / "shaders"
     out = np.zeros(32, np.int32)
     made = Library(
         HEADER
-        + """#include "umfa/visible.h"
+        + """#include "shared/visible.h"
         kernel void f(device int* out [[buffer(0)]], uint t [[thread_position_in_grid]]) {
             umfa::Visible<int> v = {40, 8, 4, 0};
             out[t] = visible_end(v, int(t)) - visible_begin(v, int(t));

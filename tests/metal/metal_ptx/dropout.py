@@ -1,4 +1,4 @@
-"""What dropout drops, as shaders/umfa/philox.h has it, in NumPy or CuPy."""
+"""What dropout drops, as shaders/shared/philox.h has it, in NumPy or CuPy."""
 
 from __future__ import annotations
 

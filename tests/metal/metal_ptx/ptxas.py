@@ -23,7 +23,7 @@ _RESIDENT = re.compile(r"^\.minnctapersm (\d+)$", re.MULTILINE)
 SPILLED = 48
 """Bytes that a kernel may spill for one more resident threadgroup.
 
-Kernels spill so little in the passes that only NaN asks for (shaders/umfa/values.h). On an H100,
+Kernels spill so little in the passes that only NaN asks for (shaders/shared/values.h). On an H100,
 three threadgroups with 40 spilled bytes against two without: decode from pages of 16 keys takes
 0.240 ms against 0.396, packed sequences with D=128 5.18 against 5.54.
 """

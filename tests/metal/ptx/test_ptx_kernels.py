@@ -149,7 +149,7 @@ COMMON = {
     (128, "bfloat16"): (192, 0),
     (128, "float32"): (224, 0),
 }
-# Passes 1 to 3 of umfa/values.h have a body of their own in decode, with more registers than pass
+# Passes 1 to 3 of shared/values.h have a body of their own in decode, with more registers than pass
 # 0. Four threadgroups a multiprocessor leave 128 registers, three 168.
 DECODES = {(64, "float16"): (128, 0), (128, "float16"): (176, 8), (128, "bfloat16"): (176, 8)}
 

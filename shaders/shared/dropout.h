@@ -3,9 +3,9 @@
 
 #include <metal_stdlib>
 
-#include "umfa/indices.h"
-#include "umfa/params.h"
-#include "umfa/philox.h"
+#include "shared/indices.h"
+#include "shared/params.h"
+#include "shared/philox.h"
 
 using namespace metal;
 

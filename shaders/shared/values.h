@@ -14,9 +14,9 @@
 //   3     P            V, 0 where not finite   the result before these are added
 #pragma once
 
-#include "umfa/dropout.h"
-#include "umfa/fragment.h"
-#include "umfa/scores.h"
+#include "shared/dropout.h"
+#include "shared/fragment.h"
+#include "shared/scores.h"
 
 namespace umfa {
 

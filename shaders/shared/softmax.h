@@ -2,9 +2,9 @@
 // fragment at a time, in exp2.
 #pragma once
 
-#include "umfa/dropout.h"
-#include "umfa/fragment.h"
-#include "umfa/scores.h"
+#include "shared/dropout.h"
+#include "shared/fragment.h"
+#include "shared/scores.h"
 
 namespace umfa {
 

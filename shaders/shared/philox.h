@@ -12,7 +12,7 @@
 #define UMFA_HIGH_PRODUCT(a, b) static_cast<uint32_t>((static_cast<uint64_t>(a) * (b)) >> 32)
 #endif
 
-#include "umfa/visible.h"
+#include "shared/visible.h"
 
 namespace umfa {
 

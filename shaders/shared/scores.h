@@ -4,9 +4,9 @@
 
 #include <metal_stdlib>
 
-#include "umfa/indices.h"
-#include "umfa/params.h"
-#include "umfa/visible.h"
+#include "shared/indices.h"
+#include "shared/params.h"
+#include "shared/visible.h"
 
 using namespace metal;
 

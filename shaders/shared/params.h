@@ -20,7 +20,7 @@ struct RotaryParams {
     int32_t advance;   // positions from one query to the next: 1, or 0 where all stand as the first
 };
 
-/// Of umfa/philox.h.
+/// Of shared/philox.h.
 struct DropoutParams {
     uint32_t key_low, key_high;
     uint32_t threshold;

@@ -1,9 +1,9 @@
 // Tiles of K and V in threadgroup memory.
 #pragma once
 
-#include "umfa/fragment.h"
-#include "umfa/operand.h"
-#include "umfa/rotary.h"
+#include "shared/fragment.h"
+#include "shared/operand.h"
+#include "shared/rotary.h"
 
 namespace umfa {
 

@@ -4,10 +4,10 @@
 
 #include <metal_stdlib>
 
-#include "umfa/indices.h"
-#include "umfa/operand.h"
-#include "umfa/params.h"
-#include "umfa/scores.h"
+#include "shared/indices.h"
+#include "shared/operand.h"
+#include "shared/params.h"
+#include "shared/scores.h"
 
 using namespace metal;
 
