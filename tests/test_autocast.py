@@ -200,7 +200,7 @@ def test_the_context_of_another_device_is_asked_for_its_tensors(
         is_cpu = False
 
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: asked.append(device))
-    _torch.autocast("umfa.f", {"q": OnMps()}, ())
+    _torch.autocast("umfa.f", {"q": OnMps()}, (), ("q",))
     assert asked == ["mps"]
 
 
@@ -212,7 +212,7 @@ def test_what_is_expanded_stays_so() -> None:
     tensors |= {"v": tensors["k"], "attn_mask": mask}
     with autocast(BF16):
         found = dict(tensors)
-        _torch.autocast("umfa.f", found, ())
+        _torch.autocast("umfa.f", found, (), tuple(found))
         out = umfa.flash_attn_func(**tensors)
     assert found["attn_mask"].untyped_storage().nbytes() == 9 * 2
     assert found["k"].untyped_storage().nbytes() == 9 * 16 * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import inspect
 import mmap
 import sys
 from collections.abc import Callable
@@ -161,7 +162,7 @@ MAX_SEQLEN = {"max_seqlen_q": 5, "max_seqlen_k": 5, "max_seqlen": 5}
 
 
 def call(function: Callable[..., Any], tensors: dict[str, Any]) -> tuple[Array, ...]:
-    wanted = function.__code__.co_varnames[: function.__code__.co_argcount]
+    wanted = inspect.signature(function).parameters
     lengths = {name: value for name, value in MAX_SEQLEN.items() if name in wanted}
     assert umfa.can_run(function, **tensors, **lengths) == (True, "")
     result = function(**tensors, **lengths)

@@ -36,12 +36,6 @@ typedef enum umfa_layout {
     UMFA_LAYOUT_BHSD = 1  /* (batch, nheads, seqlen, head_dim) */
 } umfa_layout;
 
-typedef enum umfa_causal {
-    UMFA_CAUSAL_NONE = 0,
-    UMFA_CAUSAL_BOTTOM_RIGHT = 1, /* query i sees keys j <= i + seqlen_kv - seqlen_q */
-    UMFA_CAUSAL_TOP_LEFT = 2      /* query i sees keys j <= i */
-} umfa_causal;
-
 typedef enum umfa_backend {
     UMFA_BACKEND_AUTO = 0, /* or what the environment variable UMFA_BACKEND names */
     UMFA_BACKEND_CPU = 1,
@@ -49,50 +43,101 @@ typedef enum umfa_backend {
 } umfa_backend;
 
 /* Begin with UMFA_ATTENTION_OPTIONS_INIT, then change what differs. Fields are only ever added at
- * the end; struct_size tells the library which of them the caller knows. */
+ * the end; struct_size tells the library which of them the caller knows. Tensors that are NULL are
+ * off. `int32_t` fields without another comment are 0 or 1. */
 typedef struct umfa_attention_options {
-    size_t struct_size;           /* sizeof(umfa_attention_options) */
-    int32_t layout;               /* umfa_layout */
-    int32_t causal;               /* umfa_causal */
-    int64_t window_left;          /* keys left of the diagonal that are seen; -1: all */
-    int64_t window_right;         /* likewise right of it; ignored when causal */
-    double softmax_scale;         /* 0: head_dim ** -0.5 */
-    double softcap;               /* scores become softcap * tanh(score / softcap); 0: off */
-    const DLTensor* alibi_slopes; /* float32, (nheads,) or (batch, nheads); NULL: off. Adds
-                                     -slope * |i + seqlen_kv - seqlen_q - j| to the scores */
-    int32_t backend;              /* umfa_backend */
-    int32_t reserved;             /* 0 */
-    const DLTensor* attn_mask;    /* at most 4-dimensional, broadcasts to (batch, nheads, seqlen_q,
-                                     seqlen_kv) whatever the layout, and is never expanded; NULL: off.
-                                     bool: true = attend; float: added to the scores */
+    size_t struct_size; /* sizeof(umfa_attention_options) */
+    int32_t layout;     /* umfa_layout */
+    int32_t backend;    /* umfa_backend */
+
+/* ---- from src/core/options.def ---- */
+    /* query i sees keys j <= i + seqlen_kv - seqlen_q */
+    int32_t causal;
+    /* align causal and windows at the top left: as if seqlen_kv - seqlen_q were 0 */
+    int32_t top_left;
+    /* keys left and right of the diagonal that are seen; -1: all. causal makes right 0 */
+    int64_t window_size_left, window_size_right;
+    /* factor on the scores; 0: head_dim ** -0.5 (with qv both head dims count) */
+    double softmax_scale;
+    /* scores become softcap * tanh(score / softcap); 0: off */
+    double softcap;
+    /* float32, (nheads,) or (batch, nheads): adds -slope * |i + seqlen_kv - seqlen_q - j| */
+    const DLTensor* alibi_slopes;
+    /* broadcasts to (batch, nheads, seqlen_q, seqlen_kv) whatever the layout, and is never
+       expanded. bool: true = attend; float32, float16, bfloat16: added to the scores */
+    const DLTensor* attn_mask;
+    /* > 0: a query sees only keys of its own chunk of so many positions */
+    int64_t attention_chunk;
+    /* (nheads,): one more logit for each head's softmax, without a value */
+    const DLTensor* learnable_sink;
+    /* query's shape with value's head_dim: adds qv . value to query . key. Layout BSHD */
+    const DLTensor* qv;
+    /* probability, below 1, with which a weight is left out */
+    double dropout_p;
+    /* with the same seed and offset the same weights are dropped */
+    uint64_t dropout_seed;
+    /* gives the same seed other weights to drop */
+    uint64_t dropout_offset;
+    /* into how many parts, at most, the keys of few queries are cut; 0: umfa's choice */
+    int64_t num_splits;
+    /* (batch + 1,): query is packed, (total_q, nheads, head_dim). Layout BSHD */
+    const DLTensor* cu_seqlens_q;
+    /* (batch + 1,): key and value are packed; beside block_table only the lengths count */
+    const DLTensor* cu_seqlens_k;
+    /* (batch,): rows of each query sequence that count */
+    const DLTensor* seqused_q;
+    /* (batch,): rows of each key sequence that count; of a cache, those in use */
+    const DLTensor* seqused_k;
+    /* (batch,): index of key's batch that belongs to each query */
+    const DLTensor* cache_batch_idx;
+    /* (batch,): first row of key that counts */
+    const DLTensor* cache_leftpad;
+    /* (batch, pages of a sequence): key and value are pages, (pages, page_size, ...) */
+    const DLTensor* block_table;
+    /* a promise that is checked: no query sequence is longer */
+    int64_t max_seqlen_q;
+    /* likewise of the keys */
+    int64_t max_seqlen_k;
+    /* (batch, rows, nheads_kv, head_dim): written into key behind the rows in use, first */
+    const DLTensor* new_key;
+    /* likewise into value */
+    const DLTensor* new_value;
+    /* (positions, rotary_dim / 2): rotates queries, and new keys or else all keys */
+    const DLTensor* rotary_cos;
+    /* likewise */
+    const DLTensor* rotary_sin;
+    /* rotates the pairs (0, 1), (2, 3), ...; 0: one channel of each half */
+    int32_t rotary_interleaved;
 } umfa_attention_options;
 
-#define UMFA_ATTENTION_OPTIONS_INIT  \
-    {sizeof(umfa_attention_options), \
-     UMFA_LAYOUT_BSHD,               \
-     UMFA_CAUSAL_NONE,               \
-     -1,                             \
-     -1,                             \
-     0,                              \
-     0,                              \
-     NULL,                           \
-     UMFA_BACKEND_AUTO,              \
-     0,                              \
-     NULL}
+#define UMFA_ATTENTION_OPTIONS_INIT \
+    {sizeof(umfa_attention_options), UMFA_LAYOUT_BSHD, UMFA_BACKEND_AUTO, 0, 0, -1, -1, 0, \
+     0, NULL, NULL, 0, NULL, NULL, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -1, \
+     -1, NULL, NULL, NULL, NULL, 1}
+/* ---- end ---- */
 
 /* out = softmax(query key^T * softmax_scale) value, per head; query head h reads key head
  * h / (nheads_q / nheads_kv).
  *
  * query, key, value: float32, float16 or bfloat16, all the same, 4-dimensional in options->layout,
- *   any strides. head_dim 1 to 576; value's, 1 to 512, may differ.
+ *   any strides. head_dim 1 to 576; value's, 1 to 512, may differ. With options->cu_seqlens_q query
+ *   and out are packed, (total_q, nheads, head_dim), likewise key and value with cu_seqlens_k.
+ *   With options->new_key and new_value key and value are written: the rows that they gain.
  * out: written; query's shape with value's head_dim, query's dtype; overlaps no input.
- * lse: written unless NULL; float32, (batch, nheads, seqlen_q) whatever the layout: the natural
- *   logarithm of the sum of exp(score).
+ * lse: written unless NULL; float32, (batch, nheads, seqlen_q) whatever the layout, or with
+ *   cu_seqlens_q (nheads, total_q): the natural logarithm of the sum of exp(score).
  * options: NULL means UMFA_ATTENTION_OPTIONS_INIT.
  * A query that sees no key, or none with a score above -infinity, gets 0 and an lse of -infinity.
  * On failure nothing is written. */
 UMFA_API umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
                                             const DLTensor* value, DLTensor* out, DLTensor* lse,
+                                            const umfa_attention_options* options);
+
+/* Whether umfa_attention_forward would accept these arguments, without computing anything. out and
+ * lse are not needed. UMFA_OK, or the status that the call would return; umfa_last_error() then has
+ * the reason. */
+UMFA_API umfa_status umfa_attention_can_run(const DLTensor* query, const DLTensor* key,
+                                            const DLTensor* value,
                                             const umfa_attention_options* options);
 
 /* The same, recorded in a Metal command buffer of the caller's and neither committed nor waited
@@ -110,7 +155,7 @@ UMFA_API umfa_status umfa_attention_forward_encode(void* metal_command_buffer,
                                                    DLTensor* lse,
                                                    const umfa_attention_options* options);
 
-/* What the last failing call on this thread had to say, "[function] what; got ...; expected ...".
+/* The message of the last failing call on this thread, "[function] what; got ...; expected ...".
  * Never NULL; valid until the next failing call on this thread. */
 UMFA_API const char* umfa_last_error(void);
 

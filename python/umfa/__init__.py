@@ -6,23 +6,23 @@ The functions carry the names, arguments and defaults of flash-attn 2 and of tor
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
 from . import _ext
-from ._can_run import can_run
-from ._combine import flash_attn_combine
+from ._call.can_run import can_run
 from ._errors import UnsupportedError
-from ._flash_attn import (
+from ._functional.combine import flash_attn_combine
+from ._functional.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
 )
-from ._kvcache import flash_attn_with_kvcache
-from ._options import integer
-from ._rope import fused_rope_attention
-from ._sdpa import scaled_dot_product_attention
-from ._varlen import (
+from ._functional.kvcache import flash_attn_with_kvcache
+from ._functional.rope import fused_rope_attention
+from ._functional.sdpa import scaled_dot_product_attention
+from ._functional.varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
@@ -56,6 +56,11 @@ __version__: str = _ext.version()
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+can_run.__signature__ = signature(flash_attn_func).replace(  # type: ignore[attr-defined]
+    return_annotation="tuple[bool, str]"
+)
 
 
 class BackendInfo(NamedTuple):
@@ -143,4 +148,4 @@ def set_num_threads(count: int) -> None:
     ValueError, TypeError
         `count` is not an integer from 1 to 1024.
     """
-    _ext.set_num_threads(integer("umfa.set_num_threads", "count", count, "1 to 1024"))
+    _ext.set_num_threads(_ext.integer("umfa.set_num_threads", "count", count, "1 to 1024"))

@@ -1,6 +1,7 @@
-// The C door: DLTensor in, status out. Spelling only; the core checks and computes.
+// The C binding: DLTensor in, status out. The core checks and computes.
 #include "umfa/umfa.h"
 
+#include <cstddef>
 #include <cstring>
 #include <new>
 #include <string>
@@ -53,7 +54,7 @@ umfa_attention_options read_options(const umfa_attention_options* given, const c
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
     if (!given) return options;
     const size_t size = given->struct_size, known = sizeof options;
-    if (size < offsetof(umfa_attention_options, causal))
+    if (size < offsetof(umfa_attention_options, backend))
         fail(ErrorKind::value, function, "options->struct_size is too small", std::to_string(size),
              "sizeof(umfa_attention_options), " + std::to_string(known));
     // A caller from the future may set fields this library does not know: only 0 is safe there.
@@ -75,47 +76,67 @@ int checked_enum(int32_t value, int32_t last, const char* name, const char* func
     return value;
 }
 
+/// The public functions in each layout; they outlive every call.
+struct Names {
+    explicit Names(const char* function) : bshd(function), bhsd(function) {
+        bhsd.layout = Layout::bhsd;
+    }
+    Function bshd, bhsd;
+};
+
 struct Call {
     Problem problem;
     const char* backend;
 };
 
-/// The arguments that every attention function shares. `function` outlives the problem.
-Call read_call(const char* function, const DLTensor* query, const DLTensor* key,
-               const DLTensor* value, DLTensor* out, DLTensor* lse,
+TensorView checked_view(const DLTensor* tensor, const Function& function, const char* name) {
+    if (!tensor)
+        fail(ErrorKind::value, function.name, std::string(name) + " is missing", "NULL",
+             "a DLTensor");
+    return view_of(*tensor, function.name, name);
+}
+
+/// Copies every option of options.def into the request.
+void read_fields(const umfa_attention_options& options, AttentionRequest& request) {
+    const std::string& called = request.function->name;
+#define UMFA_INPUT(name, autocast, text) \
+    if (options.name) request.name = view_of(*options.name, called, #name);
+#define UMFA_TABLE(name, text) \
+    if (options.name) request.name = view_of(*options.name, called, #name);
+#define UMFA_NUMBER(name, value, text) request.name = options.name;
+#define UMFA_MAYBE_NUMBER(name, text) \
+    if (options.name != 0) request.name = options.name;
+#define UMFA_COUNT(name, value, text) request.name = options.name;
+#define UMFA_MAYBE_COUNT(name, text) \
+    if (options.name != -1) request.name = options.name;
+#define UMFA_SEED(name, text) request.name = options.name;
+#define UMFA_OFFSET(name, text) request.name = options.name;
+#define UMFA_FLAG(name, value, text) \
+    request.name = checked_enum(options.name, 1, "options->" #name, called.c_str()) != 0;
+#define UMFA_WINDOW(name, text)                \
+    request.name##_left = options.name##_left; \
+    request.name##_right = options.name##_right;
+#include "core/options.def"
+}
+
+/// The arguments that every attention function shares. `names` outlive the problem.
+Call read_call(const Names& names, const DLTensor* query, const DLTensor* key,
+               const DLTensor* value, DLTensor* out, DLTensor* lse, bool writes,
                const umfa_attention_options* options_or_null) {
-    const auto view = [&](const DLTensor* tensor, const char* name) {
-        if (!tensor)
-            fail(ErrorKind::value, function, std::string(name) + " is missing", "NULL",
-                 "a DLTensor");
-        return view_of(*tensor, function, name);
-    };
-    const umfa_attention_options options = read_options(options_or_null, function);
-    static constexpr Layout layouts[] = {Layout::bshd, Layout::bhsd};
-    static constexpr Causal causals[] = {Causal::none, Causal::bottom_right, Causal::top_left};
+    const char* called = names.bshd.name.c_str();
+    const umfa_attention_options options = read_options(options_or_null, called);
     static constexpr const char* backend_names[] = {"auto", "cpu", "metal"};
-
-    if (options.reserved != 0)
-        fail(ErrorKind::value, function, "options->reserved is set",
-             std::to_string(options.reserved), "0");
-
-    AttentionRequest request;
-    request.function = function;
-    request.layout = layouts[checked_enum(options.layout, 1, "options->layout", function)];
-    request.causal = causals[checked_enum(options.causal, 2, "options->causal", function)];
-    request.query = view(query, "query");
-    request.key = view(key, "key");
-    request.value = view(value, "value");
-    request.out = view(out, "out");
-    if (lse) request.lse = view(lse, "lse");
-    if (options.softmax_scale != 0) request.softmax_scale = options.softmax_scale;
-    request.window_left = options.window_left;
-    request.window_right = options.window_right;
-    request.softcap = options.softcap;
-    if (options.alibi_slopes) request.alibi_slopes = view(options.alibi_slopes, "alibi_slopes");
-    if (options.attn_mask) request.attn_mask = view(options.attn_mask, "attn_mask");
+    const Function& function =
+        checked_enum(options.layout, 1, "options->layout", called) == 0 ? names.bshd : names.bhsd;
+    AttentionRequest request(function);
+    request.query = checked_view(query, function, "query");
+    request.key = checked_view(key, function, "key");
+    request.value = checked_view(value, function, "value");
+    if (writes) request.out = checked_view(out, function, "out");
+    if (lse) request.lse = checked_view(lse, function, "lse");
+    read_fields(options, request);
     return {Problem::make(request),
-            backend_names[checked_enum(options.backend, 2, "options->backend", function)]};
+            backend_names[checked_enum(options.backend, 2, "options->backend", called)]};
 }
 
 }  // namespace
@@ -126,8 +147,18 @@ umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
                                    const DLTensor* value, DLTensor* out, DLTensor* lse,
                                    const umfa_attention_options* options) {
     return guarded([&] {
-        const Call call = read_call("umfa_attention_forward", query, key, value, out, lse, options);
+        static const Names names("umfa_attention_forward");
+        const Call call = read_call(names, query, key, value, out, lse, true, options);
         forward(route(call.problem, call.backend), call.problem);
+    });
+}
+
+umfa_status umfa_attention_can_run(const DLTensor* query, const DLTensor* key,
+                                   const DLTensor* value, const umfa_attention_options* options) {
+    return guarded([&] {
+        static const Names names("umfa_attention_can_run");
+        const Call call = read_call(names, query, key, value, nullptr, nullptr, false, options);
+        route(call.problem, call.backend);
     });
 }
 
@@ -135,11 +166,11 @@ umfa_status umfa_attention_forward_encode(void* metal_command_buffer, const DLTe
                                           const DLTensor* key, const DLTensor* value, DLTensor* out,
                                           DLTensor* lse, const umfa_attention_options* options) {
     return guarded([&] {
-        static constexpr const char* function = "umfa_attention_forward_encode";
+        static const Names names("umfa_attention_forward_encode");
         if (!metal_command_buffer)
-            fail(ErrorKind::value, function, "metal_command_buffer is missing", "NULL",
+            fail(ErrorKind::value, names.bshd.name, "metal_command_buffer is missing", "NULL",
                  "an id<MTLCommandBuffer> that is not committed");
-        const Call call = read_call(function, query, key, value, out, lse, options);
+        const Call call = read_call(names, query, key, value, out, lse, true, options);
         encode_forward(call.problem,
                        std::string_view(call.backend) == "auto" ? "metal" : call.backend,
                        metal_command_buffer);

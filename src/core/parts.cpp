@@ -16,59 +16,63 @@ Operand operand_of(const TensorView& view, Layout layout) {
 
 Alibi checked_alibi(const Checker& check, const Problem& problem, const AttentionRequest& request) {
     const TensorView& slopes = *request.alibi_slopes;
-    const bool tables = request.tables.any();
+    const std::string& name = (*request.function)[Field::alibi_slopes];
+    const bool tables = request.has_tables();
     const bool per_head = slopes.ndim == 1 && slopes.shape[0] == problem.nheads_q;
     const int64_t batch = tables ? int64_t(problem.sequences.rows.size()) : problem.batch_shape[0];
     const bool per_batch = (problem.ndim == 4 || tables) && slopes.ndim == 2 &&
                            slopes.shape[0] == batch && slopes.shape[1] == problem.nheads_q;
     const std::string heads = std::to_string(problem.nheads_q);
     if (!per_head && !per_batch)
-        check.value("alibi_slopes has the wrong shape", shape_text(slopes),
+        check.value(name + " has the wrong shape", shape_text(slopes),
                     "(" + heads + ",) or (" + std::to_string(batch) + ", " + heads + ")");
     if (slopes.dtype != DType::f32)
-        check.type("alibi_slopes has the wrong dtype", name_of(slopes.dtype), "float32");
-    check_same_device(check, slopes, "alibi_slopes", request.query);
-    check_memory(check, slopes, "alibi_slopes");
+        check.type(name + " has the wrong dtype", name_of(slopes.dtype), "float32");
+    check_same_device(check, slopes, name, *request.query);
+    check_memory(check, slopes, name);
     return {slopes, per_batch ? slopes.strides[0] : 0, slopes.strides[slopes.ndim - 1]};
 }
 
 Sinks checked_sinks(const Checker& check, const Problem& problem, const AttentionRequest& request) {
-    const TensorView& sinks = *request.sinks;
-    const std::string name = "learnable_sink";
+    const TensorView& sinks = *request.learnable_sink;
+    const std::string& name = (*request.function)[Field::learnable_sink];
     if (sinks.ndim != 1 || sinks.shape[0] != problem.nheads_q)
         check.value(name + " has the wrong shape", shape_text(sinks),
                     "(" + std::to_string(problem.nheads_q) + ",)");
     check_float_dtype(check, sinks, name);
-    check_same_device(check, sinks, name, request.query);
+    check_same_device(check, sinks, name, *request.query);
     check_memory(check, sinks, name);
     return {sinks};
 }
 
 Operand checked_qv(const Checker& check, const Problem& problem, const AttentionRequest& request) {
     const TensorView& qv = *request.qv;
-    TensorView shape = request.query;
+    const std::string& name = (*request.function)[Field::qv];
+    TensorView shape = *request.query;
     shape.shape[shape.ndim - 1] = problem.head_dim_v;
     bool same = qv.ndim == shape.ndim;
     for (int i = 0; same && i < qv.ndim; ++i) same = qv.shape[i] == shape.shape[i];
-    if (!same) check.value("qv has the wrong shape", shape_text(qv), shape_text(shape));
-    check_same_dtype(check, qv, "qv", request.query, std::string(request.query_name));
-    check_same_device(check, qv, "qv", request.query);
-    check_memory(check, qv, "qv");
-    return operand_of(qv, request.layout);
+    if (!same) check.value(name + " has the wrong shape", shape_text(qv), shape_text(shape));
+    check_same_dtype(check, qv, name, *request.query, (*request.function)[Field::query]);
+    check_same_device(check, qv, name, *request.query);
+    check_memory(check, qv, name);
+    return operand_of(qv, request.function->layout);
 }
 
 Dropout checked_dropout(const Checker& check, const AttentionRequest& request) {
     if (!(request.dropout_p >= 0 && request.dropout_p < 1))
-        check.value("dropout_p is out of range", text_of(request.dropout_p), "0 <= dropout_p < 1");
+        check.value((*request.function)[Field::dropout_p] + " is out of range",
+                    text_of(request.dropout_p), "0 <= dropout_p < 1");
     Dropout dropout;
     dropout.p = request.dropout_p;
-    dropout.key = dropout_key(request.dropout_seed, request.dropout_offset);
+    dropout.key = dropout_key(request.dropout_seed.value_or(0), request.dropout_offset);
     dropout.threshold = static_cast<uint32_t>(std::min(request.dropout_p * 0x1p32, 0x1p32 - 1));
     return dropout;
 }
 
 DenseMask broadcast_mask(const Checker& check, const Problem& problem, const TensorView& mask) {
     const bool sequences = problem.sequences.given;
+    const std::string& name = (*problem.names)[Field::attn_mask];
     TensorView full = mask;
     full.ndim = sequences ? 4 : problem.ndim;
     std::copy_n(problem.batch_shape, TensorView::max_ndim, full.shape);
@@ -82,7 +86,7 @@ DenseMask broadcast_mask(const Checker& check, const Problem& problem, const Ten
         fits = size_at(mask, i) == 1 || size_at(mask, i) == size_at(full, i) ||
                (sequences && i <= 2 && size_at(mask, i) > size_at(full, i));
     if (!fits)
-        check.value("attn_mask has the wrong shape", shape_text(mask),
+        check.value(name + " has the wrong shape", shape_text(mask),
                     "a shape that broadcasts to " + shape_text(full) +
                         (sequences ? ", the longest sequences, or beyond" : ""));
     DenseMask found{mask, mask};
@@ -92,57 +96,57 @@ DenseMask broadcast_mask(const Checker& check, const Problem& problem, const Ten
     found.view.shape[3] = problem.seqlen_kv;
     for (int i = 1; i <= 3; ++i) found.view.strides[4 - i] = stride_at(mask, i);
     if (mask.dtype != DType::b8 && !is_attention_dtype(mask.dtype)) {
-        const char *what = "attn_mask has the wrong dtype",
-                   *expected = "bool, float32, float16 or bfloat16";
+        const std::string what = name + " has the wrong dtype",
+                          expected = "bool, float32, float16 or bfloat16";
         if (is_other_float(mask.dtype)) check.unsupported(what, name_of(mask.dtype), expected);
         check.type(what, name_of(mask.dtype), expected);
     }
-    check_same_device(check, mask, "attn_mask", problem.query.view);
-    check_memory(check, mask, "attn_mask");
+    check_same_device(check, mask, name, problem.query.view);
+    check_memory(check, mask, name);
     return found;
 }
 Append checked_append(const Checker& check, const Problem& problem,
                       const AttentionRequest& request) {
     const TensorView &k = *request.new_key, &v = *request.new_value;
+    const Function& names = *request.function;
     const struct {
         const TensorView &view, &cache;
-        const char* name;
-        std::string_view cache_name;
-    } pairs[] = {{k, request.key, "k", request.key_name},
-                 {v, request.value, "v", request.value_name}};
-    for (const auto& [view, cache, name, cache_name] : pairs) {
+        Field field, cache_field;
+    } pairs[] = {{k, *request.key, Field::new_key, Field::key},
+                 {v, *request.value, Field::new_value, Field::value}};
+    for (const auto& [view, cache, field, cache_field] : pairs) {
+        const std::string &name = names[field], &cache_name = names[cache_field];
         if (view.ndim != 4 || view.shape[0] != problem.batch_shape[0] ||
             view.shape[1] != k.shape[1] || view.shape[2] != problem.nheads_kv ||
             view.shape[3] != cache.shape[3])
-            check.value(std::string(name) + " has the wrong shape", shape_text(view),
+            check.value(name + " has the wrong shape", shape_text(view),
                         "(" + std::to_string(problem.batch_shape[0]) + ", new rows, " +
                             std::to_string(problem.nheads_kv) + ", " +
                             std::to_string(cache.shape[3]) + ")");
         if (view.dtype != cache.dtype)
-            check.type(std::string(name) + " has the wrong dtype", name_of(view.dtype),
-                       name_of(cache.dtype));
+            check.type(name + " has the wrong dtype", name_of(view.dtype), name_of(cache.dtype));
         check_same_device(check, view, name, cache);
         check_memory(check, view, name);
-        check_distinct(check, cache, std::string(cache_name));
-        check_overlap(check, cache, std::string(cache_name), k, "k");
-        check_overlap(check, cache, std::string(cache_name), v, "v");
-        check_overlap(check, cache, std::string(cache_name), request.query,
-                      std::string(request.query_name));
+        check_distinct(check, cache, cache_name);
+        check_overlap(check, cache, cache_name, k, names[Field::new_key]);
+        check_overlap(check, cache, cache_name, v, names[Field::new_value]);
+        check_overlap(check, cache, cache_name, *request.query, names[Field::query]);
     }
-    if (!interleaved(request.key, request.value))
-        check_overlap(check, request.key, std::string(request.key_name), request.value,
-                      std::string(request.value_name));
+    if (!interleaved(*request.key, *request.value))
+        check_overlap(check, *request.key, names[Field::key], *request.value, names[Field::value]);
     Append append{operand_of(k, Layout::bshd), operand_of(v, Layout::bshd), k.shape[1]};
     append.key.stride_batch = stride_at(k, 4);
     append.value.stride_batch = stride_at(v, 4);
     return append;
 }
+
 Rotary checked_rotary(const Checker& check, const Problem& problem,
                       const AttentionRequest& request) {
+    const std::string &cos_name = (*request.function)[Field::rotary_cos],
+                      &sin_name = (*request.function)[Field::rotary_sin];
     if (!request.rotary_cos || !request.rotary_sin)
-        check.value("rotary_cos and rotary_sin must be given together",
-                    request.rotary_cos ? "rotary_cos alone" : "rotary_sin alone",
-                    "both or neither");
+        check.value(cos_name + " and " + sin_name + " must be given together",
+                    (request.rotary_cos ? cos_name : sin_name) + " alone", "both or neither");
     // New keys are rotated on their way into the cache, which holds the others rotated already.
     const bool keys = !request.new_key;
     const bool advances = keys || problem.causal || problem.visible.left >= 0 ||
@@ -157,28 +161,28 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
     for (const SequenceRows& rows : problem.sequences.rows)
         positions = std::max(positions, rows.position_q + reach(rows.seqlen_q));
     if (keys && problem.seqlen_q > problem.seqlen_kv)
-        check.value("rotary angles need a position for each query",
-                    std::to_string(problem.seqlen_q) + " queries of " +
-                        std::to_string(problem.seqlen_kv) + " keys",
-                    "no more queries than keys: the last query stands where the last key does");
+        check.value("seqlen_q must not exceed seqlen_kv with " + cos_name,
+                    std::to_string(problem.seqlen_q) + " and " + std::to_string(problem.seqlen_kv),
+                    "seqlen_q <= seqlen_kv: query i has position i + seqlen_kv - seqlen_q");
+    const Function& names = *request.function;
     const struct {
         const TensorView& view;
-        const char* name;
-    } tables[] = {{rotary.cos, "rotary_cos"}, {rotary.sin, "rotary_sin"}};
+        const std::string& name;
+    } tables[] = {{rotary.cos, names[Field::rotary_cos]}, {rotary.sin, names[Field::rotary_sin]}};
     for (const auto& [view, name] : tables) {
         const bool fits = view.ndim == 2 && view.shape[1] >= 1 &&
                           view.shape[1] * 2 <= problem.head_dim &&
                           view.shape[1] == rotary.cos.shape[1];
         if (!fits)
-            check.value(std::string(name) + " has the wrong shape", shape_text(view),
+            check.value(name + " has the wrong shape", shape_text(view),
                         "(positions, half of the rotated channels), at most " +
                             std::to_string(problem.head_dim / 2) + " of them");
         if (view.shape[0] < positions)
-            check.value(std::string(name) + " has too few positions", std::to_string(view.shape[0]),
+            check.value(name + " has too few positions", std::to_string(view.shape[0]),
                         "at least " + std::to_string(positions));
         check_float_dtype(check, view, name);
-        check_same_dtype(check, view, name, rotary.cos, "rotary_cos");
-        check_same_device(check, view, name, request.query);
+        check_same_dtype(check, view, name, rotary.cos, names[Field::rotary_cos]);
+        check_same_device(check, view, name, *request.query);
         check_memory(check, view, name);
     }
     rotary.channels = rotary.cos.shape[1] * 2;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <iterator>
+#include <utility>
 
 #include "core/parts.h"
 
@@ -18,13 +20,18 @@ std::string dims_text(Layout layout, bool broadcasts) {
 /// That what is written lies in none of the tensors of the orthogonal parts.
 void check_apart_from_parts(const Checker& check, const Problem& problem, const TensorView& view,
                             const std::string& name) {
-    if (problem.alibi) check_overlap(check, view, name, problem.alibi->view, "alibi_slopes");
-    if (problem.mask) check_overlap(check, view, name, problem.mask->given, "attn_mask");
-    if (problem.sinks) check_overlap(check, view, name, problem.sinks->logits, "learnable_sink");
-    if (problem.qv) check_overlap(check, view, name, problem.qv->view, "qv");
+    if (problem.alibi)
+        check_overlap(check, view, name, problem.alibi->view,
+                      (*problem.names)[Field::alibi_slopes]);
+    if (problem.mask)
+        check_overlap(check, view, name, problem.mask->given, (*problem.names)[Field::attn_mask]);
+    if (problem.sinks)
+        check_overlap(check, view, name, problem.sinks->logits,
+                      (*problem.names)[Field::learnable_sink]);
+    if (problem.qv) check_overlap(check, view, name, problem.qv->view, (*problem.names)[Field::qv]);
     if (problem.rotary) {
-        check_overlap(check, view, name, problem.rotary->cos, "rotary_cos");
-        check_overlap(check, view, name, problem.rotary->sin, "rotary_sin");
+        check_overlap(check, view, name, problem.rotary->cos, (*problem.names)[Field::rotary_cos]);
+        check_overlap(check, view, name, problem.rotary->sin, (*problem.names)[Field::rotary_sin]);
     }
 }
 
@@ -38,20 +45,16 @@ void check_writable(const Checker& check, const Problem& problem, const TensorVi
     check_same_device(check, view, name, shape);
     check_memory(check, view, name);
     check_distinct(check, view, name);
-    check_overlap(check, view, name, problem.query.view, std::string(problem.query_name));
-    check_overlap(check, view, name, problem.key.view, std::string(problem.key_name));
-    check_overlap(check, view, name, problem.value.view, std::string(problem.value_name));
+    check_overlap(check, view, name, problem.query.view, (*problem.names)[Field::query]);
+    check_overlap(check, view, name, problem.key.view, (*problem.names)[Field::key]);
+    check_overlap(check, view, name, problem.value.view, (*problem.names)[Field::value]);
     check_apart_from_parts(check, problem, view, name);
     if (problem.append) {
-        check_overlap(check, view, name, problem.append->key.view, "k");
-        check_overlap(check, view, name, problem.append->value.view, "v");
+        check_overlap(check, view, name, problem.append->key.view,
+                      (*problem.names)[Field::new_key]);
+        check_overlap(check, view, name, problem.append->value.view,
+                      (*problem.names)[Field::new_value]);
     }
-}
-
-void check_window(const Checker& check, const char* side, int64_t width) {
-    if (width < -1 || width > max_seqlen)
-        check.value(std::string("window_size ") + side + " is out of range", std::to_string(width),
-                    "-1 (unbounded) or 0 to " + std::to_string(max_seqlen));
 }
 
 }  // namespace
@@ -66,12 +69,9 @@ const char* name_of(Feature feature) {
         case Feature::gqa: return "grouped-query attention";
         case Feature::mask: return "attn_mask";
         case Feature::sinks: return "learnable_sink";
-        case Feature::block_mask: return "block_mask";
-        case Feature::score_program: return "score_mod";
         case Feature::varlen: return "a table of sequences (cu_seqlens, cache_seqlens)";
         case Feature::paged_kv: return "block_table";
         case Feature::dropout: return "dropout_p";
-        case Feature::quantised: return "quantised operands";
         case Feature::attention_chunk: return "attention_chunk";
         case Feature::append: return "appending to the cache";
         case Feature::rotary: return "rotary_cos";
@@ -80,211 +80,293 @@ const char* name_of(Feature feature) {
     return "unknown";
 }
 
-Problem Problem::make(const AttentionRequest& request) {
-    const Checker check{request.function};
-    Problem problem;
-    problem.function = request.function;
-    problem.query_name = request.query_name;
-    problem.key_name = request.key_name;
-    problem.value_name = request.value_name;
-    problem.layout = request.layout;
+namespace {
 
-    // Each tensor on its own.
-    const std::string q_name(request.query_name), k_name(request.key_name),
-        v_name(request.value_name);
-    const struct {
-        const TensorView& view;
-        const std::string& name;
-    } inputs[] = {{request.query, q_name}, {request.key, k_name}, {request.value, v_name}};
-    const SequenceTables& tables = request.tables;
-    for (const auto& [view, name] : inputs) {
-        const bool packed = &view == &request.query ? tables.cu_seqlens_q.has_value()
-                                                    : tables.cu_seqlens_k && !tables.block_table;
-        if (request.broadcasts ? view.ndim < 2 : view.ndim != (packed ? 3 : 4))
-            check.value(name + " has " + std::to_string(view.ndim) + " dimensions",
-                        "shape " + shape_text(view),
-                        packed ? "3: (total, nheads, head_dim)"
-                               : dims_text(request.layout, request.broadcasts));
-        check_float_dtype(check, view, name);
-        check_memory(check, view, name);
+/// The steps of Problem::make(), in their order.
+class Maker {
+public:
+    explicit Maker(const AttentionRequest& request)
+        : request_(request), names_(*request.function), check_{request.function->name} {
+        problem_.function = names_.name;
+        problem_.names = &names_;
+        problem_.layout = names_.layout;
     }
 
-    // The three together.
-    const TensorView &q = request.query, &k = request.key, &v = request.value;
-    for (const auto& [view, name] : inputs) {
-        check_same_dtype(check, view, name, q, q_name);
-        if (view.device != q.device || view.device_id != q.device_id)
-            check.value("device differs: " + q_name + " is on " + device_text(q) + ", " + name +
-                            " on " + device_text(view),
-                        device_text(view), device_text(q));
+    Problem make() {
+        check_present();
+        check_each();
+        check_dtypes_and_devices();
+        read_batch();
+        read_heads();
+        read_lengths();
+        read_sequences();
+        check_groups();
+        check_result_size();
+        problem_.query = operand_of(query(), names_.layout);
+        problem_.key = operand_of(key(), names_.layout);
+        problem_.value = operand_of(value(), names_.layout);
+        if (request_.qv) problem_.qv = checked_qv(check_, problem_, request_);
+        read_numbers();
+        read_visibility();
+        read_parts();
+        problem_.merge_batch();
+        problem_.wants_lse = request_.return_lse || request_.lse.has_value();
+        if (request_.out) problem_.set_out(*request_.out);
+        if (request_.lse) problem_.set_lse(*request_.lse);
+        return std::move(problem_);
     }
-    const int row = row_of(request.layout), head = head_of(request.layout);
-    const auto differ = [&](const std::string& what, const TensorView& a, const std::string& a_name,
-                            const TensorView& b, const std::string& b_name, int dimension,
-                            const std::string& expected) {
-        check.value(what + " differs: " + a_name + " has " + std::to_string(size_at(a, dimension)) +
-                        ", " + b_name + " has " + std::to_string(size_at(b, dimension)),
-                    q_name + " " + shape_text(q) + ", " + k_name + " " + shape_text(k) + ", " +
-                        v_name + " " + shape_text(v),
-                    expected);
-    };
-    const auto same = [&](const char* what, const TensorView& a, const std::string& a_name,
-                          const TensorView& b, const std::string& b_name, int dimension) {
-        if (size_at(a, dimension) != size_at(b, dimension))
-            differ(what, a, a_name, b, b_name, dimension, std::string("equal ") + what);
-    };
-    // The size that all of a dimension broadcast to.
-    const auto broadcast = [&](const char* what, int dimension, const char* expected) {
+
+private:
+    const TensorView& query() const { return *request_.query; }
+    const TensorView& key() const { return *request_.key; }
+    const TensorView& value() const { return *request_.value; }
+    int row() const { return row_of(names_.layout); }
+    int head() const { return head_of(names_.layout); }
+
+    static constexpr Field operands[] = {Field::query, Field::key, Field::value};
+    const TensorView& view_of(Field field) const {
+        return field == Field::query ? query() : field == Field::key ? key() : value();
+    }
+
+    void check_present() const {
+        const std::optional<TensorView>* views[] = {&request_.query, &request_.key,
+                                                    &request_.value};
+        for (size_t i = 0; i < std::size(views); ++i)
+            if (!*views[i]) check_.value(names_[operands[i]] + " is missing", "none", "a tensor");
+    }
+
+    void check_each() const {
+        for (const Field field : operands) {
+            const TensorView& view = view_of(field);
+            const bool packed = field == Field::query
+                                    ? request_.cu_seqlens_q.has_value()
+                                    : request_.cu_seqlens_k && !request_.block_table;
+            if (names_.broadcasts ? view.ndim < 2 : view.ndim != (packed ? 3 : 4))
+                check_.value(names_[field] + " has " + std::to_string(view.ndim) + " dimensions",
+                             "shape " + shape_text(view),
+                             packed ? "3: (total, nheads, head_dim)"
+                                    : dims_text(names_.layout, names_.broadcasts));
+            check_float_dtype(check_, view, names_[field]);
+            check_memory(check_, view, names_[field]);
+        }
+    }
+
+    void check_dtypes_and_devices() const {
+        for (const Field field : operands) {
+            const TensorView& view = view_of(field);
+            check_same_dtype(check_, view, names_[field], query(), names_[Field::query]);
+            if (view.device != query().device || view.device_id != query().device_id)
+                check_.value("device differs: " + names_[Field::query] + " is on " +
+                                 device_text(query()) + ", " + names_[field] + " on " +
+                                 device_text(view),
+                             device_text(view), device_text(query()));
+        }
+    }
+
+    std::string shapes_text() const {
+        return names_[Field::query] + " " + shape_text(query()) + ", " + names_[Field::key] + " " +
+               shape_text(key()) + ", " + names_[Field::value] + " " + shape_text(value());
+    }
+
+    [[noreturn]] void differ(const std::string& what, Field a, Field b, int dimension,
+                             const std::string& expected) const {
+        check_.value(what + " differs: " + names_[a] + " has " +
+                         std::to_string(size_at(view_of(a), dimension)) + ", " + names_[b] +
+                         " has " + std::to_string(size_at(view_of(b), dimension)),
+                     shapes_text(), expected);
+    }
+
+    void check_same(const char* what, Field a, Field b, int dimension) const {
+        if (size_at(view_of(a), dimension) != size_at(view_of(b), dimension))
+            differ(what, a, b, dimension, std::string("equal ") + what);
+    }
+
+    /// The size to which a dimension of query, key and value broadcasts.
+    int64_t broadcast(const char* what, int dimension, const char* expected) const {
         int64_t size = 1;
-        const TensorView* first = nullptr;
-        const std::string* first_name = nullptr;
-        for (const auto& [view, name] : inputs) {
-            const int64_t own = size_at(view, dimension);
+        std::optional<Field> first;
+        for (const Field field : operands) {
+            const int64_t own = size_at(view_of(field), dimension);
             if (own == 1) continue;
-            if (first && own != size)
-                differ(what, *first, *first_name, view, name, dimension, expected);
-            first = &view;
-            first_name = &name;
+            if (first && own != size) differ(what, *first, field, dimension, expected);
+            first = field;
             size = own;
         }
         return size;
-    };
-    problem.ndim = request.broadcasts ? std::max({q.ndim, k.ndim, v.ndim}) : q.ndim;
-    if (!request.broadcasts) {
-        if (!tables.any()) same("batch", q, q_name, k, k_name, 4);
-        same("batch", k, k_name, v, v_name, 4);
-        problem.batch_shape[0] = size_at(q, 4);
     }
-    for (int i = 0; request.broadcasts && i < problem.ndim - 3; ++i)
-        problem.batch_shape[i] = broadcast("batch", problem.ndim - i, "equal batch sizes, or 1");
-    same("head_dim", q, q_name, k, k_name, 1);
-    if (!request.broadcasts) same("nheads", k, k_name, v, v_name, head);
-    same("seqlen", k, k_name, v, v_name, row);
 
-    problem.nheads_q = size_at(q, head);
-    problem.nheads_kv = size_at(k, head);
-    if (request.broadcasts && !request.grouped) {
-        problem.nheads_q =
-            broadcast("nheads", head, "equal nheads, or 1; enable_gqa=True lets heads share keys");
-        // One key head for all is read as a group, where both have but one.
-        if (size_at(k, head) != 1 || size_at(v, head) != 1) problem.nheads_kv = problem.nheads_q;
-    } else if (request.broadcasts) {
-        problem.nheads_kv = std::max(problem.nheads_kv, size_at(v, head));
-        if (size_at(k, head) == 0 || size_at(v, head) == 0) problem.nheads_kv = 0;
-        for (const TensorView* view : {&k, &v})
-            if (size_at(*view, head) != 1 && size_at(*view, head) != problem.nheads_kv)
-                same("nheads", k, k_name, v, v_name, head);
+    void read_batch() {
+        if (!names_.broadcasts) {
+            problem_.ndim = query().ndim;
+            if (!request_.has_tables()) check_same("batch", Field::query, Field::key, 4);
+            check_same("batch", Field::key, Field::value, 4);
+            problem_.batch_shape[0] = size_at(query(), 4);
+            return;
+        }
+        problem_.ndim = std::max({query().ndim, key().ndim, value().ndim});
+        for (int i = 0; i < problem_.ndim - 3; ++i)
+            problem_.batch_shape[i] =
+                broadcast("batch", problem_.ndim - i, "equal batch sizes, or 1");
     }
-    problem.query_rows = size_at(q, row);
-    problem.seqlen_q = problem.query_rows;
-    problem.seqlen_kv = size_at(k, row);
-    problem.head_dim = size_at(q, 1);
-    problem.head_dim_v = size_at(v, 1);
-    const auto check_head_dim = [&](int64_t size, int64_t most, const std::string& name) {
-        const auto expected = [&] { return "1 to " + std::to_string(most); };
+
+    void read_heads() {
+        check_same("head_dim", Field::query, Field::key, 1);
+        if (!names_.broadcasts) check_same("nheads", Field::key, Field::value, head());
+        check_same("seqlen", Field::key, Field::value, row());
+        problem_.nheads_q = size_at(query(), head());
+        problem_.nheads_kv = size_at(key(), head());
+        if (!names_.broadcasts) return;
+        const int64_t key_heads = size_at(key(), head()), value_heads = size_at(value(), head());
+        if (!request_.grouped) {
+            problem_.nheads_q = broadcast("nheads", head(),
+                                          "equal nheads, or 1; enable_gqa=True lets heads share "
+                                          "keys");
+            // One key head for all is read as a group, where both have but one.
+            if (key_heads != 1 || value_heads != 1) problem_.nheads_kv = problem_.nheads_q;
+            return;
+        }
+        problem_.nheads_kv =
+            key_heads == 0 || value_heads == 0 ? 0 : std::max(key_heads, value_heads);
+        for (const int64_t heads : {key_heads, value_heads})
+            if (heads != 1 && heads != problem_.nheads_kv)
+                check_same("nheads", Field::key, Field::value, head());
+    }
+
+    void check_head_dim(int64_t size, int64_t most, Field field) const {
+        const std::string expected = "1 to " + std::to_string(most);
         if (size < 1)
-            check.value("head_dim of " + name + " is too small", std::to_string(size), expected());
+            check_.value("head_dim of " + names_[field] + " is too small", std::to_string(size),
+                         expected);
         if (size > most)
-            check.unsupported("head_dim of " + name + " is too large", std::to_string(size),
-                              expected());
-    };
-    check_head_dim(problem.head_dim, max_head_dim, q_name);
-    check_head_dim(problem.head_dim_v, max_head_dim_v, v_name);
-    for (const auto& [length, name] :
-         {std::pair{problem.seqlen_q, q_name}, {problem.seqlen_kv, k_name}})
-        if (length > max_seqlen)
-            check.unsupported("seqlen of " + name + " is too large", std::to_string(length),
-                              "at most " + std::to_string(max_seqlen));
-    if (request.new_key.has_value() != request.new_value.has_value())
-        check.value("k and v must be given together", request.new_key ? "k alone" : "v alone",
-                    "both or neither");
-    if (request.new_key) problem.append = checked_append(check, problem, request);
-    if (tables.any() || problem.append) {
-        problem.sequences =
-            read_sequences(request.function, tables,
-                           {problem.batch_shape[0], problem.query_rows, size_at(k, 4),
-                            size_at(k, row), problem.append ? problem.append->rows : 0});
-        problem.page_size = tables.block_table ? size_at(k, row) : 0;
-        problem.seqlen_q = problem.seqlen_kv = 0;
-        for (const SequenceRows& rows : problem.sequences.rows) {
-            problem.seqlen_q = std::max(problem.seqlen_q, rows.seqlen_q);
-            problem.seqlen_kv = std::max(problem.seqlen_kv, rows.seqlen_kv);
+            check_.unsupported("head_dim of " + names_[field] + " is too large",
+                               std::to_string(size), expected);
+    }
+
+    void read_lengths() {
+        problem_.query_rows = size_at(query(), row());
+        problem_.seqlen_q = problem_.query_rows;
+        problem_.seqlen_kv = size_at(key(), row());
+        problem_.head_dim = size_at(query(), 1);
+        problem_.head_dim_v = size_at(value(), 1);
+        check_head_dim(problem_.head_dim, max_head_dim, Field::query);
+        check_head_dim(problem_.head_dim_v, max_head_dim_v, Field::value);
+        for (const auto& [length, field] :
+             {std::pair{problem_.seqlen_q, Field::query}, {problem_.seqlen_kv, Field::key}})
+            if (length > max_seqlen)
+                check_.unsupported("seqlen of " + names_[field] + " is too large",
+                                   std::to_string(length), "at most " + std::to_string(max_seqlen));
+    }
+
+    void read_sequences() {
+        if (request_.new_key.has_value() != request_.new_value.has_value()) {
+            const std::string &k = names_[Field::new_key], &v = names_[Field::new_value];
+            check_.value(k + " and " + v + " must be given together",
+                         (request_.new_key ? k : v) + " alone", "both or neither");
+        }
+        if (request_.new_key) problem_.append = checked_append(check_, problem_, request_);
+        if (!request_.has_tables() && !problem_.append) return;
+        problem_.sequences = umfa::read_sequences(
+            request_, {problem_.batch_shape[0], problem_.query_rows, size_at(key(), 4),
+                       size_at(key(), row()), problem_.append ? problem_.append->rows : 0});
+        problem_.page_size = request_.block_table ? size_at(key(), row()) : 0;
+        problem_.seqlen_q = problem_.seqlen_kv = 0;
+        for (const SequenceRows& rows : problem_.sequences.rows) {
+            problem_.seqlen_q = std::max(problem_.seqlen_q, rows.seqlen_q);
+            problem_.seqlen_kv = std::max(problem_.seqlen_kv, rows.seqlen_kv);
         }
     }
-    const bool divides =
-        problem.nheads_kv > 0 ? problem.nheads_q % problem.nheads_kv == 0 : problem.nheads_q == 0;
-    if (!divides)  // where nheads broadcasts, it does
-        check.value("nheads of " + q_name + " is not a multiple of nheads of " + k_name,
-                    std::to_string(problem.nheads_q) + " and " + std::to_string(problem.nheads_kv),
-                    "nheads_q % nheads_kv == 0");
-    // Expanded tensors that broadcast can ask for more than there are addresses.
-    int64_t elements = problem.nheads_q;
-    bool fits = !__builtin_mul_overflow(elements, problem.seqlen_q, &elements) &&
-                !__builtin_mul_overflow(elements, problem.head_dim_v, &elements);
-    for (int i = 0; i < problem.ndim - 3; ++i)
-        fits = fits && !__builtin_mul_overflow(elements, problem.batch_shape[i], &elements);
-    if (!fits)
-        check.value("the result is too large",
-                    q_name + " " + shape_text(q) + ", " + k_name + " " + shape_text(k) + ", " +
-                        v_name + " " + shape_text(v),
-                    "less than 2^63 elements");
-    problem.query = operand_of(q, request.layout);
-    problem.key = operand_of(k, request.layout);
-    problem.value = operand_of(v, request.layout);
-    if (request.qv) problem.qv = checked_qv(check, problem, request);
 
-    // Numbers.
-    problem.softmax_scale = request.softmax_scale.value_or(
-        1.0 /
-        std::sqrt(static_cast<double>(problem.head_dim + (problem.qv ? problem.head_dim_v : 0))));
-    // Kernels compute with float32, and in powers of two: what they are given must fit.
-    if (!std::isfinite(static_cast<float>(problem.score_scale())))
-        check.value(std::string(request.scale_name) + " is not a number of float32's range",
-                    text_of(problem.softmax_scale), "a finite number below 2e38");
-    problem.softcap = request.softcap;
-    const bool cap_fits = problem.softcap >= FLT_MIN &&
-                          std::isfinite(static_cast<float>(problem.softcap_log2())) &&
-                          std::isfinite(static_cast<float>(problem.score_scale()));
-    if (problem.softcap != 0 && !cap_fits)
-        check.value("softcap is out of range", text_of(problem.softcap),
-                    "a number > 0 of float32's range, or 0 for none");
-    const Dropout dropout = checked_dropout(check, request);
-    if (dropout.p > 0) problem.dropout = dropout;
-    if (request.num_splits < 0 || request.num_splits > max_seqlen)
-        check.value("num_splits is out of range", std::to_string(request.num_splits),
-                    "0 (the backend's choice) to " + std::to_string(max_seqlen));
-    problem.num_splits = request.num_splits;
-
-    // Visibility. A causal mask is a window whose right edge is the diagonal.
-    check_window(check, "left", request.window_left);
-    check_window(check, "right", request.window_right);
-    if (request.attention_chunk < 0 || request.attention_chunk > max_seqlen)
-        check.value("attention_chunk is out of range", std::to_string(request.attention_chunk),
-                    "0 (none) to " + std::to_string(max_seqlen));
-    problem.causal = request.causal != Causal::none;
-    problem.top_left = request.causal == Causal::top_left;
-    problem.visible.seqlen_kv = problem.seqlen_kv;
-    problem.visible.offset = problem.top_left ? 0 : problem.seqlen_kv - problem.seqlen_q;
-    problem.visible.left = request.window_left;
-    problem.visible.right = problem.causal ? 0 : request.window_right;
-    problem.visible.chunk = request.attention_chunk;
-
-    if (request.alibi_slopes) problem.alibi = checked_alibi(check, problem, request);
-    if (request.rotary_cos || request.rotary_sin)
-        problem.rotary = checked_rotary(check, problem, request);
-    if (request.sinks) problem.sinks = checked_sinks(check, problem, request);
-    if (request.attn_mask) problem.mask = broadcast_mask(check, problem, *request.attn_mask);
-    if (problem.append) {  // what is read besides may not lie in the caches
-        for (const auto& [cache, name] : {std::pair{&k, &k_name}, {&v, &v_name}})
-            check_apart_from_parts(check, problem, *cache, *name);
+    void check_groups() const {
+        const bool divides = problem_.nheads_kv > 0 ? problem_.nheads_q % problem_.nheads_kv == 0
+                                                    : problem_.nheads_q == 0;
+        if (!divides)  // where nheads broadcasts, it does
+            check_.value(
+                "nheads of " + names_[Field::query] + " is not a multiple of nheads of " +
+                    names_[Field::key],
+                std::to_string(problem_.nheads_q) + " and " + std::to_string(problem_.nheads_kv),
+                "nheads_q % nheads_kv == 0");
     }
-    problem.merge_batch();
 
-    problem.wants_lse = request.wants_lse || request.lse.has_value();
-    if (request.out) problem.set_out(*request.out);
-    if (request.lse) problem.set_lse(*request.lse);
-    return problem;
-}
+    /// Expanded tensors that broadcast can ask for more elements than 64 bits count.
+    void check_result_size() const {
+        int64_t elements = problem_.nheads_q;
+        bool fits = !__builtin_mul_overflow(elements, problem_.seqlen_q, &elements) &&
+                    !__builtin_mul_overflow(elements, problem_.head_dim_v, &elements);
+        for (int i = 0; i < problem_.ndim - 3; ++i)
+            fits = fits && !__builtin_mul_overflow(elements, problem_.batch_shape[i], &elements);
+        if (!fits)
+            check_.value("the result is too large", shapes_text(), "less than 2^63 elements");
+    }
+
+    void read_numbers() {
+        problem_.softmax_scale = request_.softmax_scale.value_or(
+            1.0 / std::sqrt(static_cast<double>(problem_.head_dim +
+                                                (problem_.qv ? problem_.head_dim_v : 0))));
+        // Kernels compute with float32, and in powers of two: what they are given must fit.
+        if (!std::isfinite(static_cast<float>(problem_.score_scale())))
+            check_.value(names_[Field::softmax_scale] + " is not a number of float32's range",
+                         text_of(problem_.softmax_scale), "a finite number below 2e38");
+        problem_.softcap = request_.softcap;
+        const bool cap_fits = problem_.softcap >= FLT_MIN &&
+                              std::isfinite(static_cast<float>(problem_.softcap_log2())) &&
+                              std::isfinite(static_cast<float>(problem_.score_scale()));
+        if (problem_.softcap != 0 && !cap_fits)
+            check_.value(names_[Field::softcap] + " is out of range", text_of(problem_.softcap),
+                         "a number > 0 of float32's range, or 0 for none");
+        const Dropout dropout = checked_dropout(check_, request_);
+        if (dropout.p > 0) problem_.dropout = dropout;
+        if (request_.num_splits < 0 || request_.num_splits > max_seqlen)
+            check_.value(names_[Field::num_splits] + " is out of range",
+                         std::to_string(request_.num_splits),
+                         "0 (the backend's choice) to " + std::to_string(max_seqlen));
+        problem_.num_splits = request_.num_splits;
+    }
+
+    void check_window(const char* side, int64_t width) const {
+        if (width < -1 || width > max_seqlen)
+            check_.value(names_[Field::window_size] + " " + side + " is out of range",
+                         std::to_string(width),
+                         "-1 (unbounded) or 0 to " + std::to_string(max_seqlen));
+    }
+
+    /// A causal mask is a window whose right edge is the diagonal.
+    void read_visibility() {
+        check_window("left", request_.window_size_left);
+        check_window("right", request_.window_size_right);
+        if (request_.attention_chunk < 0 || request_.attention_chunk > max_seqlen)
+            check_.value(names_[Field::attention_chunk] + " is out of range",
+                         std::to_string(request_.attention_chunk),
+                         "0 (none) to " + std::to_string(max_seqlen));
+        problem_.causal = request_.causal;
+        problem_.top_left = request_.top_left;
+        problem_.visible.seqlen_kv = problem_.seqlen_kv;
+        problem_.visible.offset = problem_.top_left ? 0 : problem_.seqlen_kv - problem_.seqlen_q;
+        problem_.visible.left = request_.window_size_left;
+        problem_.visible.right = problem_.causal ? 0 : request_.window_size_right;
+        problem_.visible.chunk = request_.attention_chunk;
+    }
+
+    void read_parts() {
+        if (request_.alibi_slopes) problem_.alibi = checked_alibi(check_, problem_, request_);
+        if (request_.rotary_cos || request_.rotary_sin)
+            problem_.rotary = checked_rotary(check_, problem_, request_);
+        if (request_.learnable_sink) problem_.sinks = checked_sinks(check_, problem_, request_);
+        if (request_.attn_mask)
+            problem_.mask = broadcast_mask(check_, problem_, *request_.attn_mask);
+        if (!problem_.append) return;
+        for (const Field cache : {Field::key, Field::value})  // which are written
+            check_apart_from_parts(check_, problem_, view_of(cache), names_[cache]);
+    }
+
+    const AttentionRequest& request_;
+    const Function& names_;
+    const Checker check_;
+    Problem problem_;
+};
+
+}  // namespace
+
+Problem Problem::make(const AttentionRequest& request) { return Maker(request).make(); }
 
 TensorView Problem::out_shape() const {
     TensorView shape = query.view;
@@ -369,8 +451,6 @@ uint32_t Problem::features() const {
     add(Feature::gqa, nheads_q != nheads_kv);
     add(Feature::mask, mask.has_value());
     add(Feature::sinks, sinks.has_value());
-    add(Feature::block_mask, block_mask.has_value());
-    add(Feature::score_program, score_program.has_value());
     add(Feature::varlen, sequences.given);
     add(Feature::paged_kv, page_size > 0);
     add(Feature::attention_chunk, visible.chunk > 0);
@@ -378,8 +458,6 @@ uint32_t Problem::features() const {
     add(Feature::rotary, rotary.has_value());
     add(Feature::qv, qv.has_value());
     add(Feature::dropout, dropout.has_value());
-    add(Feature::quantised,
-        quantised_query.has_value() || quantised_key.has_value() || quantised_value.has_value());
     return set;
 }
 

@@ -1,5 +1,5 @@
-// Problem: one attention call, normalised and validated. Doors fill an AttentionRequest, make()
-// checks everything once; backends only read.
+// Problem: one attention call, normalised and checked. Bindings fill an AttentionRequest, make()
+// checks everything once, backends only read.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 
 #include "core/constants.h"
 #include "core/export.h"
+#include "core/request.h"
 #include "core/sequences.h"
 #include "core/tensor_view.h"
 #include "shared/philox.h"
@@ -18,17 +19,6 @@
 namespace umfa {
 
 constexpr int64_t max_seqlen = INT32_MAX;  // kernels hold key positions in 32 bits
-
-/// Order of the last three dimensions of query, key, value and out; batch dimensions come before.
-/// LSE is always (batch, nheads, seqlen_q).
-enum class Layout : uint8_t { bshd, bhsd };
-
-/// Where the causal diagonal lies when seqlen_q != seqlen_kv.
-enum class Causal : uint8_t {
-    none,
-    bottom_right,  // query i sees keys j <= i + seqlen_kv - seqlen_q (flash-attn, MLX)
-    top_left,      // query i sees keys j <= i                        (torch SDPA, JAX)
-};
 
 // ---- the orthogonal parts ------------------------------------------------------------------------
 // Each is absent (nullopt) or there; any two compose. A backend that lacks one says so by name in
@@ -58,17 +48,6 @@ struct Sinks {
     TensorView logits;  // (nheads,): f32, f16 or bf16
 };
 
-/// Key blocks that each query block visits, with those that need no mask told apart.
-struct BlockMask {
-    TensorView kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices;
-    int64_t block_q = 128, block_kv = 128;
-};
-
-/// Traced score_mod / mask_mod: an SSA program that each backend compiles or evaluates per tile.
-struct ScoreProgram {
-    std::string text;
-};
-
 /// Rows that go into key and value before attention.
 struct Append {
     Operand key, value;
@@ -94,16 +73,6 @@ struct Dropout {
     int64_t batch_first = 0, batch_step = 1;
 };
 
-/// How one operand's integers or small floats become numbers.
-struct Quantised {
-    enum class Granularity : uint8_t { tensor, row, block, channel };
-    Granularity granularity = Granularity::tensor;
-    bool symmetric = true;
-    int64_t block_rows = 0, block_columns = 0;
-    TensorView scale;
-    std::optional<TensorView> zero_point;
-};
-
 // ---- features: what a problem asks of a backend ----------------------------------------------------
 
 enum class Feature : uint32_t {
@@ -115,12 +84,9 @@ enum class Feature : uint32_t {
     gqa = 1u << 5,
     mask = 1u << 6,
     sinks = 1u << 7,
-    block_mask = 1u << 8,
-    score_program = 1u << 9,
     varlen = 1u << 10,
     paged_kv = 1u << 11,
     dropout = 1u << 12,
-    quantised = 1u << 13,
     attention_chunk = 1u << 14,
     append = 1u << 15,
     rotary = 1u << 16,
@@ -130,46 +96,7 @@ constexpr uint32_t bit(Feature feature) { return static_cast<uint32_t>(feature);
 /// The name users know it by: "window_size", "dropout_p", ...
 UMFA_CORE_API const char* name_of(Feature feature);
 
-// ---- request and problem -------------------------------------------------------------------------
-
-/// What a door hands in. Nothing here has been checked.
-struct AttentionRequest {
-    std::string_view function;  // for messages, e.g. "umfa.flash_attn_func"; outlives the Problem
-    Layout layout = Layout::bshd;
-    /// bhsd only: torch's shapes. Two dimensions or more, of which the batch dimensions and nheads
-    /// broadcast from size 1 or from not being there.
-    bool broadcasts = false;
-    /// Query heads may outnumber key and value heads, which they then share.
-    bool grouped = true;
-    TensorView query, key, value;
-    // The caller's spelling of the three, for messages; outlives the Problem.
-    std::string_view query_name = "query", key_name = "key", value_name = "value";
-    std::string_view scale_name = "softmax_scale";  // likewise
-    std::optional<TensorView> out, lse;             // absent while only can_run is asked
-    bool wants_lse = false;
-    std::optional<double> softmax_scale;  // absent: head_dim ** -0.5
-    Causal causal = Causal::none;
-    int64_t window_left = -1, window_right = -1;
-    double softcap = 0;
-    int64_t attention_chunk = 0;  // > 0: queries see keys of their own chunk only
-    std::optional<TensorView> alibi_slopes, sinks;
-    /// (batch, rows, nheads, head_dim) to be written into key and value behind what they hold, before
-    /// anything else.
-    std::optional<TensorView> new_key, new_value;
-    /// (positions, half of the rotated channels): turns the queries, and the new keys or else all
-    /// keys, by the angles of their position.
-    std::optional<TensorView> rotary_cos, rotary_sin;
-    bool rotary_interleaved = true;  // pairs (0, 1), (2, 3), ...; else one from each half
-    SequenceTables tables;  // packed, cached, paged; layout bshd, packed tensors without the batch
-    std::optional<TensorView> attn_mask;  // of out's dimensions at most; broadcast from the right
-    double dropout_p = 0;
-    uint64_t dropout_seed = 0, dropout_offset = 0;
-    /// Of query's shape but with value's head_dim: qv.value is added to query.key (DeepSeek's MLA
-    /// with absorbed weights). Layout bshd only.
-    std::optional<TensorView> qv;
-    /// Into how many parts the keys of few queries are cut: 0 the backend's choice.
-    int64_t num_splits = 0;
-};
+// ---- problem -------------------------------------------------------------------------------------
 
 /// A batch dimension that no stride walks together with the others. The problem is carried out once
 /// for each index, which moves the operands by these strides.
@@ -185,7 +112,8 @@ struct RowRange {
 };
 
 struct UMFA_CORE_API Problem {
-    std::string_view function, query_name, key_name, value_name;  // as in the request
+    std::string_view function;        // its name, for messages
+    const Function* names = nullptr;  // the caller's spelling of the arguments; outlives this
     Layout layout = Layout::bshd;
     int ndim = 4;  // of out; less than 4 where it has no batch dimension, or no nheads
     int64_t batch_shape[TensorView::max_ndim] = {};  // its first ndim - 3 dimensions
@@ -209,14 +137,11 @@ struct UMFA_CORE_API Problem {
     std::optional<Alibi> alibi;
     std::optional<DenseMask> mask;
     std::optional<Sinks> sinks;
-    std::optional<BlockMask> block_mask;
-    std::optional<ScoreProgram> score_program;
     Sequences sequences;    // not given: index b of the batch is sequence b, all of it
     int64_t page_size = 0;  // > 0: keys and values lie in pages
     std::optional<Append> append;
     std::optional<Rotary> rotary;
     std::optional<Dropout> dropout;
-    std::optional<Quantised> quantised_query, quantised_key, quantised_value;
 
     /// Checks everything; throws `Error` with the offending values.
     static Problem make(const AttentionRequest& request);
@@ -247,7 +172,7 @@ struct UMFA_CORE_API Problem {
     /// Bitwise or of `Feature`s that this problem uses.
     uint32_t features() const;
 
-private:
+    /// Finds `batch` and `loops` for the operands that are there.
     void merge_batch();
 };
 

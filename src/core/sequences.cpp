@@ -88,8 +88,9 @@ private:
 
 /// Refuses sequences that would write the same row of the cache: which one comes last would be
 /// chance.
-void check_apart(const Reader& read, const Sequences& found, const SequenceTables& tables,
+void check_apart(const Reader& read, const Sequences& found, const AttentionRequest& tables,
                  const SequenceShapes& shapes) {
+    const Function& names = *tables.function;
     struct Span {
         int64_t begin, end;  // (batch index or page, row) in one number
         size_t sequence;
@@ -121,7 +122,7 @@ void check_apart(const Reader& read, const Sequences& found, const SequenceTable
         if (spans[i].begin < spans[i - 1].end)
             read.refuse("sequences " + std::to_string(spans[i - 1].sequence) + " and " +
                             std::to_string(spans[i].sequence) + " would write the same row of " +
-                            std::string(tables.key_name),
+                            names[Field::key],
                         "row " + std::to_string(spans[i].begin % shapes.kv_rows) + " of " +
                             (tables.block_table ? "page " : "index ") +
                             std::to_string(spans[i].begin / shapes.kv_rows),
@@ -130,15 +131,16 @@ void check_apart(const Reader& read, const Sequences& found, const SequenceTable
 
 }  // namespace
 
-Sequences read_sequences(std::string_view function, const SequenceTables& tables,
-                         const SequenceShapes& shapes) {
-    const Reader read{function};
+Sequences read_sequences(const AttentionRequest& tables, const SequenceShapes& shapes) {
+    const Function& names = *tables.function;
+    const Reader read{names.name};
     Sequences found;
     found.given = true;
     std::vector<int64_t> q_offsets, k_offsets, used_q, used_k, index, leftpad;
     int64_t batch = shapes.query_batch;
     if (tables.cu_seqlens_q) {
-        read.offsets(*tables.cu_seqlens_q, "cu_seqlens_q", shapes.query_rows, q_offsets);
+        read.offsets(*tables.cu_seqlens_q, names[Field::cu_seqlens_q], shapes.query_rows,
+                     q_offsets);
         batch = static_cast<int64_t>(q_offsets.size()) - 1;
     }
     const auto q_rows = [&](int64_t b) {
@@ -148,18 +150,19 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
 
     // Keys: how many rows there are for a sequence, before seqused_k cuts them down.
     if (tables.cu_seqlens_k) {
-        read.check(*tables.cu_seqlens_k, "cu_seqlens_k", 1, batch + 1,
-                   "(" + std::to_string(batch + 1) + ",), as cu_seqlens_q");
-        read.offsets(*tables.cu_seqlens_k, "cu_seqlens_k",
+        read.check(*tables.cu_seqlens_k, names[Field::cu_seqlens_k], 1, batch + 1,
+                   "(" + std::to_string(batch + 1) + ",), as " + names[Field::cu_seqlens_q]);
+        read.offsets(*tables.cu_seqlens_k, names[Field::cu_seqlens_k],
                      tables.block_table ? INT32_MAX : shapes.kv_rows, k_offsets);
     }
     int64_t paged_rows = 0;
     if (tables.block_table) {
-        read.check(*tables.block_table, "block_table", 2, batch,
+        read.check(*tables.block_table, names[Field::block_table], 2, batch,
                    "(" + std::to_string(batch) + ", pages of a sequence)");
         if (tables.cache_batch_idx)
-            read.refuse("cache_batch_idx and block_table exclude each other", "both",
-                        "one of them: a block table already says where a sequence lies");
+            read.refuse(names[Field::cache_batch_idx] + " and " + names[Field::block_table] +
+                            " exclude each other",
+                        "both", "one of them: a block table already says where a sequence lies");
         if (__builtin_mul_overflow(tables.block_table->shape[1], shapes.kv_rows, &paged_rows))
             paged_rows = INT64_MAX;
     }
@@ -168,18 +171,19 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
         if (tables.cu_seqlens_k) return k_offsets[i + 1] - k_offsets[i];
         return tables.block_table ? paged_rows : shapes.kv_rows;
     };
-    const std::string name(tables.seqused_k_name);
+    const std::string& name = names[Field::seqused_k];
     if (tables.seqused_q)
-        read.read(*tables.seqused_q, "seqused_q", batch, 0, q_rows, "the sequence's rows", used_q);
+        read.read(*tables.seqused_q, names[Field::seqused_q], batch, 0, q_rows,
+                  "the sequence's rows", used_q);
     if (tables.seqused_k)
         read.read(*tables.seqused_k, name, batch, 0, k_rows, "the sequence's rows", used_k);
     if (tables.cache_batch_idx)
         read.read(
-            *tables.cache_batch_idx, "cache_batch_idx", batch, 0,
+            *tables.cache_batch_idx, names[Field::cache_batch_idx], batch, 0,
             [&](int64_t) { return shapes.kv_batch - 1; }, "the cache's batch", index);
     else if (!tables.cu_seqlens_k && !tables.block_table && shapes.kv_batch != batch)
         read.refuse("batch differs: the query has " + std::to_string(batch) + ", " +
-                        std::string(tables.key_name) + " has " + std::to_string(shapes.kv_batch),
+                        names[Field::key] + " has " + std::to_string(shapes.kv_batch),
                     std::to_string(shapes.kv_batch),
                     std::to_string(batch) + ", or cache_batch_idx");
     const auto end_of = [&](int64_t b) {
@@ -187,16 +191,17 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
     };
     for (int64_t b = 0; shapes.appended > 0 && b < batch; ++b)
         if (end_of(b) > k_rows(b))
-            read.refuse(
-                std::string(tables.key_name) + " overflows for sequence " + std::to_string(b),
-                std::to_string(end_of(b) - shapes.appended) + " rows in use and " +
-                    std::to_string(shapes.appended) + " new ones",
-                "at most " + std::to_string(k_rows(b)) + " in all");
+            read.refuse(names[Field::key] + " overflows for sequence " + std::to_string(b),
+                        std::to_string(end_of(b) - shapes.appended) + " rows in use and " +
+                            std::to_string(shapes.appended) + " new ones",
+                        "at most " + std::to_string(k_rows(b)) + " in all");
     if (tables.cache_leftpad) {
         if (tables.block_table)
-            read.refuse("cache_leftpad and block_table exclude each other", "both", "one of them");
-        read.read(*tables.cache_leftpad, "cache_leftpad", batch, 0, end_of, "the keys in use",
-                  leftpad);
+            read.refuse(names[Field::cache_leftpad] + " and " + names[Field::block_table] +
+                            " exclude each other",
+                        "both", "one of them");
+        read.read(*tables.cache_leftpad, names[Field::cache_leftpad], batch, 0, end_of,
+                  "the keys in use", leftpad);
     }
 
     for (int64_t b = 0; b < batch; ++b) {
@@ -218,7 +223,7 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
 
     if (tables.block_table) {
         if (shapes.kv_rows < 1)
-            read.refuse(std::string(tables.key_name) + " has pages without rows",
+            read.refuse(names[Field::key] + " has pages without rows",
                         "page size " + std::to_string(shapes.kv_rows), "at least 1");
         // What lies past a sequence's last page is never read, and may hold anything.
         const auto pages_of = [&](const SequenceRows& rows) {
@@ -226,7 +231,7 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
         };
         for (const SequenceRows& rows : found.rows) {
             if (rows.seqlen_kv > INT32_MAX)
-                read.refuse("a sequence of " + std::string(tables.key_name) + " is too long",
+                read.refuse("a sequence of " + names[Field::key] + " is too long",
                             std::to_string(rows.seqlen_kv), "at most " + std::to_string(INT32_MAX));
             found.pages_per_sequence = std::max(found.pages_per_sequence, pages_of(rows));
         }
@@ -235,15 +240,16 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
             const int64_t rows = found.rows[static_cast<size_t>(b)].seqlen_kv;
             const int64_t used = pages_of(found.rows[static_cast<size_t>(b)]);
             if (used > tables.block_table->shape[1])
-                read.refuse("block_table has too few pages for sequence " + std::to_string(b),
+                read.refuse(names[Field::block_table] + " has too few pages for sequence " +
+                                std::to_string(b),
                             std::to_string(tables.block_table->shape[1]) + " pages of " +
                                 std::to_string(shapes.kv_rows) + " rows",
                             "pages for " + std::to_string(rows) + " rows");
             for (int64_t p = 0; p < used; ++p) {
                 const int64_t page = Reader::element(*tables.block_table, b, p);
                 if (page < 0 || page >= shapes.kv_batch)
-                    read.refuse("block_table[" + std::to_string(b) + "][" + std::to_string(p) +
-                                    "] is no page of the cache",
+                    read.refuse(names[Field::block_table] + "[" + std::to_string(b) + "][" +
+                                    std::to_string(p) + "] is no page of the cache",
                                 std::to_string(page),
                                 "0 to " + std::to_string(shapes.kv_batch - 1));
                 found.pages[static_cast<size_t>(b * found.pages_per_sequence + p)] =
@@ -254,17 +260,20 @@ Sequences read_sequences(std::string_view function, const SequenceTables& tables
 
     if (shapes.appended > 0) check_apart(read, found, tables, shapes);
 
-    const auto promise = [&](const std::optional<int64_t>& most, const char* side, auto&& length) {
+    const auto promise = [&](const std::optional<int64_t>& most, const std::string& side,
+                             auto&& length) {
         if (!most) return;
         for (const SequenceRows& rows : found.rows)
             if (length(rows) > *most)
-                read.refuse(std::string(side) + " is too small", std::to_string(*most),
+                read.refuse(side + " is too small", std::to_string(*most),
                             "at least " + std::to_string(length(rows)) +
                                 ", the length of sequence " +
                                 std::to_string(&rows - found.rows.data()));
     };
-    promise(tables.max_seqlen_q, "max_seqlen_q", [](const SequenceRows& r) { return r.seqlen_q; });
-    promise(tables.max_seqlen_k, "max_seqlen_k", [](const SequenceRows& r) { return r.seqlen_kv; });
+    promise(tables.max_seqlen_q, names[Field::max_seqlen_q],
+            [](const SequenceRows& r) { return r.seqlen_q; });
+    promise(tables.max_seqlen_k, names[Field::max_seqlen_k],
+            [](const SequenceRows& r) { return r.seqlen_kv; });
     return found;
 }
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "core/export.h"
-#include "core/tensor_view.h"
+#include "core/request.h"
 
 namespace umfa {
 
@@ -19,23 +19,6 @@ struct SequenceRows {
     int64_t kv_batch = 0, kv_row = 0;        // its first key; unused with pages
     int64_t seqlen_q = 0, seqlen_kv = 0;
     int64_t position_q = 0;  // of its first query, counted in the cache: where rotary angles start
-};
-
-/// The integer tensors that say so, as the caller gave them: int32 or int64, on the CPU.
-struct SequenceTables {
-    std::optional<TensorView> cu_seqlens_q, cu_seqlens_k;  // (batch + 1,): packed query, key
-    std::optional<TensorView> seqused_q, seqused_k;        // (batch,): how many rows count
-    std::optional<TensorView> cache_batch_idx;             // (batch,): index of the cache's batch
-    std::optional<TensorView> cache_leftpad;               // (batch,): first key that counts
-    std::optional<TensorView> block_table;  // (batch, pages of a sequence): pages of the cache
-    std::optional<int64_t> max_seqlen_q, max_seqlen_k;  // promises of the caller
-    // The caller's names of seqused_k and of the tensor of keys, for messages.
-    std::string_view seqused_k_name = "seqused_k", key_name = "k";
-
-    bool any() const {
-        return cu_seqlens_q || cu_seqlens_k || seqused_q || seqused_k || cache_batch_idx ||
-               cache_leftpad || block_table || max_seqlen_q || max_seqlen_k;
-    }
 };
 
 /// The shapes that the tables speak about, in rows and batch indices.
@@ -53,7 +36,7 @@ struct Sequences {
 };
 
 /// Reads and checks everything; throws `Error` with the offending value and its place.
-UMFA_CORE_API Sequences read_sequences(std::string_view function, const SequenceTables& tables,
+UMFA_CORE_API Sequences read_sequences(const AttentionRequest& request,
                                        const SequenceShapes& shapes);
 
 }  // namespace umfa

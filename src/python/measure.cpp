@@ -8,23 +8,23 @@
 
 #include "core/dispatch.h"
 #include "cpu/peak.h"
-#include "python/door.h"
+#include "python/record.h"
 
 namespace umfa::python {
 namespace {
 
 using namespace nb::literals;
 
-double time_forward(const Options& options, nb::handle query, nb::handle key, nb::handle value,
-                    nb::handle out, int64_t calls) {
+double time_forward(const Options& options, const nb::tuple& tensors, nb::handle out,
+                    int64_t calls) {
+    const std::string& function = options.function->name;
     if (calls < 1)
-        fail(ErrorKind::value, options.function, "calls is out of range", std::to_string(calls),
+        fail(ErrorKind::value, function, "calls is out of range", std::to_string(calls),
              "at least 1");
     Inputs inputs;
-    Problem problem = Problem::make(
-        make_request(options, query, key, value, nb::none(), nb::none(), nb::none(), inputs));
+    Problem problem = Problem::make(make_request(options, tensors, inputs));
     const Backend& backend = route(problem, options.backend);
-    const Output out_array = import<nb::ndarray<>>(out, options.function, "out");
+    const Output out_array = import_output(out, function, "out");
     problem.set_out(out_array.view);
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < calls; ++i) forward(backend, problem);
@@ -43,12 +43,10 @@ void bind_measure(nb::module_& m) {
           "`dtype` is 'float32', 'float16', 'bfloat16' or 'int8'; of `isa` the family counts.");
     m.def("read_bandwidth", &cpu::read_bandwidth, "bytes"_a,
           "Bytes per second that num_threads() threads read from a buffer of so many bytes.");
-    m.def(
-        "time_forward", &time_forward, "options"_a, "query"_a, "key"_a, "value"_a, "out"_a,
-        "calls"_a,
-        nb::sig("def time_forward(options: Options, query: object, key: object, value: object, "
-                "out: object, calls: int) -> float"),
-        "Seconds that one forward pass takes without its way through Python, over `calls` calls.");
+    m.def("time_forward", &time_forward, "options"_a, "tensors"_a, "out"_a, "calls"_a,
+          nb::sig("def time_forward(options: Options, tensors: tuple[object, ...], out: object, "
+                  "calls: int) -> float"),
+          "Seconds that one forward pass takes below Python, over `calls` calls.");
 }
 
 }  // namespace umfa::python

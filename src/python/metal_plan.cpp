@@ -4,7 +4,7 @@
 #include <nanobind/stl/string.h>
 
 #include "metal/kernel_text.h"
-#include "python/door.h"
+#include "python/record.h"
 
 namespace umfa::python {
 namespace {
@@ -63,29 +63,27 @@ nb::dict launch_dict(const KernelLaunch& launch) {
     return result;
 }
 
-nb::dict metal_plan_forward(const Options& options, int family, int cores, nb::handle query,
-                            nb::handle key, nb::handle value, nb::handle alibi_slopes,
-                            nb::handle out, nb::handle lse, nb::handle attn_mask,
-                            nb::handle others) {
+nb::dict metal_plan_forward(const Options& options, int family, int cores, const nb::tuple& tensors,
+                            nb::handle out, nb::handle lse) {
+    const std::string& function = options.function->name;
     if (family < 7 || family > 10)
-        fail(ErrorKind::value, options.function, "GPU family is unknown", std::to_string(family),
+        fail(ErrorKind::value, function, "GPU family is unknown", std::to_string(family),
              "7 to 10");
     Inputs inputs;
-    Problem problem = Problem::make(
-        make_request(options, query, key, value, alibi_slopes, attn_mask, others, inputs));
-    const Output out_array = import<nb::ndarray<>>(out, options.function, "out");
+    Problem problem = Problem::make(make_request(options, tensors, inputs));
+    const Output out_array = import_output(out, function, "out");
     problem.set_out(out_array.view);
     Output lse_array;
     if (!lse.is_none()) {
-        lse_array = import<nb::ndarray<>>(lse, options.function, "softmax_lse");
+        lse_array = import_output(lse, function, "softmax_lse");
         problem.set_lse(lse_array.view);
     }
     if (!problem.loops.empty())
-        fail(ErrorKind::unsupported, options.function, "no single plan for this",
+        fail(ErrorKind::unsupported, function, "no single plan for this",
              std::to_string(problem.slices()) + " plans", "batch dimensions that are one");
     const Verdict verdict = can_plan_forward(problem);
     if (!verdict.yes)
-        fail(ErrorKind::unsupported, options.function, "no Metal kernel for this", verdict.reason,
+        fail(ErrorKind::unsupported, function, "no Metal kernel for this", verdict.reason,
              "what one has");
     Capabilities gpu;
     gpu.family = static_cast<Family>(family);
@@ -106,13 +104,11 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, nb::h
 }  // namespace
 
 void bind_metal_plan(nb::module_& m) {
-    m.def("metal_plan_forward", &metal_plan_forward, "options"_a, "family"_a, "cores"_a, "query"_a,
-          "key"_a, "value"_a, "alibi_slopes"_a.none(), "out"_a, "lse"_a.none(),
-          "attn_mask"_a.none() = nb::none(), "others"_a = nb::none(),
+    m.def("metal_plan_forward", &metal_plan_forward, "options"_a, "family"_a, "cores"_a,
+          "tensors"_a, "out"_a, "lse"_a.none(),
           nb::sig("def metal_plan_forward(options: Options, family: int, cores: int, "
-                  "query: object, key: object, value: object, alibi_slopes: object | None, "
-                  "out: object, lse: object | None, attn_mask: object | None = None, "
-                  "others: dict[str, object] | None = None) -> dict[str, typing.Any]"),
+                  "tensors: tuple[object, ...], out: object, lse: object | None) "
+                  "-> dict[str, typing.Any]"),
           "The LaunchPlan of a forward pass on an Apple GPU family (7 to 10), as plain values.");
 }
 

@@ -412,11 +412,10 @@ def test_every_set_of_kernels_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_time_of_the_kernel_alone() -> None:
     q = np.random.default_rng(0).standard_normal((1, 5, 2, 8), dtype=np.float32)
-    options = measure.make_options(
-        "umfa.bench", ("q", "k", "v"), 0.0, None, False, (-1, -1), 0.0, False, False, "cpu"
-    )
+    function = _ext.Function("umfa.bench")
+    options = _ext.Attention(function, query=q, key=q, value=q, backend="cpu").options
     out = np.zeros_like(q)
-    assert _ext.time_forward(options, q, q, q, out, 3) > 0
+    assert _ext.time_forward(options, (q, q, q), out, 3) > 0
     assert np.array_equal(out, umfa.flash_attn_func(q, q, q))
     with pytest.raises(ValueError, match=r"\[umfa.bench\] calls is out of range; got 0; expected"):
-        _ext.time_forward(options, q, q, q, out, 0)
+        _ext.time_forward(options, (q, q, q), out, 0)

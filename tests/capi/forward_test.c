@@ -165,7 +165,7 @@ static void check_result(int line, const DLTensor* q, const DLTensor* k, const D
     for (b = 0; b < q->shape[0]; ++b)
         for (h = 0; h < heads; ++h)
             for (i = 0; i < seqlen_q; ++i) {
-                const int64_t p = i + (o->causal == UMFA_CAUSAL_TOP_LEFT ? 0 : seqlen_k - seqlen_q);
+                const int64_t p = i + (o->top_left ? 0 : seqlen_k - seqlen_q);
                 double total = 0;
                 for (j = 0; j < seqlen_k; ++j) {
                     double score = 0;
@@ -179,10 +179,9 @@ static void check_result(int line, const DLTensor* q, const DLTensor* k, const D
                                  fabs((double)(p - j));
                     if (o->attn_mask) score += masked(o->attn_mask, b, h, i, j);
                     weights[j] = exp(score);
-                    if (o->window_left >= 0 && j < p - o->window_left) weights[j] = 0;
-                    if (o->causal != UMFA_CAUSAL_NONE
-                            ? j > p
-                            : o->window_right >= 0 && j > p + o->window_right)
+                    if (o->window_size_left >= 0 && j < p - o->window_size_left) weights[j] = 0;
+                    if (o->causal ? j > p
+                                  : o->window_size_right >= 0 && j > p + o->window_size_right)
                         weights[j] = 0;
                     total += weights[j];
                 }
@@ -280,7 +279,7 @@ TEST(initialiser_is_the_default) {
     problem p, q;
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
     CHECK(options.struct_size == sizeof options);
-    CHECK(options.window_left == -1 && options.window_right == -1);
+    CHECK(options.window_size_left == -1 && options.window_size_right == -1);
     make_problem(&p, UMFA_LAYOUT_BSHD);
     random_state = 1;
     make_problem(&q, UMFA_LAYOUT_BSHD);
@@ -296,7 +295,7 @@ TEST(layout_bhsd) {
     options.layout = UMFA_LAYOUT_BHSD;
     make_problem(&p, UMFA_LAYOUT_BHSD);
     CHECK_PROBLEM(&p, &options);
-    options.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+    options.causal = 1;
     CHECK_PROBLEM(&p, &options);
 }
 
@@ -304,9 +303,9 @@ TEST(causal_both_ways) {
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
     problem p;
     make_problem(&p, UMFA_LAYOUT_BSHD);
-    options.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+    options.causal = 1;
     CHECK_PROBLEM(&p, &options);
-    options.causal = UMFA_CAUSAL_TOP_LEFT;
+    options.top_left = 1;
     CHECK_PROBLEM(&p, &options);
     /* More queries than keys: the first rows are empty, or the last ones see all keys. */
     make(&p.key, 4, BATCH, 9, HEADS_K, HEAD_DIM);
@@ -314,7 +313,7 @@ TEST(causal_both_ways) {
     fill(&p.key.dl);
     fill(&p.value.dl);
     CHECK_PROBLEM(&p, &options);
-    options.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+    options.top_left = 0;
     CHECK_PROBLEM(&p, &options);
     CHECK(number(&p.lse.dl, 0, 0, 0, 0) == -INFINITY);
 }
@@ -323,11 +322,11 @@ TEST(window) {
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
     problem p;
     make_problem(&p, UMFA_LAYOUT_BSHD);
-    options.window_left = 5;
+    options.window_size_left = 5;
     CHECK_PROBLEM(&p, &options);
-    options.window_right = 2;
+    options.window_size_right = 2;
     CHECK_PROBLEM(&p, &options);
-    options.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+    options.causal = 1;
     CHECK_PROBLEM(&p, &options);
 }
 
@@ -363,9 +362,9 @@ TEST(dense_masks) {
         make(&mask, 4, BATCH, 1, 1, SEQLEN_K);
         fill(&mask.dl);
         CHECK_PROBLEM(&p, &options);
-        options.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+        options.causal = 1;
         CHECK_PROBLEM(&p, &options);
-        options.causal = UMFA_CAUSAL_NONE;
+        options.causal = 0;
         /* Booleans, one byte each, of two dimensions; the third row sees nothing. */
         make(&mask, 2, SEQLEN_Q, SEQLEN_K, 1, 1);
         mask.dl.dtype = boolean;
@@ -456,15 +455,15 @@ TEST(struct_size_of_an_older_caller) {
     umfa_attention_options older = UMFA_ATTENTION_OPTIONS_INIT;
     problem p;
     make_problem(&p, UMFA_LAYOUT_BSHD);
-    /* A caller that knows only layout and causal: what lies behind is not the library's to read. */
-    memset((char*)&older + offsetof(umfa_attention_options, window_left), 0x5a,
-           sizeof older - offsetof(umfa_attention_options, window_left));
-    older.struct_size = offsetof(umfa_attention_options, window_left);
-    older.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+    /* A caller that knows only the first fields: what lies behind is not the library's to read. */
+    memset((char*)&older + offsetof(umfa_attention_options, window_size_left), 0x5a,
+           sizeof older - offsetof(umfa_attention_options, window_size_left));
+    older.struct_size = offsetof(umfa_attention_options, window_size_left);
+    older.causal = 1;
     CHECK_OK(run(&p, &older));
     {
         umfa_attention_options same = UMFA_ATTENTION_OPTIONS_INIT;
-        same.causal = UMFA_CAUSAL_BOTTOM_RIGHT;
+        same.causal = 1;
         CHECK_RESULT(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, &p.lse.dl, &same);
     }
 }
@@ -598,18 +597,18 @@ TEST(wrong_options) {
     OPTION(layout, 2, "got 2");
     OPTION(layout, -1, "got -1");
     OPTION(causal, 3, "got 3");
+    OPTION(top_left, -1, "got -1");
     OPTION(backend, 3, "got 3");
-    OPTION(window_left, -2, "got -2");
-    OPTION(window_right, (int64_t)1 << 31, "2147483648");
-    OPTION(window_left, INT64_MAX, "9223372036854775807");
-    OPTION(window_left, INT64_MIN, "-9223372036854775808");
+    OPTION(window_size_left, -2, "got -2");
+    OPTION(window_size_right, (int64_t)1 << 31, "2147483648");
+    OPTION(window_size_left, INT64_MAX, "9223372036854775807");
+    OPTION(window_size_left, INT64_MIN, "-9223372036854775808");
     OPTION(softmax_scale, NAN, "nan");
     OPTION(softmax_scale, -INFINITY, "-inf");
     OPTION(softmax_scale, 1e300, "1e+300");
     OPTION(softcap, -1, "got -1");
     OPTION(softcap, NAN, "nan");
     OPTION(softcap, INFINITY, "inf");
-    OPTION(reserved, 1, "reserved");
 #undef OPTION
     {
         umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
@@ -680,7 +679,7 @@ static void* fails_with_its_own_text(void* argument) {
     int i;
     CHECK(strlen(umfa_last_error()) == 0); /* a new thread has not failed yet */
     snprintf(text, sizeof text, "got %d;", (int)call->window_left);
-    options.window_left = call->window_left;
+    options.window_size_left = call->window_left;
     for (i = 0; i < 200; ++i) CHECK_FAILS(run(&call->problem, &options), UMFA_ERROR_VALUE, text);
     return NULL;
 }

@@ -57,9 +57,9 @@ bool run(const Header& h) {
     if (h.slopes != 0 && !slopes.read()) return false;
 
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
-    options.causal = h.causal ? UMFA_CAUSAL_BOTTOM_RIGHT : UMFA_CAUSAL_NONE;
-    options.window_left = h.left;
-    options.window_right = h.right;
+    options.causal = h.causal;
+    options.window_size_left = h.left;
+    options.window_size_right = h.right;
     options.softmax_scale = h.scale;
     options.softcap = h.softcap;
     if (h.slopes != 0) options.alibi_slopes = &slopes.view;

@@ -13,7 +13,7 @@ import reference
 import umfa
 from cases import normal
 from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
-from direct import attend
+from direct import TORCH, attend
 from frameworks import DTYPES, Array
 from sequences import offsets, paged, rotary_tables, rotated
 
@@ -235,7 +235,7 @@ def test_with_appended_and_rotated_keys(isa: str) -> None:
 
 def sdpa(query: Array, key: Array, value: Array, mask: Array | None = None) -> None:
     more = {} if mask is None else {"attn_mask": mask}
-    found, _ = attend(query, key, value, torch_shapes=True, dropout_p=0.3, **CALL, **more)
+    found, _ = attend(query, key, value, TORCH, dropout_p=0.3, **CALL, **more)
     expected = reference.scaled_dot_product(query, key, value, mask, dropout_p=0.3, **CALL)
     assert_close(found.astype(np.float64), expected, tolerance("float32", 0.3))
 

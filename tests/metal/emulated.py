@@ -16,9 +16,8 @@ from metal_emulator import Counters, Library, Options
 
 import reference
 from umfa import _ext
-from umfa._attention import TABLES
+from umfa._call.run import Prepared, exported, prepared
 from umfa._frameworks import _numpy
-from umfa._options import make_options
 
 SHADERS = Path(__file__).parents[2] / "shaders"
 
@@ -114,41 +113,25 @@ def attention(
 
     mask, alignment: as `reference.attention` takes them.
     """
-    function = "umfa.flash_attn_func"
-    options = make_options(
-        function,
-        ("q", "k", "v"),
-        0.0,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        False,
-        True,
-        top_left=alignment == "upper_left",
-    )
-    batch, seqlen_q, nheads, _ = query.shape
-    return run(
-        options,
-        {
-            "query": query,
-            "key": key,
-            "value": value,
-            "alibi_slopes": alibi_slopes,
-            "attn_mask": mask,
-        },
-        (batch, seqlen_q, nheads, value.shape[3]),
-        (batch, nheads, seqlen_q),
+    return play(
+        _ext.Attention(
+            FUNCTION,
+            query=query,
+            key=key,
+            value=value,
+            alibi_slopes=alibi_slopes,
+            attn_mask=mask,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            top_left=alignment == "upper_left",
+            window_size=window_size,
+            softcap=softcap,
+            backend="metal",
+        )
     )
 
 
-def options_of(**given: Any) -> _ext.Options:
-    """Options by their names in the core's door, some of which no public function has."""
-    usual = {
-        "causal": False, "softmax_scale": None, "window_left": -1, "window_right": -1,
-        "softcap": 0.0, "dropout_p": 0.0, "return_lse": True, "backend": "metal",
-    }  # fmt: skip
-    return _ext.Options("umfa.test", ("q", "k", "v"), **{**usual, **given})
+FUNCTION = _ext.Function("umfa.test", query="q", key="k", value="v")
 
 
 def call(
@@ -156,58 +139,52 @@ def call(
 ) -> tuple[Array, Array]:
     """Whatever the core knows, on the emulated GPU: (out, lse).
 
-    `options`: of `options_of`. `tensors`: by the core's names, tables among them.
+    `options`, `tensors`: by their names in the record, tables among them.
     """
-    *batch, rows, heads, _ = query.shape
-    return run(
-        options_of(**options or {}),
-        {"query": query, "key": key, "value": value, **tensors},
-        (*query.shape[:-1], value.shape[-1]),
-        (*batch, heads, rows),
+    return play(
+        _ext.Attention(
+            FUNCTION,
+            query=query,
+            key=key,
+            value=value,
+            backend="metal",
+            **(options or {}),
+            **tensors,
+        )
     )
 
 
-def act(
-    framework: Any, function: str, options: _ext.Options, tensors: dict[str, Any], backend: Any
-) -> tuple[Array, Array]:
-    """What umfa's functions end with (`umfa._attention.Act`), on the emulated GPU."""
-    query, _, value, *_ = tensors.values()
-    named = dict(zip(("query", "key", "value", *list(tensors)[3:]), tensors.values(), strict=True))
+def exported_of(attention: _ext.Attention) -> tuple[Any, ...]:
+    """What `metal_plan_forward` takes of NumPy arrays."""
+    return exported(_numpy, prepared(attention.options), attention.tensors)
+
+
+def play(attention: _ext.Attention) -> tuple[Array, Array]:
+    """Runs a call on the emulated GPU: (out, lse)."""
+    return compute(_numpy, prepared(attention.options), attention.tensors)
+
+
+def compute(framework: Any, call: Prepared, tensors: dict[str, Array]) -> tuple[Array, Array]:
+    """What `umfa._call.run.compute` does, on the emulated GPU: (out, lse) always."""
+    query, value = tensors[call.names[0]], tensors[call.names[2]]
     *batch, rows, heads, _ = query.shape
-    return run(options, named, (*query.shape[:-1], value.shape[-1]), (*batch, heads, rows))
-
-
-def run(
-    options: _ext.Options,
-    tensors: dict[str, Array | None],
-    out_shape: tuple[int, ...],
-    lse_shape: tuple[int, ...],
-) -> tuple[Array, Array]:
-    """Plans a call and plays the plan: (out, lse). `tensors`: by the names of the Python door."""
-    query = tensors["query"]
-    assert query is not None
     # Poisoned, as recycled memory may be: every element must be written.
-    out, lse = np.full(out_shape, np.nan, query.dtype), np.full(lse_shape, np.nan, np.float32)
-    all_tensors = {**tensors, "out": out, "lse": lse}
-    exported = {
-        name: tensor
-        if tensor is None or name in TABLES
-        else _numpy.export(tensor, "umfa.test", name)
-        for name, tensor in all_tensors.items()
-    }
-    usual = ("query", "key", "value", "alibi_slopes", "attn_mask", "out", "lse")
+    out = np.full((*query.shape[:-1], value.shape[-1]), np.nan, query.dtype)
+    lse = np.full((*batch, heads, rows), np.nan, np.float32)
     plan = _ext.metal_plan_forward(
-        options,
+        call.options,
         settings.family,
         settings.cores,
-        **{name: exported.pop(name, None) for name in usual},
-        others=exported,
+        exported(_numpy, call, tensors),
+        _numpy.export(out, "umfa.test", "out"),
+        lse,
     )
     last_plan.clear()
     last_plan.update(plan)
+    named = dict(zip(call.options.fields, tensors.values(), strict=True))
     scratch = [np.full(size, 0xFF, np.uint8) for size in plan["scratch_bytes"]]  # NaN
     for launch in plan["launches"]:
-        counters.append(_play(launch, all_tensors, scratch, plan["data"]))
+        counters.append(_play(launch, {**named, "out": out, "lse": lse}, scratch, plan["data"]))
     return out, lse
 
 

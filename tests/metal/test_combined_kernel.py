@@ -74,7 +74,7 @@ def test_any_combination(seqlen_q: int, dtype: str, seed: int) -> None:
     out, lse = emulated.call(
         query, key, value,
         {
-            **shared, "window_left": window[0], "window_right": window[1], "dropout_p": p,
+            **shared, "window_size": window, "dropout_p": p,
             "rotary_interleaved": interleaved, "num_splits": some(3, 0),
         },
         new_key=new[0], new_value=new[1], seqused_k=USED,

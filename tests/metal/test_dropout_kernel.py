@@ -84,7 +84,7 @@ def check(
     found = emulated.call(
         *tensors,
         {
-            **shared, "window_left": window[0], "window_right": window[1],
+            **shared, "window_size": window,
             "dropout_p": p, "dropout_seed": seed, "dropout_offset": offset,
         },
         **more,
@@ -161,7 +161,7 @@ def test_any_schedule(lengths: tuple[int, int], seed: int) -> None:
 def test_splits_do_not_matter() -> None:
     """The same ones are dropped, however the keys are cut: also where a window begins anywhere."""
     query, key, value = dense((2, 900), "float32")
-    given = {"dropout_p": 0.5, "dropout_seed": 3, "window_left": 701}
+    given = {"dropout_p": 0.5, "dropout_seed": 3, "window_size": (701, -1)}
     found = []
     for splits in (1, 2, 5):
         out, _ = emulated.call(query, key, value, {**given, "num_splits": splits})
@@ -180,7 +180,7 @@ def test_sequences(lengths: tuple[list[int], list[int]], window: int) -> None:
     cu_q, cu_k = (offsets(n) for n in lengths)
     q = normal((int(cu_q[-1]), 4, 64), "float16", seed=0)
     k, v = (normal((int(cu_k[-1]), 2, 64), "float16", seed=i) for i in (1, 2))
-    options = {"dropout_p": 0.3, "dropout_seed": 8, "window_left": window}
+    options = {"dropout_p": 0.3, "dropout_seed": 8, "window_size": (window, -1)}
     out, lse = emulated.call(q, k, v, options, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
     for b, (n, m) in enumerate(zip(*lengths, strict=True)):
         rows, own = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])

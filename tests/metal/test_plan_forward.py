@@ -10,14 +10,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from emulated import SHADERS, options_of
+from emulated import FUNCTION, SHADERS, exported_of
 from metal_emulator import structure, toolchain
 
 import umfa
 from umfa import _ext
-from umfa._attention import TABLES
 from umfa._frameworks import _numpy
-from umfa._options import make_options
 
 FAMILIES = [7, 8, 9, 10]
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -37,33 +35,49 @@ def plan(
     mask: Any = None,
     top_left: bool = False,
     others: dict[str, Any] | None = None,
-    options: _ext.Options | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """`settings`: of make_options; `options`: instead of them."""
+    """`settings`, `others`: by their names in the record."""
     batch, seqlen_q, nheads, head_dim = shape
     kv_shape = (batch, seqlen_q if seqlen_kv is None else seqlen_kv, nheads_kv or nheads, head_dim)
-    defaults = {"softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0}
-    made = {**defaults, **settings}
-    tensors = {
-        "query": np.zeros(shape, dtype),
-        "key": np.zeros(kv_shape, dtype),
-        "value": np.zeros((*kv_shape[:3], head_dim_v or head_dim), dtype),
-        "out": np.zeros((*shape[:3], head_dim_v or head_dim), dtype),
-        "lse": np.zeros((batch, nheads, seqlen_q), np.float32) if lse else None,
-        "alibi_slopes": np.zeros(nheads, np.float32) if alibi else None,
-        "attn_mask": mask,
-    }
-    return _ext.metal_plan_forward(
-        options
-        or make_options(
-            "umfa.test", ("q", "k", "v"), 0.0, *made.values(), False, lse, top_left=top_left
-        ),
+    out = np.zeros((*shape[:3], head_dim_v or head_dim), dtype)
+    return plan_of(
+        np.zeros(shape, dtype),
+        np.zeros(kv_shape, dtype),
+        np.zeros((*kv_shape[:3], head_dim_v or head_dim), dtype),
+        out,
+        np.zeros((batch, nheads, seqlen_q), np.float32) if lse else None,
         family,
         cores,
-        **{k: None if t is None else _numpy.export(t, "umfa.test", k) for k, t in tensors.items()},
-        others=others
-        and {k: t if k in TABLES else _numpy.export(t, "umfa.test", k) for k, t in others.items()},
+        alibi_slopes=np.zeros(nheads, np.float32) if alibi else None,
+        attn_mask=mask,
+        top_left=top_left,
+        **(others or {}),
+        **settings,
+    )
+
+
+def plan_of(
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any = None,
+    family: int = 7,
+    cores: int = 8,
+    **fields: Any,
+) -> dict[str, Any]:
+    """`fields`: by their names in the record."""
+    attention = _ext.Attention(
+        FUNCTION, query=query, key=key, value=value, backend="metal", **fields
+    )
+    return _ext.metal_plan_forward(
+        attention.options,
+        family,
+        cores,
+        exported_of(attention),
+        _numpy.export(out, "umfa.test", "out"),
+        lse,
     )
 
 
@@ -243,11 +257,7 @@ def aligned(shape: tuple[int, ...], extra: int = 0) -> np.ndarray:
 )  # fmt: skip
 def test_wide_reads_need_aligned_rows(key: np.ndarray, wide: bool) -> None:
     query = aligned((1, 50, 2, 64))
-    made = _ext.metal_plan_forward(
-        make_options(
-            "umfa.test", ("q", "k", "v"), 0.0, None, False, (-1, -1), 0.0, False, False
-        ), 7, 8, query, key, query, None, aligned((1, 50, 2, 64)), None,
-    )  # fmt: skip
+    made = plan_of(query, key, query, aligned((1, 50, 2, 64)))
     assert made["launches"][0]["constants"][7] is wide
 
 
@@ -278,14 +288,14 @@ def test_splits_cover_the_keys_and_fill_the_gpu(seqlen_kv: int, cores: int) -> N
 def test_the_caller_bounds_the_splits(num_splits: int, seqlen_kv: int) -> None:
     """Whole rounds of 32 keys each; 1 is none."""
     arguments = {"shape": (1, 1, 8, 64), "seqlen_kv": seqlen_kv, "nheads_kv": 2}
-    made = plan(**arguments, options=options_of(num_splits=num_splits))
+    made = plan(**arguments, num_splits=num_splits)
     keys, splits = splits_of(made)
     assert keys % 32 == 0
     assert (splits - 1) * keys < seqlen_kv <= splits * keys
     assert splits <= num_splits
     assert keys == -(-seqlen_kv // (32 * num_splits)) * 32
     assert len(made["launches"]) == (1 if splits == 1 else 2)
-    chosen = plan(**arguments, options=options_of(num_splits=0))
+    chosen = plan(**arguments, num_splits=0)
     assert splits_of(chosen) == splits_of(plan(**arguments))
 
 
@@ -293,7 +303,7 @@ def test_splits_of_sequences_are_bounded_too() -> None:
     others = {"seqused_k": np.array([3000, 100])}
     made = plan(
         shape=(2, 1, 8, 64), seqlen_kv=4000, nheads_kv=2, others=others,
-        options=options_of(num_splits=3),
+        num_splits=3,
     )  # fmt: skip
     keys, splits = splits_of(made)
     assert (keys, splits) == (1024, 3)
@@ -302,7 +312,7 @@ def test_splits_of_sequences_are_bounded_too() -> None:
 
 def test_many_queries_have_nothing_to_split() -> None:
     arguments = {"shape": (1, 50, 8, 64), "seqlen_kv": 4000}
-    assert plan(**arguments, options=options_of(num_splits=5)) == plan(**arguments)
+    assert plan(**arguments, num_splits=5) == plan(**arguments)
 
 
 def test_scratch_holds_every_part() -> None:
@@ -431,12 +441,7 @@ def test_pages_are_one_table_for_all_launches() -> None:
         "query": np.zeros((41, 4, 64), np.float16), "key": np.zeros((5, 10, 2, 64), np.float16),
         "value": np.zeros((5, 10, 2, 64), np.float16), "out": np.zeros((41, 4, 64), np.float16),
     }  # fmt: skip
-    options = make_options(
-        "umfa.test", ("q", "k", "v"), 0.0, None, False, (-1, -1), 0.0, False, False
-    )
-    made = _ext.metal_plan_forward(
-        options, 7, 8, **tensors, alibi_slopes=None, lse=None, others=others
-    )
+    made = plan_of(**tensors, **others)
     forward, decode = made["launches"]
     for launch in (forward, decode):
         assert launch["constants"][11] is True
@@ -532,7 +537,7 @@ def test_every_buffer_index_is_bound_once() -> None:
     }  # fmt: skip
     launches = plan(
         shape=(2, 50, 4, 64), seqlen_kv=90, alibi=True, mask=np.zeros((50, 90), bool),
-        others=others, options=options_of(dropout_p=0.5),
+        others=others, dropout_p=0.5,
     )["launches"]  # fmt: skip
     for launch in launches:
         indices = [index for index, *_ in launch["buffers"]] + [launch["params_index"]]
@@ -546,7 +551,7 @@ def test_dropout_reaches_whoever_divides(seqlen_q: int) -> None:
     """The kernel that drops, and the merge of what it found; in units of 2^-32."""
     made = plan(
         shape=(1, seqlen_q, 8, 64), seqlen_kv=5000, nheads_kv=2,
-        options=options_of(dropout_p=0.25, dropout_seed=1),
+        dropout_p=0.25, dropout_seed=1,
     )  # fmt: skip
     first, *merge = made["launches"]
     for launch in made["launches"]:
@@ -561,6 +566,6 @@ def test_dropout_reaches_whoever_divides(seqlen_q: int) -> None:
 def test_dropout_starts_at_whole_runs_of_keys() -> None:
     arguments = {"shape": (1, 1, 8, 64), "seqlen_kv": 100_000, "nheads_kv": 8}
     for p, begin in ((0.0, 99_701), (0.5, 99_696)):
-        made = plan(**arguments, options=options_of(window_left=298, dropout_p=p))
+        made = plan(**arguments, window_size=(298, -1), dropout_p=p)
         first, last = struct.unpack("<2i", made["launches"][0]["params"][-24:-16])
         assert (first, last) == (begin, 100_000)

@@ -44,11 +44,8 @@ def expected_of(
 def check(
     query: Array, key: Array, value: Array, qv: Array | None, more: Any = None, **options: Any
 ) -> None:
-    given = dict(options)
-    if "window_size" in given:
-        given["window_left"], given["window_right"] = given.pop("window_size")
     found = emulated.call(
-        query, key, value, given, **(more or {}), **({} if qv is None else {"qv": qv})
+        query, key, value, options, **(more or {}), **({} if qv is None else {"qv": qv})
     )
     mask = (more or {}).get("attn_mask")
     exact = expected_of(query, key, value, qv, mask=mask, **options)

@@ -235,7 +235,7 @@ def test_masks(lengths: Any, shape: tuple[int, ...], kind: str, machine: str | N
         if shape[2:] == (1, 1):
             for b in range(shape[0] if shape[0] > 1 else 0):
                 mask[b, :, :, lengths[1][b] :] = np.nan
-    options = {"window_left": 100, "causal": True}
+    options = {"window_size": (100, -1), "causal": True}
     out, lse = emulated.call(q, k, v, options, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, attn_mask=mask)
     for b, (n, m) in enumerate(zip(*lengths, strict=True)):
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])

@@ -1,4 +1,4 @@
-"""Stage: which lane holds which elements of an 8x8 matrix (shaders/shared/fragment.h assumes it)."""
+"""Stage: which lane holds which elements of an 8x8 matrix, as shaders/shared/fragment.h assumes."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ from .._errors import message
 from ._buffer import as_array, is_buffer
 from ._versions import check_version
 
+__all__ = ["Framework", "causal_bias", "dtype_name", "framework_of", "is_buffer", "shape_of"]
+
 
 class Framework(Protocol):
     """What umfa needs to know about one framework's tensors. Each module here is one."""
@@ -21,10 +23,10 @@ class Framework(Protocol):
     """call(compute, function, *tensors) is compute(*tensors), so that the framework's autograd
     notices. None: it has no need to be told."""
 
-    autocast: Callable[[str, dict[str, Any], tuple[str, ...]], None] | None
-    """autocast(function, tensors, written) replaces tensors, by argument name, by copies in the
-    dtype that the framework's automatic mixed precision wants; it raises if one of those that will
-    be written in place has another. None: the framework has no such thing."""
+    autocast: Callable[[str, dict[str, Any], tuple[str, ...], tuple[str, ...]], None] | None
+    """autocast(function, tensors, written, cast) replaces the tensors `cast`, by argument name, by
+    copies in the dtype that the framework's automatic mixed precision wants; it raises if one of
+    those that will be written in place has another. None: the framework has no such thing."""
 
     def export(self, tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
         """A DLPack object on the tensor's memory, which holds its value; raises if it cannot.
@@ -72,9 +74,6 @@ class Framework(Protocol):
         """Writes the numbers of `tensor` into `out`, which check_writable has passed."""
 
 
-SHOWN = {"new_key": "k", "new_value": "v"}
-"""The caller's names of tensors, where the core has others."""
-
 # Module of the tensor class -> class; jax tracers are jax.Array too.
 _CLASSES = {"torch": "Tensor", "jax": "Array", "mlx.core": "array"}
 _MODULES = {"torch": "torch", "jax": "jax", "mlx.core": "mlx"}
@@ -98,7 +97,7 @@ def _name_of(tensor: Any) -> str | None:
 def framework_of(
     function: str, tensors: dict[str, Any], written: tuple[str, ...] = ()
 ) -> Framework:
-    """The one framework that all `tensors`, by argument name or the core's, belong to.
+    """The one framework that all `tensors`, by argument name, belong to.
 
     Objects with Python's buffer protocol are replaced, in `tensors`, by NumPy arrays on their
     memory. `written`: the arguments that the call writes, which such objects cannot be.
@@ -120,17 +119,16 @@ def framework_of(
     names: dict[str, str] = {}
     buffers: dict[str, Any] = {}
     for key, tensor in tensors.items():
-        argument = SHOWN.get(key, key)
         name = _name_of(tensor)
         if name is None and is_buffer(tensor):
-            _check_only_read(function, argument, tensor, written)
-            buffers[key] = as_array(tensor, function, argument)
+            _check_only_read(function, key, tensor, written)
+            buffers[key] = as_array(tensor, function, key)
             name = "numpy"
         if name is None:
             raise TypeError(
                 message(
                     function,
-                    f"{argument} is not a tensor",
+                    f"{key} is not a tensor",
                     _short(tensor),
                     "a tensor of torch, numpy, jax, mlx or any DLPack library, or a buffer",
                 )
@@ -143,7 +141,7 @@ def framework_of(
             raise TypeError(
                 message(
                     function,
-                    f"frameworks differ: {first} is of {origin}, {SHOWN.get(key, key)} of {other}",
+                    f"frameworks differ: {first} is of {origin}, {key} of {other}",
                     _short(tensors[key]),
                     f"a tensor of {name}",
                 )

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .._errors import UnsupportedError, message
-from . import SHOWN, causal_bias, dtype_name
+from . import causal_bias, dtype_name
 from ._versions import release
 
 _forward_ad: Any = forward_ad  # its functions carry no annotations
@@ -18,22 +18,22 @@ _RECORDERS = tuple(
     for key, name in (("PROXY", "make_fx"), ("FAKE", "FakeTensorMode"))
 )
 
-# What torch.autocast casts for scaled_dot_product_attention: these tensors, of these dtypes. float8
-# it casts too; here it is refused as ever, since its scale is not known.
-_AUTOCAST = frozenset(("attn_mask", "qv", "new_key", "new_value"))
+# What torch.autocast casts for scaled_dot_product_attention. It casts float8 too, which is refused
+# here, since its scale is not known.
 _AUTOCAST_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
-def autocast(function: str, tensors: dict[str, Any], written: tuple[str, ...]) -> None:
+def autocast(
+    function: str, tensors: dict[str, Any], written: tuple[str, ...], cast: tuple[str, ...]
+) -> None:
     first = next(iter(tensors.values()))
     device = "cpu" if first.is_cpu else "mps"  # tensors elsewhere are refused
     if not torch.is_autocast_enabled(device):
         return
     dtype = torch.get_autocast_dtype(device)
-    for i, (name, tensor) in enumerate(tensors.items()):
-        if i > 2 and name not in _AUTOCAST:
-            continue
-        _check_plain(tensor, function, SHOWN.get(name, name))
+    for name in cast:
+        tensor = tensors[name]
+        _check_plain(tensor, function, name)
         if tensor.dtype is dtype or tensor.dtype not in _AUTOCAST_DTYPES:
             continue
         if tensor.device.type != device:
@@ -84,7 +84,7 @@ def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> 
     if tensor.device.type == "mps":
         _check_offset(shown, function, argument)
         # DLPack knows no Metal streams: what torch has queued must be done before umfa's own queue
-        # reads it. The way back needs nothing, since the call waits.
+        # reads it. The other direction needs nothing, since the call waits.
         torch.mps.synchronize()
     return shown
 

@@ -15,7 +15,6 @@ import numpy as np
 import umfa
 from umfa import _ext
 
-from .._options import make_options
 from .cases import Case
 from .peers import Call, Contender, Float64, Inputs, NotSupportedError, Team, brief, make_inputs
 from .results import FAILED, MEASURED, NOT_SUPPORTED, CaseResult, Entry
@@ -297,9 +296,8 @@ def run_overhead(case: Case, result: CaseResult, settings: Settings, step: Step)
     inputs = make_inputs(case, settings.seed)
     query, key, value = inputs.query, inputs.key, inputs.value
     out = np.empty_like(query)
-    options = make_options(
-        "umfa.bench", ("q", "k", "v"), 0.0, None, False, (-1, -1), 0.0, False, False, "cpu"
-    )
+    function = _ext.Function("umfa.bench")
+    options = _ext.Attention(function, query=query, key=key, value=value, backend="cpu").options
     calls = 100 if settings.quick else 5000
     step("umfa warms up")
     got = umfa.flash_attn_func(query, key, value, backend="cpu")
@@ -312,7 +310,7 @@ def run_overhead(case: Case, result: CaseResult, settings: Settings, step: Step)
         step(f"{number + 1} of {settings.repeats}")
         sample(python)
         settle()
-        kernel.samples.append(_ext.time_forward(options, query, key, value, out, calls))
+        kernel.samples.append(_ext.time_forward(options, (query, key, value), out, calls))
     for turn in (python, kernel):
         finish(turn, case.operations)
         turn.entry.status = MEASURED

@@ -29,7 +29,10 @@ def test_batch_dimensions_count_as_one(
         normal((*shape, 2, n, 32), seed=i).transpose(*order, 2, 3, 4)
         for i, n in enumerate((seqlen_q, 45, 45))
     )
-    options = plans.options_of(dropout_p=0.4, dropout_seed=3, torch_shapes=True, return_lse=False)
+    function = _ext.Function("umfa.test", layout="bhsd", broadcasts=True)
+    attention = _ext.Attention(
+        function, query=query, key=key, value=value, dropout_p=0.4, dropout_seed=3, backend="metal"
+    )
 
     def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
         out = np.full(shape, np.nan, dtype)
@@ -37,8 +40,7 @@ def test_batch_dimensions_count_as_one(
 
     before = umfa.stats().metal_calls
     found, _ = _ext.attention_forward(
-        options, *(_numpy.export(x, "umfa.test", "x") for x in (query, key, value)),
-        None, None, allocate,
+        attention.options, plans.exported_of(attention), allocate
     )  # fmt: skip
     assert umfa.stats().metal_calls == before + 1
     for b in np.ndindex(2, 3):

@@ -6,14 +6,25 @@ from typing import Any
 
 import numpy as np
 
-from ._attend import attend_sequences
-from ._attention import Act, run
-from ._errors import message
-from ._frameworks import shape_of
-from ._frameworks._buffer import is_buffer
-from ._options import WindowSize, flag, integer
+from .._call import public
+from .._errors import message
+from .._ext import Attention, Function, integer
+from .._frameworks import is_buffer, shape_of
+from ._types import WindowSize
+
+_KVCACHE = Function(
+    "umfa.flash_attn_with_kvcache",
+    query="q",
+    key="k_cache",
+    value="v_cache",
+    new_key="k",
+    new_value="v",
+    seqused_k="cache_seqlens",
+    return_lse="return_softmax_lse",
+)
 
 
+@public(_KVCACHE, packed=("cache_seqlens",))
 def flash_attn_with_kvcache(
     q: Any,
     k_cache: Any,
@@ -41,7 +52,7 @@ def flash_attn_with_kvcache(
     learnable_sink: Any = None,
     s_aux: Any = None,
     qv: Any = None,
-) -> Any:
+) -> Attention:
     """Attention of a few new queries over a cache of keys and values, which may be extended first.
 
     Parameters
@@ -97,46 +108,55 @@ def flash_attn_with_kvcache(
     umfa.UnsupportedError
         As in `flash_attn_func`; `k` and `v` of a framework whose arrays cannot be written.
     """
-    return attend_kvcache(run, "umfa.flash_attn_with_kvcache", locals())
-
-
-def attend_kvcache(act: Act, function: str, arguments: dict[str, Any]) -> Any:
-    """The function without its docstring, for whoever does something else at the end."""
-    q, k, v = arguments["q"], arguments["k"], arguments["v"]
-    turns = arguments["rotary_cos"] is not None or arguments["rotary_sin"] is not None
-    if k is None and v is None and turns:
+    if k is None and v is None and (rotary_cos is not None or rotary_sin is not None):
         raise ValueError(
             message(
-                function,
+                _KVCACHE.name,
                 "rotary_cos and rotary_sin are for new keys",
                 "no k and v",
                 "k and v, or queries and keys that are rotated already",
             )
         )
-    arguments["new_key"], arguments["new_value"] = k, v
-    arguments["return_lse"] = flag(function, "return_softmax_lse", arguments["return_softmax_lse"])
-    k_cache, lengths = arguments["k_cache"], arguments["cache_seqlens"]
-    if lengths is None and arguments["attn_mask"] is not None:
+    if cache_seqlens is None and attn_mask is not None:
         # The same mask fits as does when the length is given.
         rows = shape_of(k_cache) or ()
         known = len(rows) == 4 and isinstance(rows[1], int)  # else the call is refused
-        lengths = rows[1] if known and arguments["block_table"] is None else None
-    tables = {name: arguments[name] for name in ("cache_batch_idx", "cache_leftpad", "block_table")}
-    return attend_sequences(
-        act,
-        function,
-        {"q": q, "k_cache": k_cache, "v_cache": arguments["v_cache"]},
-        arguments,
-        {"seqused_k": _lengths(function, lengths, q), **tables},
-        "cache_seqlens",
+        cache_seqlens = rows[1] if known and block_table is None else None
+    return Attention(
+        _KVCACHE,
+        query=q,
+        key=k_cache,
+        value=v_cache,
+        new_key=k,
+        new_value=v,
+        seqused_k=_lengths(cache_seqlens, q),
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        block_table=block_table,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        rotary_interleaved=rotary_interleaved,
+        alibi_slopes=alibi_slopes,
+        num_splits=num_splits,
+        return_lse=return_softmax_lse,
+        attn_mask=attn_mask,
+        attention_chunk=attention_chunk,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+        qv=qv,
+        backend=backend,
     )
 
 
-def _lengths(function: str, cache_seqlens: Any, q: Any) -> Any:
+def _lengths(cache_seqlens: Any, q: Any) -> Any:
     if cache_seqlens is None or hasattr(cache_seqlens, "__dlpack__"):
         return cache_seqlens
     if type(cache_seqlens) is not int and is_buffer(cache_seqlens):
         return cache_seqlens
-    length = integer(function, "cache_seqlens", cache_seqlens, "a number of rows, or a tensor")
+    length = integer(_KVCACHE.name, "cache_seqlens", cache_seqlens, "a number of rows, or a tensor")
     shape = shape_of(q) or ()
     return np.full(shape[:1] if len(shape) == 4 else 0, length, dtype=np.int64)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._attend import attend_sequences
-from ._attention import Act, run
-from ._errors import message
-from ._flash_attn import unpacked
-from ._options import WindowSize
+from .._call import public
+from .._errors import message
+from .._ext import Attention, Function
+from ._packed import slices
+from ._types import WindowSize
+
+_FUNC = Function("umfa.flash_attn_varlen_func", query="q", key="k", value="v")
+_QKVPACKED = Function(
+    "umfa.flash_attn_varlen_qkvpacked_func",
+    query="qkv[:, 0]",
+    key="qkv[:, 1]",
+    value="qkv[:, 2]",
+    cu_seqlens_q="cu_seqlens",
+    max_seqlen_q="max_seqlen",
+)
+_KVPACKED = Function(
+    "umfa.flash_attn_varlen_kvpacked_func", query="q", key="kv[:, 0]", value="kv[:, 1]"
+)
 
 
+@public(_FUNC)
 def flash_attn_varlen_func(
     q: Any,
     k: Any,
@@ -40,7 +54,7 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
-) -> Any:
+) -> Attention:
     """`flash_attn_func` on sequences of different lengths, packed one after the other.
 
     Parameters
@@ -85,9 +99,43 @@ def flash_attn_varlen_func(
         A table is not monotone, reaches past the end, or names a page that is not there: nothing
         has been written then.
     """
-    return attend_varlen(run, "umfa.flash_attn_varlen_func", locals())
+    needed = {"cu_seqlens_q": cu_seqlens_q}
+    if block_table is None:
+        needed["cu_seqlens_k"] = cu_seqlens_k
+    _check_given(_FUNC, needed)
+    return Attention(
+        _FUNC,
+        query=q,
+        key=k,
+        value=v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+        block_table=block_table,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        attn_mask=attn_mask,
+        attention_chunk=attention_chunk,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+        qv=qv,
+        return_lse=return_lse,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
+        backend=backend,
+    )
 
 
+@public(_QKVPACKED, packed=("qkv",))
 def flash_attn_varlen_qkvpacked_func(
     qkv: Any,
     cu_seqlens: Any,
@@ -110,7 +158,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
-) -> Any:
+) -> Attention:
     """`flash_attn_varlen_func` on query, key and value stacked in one tensor.
 
     Parameters
@@ -120,9 +168,38 @@ def flash_attn_varlen_qkvpacked_func(
 
     Everything else, results and errors included, is as in `flash_attn_varlen_func`.
     """
-    return attend_varlen_qkvpacked(run, "umfa.flash_attn_varlen_qkvpacked_func", locals())
+    q, k, v = slices(_QKVPACKED, "qkv", qkv, 3, 1, "(total, 3, nheads, head_dim)")
+    _check_given(_QKVPACKED, {"cu_seqlens": cu_seqlens})
+    return Attention(
+        _QKVPACKED,
+        query=q,
+        key=k,
+        value=v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+        attn_mask=attn_mask,
+        attention_chunk=attention_chunk,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+        qv=qv,
+        return_lse=return_lse,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
+        backend=backend,
+    )
 
 
+@public(_KVPACKED, packed=("kv",))
 def flash_attn_varlen_kvpacked_func(
     q: Any,
     kv: Any,
@@ -148,7 +225,7 @@ def flash_attn_varlen_kvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
-) -> Any:
+) -> Attention:
     """`flash_attn_varlen_func` on key and value stacked in one tensor.
 
     Parameters
@@ -158,39 +235,40 @@ def flash_attn_varlen_kvpacked_func(
 
     Everything else, results and errors included, is as in `flash_attn_varlen_func`.
     """
-    return attend_varlen_kvpacked(run, "umfa.flash_attn_varlen_kvpacked_func", locals())
+    k, v = slices(_KVPACKED, "kv", kv, 2, 1, "(total_k, 2, nheads_kv, head_dim)")
+    _check_given(_KVPACKED, {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
+    return Attention(
+        _KVPACKED,
+        query=q,
+        key=k,
+        value=v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+        attn_mask=attn_mask,
+        attention_chunk=attention_chunk,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+        qv=qv,
+        return_lse=return_lse,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
+        backend=backend,
+    )
 
 
-# The functions without their docstrings, for whoever does something else at the end (see `Act`);
-# `arguments` are the function's, by name.
-
-
-def attend_varlen(act: Act, function: str, arguments: dict[str, Any]) -> Any:
-    tensors = {"q": arguments["q"], "k": arguments["k"], "v": arguments["v"]}
-    return _attend(act, function, tensors, arguments)
-
-
-def attend_varlen_qkvpacked(act: Act, function: str, arguments: dict[str, Any]) -> Any:
-    qkv = arguments["qkv"]
-    parts = unpacked(function, "qkv", qkv, 3, 1, "(total, 3, nheads, head_dim)")
-    for side in "qk":
-        arguments[f"cu_seqlens_{side}"] = arguments["cu_seqlens"]
-        arguments[f"max_seqlen_{side}"] = arguments["max_seqlen"]
-    return _attend(act, function, parts, arguments)
-
-
-def attend_varlen_kvpacked(act: Act, function: str, arguments: dict[str, Any]) -> Any:
-    kv = arguments["kv"]
-    parts = unpacked(function, "kv", kv, 2, 1, "(total_k, 2, nheads_kv, head_dim)")
-    return _attend(act, function, {"q": arguments["q"], **parts}, arguments)
-
-
-def _attend(act: Act, function: str, tensors: dict[str, Any], arguments: dict[str, Any]) -> Any:
-    names = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_q", "seqused_k")
-    tables = {name: arguments.get(name) for name in names}
-    for name in names[: 1 if tables["block_table"] is not None else 2]:
-        if tables[name] is None:
+def _check_given(function: Function, tables: dict[str, Any]) -> None:
+    for name, table in tables.items():
+        if table is None:
             raise TypeError(
-                message(function, f"{name} is missing", None, "an int32 or int64 tensor")
+                message(function.name, f"{name} is missing", None, "an int32 or int64 tensor")
             )
-    return attend_sequences(act, function, tensors, arguments, tables)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _ext
-from ._attend import drawn_seed, seed_of
-from ._attention import Act, run
-from ._errors import message
-from ._frameworks import causal_bias, framework_of, shape_of
-from ._options import make_sdpa_options
+from .._call import public
+from .._errors import message
+from .._ext import Attention, Function
+from .._frameworks import causal_bias, shape_of
+
+_SDPA = Function(
+    "umfa.scaled_dot_product_attention",
+    layout="bhsd",
+    broadcasts=True,
+    causal="is_causal",
+    softmax_scale="scale",
+    grouped="enable_gqa",
+)
 
 
+@public(_SDPA, reuse=True)
 def scaled_dot_product_attention(
     query: Any,
     key: Any,
@@ -25,7 +33,7 @@ def scaled_dot_product_attention(
     backend: str = "auto",
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
-) -> Any:
+) -> Attention:
     """Exact attention with the arguments of ``torch.nn.functional.scaled_dot_product_attention``.
 
     Takes tensors of every framework that `flash_attn_func` takes, reads them where they are (but
@@ -74,61 +82,42 @@ def scaled_dot_product_attention(
         The call is sound but not implemented yet: gradients (tensors that require grad, traced
         arrays), float64 and float8, ``head_dim`` above 576.
     """
-    return attend_sdpa(run, "umfa.scaled_dot_product_attention", locals())
-
-
-def attend_sdpa(act: Act, function: str, arguments: dict[str, Any]) -> Any:
-    """The function without its docstring, for whoever does something else at the end."""
-    attn_mask = arguments["attn_mask"]
-    is_causal, backend = arguments["is_causal"], arguments["backend"]
-    tensors = {"query": arguments["query"], "key": arguments["key"], "value": arguments["value"]}
-    bias = None
-    if attn_mask is not None:
-        bias = causal_bias(attn_mask)
-        if bias is None:
-            tensors["attn_mask"] = attn_mask
-    framework = framework_of(function, tensors)
-    if framework.autocast is not None:
-        framework.autocast(function, tensors, ())
-    seed = seed_of(framework, function, arguments)
-
-    def options(seed: tuple[int | None, int]) -> _ext.Options:
-        return make_sdpa_options(
-            function,
-            arguments["dropout_p"],
-            is_causal,
-            arguments["scale"],
-            arguments["enable_gqa"],
-            backend,
-            None if bias is None else bias[0],
-            seed[0] or 0,
-            seed[1],
-        )
-
-    call = options(seed)
-    if attn_mask is not None and is_causal:
+    if attn_mask is not None and is_causal is not False:
         raise ValueError(
             message(
-                function,
+                _SDPA.name,
                 "attn_mask and is_causal exclude each other",
                 "both",
                 "a mask that is causal itself, or is_causal alone",
             )
         )
+    bias = None if attn_mask is None else causal_bias(attn_mask)
     if bias is not None:
-        _check_bias(function, bias, tensors["query"], tensors["key"])
-    if seed[0] is None and act is run:
-        call = options((drawn_seed(framework, function, call, tensors, backend), seed[1]))
-    return act(framework, function, call, tensors, backend)[0]
+        _check_bias(bias, query, key)
+    return Attention(
+        _SDPA,
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask if bias is None else None,
+        dropout_p=dropout_p,
+        causal=is_causal if bias is None else True,
+        top_left=bias is None or bias[0] == "top_left",
+        softmax_scale=scale,
+        grouped=enable_gqa,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
+        backend=backend,
+    )
 
 
-def _check_bias(function: str, bias: tuple[str, int, int], query: Any, key: Any) -> None:
+def _check_bias(bias: tuple[str, int, int], query: Any, key: Any) -> None:
     shapes = shape_of(query) or (), shape_of(key) or ()
     lengths = tuple(shape[-2] if len(shape) >= 2 else None for shape in shapes)
     if None not in lengths and lengths != bias[1:]:
         raise ValueError(
             message(
-                function,
+                _SDPA.name,
                 "attn_mask is a causal bias of other lengths",
                 f"seqlen_q, seqlen_kv = {bias[1:]}",
                 f"{lengths}, those of query and key",

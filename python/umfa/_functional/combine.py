@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from . import _ext
-from ._attention import Act, run
-from ._errors import message
-from ._frameworks import Framework, dtype_name, framework_of
-from ._options import backend_name
+from .. import _ext
+from .._call._public import BODIES
+from .._call.run import run
+from .._errors import message
+from .._ext import Attention, Function
+from .._frameworks import Framework, dtype_name, framework_of
+
+_COMBINE = Function("umfa.flash_attn_combine", layout="bhsd", broadcasts=True, value="out_partial")
 
 
 def flash_attn_combine(
@@ -56,17 +60,16 @@ def flash_attn_combine(
     umfa.UnsupportedError
         Gradients; `out` of a framework whose arrays cannot be written.
     """
-    return combine(run, "umfa.flash_attn_combine", locals())
+    attention, finish = _attention_over_parts(out_partial, lse_partial, out, out_dtype, backend)
+    return finish(*run(attention, autocasts=False))
 
 
-def combine(act: Act, function: str, arguments: dict[str, Any]) -> Any:
-    """The function without its docstring, for whoever does something else at the end.
-
-    A row's parts are keys of an attention with that row's log-sum-exp as a mask, whose scores are
-    else 0, and their results its values.
-    """
-    out_partial, lse_partial = arguments["out_partial"], arguments["lse_partial"]
-    out, out_dtype, backend = (arguments[name] for name in ("out", "out_dtype", "backend"))
+def _attention_over_parts(
+    out_partial: Any, lse_partial: Any, out: Any, out_dtype: Any, backend: str
+) -> tuple[Attention, Callable[[Any, Any], tuple[Any, Any]]]:
+    """An attention whose keys are the parts: scores are 0, the log-sum-exp is the mask, the results
+    are the values. Also the function that makes the results from the attention's."""
+    function = _COMBINE.name
     tensors = {"out_partial": out_partial, "lse_partial": lse_partial}
     if out is None:
         framework = framework_of(function, tensors)
@@ -91,39 +94,41 @@ def combine(act: Act, function: str, arguments: dict[str, Any]) -> Any:
     order = (*range(1, out_partial.ndim - 1), 0, out_partial.ndim - 1)
     # Masks are kept in other units: what is common to the parts would cost their last bits.
     relative, top = framework.minus_top(lse_partial)
-    options = _ext.Options(
-        function,
-        ("query", "key", "out_partial"),
-        causal=False,
+    attention = Attention(
+        _COMBINE,
+        query=zeros[0],
+        key=zeros[1],
+        value=framework.permute(parts, order),
+        attn_mask=framework.permute(relative, order[:-1])[..., None, :],
         softmax_scale=1.0,
-        window_left=-1,
-        window_right=-1,
-        softcap=0.0,
-        dropout_p=0.0,
-        return_lse=True,
-        backend=backend_name(function, backend),
-        torch_shapes=True,
         grouped=False,
+        return_lse=True,
+        backend=backend,
     )
-    results = act(
-        framework,
-        function,
-        options,
-        {
-            "query": zeros[0],
-            "key": zeros[1],
-            "out_partial": framework.permute(parts, order),
-            "attn_mask": framework.permute(relative, order[:-1])[..., None, :],
-        },
-        backend,
-    )
-    if len(results) == 1:
-        return results[0]
-    merged, lse = results[0][..., 0, :], results[1][..., 0] + top
-    if out is not None:
-        framework.copy_to(out, merged)
-        return out, lse
-    return merged if wanted == dtype_name(merged.dtype) else framework.cast(merged, wanted), lse
+
+    def finish(merged: Any, lse: Any) -> tuple[Any, Any]:
+        merged, lse = merged[..., 0, :], lse[..., 0] + top
+        if out is not None:
+            framework.copy_to(out, merged)
+            return out, lse
+        same = wanted == dtype_name(merged.dtype)
+        return merged if same else framework.cast(merged, wanted), lse
+
+    return attention, finish
+
+
+def _asked(
+    out_partial: Any,
+    lse_partial: Any,
+    out: Any = None,
+    out_dtype: Any = None,
+    *,
+    backend: str = "auto",
+) -> Attention:
+    return _attention_over_parts(out_partial, lse_partial, out, out_dtype, backend)[0]
+
+
+BODIES[flash_attn_combine] = _asked
 
 
 _DTYPES = ("float32", "float16", "bfloat16")

@@ -8,21 +8,23 @@ thinks they do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _ext
-from ._attention import Act
-from ._errors import UnsupportedError, message
-from ._frameworks import Framework
+from .. import _ext
+from .._errors import UnsupportedError, message
+from .._frameworks import Framework
+
+if TYPE_CHECKING:
+    from .run import Prepared
 
 COLUMNS = 512  # as many channels as a value can have
 
 
-def check_possible(function: str, tensors: dict[str, Any]) -> None:
+def check_possible(function: str, names: tuple[str, ...]) -> None:
     for name in ("qv", "block_table"):
-        if name in tensors:
+        if name in names:
             raise UnsupportedError(
                 message(
                     function,
@@ -33,24 +35,15 @@ def check_possible(function: str, tensors: dict[str, Any]) -> None:
             )
 
 
-def weights_of(
-    act: Act,
-    framework: Framework,
-    function: str,
-    plain: _ext.Options,
-    dropped: _ext.Options,
-    tensors: dict[str, Any],
-    backend: Any,
-) -> Any:
-    """(batch, nheads, longest seqlen_q, longest seqlen_kv): negative where `dropped` drops.
-
-    `plain` and `dropped` are the call's options without and with its dropout.
-    """
-    query_name, key_name, value_name = tuple(tensors)[:3]
+def weights_of(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> Any:
+    """(batch, nheads, longest seqlen_q, longest seqlen_kv): negative where dropout drops."""
+    query_name, key_name, value_name = call.names[:3]
     query, value = tensors[query_name], tensors[value_name]
     rows = list(_sequences(tensors, query, value))
     most_q = max((q.stop - q.start for _, q, _ in rows), default=0)
     most_k = max((k.stop - k.start for _, _, k in rows), default=0)
+    dropped = call.options.replace(return_attn_probs=False)
+    plain = dropped.replace(dropout_p=0.0)
     # In float32, so that no weight is too small to show its sign.
     own = (query_name, key_name)
     asked = {
@@ -66,7 +59,7 @@ def weights_of(
                 identity[b + (k.start + j, slice(None), j - first)] = 1  # noqa: RUF005
         asked[value_name] = framework.from_numpy(identity, asked[query_name])
         seen, kept = (
-            framework.to_numpy(act(framework, function, options, asked, backend)[0])
+            framework.to_numpy(_out(framework, call, options, asked))
             for options in (plain, dropped)
         )
         signed = np.where((kept == 0) & (seen > 0), -seen, seen)
@@ -74,6 +67,14 @@ def weights_of(
             own_rows = signed[b + (q,)].swapaxes(0, 1)  # noqa: RUF005
             found[i, :, : own_rows.shape[1], first : first + width] = own_rows
     return framework.from_numpy(found, query)
+
+
+def _out(
+    framework: Framework, call: Prepared, options: _ext.Options, tensors: dict[str, Any]
+) -> Any:
+    from .run import compute
+
+    return compute(framework, call._replace(options=options), tensors)[0]
 
 
 def _sequences(

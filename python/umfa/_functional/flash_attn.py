@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._attend import attend_plain, attend_sequences
-from ._attention import Act, run
-from ._errors import message
-from ._frameworks import framework_of, shape_of
-from ._options import WindowSize
+from .._call import public
+from .._ext import Attention, Function
+from ._packed import slices
+from ._types import WindowSize
+
+_FUNC = Function("umfa.flash_attn_func", query="q", key="k", value="v")
+_QKVPACKED = Function(
+    "umfa.flash_attn_qkvpacked_func",
+    query="qkv[:, :, 0]",
+    key="qkv[:, :, 1]",
+    value="qkv[:, :, 2]",
+)
+_KVPACKED = Function(
+    "umfa.flash_attn_kvpacked_func", query="q", key="kv[:, :, 0]", value="kv[:, :, 1]"
+)
 
 
+@public(_FUNC, reuse=True)
 def flash_attn_func(
     q: Any,
     k: Any,
@@ -33,7 +44,7 @@ def flash_attn_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
-) -> Any:
+) -> Attention:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
 
     Memory beyond inputs and output is independent of both sequence lengths. Results are the same
@@ -134,30 +145,32 @@ def flash_attn_func(
     Online softmax over key tiles: Milakov & Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022
     (arXiv:2205.14135). Dropout by Philox-4x32-10, Salmon et al. 2011.
     """
-    function = "umfa.flash_attn_func"
-    # Most calls ask for nothing more. What it takes to find that out one by one is 2 of 7 us.
-    if (
-        None is alibi_slopes is attn_mask is learnable_sink is s_aux is qv is dropout_seed
-        and False is return_attn_probs is return_lse
-        and type(dropout_p) is float
-        and type(attention_chunk) is type(dropout_offset) is int
-        and dropout_p == attention_chunk == dropout_offset == 0
-    ):
-        tensors = {"q": q, "k": k, "v": v}
-        return attend_plain(
-            run,
-            function,
-            tensors,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            deterministic,
-            backend,
-        )
-    return attend(run, function, locals())
+    return Attention(
+        _FUNC,
+        query=q,
+        key=k,
+        value=v,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+        attn_mask=attn_mask,
+        attention_chunk=attention_chunk,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+        qv=qv,
+        return_lse=return_lse,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
+        backend=backend,
+    )
 
 
+@public(_QKVPACKED, packed=("qkv",))
 def flash_attn_qkvpacked_func(
     qkv: Any,
     dropout_p: float = 0.0,
@@ -178,7 +191,7 @@ def flash_attn_qkvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
-) -> Any:
+) -> Attention:
     """`flash_attn_func` on query, key and value stacked in one tensor.
 
     Parameters
@@ -188,9 +201,33 @@ def flash_attn_qkvpacked_func(
 
     Everything else, results and errors included, is as in `flash_attn_func`.
     """
-    return attend_qkvpacked(run, "umfa.flash_attn_qkvpacked_func", locals())
+    q, k, v = slices(_QKVPACKED, "qkv", qkv, 3, 2, "(batch, seqlen, 3, nheads, head_dim)")
+    return Attention(
+        _QKVPACKED,
+        query=q,
+        key=k,
+        value=v,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+        attn_mask=attn_mask,
+        attention_chunk=attention_chunk,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+        qv=qv,
+        return_lse=return_lse,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
+        backend=backend,
+    )
 
 
+@public(_KVPACKED, packed=("kv",))
 def flash_attn_kvpacked_func(
     q: Any,
     kv: Any,
@@ -212,7 +249,7 @@ def flash_attn_kvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
-) -> Any:
+) -> Attention:
     """`flash_attn_func` on key and value stacked in one tensor.
 
     Parameters
@@ -223,60 +260,27 @@ def flash_attn_kvpacked_func(
 
     Everything else, results and errors included, is as in `flash_attn_func`.
     """
-    return attend_kvpacked(run, "umfa.flash_attn_kvpacked_func", locals())
-
-
-# The functions without their docstrings, for whoever does something else at the end (see `Act`);
-# `arguments` are the function's, by name.
-
-
-def attend(act: Act, function: str, arguments: dict[str, Any]) -> Any:
-    tensors = {"q": arguments["q"], "k": arguments["k"], "v": arguments["v"]}
-    return attend_sequences(act, function, tensors, arguments)
-
-
-def attend_qkvpacked(act: Act, function: str, arguments: dict[str, Any]) -> Any:
-    qkv = arguments["qkv"]
-    parts = unpacked(function, "qkv", qkv, 3, 2, "(batch, seqlen, 3, nheads, head_dim)")
-    return attend_sequences(act, function, parts, arguments)
-
-
-def attend_kvpacked(act: Act, function: str, arguments: dict[str, Any]) -> Any:
-    kv = arguments["kv"]
-    parts = unpacked(function, "kv", kv, 2, 2, "(batch, seqlen_kv, 2, nheads_kv, head_dim)")
-    return attend_sequences(act, function, {"q": arguments["q"], **parts}, arguments)
-
-
-# By the dimension that is sliced: the text of an index, and the index.
-_PARTS = {
-    dimension: [(f"[{':, ' * dimension}{i}]", (slice(None),) * dimension + (i,)) for i in range(3)]
-    for dimension in (1, 2)
-}
-
-
-def unpacked(
-    function: str, name: str, packed: Any, count: int, dimension: int, layout: str
-) -> dict[str, Any]:
-    """The `count` slices of `packed` along `dimension`, the third from the end, by their names."""
-    given = {name: packed}
-    framework = framework_of(function, given)
-    packed = given[name]
-    if not hasattr(type(packed), "__getitem__"):
-        raise TypeError(
-            message(
-                function,
-                f"{name} cannot be sliced into its parts",
-                type(packed).__qualname__,
-                "a tensor with __getitem__ and shape",
-            )
-        )
-    shape = shape_of(packed) or ()
-    try:
-        if len(shape) != dimension + 3 or shape[dimension] != count:
-            raise ValueError(message(function, f"{name} has the wrong shape", shape, layout))
-        return {name + text: packed[index] for text, index in _PARTS[dimension][:count]}
-    except (RuntimeError, ValueError):
-        # Nested, sparse and other tensors without strides have shapes and slices of their own, or
-        # none: the reason is that they are such.
-        framework.export(packed, function, name)
-        raise
+    k, v = slices(_KVPACKED, "kv", kv, 2, 2, "(batch, seqlen_kv, 2, nheads_kv, head_dim)")
+    return Attention(
+        _KVPACKED,
+        query=q,
+        key=k,
+        value=v,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+        attn_mask=attn_mask,
+        attention_chunk=attention_chunk,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+        qv=qv,
+        return_lse=return_lse,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
+        backend=backend,
+    )

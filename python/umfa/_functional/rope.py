@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._attend import attend_sequences
-from ._attention import Act, run
-from ._errors import message
-from ._options import WindowSize
+from .._call import public
+from .._errors import message
+from .._ext import Attention, Function
+from ._types import WindowSize
+
+_ROPE = Function("umfa.fused_rope_attention", query="q", key="k", value="v")
 
 
+@public(_ROPE)
 def fused_rope_attention(
     q: Any,
     k: Any,
@@ -34,7 +37,7 @@ def fused_rope_attention(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
-) -> Any:
+) -> Attention:
     """`flash_attn_func` on queries and keys that are rotated on their way into the kernel.
 
     The result is that of rotating `q` and `k` first, rounded to their dtype; no rotated copy of
@@ -57,15 +60,35 @@ def fused_rope_attention(
     -----
     Rotary position embedding: Su et al. 2021 (arXiv:2104.09864).
     """
-    return attend_rope(run, "umfa.fused_rope_attention", locals())
-
-
-def attend_rope(act: Act, function: str, arguments: dict[str, Any]) -> Any:
-    """The function without its docstring, for whoever does something else at the end."""
-    for name in ("rotary_cos", "rotary_sin"):
-        if arguments[name] is None:
+    for name, table in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        if table is None:
             raise TypeError(
-                message(function, f"{name} is missing", None, "a tensor; see flash_attn_func")
+                message(
+                    _ROPE.name, f"{name} is missing", None, "a tensor; see fused_rope_attention"
+                )
             )
-    tensors = {"q": arguments["q"], "k": arguments["k"], "v": arguments["v"]}
-    return attend_sequences(act, function, tensors, arguments)
+    return Attention(
+        _ROPE,
+        query=q,
+        key=k,
+        value=v,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_attn_probs=return_attn_probs,
+        attn_mask=attn_mask,
+        attention_chunk=attention_chunk,
+        learnable_sink=learnable_sink,
+        s_aux=s_aux,
+        qv=qv,
+        return_lse=return_lse,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
+        backend=backend,
+    )

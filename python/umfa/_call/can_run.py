@@ -1,0 +1,68 @@
+"""Asking before computing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, overload
+
+from .._errors import UnsupportedError, message
+from ._public import BODIES
+from .run import judge
+
+
+@overload
+def can_run(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    backend: str = "auto",
+    **more: Any,
+) -> tuple[bool, str]: ...
+
+
+@overload
+def can_run(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[bool, str]: ...
+
+
+def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """Whether a function of umfa would accept these arguments, and if not, why.
+
+    ``can_run(q, k, v, ...)`` is about `flash_attn_func`. Another function of umfa is named first,
+    before its arguments: ``can_run(umfa.scaled_dot_product_attention, query, key, value)``.
+
+    Asks the same code that routes the call; computes nothing and raises nothing that the function
+    would raise about its arguments. What only shows while computing stays unseen: that memory runs
+    out, or that mlx will ask for a derivative.
+
+    Returns
+    -------
+    (bool, str)
+        ``(True, "")``, or False and the reason.
+    """
+    function: Callable[..., Any]
+    if args and isinstance(args[0], FunctionType) and args[0] in BODIES:
+        function, rest = args[0], args[1:]
+    else:
+        function = next(x for x in BODIES if x.__name__ == "flash_attn_func")
+        rest = args
+    body = BODIES[function]
+    try:
+        inspect.signature(body).bind(*rest, **kwargs)
+    except TypeError as error:
+        expected = f"those of {function.__name__}"
+        return False, message("umfa.can_run", "the arguments do not fit", error, expected)
+    try:
+        return judge(body(*rest, **kwargs))
+    except (ValueError, TypeError, UnsupportedError) as error:
+        return False, str(error).replace(f"[umfa.{function.__name__}]", "[umfa.can_run]", 1)

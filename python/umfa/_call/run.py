@@ -1,0 +1,160 @@
+"""Running a call: frameworks' tensors to the core, and its results back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .. import _ext
+from .._errors import message
+from .._frameworks import Framework, framework_of
+from . import weights
+
+
+class Prepared(NamedTuple):
+    """What of a call does not depend on its tensors."""
+
+    options: _ext.Options
+    function: str
+    backend: str
+    names: tuple[str, ...]
+    tables: frozenset[str]
+    autocast: tuple[str, ...]
+    written: tuple[str, ...]
+
+
+def prepared(options: _ext.Options) -> Prepared:
+    return Prepared(
+        options,
+        options.function,
+        options.backend,
+        options.names,
+        frozenset(options.tables),
+        options.autocast,
+        options.written,
+    )
+
+
+def run(attention: _ext.Attention, *, autocasts: bool = True) -> Any:
+    """Computes. Returns out, or (out, lse), or (out, lse, weights or None).
+
+    `autocasts`: whether the framework's automatic mixed precision has a say.
+    """
+    call = prepared(attention.options)
+    if not autocasts:
+        call = call._replace(autocast=())
+    tensors = attention.tensors
+    framework = ready(call, tensors)
+    options = call.options
+    if options.lacks_seed:
+        call = call._replace(options=options.replace(dropout_seed=_seed(framework, call, tensors)))
+    results = compute(framework, call, tensors)
+    for name in call.written:
+        framework.mark_written(tensors[name])
+    if not options.return_attn_probs:
+        return results[0] if len(results) == 1 else results
+    if not options.dropout_p:
+        return (*results, None)
+    return (*results, weights.weights_of(framework, call, tensors))
+
+
+def run_prepared(call: Prepared, given: tuple[Any, ...]) -> Any:
+    """`run` of a call on query, key and value whose options are known."""
+    tensors = dict(zip(call.names, given, strict=True))
+    framework = framework_of(call.function, tensors)
+    if framework.autocast is not None:
+        framework.autocast(call.function, tensors, (), call.autocast)
+    results = compute(framework, call, tensors)
+    return results[0] if len(results) == 1 else results
+
+
+def judge(attention: _ext.Attention) -> tuple[bool, str]:
+    """The routing's verdict on a call, and its reason."""
+    call = prepared(attention.options)
+    framework = ready(call, attention.tensors)
+    return _ext.attention_can_run(call.options, exported(framework, call, attention.tensors))
+
+
+def ready(call: Prepared, tensors: dict[str, Any]) -> Framework:
+    """The tensors' framework. Checks what it can tell, and replaces tensors by what it must: tables
+    by copies on the host, others as autocast demands."""
+    function, options = call.function, call.options
+    if options.return_lse and options.return_attn_probs:
+        raise ValueError(
+            message(
+                function, "return_lse and return_attn_probs exclude each other", "both",
+                "one of them",
+            )
+        )  # fmt: skip
+    own = tensors
+    if call.tables:
+        own = {name: tensor for name, tensor in tensors.items() if name not in call.tables}
+    framework = framework_of(function, own, call.written)
+    for name in call.written:
+        framework.check_writable(own[name], function, name)
+    if framework.autocast is not None and call.autocast:
+        framework.autocast(function, own, call.written, call.autocast)
+    if call.tables:
+        tensors.update(own)
+        for name in call.tables:
+            tensors[name] = _on_host(function, name, tensors[name])
+    if options.lacks_seed and framework.draw_seed is None:
+        raise ValueError(
+            message(
+                function,
+                "dropout_seed is missing, and this framework has no generator to ask",
+                None,
+                "0 to 2**64 - 1",
+            )
+        )
+    if options.return_attn_probs and options.dropout_p:
+        weights.check_possible(function, call.names)
+    return framework
+
+
+def _on_host(function: str, name: str, table: Any) -> Any:
+    """A table of integers, of whatever framework: the host reads it before anything runs."""
+    given = {name: table}
+    framework = framework_of(function, given)
+    return framework.to_host(given[name], function, name)
+
+
+def _seed(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> int:
+    """A seed of the framework's generator, which a call that is refused must not move."""
+    possible, _ = _ext.attention_can_run(call.options, exported(framework, call, tensors))
+    if not possible or framework.draw_seed is None:
+        return 0  # computing will say why
+    return framework.draw_seed()
+
+
+def compute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
+    if framework.call is None:
+        return _compute(framework, call, tensors)
+
+    def again(*inputs: Any) -> tuple[Any, ...]:
+        return _compute(framework, call, dict(zip(tensors, inputs, strict=True)))
+
+    results: tuple[Any, ...] = framework.call(again, call.function, *tensors.values())
+    return results
+
+
+def _compute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
+    first = tensors[call.names[0]]
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+        return framework.allocate(first, shape, dtype, call.backend)
+
+    out, lse = _ext.attention_forward(call.options, exported(framework, call, tensors), allocate)
+    if lse is None:
+        return (framework.finish(out),)
+    return framework.finish(out), framework.finish(lse)
+
+
+def exported(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
+    """DLPack objects, in the order of the options' names."""
+    export, function, tables, backend = framework.export, call.function, call.tables, call.backend
+    if not tables:
+        return tuple([export(tensor, function, name, backend) for name, tensor in tensors.items()])
+    return tuple(
+        tensor if name in tables else export(tensor, function, name, backend)
+        for name, tensor in tensors.items()
+    )

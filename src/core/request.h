@@ -1,0 +1,105 @@
+// What a binding hands to the core: the tensors and options of one call, none of them checked.
+// options.def defines them all.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "core/export.h"
+#include "core/tensor_view.h"
+
+namespace umfa {
+
+/// Order of the last three dimensions of query, key, value and out; batch dimensions come before.
+/// LSE is always (batch, nheads, seqlen_q).
+enum class Layout : uint8_t { bshd, bhsd };
+
+/// Every argument of an attention call.
+enum class Field : uint8_t {
+#define UMFA_OPERAND(name) name,
+#define UMFA_INPUT(name, autocast, text) name,
+#define UMFA_TABLE(name, text) name,
+#define UMFA_NUMBER(name, value, text) name,
+#define UMFA_MAYBE_NUMBER(name, text) name,
+#define UMFA_COUNT(name, value, text) name,
+#define UMFA_MAYBE_COUNT(name, text) name,
+#define UMFA_SEED(name, text) name,
+#define UMFA_OFFSET(name, text) name,
+#define UMFA_FLAG(name, value, text) name,
+#define UMFA_WINDOW(name, text) name,
+#define UMFA_RESULT_FLAG(name, value) name,
+#include "core/options.def"
+    count
+};
+constexpr size_t field_count = static_cast<size_t>(Field::count);
+
+/// The name in options.def.
+UMFA_CORE_API const char* name_of(Field field);
+
+/// A public function: its name, how its callers spell the arguments, and the shapes it takes.
+struct UMFA_CORE_API Function {
+    explicit Function(std::string its_name);
+
+    const std::string& operator[](Field field) const { return names[static_cast<size_t>(field)]; }
+    std::string& operator[](Field field) { return names[static_cast<size_t>(field)]; }
+
+    std::string name;  // "umfa.flash_attn_func"
+    std::array<std::string, field_count> names;
+    Layout layout = Layout::bshd;
+    /// bhsd only: torch's shapes. Two dimensions or more, of which the batch dimensions and nheads
+    /// broadcast from size 1 or from not being there.
+    bool broadcasts = false;
+};
+
+/// The options that are no tensors.
+struct AttentionOptions {
+#define UMFA_NUMBER(name, value, text) double name = value;
+#define UMFA_MAYBE_NUMBER(name, text) std::optional<double> name;
+#define UMFA_COUNT(name, value, text) int64_t name = value;
+#define UMFA_MAYBE_COUNT(name, text) std::optional<int64_t> name;
+#define UMFA_SEED(name, text) std::optional<uint64_t> name;
+#define UMFA_OFFSET(name, text) uint64_t name = 0;
+#define UMFA_FLAG(name, value, text) bool name = value;
+#define UMFA_WINDOW(name, text) int64_t name##_left = -1, name##_right = -1;
+#define UMFA_RESULT_FLAG(name, value) bool name = value;
+#include "core/options.def"
+};
+
+struct AttentionRequest : AttentionOptions {
+    explicit AttentionRequest(const Function& its_function) : function(&its_function) {}
+
+    const Function* function;  // outlives the Problem
+#define UMFA_OPERAND(name) std::optional<TensorView> name;
+#define UMFA_INPUT(name, autocast, text) std::optional<TensorView> name;
+#define UMFA_TABLE(name, text) std::optional<TensorView> name;
+#include "core/options.def"
+    std::optional<TensorView> out, lse;  // absent while only can_run is asked
+
+    /// Whether a tensor says where sequences lie.
+    bool has_tables() const {
+        bool any = max_seqlen_q || max_seqlen_k;
+#define UMFA_TABLE(name, text) any = any || name.has_value();
+#include "core/options.def"
+        return any;
+    }
+};
+
+/// What a tensor of the request is.
+struct TensorField {
+    Field field;
+    std::optional<TensorView> AttentionRequest::* view;
+    bool table;     // of integers on the CPU
+    bool autocast;  // torch.autocast casts it
+};
+inline constexpr TensorField tensor_fields[] = {
+#define UMFA_OPERAND(name) {Field::name, &AttentionRequest::name, false, true},
+#define UMFA_INPUT(name, autocast, text) {Field::name, &AttentionRequest::name, false, autocast},
+#define UMFA_TABLE(name, text) {Field::name, &AttentionRequest::name, true, false},
+#include "core/options.def"
+};
+
+}  // namespace umfa

@@ -1,0 +1,107 @@
+// Running one attention call, and asking whether it could be run.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <unistd.h>
+
+#include <exception>
+
+#include "core/checks.h"
+#include "core/dispatch.h"
+#include "python/record.h"
+
+namespace umfa::python {
+namespace {
+
+using namespace nb::literals;
+
+/// Runs `body` with the GIL released.
+///
+/// Not nb::gil_scoped_release: when the interpreter is shutting down, CPython before 3.14 answers
+/// a daemon thread that wants the GIL back with pthread_exit(), and unwinding through a destructor
+/// or a noexcept frame ends the process with std::terminate. Such a thread waits here for the
+/// process to end instead, which is what CPython 3.14 does.
+template <class F>
+void without_gil(F&& body) {
+    PyThreadState* state = PyEval_SaveThread();
+    std::exception_ptr error;
+    try {
+        body();
+    } catch (...) {
+        error = std::current_exception();
+    }
+    try {
+        PyEval_RestoreThread(state);
+    } catch (...) {
+        for (;;) pause();
+    }
+    if (error) std::rethrow_exception(error);
+}
+
+nb::object shape_tuple(const TensorView& view) {
+    const int64_t* n = view.shape;
+    if (view.ndim == 4) return nb::make_tuple(n[0], n[1], n[2], n[3]);  // the usual one: no list
+    nb::list sizes;
+    for (int i = 0; i < view.ndim; ++i) sizes.append(n[i]);
+    return nb::tuple(sizes);
+}
+
+nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
+                            nb::callable allocate) {
+    Inputs inputs;
+    Problem problem = Problem::make(make_request(options, tensors, inputs));
+    const Backend& backend = route(problem, options.backend);
+    const std::string& function = options.function->name;
+
+    // The façade allocates in the caller's framework, now that the shapes are known to be right.
+    nb::object out = allocate(shape_tuple(problem.out_shape()), name_of(problem.query.view.dtype));
+    nb::object lse = nb::none();
+    Output out_array = import_output(out[0], function, "out"), lse_array;
+    problem.set_out(out_array.view);
+    if (options.values.return_lse || options.values.return_attn_probs) {
+        lse = allocate(shape_tuple(problem.lse_shape()), name_of(DType::f32));
+        lse_array = import_output(lse[0], function, "softmax_lse");
+        problem.set_lse(lse_array.view);
+    }
+    without_gil([&] { forward(backend, problem); });
+    return nb::make_tuple(out[1], lse.is_none() ? nb::object(lse) : nb::object(lse[1]));
+}
+
+std::pair<bool, std::string> attention_can_run(const Options& options, const nb::tuple& tensors) {
+    Inputs inputs;
+    const Verdict verdict =
+        can_run(Problem::make(make_request(options, tensors, inputs)), options.backend);
+    return {verdict.yes, verdict.reason};
+}
+
+void check_tensor(const std::string& function, const std::string& name, nb::handle tensor,
+                  bool writable) {
+    const TensorView view = writable ? import_output(tensor, function, name).view
+                                     : import_input(tensor, function, name).view;
+    const Checker check{function};
+    check_float_dtype(check, view, name);
+    check_memory(check, view, name);
+    if (writable) check_distinct(check, view, name);
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& m) {
+    m.def("attention_forward", &attention_forward, "options"_a, "tensors"_a, "allocate"_a,
+          nb::sig("def attention_forward(options: Options, tensors: tuple[object, ...], "
+                  "allocate: collections.abc.Callable[[tuple[int, ...], str], "
+                  "tuple[object, object]]) -> tuple[object, object | None]"),
+          "Computes attention on DLPack tensors, in the order of options.names.\n\n"
+          "`allocate(shape, dtype)` returns (DLPack tensor to write, what to hand back).\n"
+          "Returns (out, lse or None) as allocate handed them back.");
+    m.def("attention_can_run", &attention_can_run, "options"_a, "tensors"_a,
+          nb::sig("def attention_can_run(options: Options, tensors: tuple[object, ...]) "
+                  "-> tuple[bool, str]"),
+          "The routing's verdict on the same call, and its reason.");
+    m.def("check_tensor", &check_tensor, "function"_a, "name"_a, "tensor"_a, "writable"_a = false,
+          nb::sig("def check_tensor(function: str, name: str, tensor: object, "
+                  "writable: bool = False) -> None"),
+          "Raises what a call would about this tensor alone.");
+}
+
+}  // namespace umfa::python

@@ -1,0 +1,32 @@
+// Python values of options, brought to the types that the core takes. Ranges are the core's business.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+
+namespace umfa::python {
+
+namespace nb = nanobind;
+
+/// Names the argument in messages.
+struct Argument {
+    const std::string& function;
+    const std::string& name;
+};
+
+// Each takes Python's own numbers, those of NumPy, and tensors without dimensions that hold one.
+double number(const Argument& argument, nb::handle value);
+bool flag(const Argument& argument, nb::handle value);
+/// `expected` ends the message of a value that is no integer.
+int64_t integer(const Argument& argument, nb::handle value, const std::string& expected);
+uint64_t unsigned_integer(const Argument& argument, nb::handle value);
+/// (left, right); None is -1, unbounded.
+std::pair<int64_t, int64_t> window(const Argument& argument, nb::handle value);
+/// A name that a message can show.
+std::string backend_name(const Argument& argument, nb::handle value);
+
+}  // namespace umfa::python
