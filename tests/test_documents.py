@@ -1,4 +1,4 @@
-"""CHANGELOG, CONTRIBUTING and README agree with the code where a machine can tell."""
+"""README, docs/, CHANGELOG and CONTRIBUTING agree with the code where a machine can tell."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import umfa
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("docs/*.md"))]
 
 
 def text_of(name: str) -> str:
@@ -51,7 +52,7 @@ def test_nothing_that_works_is_said_to_be_missing() -> None:
     assert "dropout" not in missing
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", [*DOCUMENTS, *PAGES])
 def test_files_that_are_named_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:python|src|shaders|tests|cmake|\.ci)/[\w./-]+)`", text))

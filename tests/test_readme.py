@@ -1,4 +1,4 @@
-"""The README does what it says: its Python runs, its C compiles, its links lead somewhere.
+"""The README and docs/ do what they say: their Python runs, their C compiles, their links work.
 
 A comment ``# -> text`` (``/* -> text */`` in C) after a print is the line that must come out.
 """
@@ -18,19 +18,26 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+EXAMPLES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 class Block(NamedTuple):
-    """A fenced block, the heading above it, and the HTML comment that marks it."""
+    """A fenced block, its file, the heading above it, and the HTML comment that marks it."""
 
+    document: str
     heading: str
     language: str
     mark: str
     code: str
 
 
-def fenced(text: str) -> list[Block]:
+def relative(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+def fenced(document: Path) -> list[Block]:
+    text = document.read_text(encoding="utf-8")
     blocks = []
     heading = ""
     pattern = r"^#+ (.+)$|^(?:<!-- (.+) -->\n)?```(\w*)\n((?:.*\n)*?)```$"
@@ -38,11 +45,13 @@ def fenced(text: str) -> list[Block]:
         if found[1]:
             heading = found[1]
         else:
-            blocks.append(Block(heading, found[3], found[2] or "", found[4]))
+            mark = found[2] or ""
+            blocks.append(Block(relative(document), heading, found[3], mark, found[4]))
     return blocks
 
 
-BLOCKS = fenced(README)
+BLOCKS = [block for document in EXAMPLES for block in fenced(document)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
 
 
 def imports(code: str) -> set[str]:
@@ -65,9 +74,12 @@ def assert_prints(output: str, lines: list[str]) -> None:
         assert line in printed, output
 
 
-@pytest.mark.parametrize(
-    "block", [block for block in BLOCKS if block.language == "python"], ids=lambda b: b.heading
-)
+def test_there_are_examples() -> None:
+    found = {block.document for block in PYTHON}
+    assert found >= {"README.md", "docs/usage.md", "docs/backends.md"}
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda b: f"{b.document}:{b.heading}")
 def test_python_runs(block: Block, tmp_path: Path) -> None:
     for name in sorted(imports(block.code)):
         if importlib.util.find_spec(name) is None:
@@ -91,7 +103,7 @@ def test_c_example_compiles_and_runs(tmp_path: Path) -> None:
     (example,) = (block for block in BLOCKS if block.language == "c")
     (compile_,) = (block for block in BLOCKS if block.mark == "test: compile example.c")
     (tmp_path / "example.c").write_text(example.code, encoding="utf-8")
-    # The README's `python` is the one that runs the tests.
+    # The document's `python` is the one that runs the tests.
     shell = f"set -eu\npython() {{ '{sys.executable}' \"$@\"; }}\n{compile_.code}./example\n"
     result = subprocess.run(
         ["sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -103,13 +115,28 @@ def test_c_example_compiles_and_runs(tmp_path: Path) -> None:
 
 def test_ci_finds_the_two_commands() -> None:
     """`.ci/run` takes them from here; these are the words that the README promises."""
-    marked = [block.code.strip() for block in BLOCKS if block.mark == "ci: run"]
-    assert marked == ["pip install . && python -m umfa", "pip install '.[test]' && pytest"]
+    marked = [(b.document, b.code.strip()) for b in BLOCKS if b.mark == "ci: run"]
+    assert marked == [
+        ("README.md", "pip install . && python -m umfa"),
+        ("README.md", "pip install '.[test]' && pytest"),
+    ]
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_links_lead_somewhere(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    local = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    missing = [link for link in local if not (ROOT / link).exists()]
+def anchors(document: Path) -> set[str]:
+    """What GitHub calls the headings of a document in links."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
     assert missing == []
