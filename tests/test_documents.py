@@ -61,3 +61,8 @@ def test_files_that_are_named_exist(name: str) -> None:
 
 def test_contributing_says_where_a_row_of_the_readme_comes_from() -> None:
     assert "`python -m umfa features --markdown`" in text_of("CONTRIBUTING.md")
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", citation, re.MULTILINE) == [umfa.__version__]
