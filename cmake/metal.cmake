@@ -109,7 +109,7 @@ if(umfa_metal STREQUAL "DOUBLE")
   if(zig_missing)
     message(FATAL_ERROR "UMFA_METAL=DOUBLE needs clang: pip install ziglang")
   endif()
-  set(double ${PROJECT_SOURCE_DIR}/tests/metal/double)
+  set(double ${PROJECT_SOURCE_DIR}/tools/metal/double)
   file(GLOB double_sources CONFIGURE_DEPENDS ${double}/*.mm ${double}/*/*.mm ${double}/*/*.cpp ${double}/*.cpp)
   file(GLOB_RECURSE double_headers CONFIGURE_DEPENDS ${double}/*.h ${PROJECT_SOURCE_DIR}/src/*.h)
   set(flags -std=c++20 -g -O2 -fPIC -fvisibility=hidden -Wall -Wextra

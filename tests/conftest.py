@@ -11,13 +11,13 @@ from pathlib import Path
 
 import emulated
 import pytest
-from metal_emulator import Options
 
 import frameworks
 import mac
 import umfa
 from attend import Attend
 from frameworks import Framework
+from tools.metal.emulator import Options
 from umfa import _ext
 
 METAL = Path(__file__).parent / "metal"
@@ -71,10 +71,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     another map of lanes to matrix elements too, and meets the acceptance set only.
     """
     if request.param == "metal" and not mac.IS_MAC:
-        import metal_double  # builds the host: only for tests that need it
-        import metal_gpus
+        # Builds the host: only for tests that need it.
+        from tools.metal import double as metal_double
+        from tools.metal.double import gpus
 
-        with metal_double.machine(metal_gpus.Emulator()):
+        with metal_double.machine(gpus.Emulator()):
             yield request.param
         return
     before = emulated.settings

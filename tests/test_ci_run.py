@@ -42,7 +42,7 @@ class Run(NamedTuple):
 def run(folder: Path, *arguments: str, fails: str = "nothing") -> Run:
     """Run a copy of the script; the program whose command line contains `fails` ends with 3."""
     repository, programs, calls = folder / "repository", folder / "bin", folder / "calls"
-    for name in ("src", "include", "shaders", "tests", ".ci", "build/asan", "build/tsan"):
+    for name in ("src", "include", "shaders", "tests", "tools", ".ci", "build/asan", "build/tsan"):
         (repository / name).mkdir(parents=True)
     programs.mkdir()
     calls.touch()

@@ -220,7 +220,7 @@ class TestOnTheDouble:
 
     @staticmethod
     def compile(part: Part, gpu: Any, count: int = 2, **machine: Any) -> None:
-        import metal_double
+        from tools.metal import double as metal_double
 
         with metal_double.machine(gpu) as double:
             double.set_machine(**machine)
@@ -229,11 +229,11 @@ class TestOnTheDouble:
                 compile.compile_all(part, device, chosen[:count])
 
     def test_what_the_compiler_refuses_is_told_in_full(self, part: Part) -> None:
-        import metal_gpus
+        from tools.metal.double import gpus
 
         long = "\n".join(f"program_source:{i}:1: error: no {i}" for i in range(60))
 
-        class Refusing(metal_gpus.Recorder):
+        class Refusing(gpus.Recorder):
             def prepare(self, kernel: Any) -> int:
                 if kernel.name == "append_bf16":
                     raise ValueError(long)
@@ -248,9 +248,9 @@ class TestOnTheDouble:
         assert part.failures == 1
 
     def test_few_threads_and_much_memory_are_noted(self, part: Part) -> None:
-        import metal_gpus
+        from tools.metal.double import gpus
 
-        class Large(metal_gpus.Recorder):
+        class Large(gpus.Recorder):
             def prepare(self, kernel: Any) -> int:
                 return 40000
 
@@ -262,9 +262,9 @@ class TestOnTheDouble:
         self, part: Part, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The double's metallib is text."""
-        import metal_gpus
+        from tools.metal.double import gpus
 
-        class Larger(metal_gpus.Recorder):
+        class Larger(gpus.Recorder):
             def prepare(self, kernel: Any) -> int:
                 return 16 if kernel.source == "ahead" else 32
 
@@ -274,21 +274,21 @@ class TestOnTheDouble:
 
     @pytest.mark.parametrize("permuted", [False, True])
     def test_the_lanes(self, permuted: bool, part: Part) -> None:
-        import metal_double
-        import metal_gpus
-        from metal_emulator import Options
+        from tools.metal import double as metal_double
+        from tools.metal.double import gpus
+        from tools.metal.emulator import Options
 
-        with metal_double.machine(metal_gpus.Emulator(Options(permute_lanes=permuted))):
+        with metal_double.machine(gpus.Emulator(Options(permute_lanes=permuted))):
             lanes.run(part, quick=True)
         assert ("ANOTHER map" in self.text(part)) == permuted
         assert ("the assumed map" in self.text(part)) != permuted
 
     def test_rows_on_the_gpu_of_a_hosted_mac(self, part: Part) -> None:
         """umfa refuses the GPU, and the kernels that it can run are right."""
-        import metal_double
-        import metal_gpus
+        from tools.metal import double as metal_double
+        from tools.metal.double import gpus
 
-        with metal_double.machine(metal_gpus.Emulator()) as double:
+        with metal_double.machine(gpus.Emulator()) as double:
             double.set_machine(family=5, name="Apple Paravirtual device")
             assert not umfa.backends()[0].available
             rows.run(part, quick=True)
@@ -297,10 +297,10 @@ class TestOnTheDouble:
         assert (part.wrong, part.failures) == (0, 0)
 
     def test_rows_that_are_wrong_and_rows_that_are_refused(self, part: Part) -> None:
-        import metal_double
-        import metal_gpus
+        from tools.metal import double as metal_double
+        from tools.metal.double import gpus
 
-        with metal_double.machine(metal_gpus.Recorder()) as double:
+        with metal_double.machine(gpus.Recorder()) as double:
             double.fault("library")
             rows.run(part, quick=True)
         assert part.failures == 1
@@ -311,12 +311,12 @@ class TestOnTheDouble:
     def test_a_gpu_that_computes_nothing_fails_the_smoke(
         self, part: Part, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import metal_double
-        import metal_gpus
+        from tools.metal import double as metal_double
+        from tools.metal.double import gpus
 
         case = next(iter(smoke.cases()))
         monkeypatch.setattr(smoke, "cases", lambda: [case])
-        with metal_double.machine(metal_gpus.Recorder()):
+        with metal_double.machine(gpus.Recorder()):
             smoke.run(part, quick=False)
         assert "1 wrong." in self.text(part)
         assert part.failures == 1
@@ -324,12 +324,12 @@ class TestOnTheDouble:
     @pytest.mark.slow
     @pytest.mark.parametrize("case", list(smoke.cases()), ids=lambda c: f"{c.name}, {c.dtype}")
     def test_smoke(self, case: smoke.Case) -> None:
-        import metal_double
-        import metal_gpus
+        from tools.metal import double as metal_double
+        from tools.metal.double import gpus
 
         if "512" in case.name:
             pytest.skip("minutes on the emulator")
-        with metal_double.machine(metal_gpus.Emulator()):
+        with metal_double.machine(gpus.Emulator()):
             found = case.call(backend="metal")
         assert smoke.difference(found, case.call(backend="cpu")) <= smoke.TOLERANCES[case.dtype]
 

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from metal_emulator.build import cache_folder
+
+from tools.metal.emulator.build import cache_folder
 
 ROOT = Path(__file__).parents[2]
 ISA = ROOT / "src" / "cpu" / "isa"

@@ -12,9 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from metal_emulator import Counters, Library, Options
 
 import reference
+from tools.metal.emulator import Counters, Library, Options
 from umfa import _ext
 from umfa._call.run import Prepared, exported, prepared
 from umfa._frameworks import _numpy

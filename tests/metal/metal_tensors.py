@@ -7,9 +7,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from metal_double import Double
 
 from capsules import _DLManagedTensor, _DLTensor, _new_capsule
+from tools.metal.double import Double
 
 Array = np.ndarray[Any, np.dtype[Any]]
 METAL = 8

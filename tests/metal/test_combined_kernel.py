@@ -8,12 +8,12 @@ import emulated
 import numpy as np
 import pytest
 from emulated import MACHINES
-from metal_ptx import dropout
 
 import reference
 from cases import normal
 from checks import BASE, LSE, Tolerance, assert_close
 from sequences import rotary_tables, rotated
+from tools.metal.ptx import dropout
 
 Array = np.ndarray[Any, np.dtype[Any]]
 pytestmark = pytest.mark.usefixtures("own_settings")

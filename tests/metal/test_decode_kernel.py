@@ -6,13 +6,13 @@ import emulated
 import numpy as np
 import pytest
 from emulated import MACHINES
-from metal_emulator import Options
 
 import frameworks
 import reference
 from attend import Attend
 from cases import Case, normal
 from checks import BASE, LSE, assert_close
+from tools.metal.emulator import Options
 
 CASES = [
     Case((1, 8, 1, 900, 64), "float16", heads_k=2),

@@ -9,12 +9,12 @@ import emulated
 import numpy as np
 import pytest
 from emulated import MACHINES, SOME_MACHINES
-from metal_ptx import dropout
 
 import reference
 from cases import normal
 from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 from sequences import offsets
+from tools.metal.ptx import dropout
 
 Array = np.ndarray[Any, np.dtype[Any]]
 pytestmark = pytest.mark.usefixtures("own_settings")

@@ -8,13 +8,13 @@ import emulated
 import numpy as np
 import pytest
 from emulated import MACHINES
-from metal_emulator import Options
 
 import frameworks
 import reference
 from attend import Attend
 from cases import Case, normal
 from checks import BASE, LSE, Tolerance, assert_close
+from tools.metal.emulator import Options
 
 CASES = [
     Case((1, 1, 40, 60, 300), "float16", options=(("causal", True),)),

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from emulated import FUNCTION, SHADERS, exported_of
-from metal_emulator import structure, toolchain
 
 import umfa
+from tools.metal.emulator import structure, toolchain
 from umfa import _ext
 from umfa._frameworks import _numpy
 

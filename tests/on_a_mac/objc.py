@@ -32,7 +32,7 @@ def of_macos() -> Address:
 
 def of_double() -> Address:
     """Addresses of the double's functions."""
-    import metal_double
+    from tools.metal import double as metal_double
 
     lookup = metal_double.load().umfa_double_symbol
     lookup.restype, lookup.argtypes = ctypes.c_void_p, (ctypes.c_char_p,)

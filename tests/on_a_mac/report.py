@@ -22,7 +22,12 @@ def anonymous(text: str) -> str:
 
 
 def search_path() -> str:
-    folders = [str(ROOT / "tests"), str(ROOT / "tests" / "metal"), os.environ.get("PYTHONPATH", "")]
+    folders = [
+        str(ROOT),
+        str(ROOT / "tests"),
+        str(ROOT / "tests" / "metal"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     return os.pathsep.join(filter(None, folders))
 
 

@@ -51,10 +51,10 @@ def gpu_of(double: bool, target: str) -> Any:
     """The double's machine, if it is wanted. Tests bring their own."""
     if not double or target.startswith("on_a_mac.suite:"):
         return contextlib.nullcontext()
-    import metal_double
-    import metal_gpus
+    from tools.metal import double as metal_double
+    from tools.metal.double import gpus
 
-    return metal_double.machine(metal_gpus.Emulator())
+    return metal_double.machine(gpus.Emulator())
 
 
 def run_here(target: str, part: Path, *, quick: bool, double: bool) -> int:

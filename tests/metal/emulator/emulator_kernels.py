@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from metal_emulator import Counters, Library, Options
+
+from tools.metal.emulator import Counters, Library, Options
 
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 

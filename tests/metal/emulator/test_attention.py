@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 from emulator_kernels import floats, library
-from metal_emulator import Library, Options
+
+from tools.metal.emulator import Library, Options
 
 MATMUL = """
 struct Sizes { uint m, n, k; };

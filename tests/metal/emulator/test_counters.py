@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from emulator_kernels import floats, run
-from metal_emulator import Options
+
+from tools.metal.emulator import Options
 
 BODY = """
 constant float weights[2] = {1.0f, 2.0f};

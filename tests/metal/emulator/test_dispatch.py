@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal_emulator import DispatchError, Library
+
+from tools.metal.emulator import DispatchError, Library
 
 TEXT = """
 #include <metal_stdlib>

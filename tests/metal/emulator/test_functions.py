@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from emulator_kernels import floats, run
-from metal_emulator import Options
+
+from tools.metal.emulator import Options
 
 
 def evaluate(expressions: list[str], prelude: str = "", n: int = 1, **more: Any) -> np.ndarray:

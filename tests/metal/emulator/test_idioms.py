@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from emulator_kernels import HEADER, floats, library, run
-from metal_emulator import Library, Options
+
+from tools.metal.emulator import Library, Options
 
 ALLOW_LAMBDAS = Options(allow=frozenset({"lambda-expression"}))
 MATRICES = "#include <metal_simdgroup>\n#include <metal_simdgroup_matrix>\n"

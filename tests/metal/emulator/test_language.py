@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from emulator_kernels import HEADER, floats, library, run
-from metal_emulator import DispatchError, KernelError, Library, Options, SourceError
+
+from tools.metal.emulator import DispatchError, KernelError, Library, Options, SourceError
 
 
 def test_position_arguments_in_three_dimensions() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from emulator_kernels import floats, library, run
-from metal_emulator import KernelError, Options
+
+from tools.metal.emulator import KernelError, Options
 
 POINTERS = """kernel void f(device long* out [[buffer(0)]], device const float* a [[buffer(1)]],
                      device const float* b [[buffer(2)]], constant float* c [[buffer(3)]],

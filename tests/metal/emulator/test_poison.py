@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from emulator_kernels import library, run
-from metal_emulator import Options
+
+from tools.metal.emulator import Options
 
 HEAD = """
     struct Pair { uint a; uchar b; uint c; };

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from metal_emulator import own, provenance, published
-from metal_emulator.structure import read
+
+from tools.metal.emulator import own, provenance, published
+from tools.metal.emulator.structure import read
 
 SHADERS = Path(__file__).parents[3] / "shaders"
 KNOWN = provenance.table()

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from emulator_kernels import HEADER, floats, library, run
-from metal_emulator import KernelError, Library, Options, SourceError
+
+from tools.metal.emulator import KernelError, Library, Options, SourceError
 
 
 def test_constant_expressions_in_attributes() -> None:

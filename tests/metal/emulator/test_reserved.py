@@ -10,10 +10,20 @@ from pathlib import Path
 
 import pytest
 from emulator_kernels import HEADER
-from metal_emulator import SourceError, build, lint, own, published, structure, toolchain, words
-from metal_emulator.declarations import declarations
-from metal_emulator.reserved import macro_faults, macros_of
-from metal_emulator.tokens import tokenize
+
+from tools.metal.emulator import (
+    SourceError,
+    build,
+    lint,
+    own,
+    published,
+    structure,
+    toolchain,
+    words,
+)
+from tools.metal.emulator.declarations import declarations
+from tools.metal.emulator.reserved import macro_faults, macros_of
+from tools.metal.emulator.tokens import tokenize
 
 SHADERS = Path(__file__).parents[3] / "shaders"
 USING = "using namespace metal;\n"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from emulator_kernels import floats, library, run
-from metal_emulator import KernelError, Options
+
+from tools.metal.emulator import KernelError, Options
 
 SUM = """kernel void f(device const float* x [[buffer(0)]], device float* out [[buffer(1)]],
                        uint t [[thread_position_in_grid]]) { out[t] = simd_sum(x[t]); }"""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import metal_double
 import pytest
-from metal_double import Double
-from metal_gpus import Emulator, Recorder
+
+from tools.metal import double as metal_double
+from tools.metal.double import Double
+from tools.metal.double.gpus import Emulator, Recorder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from metal_double import PARAVIRTUAL, Device, Double
-from metal_gpus import Recorder
 from metal_tensors import MetalTensor
 from test_encode import VALUE_ERROR, c_library, encode
 
 import umfa
+from tools.metal.double import PARAVIRTUAL, Device, Double
+from tools.metal.double.gpus import Recorder
 
 M1, M4 = Device(), Device("Apple M4", "applegpu_g16g", 9)
 DISCRETE = Device("AMD Radeon Pro 5500M", "", 0)

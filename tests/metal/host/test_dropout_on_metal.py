@@ -7,13 +7,13 @@ from typing import Any
 import emulated as plans
 import numpy as np
 import pytest
-from metal_double import Double
-from metal_ptx import dropout
 
 import reference
 import umfa
 from cases import normal
 from checks import BASE, assert_close
+from tools.metal.double import Double
+from tools.metal.ptx import dropout
 from umfa import _ext
 from umfa._frameworks import _numpy
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal_double import Double
-from metal_gpus import Recorder
 from metal_tensors import MetalTensor
 
 import checks
 import reference
 import umfa
 from capsules import _DLTensor
+from tools.metal.double import Double
+from tools.metal.double.gpus import Recorder
 
 OK, VALUE_ERROR, UNSUPPORTED = 0, 1, 3
 COMPLETED, NOT_ENQUEUED = 4, 0

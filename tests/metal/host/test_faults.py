@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from metal_double import Double
-from metal_gpus import Recorder
 
 import checks
 import reference
 import umfa
+from tools.metal.double import Double
+from tools.metal.double.gpus import Recorder
 
 TIMEOUT, PAGE_FAULT, REVOKED, OUT_OF_MEMORY = 2, 3, 4, 8
 

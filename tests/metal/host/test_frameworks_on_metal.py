@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal_double import Double
 from metal_tensors import MetalTensor, to_numpy
 
 import umfa
+from tools.metal.double import Double
 from umfa._frameworks import _dlpack
 
 

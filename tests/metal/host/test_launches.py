@@ -7,12 +7,12 @@ import re
 import numpy as np
 import pytest
 import test_encode  # the C interface's helpers
-from metal_double import Double, Kernel
-from metal_gpus import Array, Recorder
 
 import checks
 import reference
 import umfa
+from tools.metal.double import Double, Kernel
+from tools.metal.double.gpus import Array, Recorder
 
 
 def decode(seqlen: int = 4096, heads: int = 4) -> None:

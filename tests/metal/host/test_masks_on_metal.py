@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal_double import Double
-from metal_gpus import Recorder
 from metal_tensors import MetalTensor
 
 import umfa
+from tools.metal.double import Double
+from tools.metal.double.gpus import Recorder
 
 MASK = 5
 

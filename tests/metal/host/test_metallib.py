@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 
 import emulated
-import metal_double
 import numpy as np
 import pytest
-from metal_double import Double
-from metal_gpus import Recorder
 
 import umfa
+from tools.metal import double as metal_double
+from tools.metal.double import Double
+from tools.metal.double.gpus import Recorder
 
 EMBED = emulated.SHADERS / "embed.py"
 

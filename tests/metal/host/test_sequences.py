@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal_double import Double
-from metal_gpus import Recorder
 from metal_tensors import MetalTensor, to_numpy
 
 import umfa
 from cases import normal
 from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 from sequences import rotary_tables
+from tools.metal.double import Double
+from tools.metal.double.gpus import Recorder
 
 SEQUENCES, TASKS, PAGES = 11, 12, 13
 OPTIONS: dict[str, dict[str, Any]] = {

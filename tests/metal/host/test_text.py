@@ -8,11 +8,11 @@ import emulated
 import ml_dtypes
 import numpy as np
 import pytest
-from metal_double import Double
-from metal_emulator import Library, SourceError
-from metal_gpus import Recorder
 
 import umfa
+from tools.metal.double import Double
+from tools.metal.double.gpus import Recorder
+from tools.metal.emulator import Library, SourceError
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

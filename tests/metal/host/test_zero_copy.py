@@ -7,13 +7,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from metal_double import Double
-from metal_gpus import Recorder
 from metal_tensors import MetalTensor, to_numpy
 
 import checks
 import reference
 import umfa
+from tools.metal.double import Double
+from tools.metal.double.gpus import Recorder
 
 OFFSETS = [0, 2, 4, 6, 8, 14, 16, 62, 64, 250, 4094, 4096, 4098]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]

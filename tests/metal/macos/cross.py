@@ -18,10 +18,10 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from metal_emulator.build import cache_folder
+from tools.metal.emulator.build import cache_folder
 
 ROOT = Path(__file__).parents[3]
-HEADERS = ROOT / "tests" / "metal" / "double" / "include"
+HEADERS = ROOT / "tools" / "metal" / "double" / "include"
 STUBS = Path(__file__).parent / "stubs"
 FLOOR = "14.0"
 TARGET = ("-target", f"aarch64-macos.{FLOOR}")

@@ -14,9 +14,10 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import metal_double
 import pytest
 import test_apple_names
+
+from tools.metal import double as metal_double
 
 pytestmark = test_apple_names.pytestmark
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import cross
 import macho
 import pytest
-from metal_emulator import toolchain
+
+from tools.metal.emulator import toolchain
 
 # As a metallib begins, and every byte there is, to an odd length.
 METALLIB = b"MTLB" + random.Random(1).randbytes(70_000) + bytes(range(256)) + b"\0end"

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import warp_machine
-from metal_ptx import bundle
+
+from tools.metal.ptx import bundle
 
 GUARD = 256
 

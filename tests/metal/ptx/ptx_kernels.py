@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from metal_ptx.bundle import _identity, compile_launch
-from metal_ptx.cases import Case
-from metal_ptx.planner import plan
-from metal_ptx.translate import Ptx
+from tools.metal.ptx.bundle import _identity, compile_launch
+from tools.metal.ptx.cases import Case
+from tools.metal.ptx.planner import plan
+from tools.metal.ptx.translate import Ptx
 
 Launch = dict[str, Any]
 

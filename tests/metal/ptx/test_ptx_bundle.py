@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import fake_cupy
 import numpy as np
 import pytest
-from metal_ptx import __main__ as command
-from metal_ptx import bundle
-from metal_ptx.cases import CHECKS, TIMINGS, Case
-from metal_ptx.planner import plan
+
+from tools.metal.ptx import __main__ as command
+from tools.metal.ptx import bundle
+from tools.metal.ptx.cases import CHECKS, TIMINGS, Case
+from tools.metal.ptx.planner import plan
 
 if TYPE_CHECKING:
     from conftest import RunPython
@@ -62,7 +63,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy.module(launches, bundle.SHADERS))
     for name in ("device", "check"):
-        monkeypatch.delitem(sys.modules, f"metal_ptx.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"tools.metal.ptx.{name}", raising=False)
     fake_cupy.Memory.made.clear()
 
 
@@ -104,15 +105,15 @@ def test_runner_needs_neither_umfa_nor_the_emulator(run_python: RunPython) -> No
         """
 import sys, types
 sys.path.insert(0, sys.argv[1])
-for absent in ("umfa", "ml_dtypes", "metal_emulator", "ziglang"):
+for absent in ("umfa", "ml_dtypes", "tools.metal.emulator", "ziglang"):
     sys.modules[absent] = None  # importing it raises
 cupy = types.ModuleType("cupy")
 cupy.cuda = types.SimpleNamespace(set_allocator=lambda allocator: None)
 sys.modules["cupy"] = cupy
-import metal_ptx
-from metal_ptx import __main__, check, device, sanitize, timing
+import tools.metal.ptx
+from tools.metal.ptx import __main__, check, device, sanitize, timing
 """,
-        str(Path(command.__file__).parents[1]),
+        str(Path(command.__file__).parents[3]),
     )
     assert done.returncode == 0, done.stderr
 
@@ -135,10 +136,9 @@ def test_timed_ratios_have_their_base() -> None:
 
 def test_reference_agrees_with_the_suite() -> None:
     """The runner's reference is the one that all backends are compared with."""
-    from metal_ptx import inputs, placement
-    from metal_ptx import reference as runner
-
     import reference as suite
+    from tools.metal.ptx import inputs, placement
+    from tools.metal.ptx import reference as runner
 
     for case in PLAYED:
         if case.mask or case.seqlens_q or case.new_rows or case.rotary or case.dropout or case.qv:

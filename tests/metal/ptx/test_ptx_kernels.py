@@ -7,10 +7,11 @@ import re
 from dataclasses import replace
 
 import pytest
-from metal_ptx.cases import Case
-from metal_ptx.ptxas import Resources, find_ptxas, ptxas_report
-from metal_ptx.translate import Ptx
 from ptx_kernels import Launch, compile_all, launches_of
+
+from tools.metal.ptx.cases import Case
+from tools.metal.ptx.ptxas import Resources, find_ptxas, ptxas_report
+from tools.metal.ptx.translate import Ptx
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
 DTYPES = ("float16", "bfloat16", "float32")

@@ -10,9 +10,10 @@ import emulator_kernels
 import ml_dtypes
 import numpy as np
 import pytest
-from metal_emulator import DispatchError, SourceError
-from metal_ptx.translate import compile
 from warp_machine import WarpLibrary
+
+from tools.metal.emulator import DispatchError, SourceError
+from tools.metal.ptx.translate import compile
 
 
 def _load(name: str) -> ModuleType:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal_emulator import toolchain
-from metal_ptx.translate import PACKAGE
+
+from tools.metal.emulator import toolchain
+from tools.metal.ptx.translate import PACKAGE
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../metal_emulator/runtime/interface.h"
+#include "../../../tools/metal/emulator/runtime/interface.h"
 
 extern "C" {
 void umfa_rendezvous(void* slot, umfa_combine combine, unsigned kind);

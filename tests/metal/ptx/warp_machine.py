@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from metal_emulator import DispatchError, KernelError, Options, toolchain
-from metal_emulator.build import cache_folder
-from metal_emulator.checks import bits
-from metal_emulator.library import _Dispatch, _Result, _running, _runtime, _three
-from metal_ptx.entries import Entry
-from metal_ptx.translate import as_cpp, as_ir
+
+from tools.metal.emulator import DispatchError, KernelError, Options, toolchain
+from tools.metal.emulator.build import cache_folder
+from tools.metal.emulator.checks import bits
+from tools.metal.emulator.library import _Dispatch, _Result, _running, _runtime, _three
+from tools.metal.ptx.entries import Entry
+from tools.metal.ptx.translate import as_cpp, as_ir
 
 _HERE = Path(__file__).resolve().parent
 _FOUR = "{ float, float, float, float }"
@@ -154,7 +155,7 @@ def _machine() -> Path:
 
 
 class WarpLibrary:
-    """`metal_emulator.Library` by way of the PTX back end. There are no counters."""
+    """`tools.metal.emulator.Library` by way of the PTX back end. There are no counters."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """umfa's real Objective-C++ host on Linux: built against the double of Metal, loaded, and driven.
 
-`load` compiles ``src/metal/*.mm``, unchanged, and ``tests/metal/double`` with the clang of PyPI's
+`load` compiles ``src/metal/*.mm``, unchanged, and ``tools/metal/double`` with the clang of PyPI's
 ``ziglang`` into one library, links it with the installed libumfa, and keeps it in the emulator's
 cache. Where umfa itself was built with ``UMFA_METAL=DOUBLE``, that is used.
 
@@ -24,13 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metal_emulator import toolchain
-from metal_emulator.build import cache_folder
-
 import umfa
+from tools.metal.emulator import toolchain
+from tools.metal.emulator.build import cache_folder
 
-ROOT = Path(__file__).parents[2]
-DOUBLE = Path(__file__).parent / "double"
+ROOT = Path(__file__).parents[3]
+DOUBLE = Path(__file__).parent
 HOST = ROOT / "src" / "metal"
 
 COMPILE = (
@@ -68,7 +67,7 @@ def build(extra: tuple[Path, ...] = ()) -> Path:
     digest = hashlib.sha256(library.read_bytes())
     digest.update(str(library).encode())  # it is linked by that path
     for file in sorted([*ROOT.glob("src/**/*"), *ROOT.glob("shaders/**/*.h"), *DOUBLE.rglob("*")]):
-        if file.is_file():
+        if file.is_file() and "__pycache__" not in file.parts:
             digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     for file in extra:
         digest.update(file.read_bytes())

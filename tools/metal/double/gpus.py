@@ -7,8 +7,9 @@ import functools
 from typing import Any
 
 import numpy as np
-from metal_double import Bound, Gpu, Kernel
-from metal_emulator import Library, Options
+
+from tools.metal.double import Bound, Gpu, Kernel
+from tools.metal.emulator import Library, Options
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -32,7 +32,7 @@ _BUFFERS = 31
 class Options:
     """How a library is built and run.
 
-    ``checks`` are the run-time checks: all, none, or by name (`metal_emulator.CHECKS`) those that
+    ``checks`` are the run-time checks: all, none, or by name (`CHECKS`) those that
     are not on, as ``{"race": False}``. Without any a kernel runs faster and errors are undefined
     behaviour, as on a GPU. ``step_limit`` is how many accesses and rounds of loops one thread may
     make before it counts as spinning. ``allow`` names rules of the linter to ignore.

@@ -20,7 +20,7 @@ from .unusual import Unusual
 __all__ = ["Form", "faults", "forms", "raw_forms", "table"]
 
 # Beside the package, whose files decide what the emulator compiles anew.
-TABLE = Path(__file__).parents[1] / "forms.tsv"
+TABLE = Path(__file__).with_name("forms.tsv")
 COLUMNS = ["kind", "form", "source", "place"]
 
 Key = tuple[str, str]

@@ -3,7 +3,7 @@
 Apple's own compiler reads these every day, so most rows of ``forms.tsv`` point there. This prints
 them as rows:
 
-    python -m metal_emulator.published
+    python -m tools.metal.emulator.published
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Metal compute kernels as PTX, for NVIDIA GPUs: the second back end of the emulator's headers.
 
->>> ptx = metal_ptx.compile("kernels.metal", constants={0: True}, threads=128)
->>> metal_ptx.ptxas_report(ptx)
+>>> made = ptx.compile("kernels.metal", constants={0: True}, threads=128)
+>>> ptx.ptxas_report(made)
 
-``python -m metal_ptx`` builds a bundle of kernels and cases and runs it where a GPU is. The names
-below are imported on use: the machine with the GPU has neither clang nor the emulator.
+``python -m tools.metal.ptx`` builds a bundle of kernels and cases and runs it where a GPU is.
+The names below are imported on use: the machine with the GPU has neither clang nor the emulator.
 """
 
 from __future__ import annotations

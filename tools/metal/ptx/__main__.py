@@ -1,8 +1,8 @@
 """Build a bundle here, run it on a machine with an NVIDIA GPU.
 
-    python -m metal_ptx build FOLDER [--cases all|check|time] [--only PATTERN]
-    python -m metal_ptx run FOLDER [--check] [--time] [--only PATTERN] [--json OUT]
-    python -m metal_ptx sanitize FOLDER [--only PATTERN]
+    python -m tools.metal.ptx build FOLDER [--cases all|check|time] [--only PATTERN]
+    python -m tools.metal.ptx run FOLDER [--check] [--time] [--only PATTERN] [--json OUT]
+    python -m tools.metal.ptx sanitize FOLDER [--only PATTERN]
 
 A PATTERN is a regular expression for names of cases.
 """
@@ -21,7 +21,9 @@ from typing import Any
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="metal_ptx", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m tools.metal.ptx",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from metal_emulator.launcher import definitions
-from metal_emulator.structure import BUILTIN_SYNONYMS, EntryPoint, Structure
+from tools.metal.emulator.launcher import definitions
+from tools.metal.emulator.structure import BUILTIN_SYNONYMS, EntryPoint, Structure
 
 Extents = tuple[int, int, int]
 

@@ -14,7 +14,7 @@ from umfa._frameworks import _numpy
 from .cases import Case
 from .placement import STORAGE, placements, tables
 
-FUNCTION = _ext.Function("umfa.metal_ptx")
+FUNCTION = _ext.Function("umfa.tools.metal.ptx")
 
 
 def plan(case: Case) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def sanitize(folder: Path, only: str, tools: tuple[str, ...] = TOOLS) -> int:
     for tool in tools:
         command = [
             *(sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "20"),
-            *(sys.executable, "-m", "metal_ptx", "run", str(folder), "--check", "--small"),
+            *(sys.executable, "-m", str(__package__), "run", str(folder), "--check", "--small"),
             *("--sanitized", tool, "--only", only),
         ]
         started = time.monotonic()

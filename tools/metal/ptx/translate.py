@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metal_emulator import EmulatorError, SourceError, toolchain
-from metal_emulator.build import cache_folder, read
-from metal_emulator.rewrite import rewrite
+from tools.metal.emulator import EmulatorError, SourceError, toolchain
+from tools.metal.emulator.build import cache_folder, read
+from tools.metal.emulator.rewrite import rewrite
 
 from .entries import Entry, entries
 from .ir import for_nvptx
@@ -61,7 +61,7 @@ def compile(
     Parameters
     ----------
     source, include_dirs, macros, constants
-        As for `metal_emulator.Library`.
+        As for `tools.metal.emulator.Library`.
     threads
         Size of the threadgroup: up to three numbers. It becomes a bound that ptxas divides the
         registers by, and a constant in the code: the kernel must be launched so.

@@ -1,7 +1,7 @@
 // Everything the stand-in Metal headers need from the machine that runs the kernel.
 //
 // This is the CPU back end: a thread of the GPU is a fiber, and the functions below are calls into
-// runtime/. Another back end (tests/metal/metal_ptx) is another file of this name with the same
+// runtime/. Another back end (tools/metal/ptx) is another file of this name with the same
 // functions, found by the order of include folders; the headers know no runtime but through it.
 #pragma once
 #include "umfa_builtins.h"
