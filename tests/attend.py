@@ -7,19 +7,16 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
-import emulated
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import cases
-import checks
-import mac
-import reference
 import umfa
-from cases import Case
-from checks import Tolerance
-from frameworks import Array, Framework
+from tests import cases, checks, mac, reference
+from tests.array_libraries import Array, Framework
+from tests.cases import Case
+from tests.checks import Tolerance
+from tests.metal import emulated
 
 
 class Result(NamedTuple):

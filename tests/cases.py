@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-import reference
-from frameworks import DTYPES, Array
+from tests import reference
+from tests.array_libraries import DTYPES, Array
 
 Options = dict[str, Any]
 

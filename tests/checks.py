@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from frameworks import Array
+from tests.array_libraries import Array
 
 
 class Tolerance(NamedTuple):

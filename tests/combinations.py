@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-import reference
 import umfa
-from attend import call_on
-from checks import BASE, LSE, Tolerance, assert_close
-from frameworks import DTYPES, Array
-from sequences import offsets, paged, rotary_tables, rotated, slopes_of, unpaged
+from tests import reference
+from tests.array_libraries import DTYPES, Array
+from tests.attend import call_on
+from tests.checks import BASE, LSE, Tolerance, assert_close
+from tests.sequences import offsets, paged, rotary_tables, rotated, slopes_of, unpaged
 
 FEATURES = [
     "causal", "window", "softcap", "alibi", "bool mask", "float mask", "gqa", "value head dim",

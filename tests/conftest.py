@@ -9,18 +9,17 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-import emulated
 import pytest
 
-import frameworks
-import mac
 import umfa
-from attend import Attend
-from frameworks import Framework
+from tests import array_libraries, mac
+from tests.array_libraries import Framework
+from tests.attend import Attend
+from tests.metal import emulated
 from tools.metal.emulator import Options
 from umfa import _ext
 
-METAL = Path(__file__).parent / "metal"
+METAL, TOOLS = (Path(__file__).parent / name for name in ("metal", "tools"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -35,7 +34,7 @@ def pytest_runtest_makereport(
     if isinstance(report.longrepr, tuple):
         reason = report.longrepr[2]
         if reason.endswith("is not installed"):
-            report.longrepr = (frameworks.__file__, 1, reason)
+            report.longrepr = (array_libraries.__file__, 1, reason)
         elif mac.is_reason(reason.removeprefix("Skipped: ")):
             report.longrepr = (mac.__file__, 1, reason)
     return report
@@ -50,10 +49,10 @@ def isa(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=frameworks.NAMES)
+@pytest.fixture(params=array_libraries.NAMES)
 def framework(request: pytest.FixtureRequest) -> Framework:
     """Each array library in turn; choose some with ``indirect=True``."""
-    return frameworks.load(request.param)
+    return array_libraries.load(request.param)
 
 
 @pytest.fixture(
@@ -114,14 +113,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     dropped, need_gpu = [], []
     for item in items:
-        emulates = METAL in item.path.parents and item.path.name != "test_plan_forward.py"
+        runs_kernels = METAL in item.path.parents or TOOLS in item.path.parents
+        if runs_kernels:
+            item.add_marker(pytest.mark.metal)
+        emulates = runs_kernels and item.path.name != "test_plan_forward.py"
         if emulates and not mac.EMULATOR_RUNS:
             item.add_marker(pytest.mark.skip(reason=mac.EMULATOR_REASON))
         parameters = getattr(item, "callspec", None)
         values = parameters.params if parameters else {}
         backend = values.get("backend", "cpu")
         on_gpu = backend == "metal" and mac.IS_MAC
-        if on_gpu or (METAL.parent / "gpu") in item.path.parents:
+        if on_gpu or item.path.name == "test_gpu_tensors.py":
             need_gpu.append(item)
         if backend == "cpu":
             continue
@@ -162,7 +164,7 @@ def attend(framework: Framework, backend: str) -> Attend:
 @pytest.fixture
 def attend_numpy(backend: str) -> Attend:
     """umfa on NumPy arrays, for tests in which the framework does not matter."""
-    return Attend(frameworks.load("numpy"), backend)
+    return Attend(array_libraries.load("numpy"), backend)
 
 
 @pytest.fixture(autouse=True)

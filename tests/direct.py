@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from frameworks import Array
+from tests.array_libraries import Array
 from umfa import _ext
 from umfa._call.run import run
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-import philox
+from tests import philox
 
 Alignment = Literal["lower_right", "upper_left"]
 FloatArray = NDArray[np.float64]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-import reference
-from frameworks import Array
-from reference import FloatArray
+from tests import reference
+from tests.array_libraries import Array
+from tests.reference import FloatArray
 
 
 def offsets(lengths: Sequence[int], dtype: Any = np.int32) -> NDArray[Any]:

@@ -7,12 +7,10 @@ import math
 import numpy as np
 import pytest
 
-import cases
-import frameworks
-import reference
-from cases import Case
-from checks import Tolerance, assert_close
-from reference import Alignment
+from tests import array_libraries, cases, reference
+from tests.cases import Case
+from tests.checks import Tolerance, assert_close
+from tests.reference import Alignment
 
 EXACT = Tolerance(1e-12, 1e-12)
 
@@ -111,7 +109,7 @@ def test_sinks_beyond_the_range_of_exp() -> None:
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_equals_pytorch_in_float64(causal: bool) -> None:
-    torch = frameworks.load("torch").module
+    torch = array_libraries.load("torch").module
     case = Case((2, 6, 33, 33, 16), heads_k=2, head_dim_v=24)
     tensors = [torch.from_numpy(x.astype(float)).transpose(1, 2) for x in cases.inputs(case)]
     theirs = torch.nn.functional.scaled_dot_product_attention(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cases import Case
-from checks import Tolerance
+from tests.cases import Case
+from tests.checks import Tolerance
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 ODD_SIZES = [
     (10, 3), (10, 80), (8, 2), (9, 2), (23, 2), (24, 2), (25, 2), (192, 77), (192, 80), (93, 32),

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-import cases
-import frameworks
-from cases import Case
+from tests import array_libraries, cases
+from tests.cases import Case
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 CASES = [
     Case((2, 4, 128, 128, 64), dtype, options=options, seed=seed)
@@ -34,7 +33,7 @@ CASES = [
 @pytest.mark.parametrize("framework", ["torch"], indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_is_at_most_twice_that_of_pytorch(case: Case, attend: Attend) -> None:
-    torch = frameworks.load("torch").module
+    torch = array_libraries.load("torch").module
     attention = torch.nn.attention
     arrays, options = cases.inputs(case), cases.options(case)
     exact, _ = cases.expected(case)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mac
 import umfa
-from capsules import DlpackObject
+from tests import mac
+from tests.capsules import DlpackObject
 
 X = np.zeros((1, 8, 2, 16), np.float32)
 CALL = """

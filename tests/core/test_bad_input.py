@@ -16,11 +16,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import frameworks
 import umfa
-from capsules import DlpackObject
-from cases import normal
-from frameworks import Framework
+from tests import array_libraries
+from tests.array_libraries import Framework
+from tests.capsules import DlpackObject
+from tests.cases import normal
 
 BATCH, SEQLEN_Q, SEQLEN_K, HEADS, HEADS_K, HEAD_DIM = 2, 6, 10, 4, 2, 8
 SHAPES = {
@@ -71,9 +71,9 @@ class Bad:
     needs: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
-        framework = frameworks.load(self.framework)
+        framework = array_libraries.load(self.framework)
         for name in self.needs:
-            frameworks.load(name)
+            array_libraries.load(name)
         good = {role: make(framework, SHAPES[role]) for role in ROLES[self.function]}
         return good | self.change(framework)
 
@@ -306,7 +306,7 @@ def numpy_zeros(name: str, role: str) -> Any:
 
 
 def torch_zeros(name: str, role: str) -> Any:
-    torch = frameworks.load("torch").module
+    torch = array_libraries.load("torch").module
     return torch.zeros(SHAPES[role], dtype=getattr(torch, name))
 
 
@@ -504,15 +504,15 @@ def torch_cases() -> Iterator[Bad]:
 
 
 def mixed_framework_cases() -> Iterator[Bad]:
-    for home in frameworks.NAMES:
-        for other in frameworks.NAMES:
+    for home in array_libraries.NAMES:
+        for other in array_libraries.NAMES:
             if other == home:
                 continue
             for role in ("q", "k", "v", "alibi_slopes"):
                 yield Bad(
                     f"{role} of {other}",
                     lambda _, role=role, other=other: {
-                        role: make(frameworks.load(other), SHAPES.get(role, (HEADS,)))
+                        role: make(array_libraries.load(other), SHAPES.get(role, (HEADS,)))
                     },
                     TypeError,
                     (other,),
@@ -675,7 +675,7 @@ def sdpa_torch_cases() -> Iterator[Bad]:
     for other in ("numpy", "jax", "mlx"):
         yield Bad(
             f"mask of {other}",
-            lambda _, other=other: {"attn_mask": make(frameworks.load(other), (6, 10))},
+            lambda _, other=other: {"attn_mask": make(array_libraries.load(other), (6, 10))},
             TypeError,
             (other,),
             SDPA,
@@ -685,7 +685,7 @@ def sdpa_torch_cases() -> Iterator[Bad]:
 
 
 def all_cases() -> Iterator[Bad]:
-    for framework in frameworks.NAMES:
+    for framework in array_libraries.NAMES:
         yield from sdpa_cases(framework)
     yield from sdpa_torch_cases()
     for function in FLASH:
@@ -722,7 +722,7 @@ def contents(arguments: dict[str, Any]) -> dict[str, bytes]:
         elif isinstance(value, DlpackObject):
             found[name] = value.memory.tobytes()
         elif type(value).__module__ == "torch" and type(value).__name__ == "Tensor":
-            torch = frameworks.load("torch").module
+            torch = array_libraries.load("torch").module
             if value.device.type == "cpu" and value.layout is torch.strided:
                 memory = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
                 found[name] = memory.numpy().tobytes()

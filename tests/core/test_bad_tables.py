@@ -15,11 +15,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import frameworks
 import umfa
-from cases import normal
-from frameworks import Framework
-from sequences import offsets, rotary_tables
+from tests import array_libraries
+from tests.array_libraries import Framework
+from tests.cases import normal
+from tests.sequences import offsets, rotary_tables
 
 VARLEN, KVCACHE = "flash_attn_varlen_func", "flash_attn_with_kvcache"
 HEADS, HEADS_K, HEAD_DIM = 4, 2, 8
@@ -269,7 +269,7 @@ def append_cases() -> Iterator[Bad]:
             what = f"{name} has the wrong shape"
             yield Bad("append", {name: normal(dims, seed=4)}, ValueError, str(dims), what)
         for dtype in ("float16", "bfloat16", "int32"):
-            new = np.zeros((3, 2, HEADS_K, HEAD_DIM), frameworks.DTYPES.get(dtype, dtype))
+            new = np.zeros((3, 2, HEADS_K, HEAD_DIM), array_libraries.DTYPES.get(dtype, dtype))
             what = f"{name} has the wrong dtype"
             yield Bad("append", {name: new}, TypeError, dtype, what)
         other = "v" if name == "k" else "k"
@@ -431,7 +431,7 @@ def test_immutable_caches(good: str, framework: Framework) -> None:
 @pytest.mark.parametrize("name", ["k_cache", "v_cache"])
 @pytest.mark.parametrize("good", ["append", "paged"])
 def test_read_only_caches(name: str, good: str) -> None:
-    numpy = frameworks.load("numpy")
+    numpy = array_libraries.load("numpy")
     arguments = Bad(good, {}, ValueError, "", "").arguments(numpy)
     arguments[name].flags.writeable = False
     assert_refused(KVCACHE, arguments, numpy, ValueError, f"{name} is read-only")
@@ -439,7 +439,7 @@ def test_read_only_caches(name: str, good: str) -> None:
 
 @pytest.mark.parametrize("name", ["k_cache", "v_cache"])
 def test_expanded_caches(name: str) -> None:
-    torch = frameworks.load("torch")
+    torch = array_libraries.load("torch")
     arguments = Bad("append", {}, ValueError, "", "").arguments(torch)
     arguments[name] = arguments[name][:1].expand(4, -1, -1, -1)
     assert_refused(KVCACHE, arguments, torch, ValueError, f"{name} has elements that share memory")
@@ -459,7 +459,7 @@ def test_overlapping_caches(written: str, read: str, framework: Framework) -> No
 
 
 def test_masked_arrays() -> None:
-    numpy = frameworks.load("numpy")
+    numpy = array_libraries.load("numpy")
     for good, name in (("varlen", "cu_seqlens_q"), ("append", "cache_seqlens")):
         arguments = Bad(good, {}, ValueError, "", "").arguments(numpy)
         arguments[name] = np.ma.masked_array(arguments[name])
@@ -469,7 +469,7 @@ def test_masked_arrays() -> None:
 
 @pytest.mark.parametrize("dtype", [">i4", "bfloat16", "U1", "complex64"])
 def test_odd_numpy_tables(dtype: str) -> None:
-    numpy = frameworks.load("numpy")
+    numpy = array_libraries.load("numpy")
     for good, name in (("varlen", "seqused_k"), ("append", "cache_seqlens")):
         arguments = Bad(good, {}, ValueError, "", "").arguments(numpy)
         kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
@@ -478,7 +478,7 @@ def test_odd_numpy_tables(dtype: str) -> None:
 
 
 def test_cu_seqlens_missing() -> None:
-    numpy = frameworks.load("numpy")
+    numpy = array_libraries.load("numpy")
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
         arguments = Bad("varlen", {}, ValueError, "", "").arguments(numpy) | {name: None}
         assert_refused(VARLEN, arguments, numpy, TypeError, f"{name} is missing", "None")
@@ -496,7 +496,7 @@ def test_tables_that_are_traced(framework: Framework) -> None:
 
 def test_expanded_tables_of_any_length() -> None:
     """Of a row of pages without end only what is used counts."""
-    torch = frameworks.load("torch")
+    torch = array_libraries.load("torch")
     arguments = Bad("paged", {}, ValueError, "", "").arguments(torch)
     page = torch.module.tensor([[0], [6], [3]], dtype=torch.module.int32)
     plain = arguments | {"block_table": page, "cache_seqlens": 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from combinations import FEATURES, PAIRS, check
+from tests.combinations import FEATURES, PAIRS, check
 
 
 @pytest.mark.sanitize

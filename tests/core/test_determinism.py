@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import cases
 import umfa
-from cases import Case
-from checks import assert_same_bits
+from tests import cases
+from tests.cases import Case
+from tests.checks import assert_same_bits
 from umfa import _ext
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 CAUSAL = ("causal", True)
 

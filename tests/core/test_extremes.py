@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-import frameworks
-import reference
 import umfa
-from cases import normal
-from checks import BASE, LSE, assert_close, assert_same_bits
+from tests import array_libraries, reference
+from tests.cases import normal
+from tests.checks import BASE, LSE, assert_close, assert_same_bits
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 
 @pytest.mark.cpu_only
@@ -75,7 +74,7 @@ def test_very_many_keys_of_equal_weight(count: int, tolerance: float, attend_num
 
 def test_the_callers_float_mode_does_not_matter() -> None:
     """Flush-to-zero in the calling thread only: the pool's threads would disagree with it."""
-    torch = frameworks.load("torch").module
+    torch = array_libraries.load("torch").module
     query, key = (torch.randn(1, 512, 4, 16) for _ in range(2))
     value = torch.full((1, 512, 4, 16), 1e-40)
     umfa.set_num_threads(4)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import umfa
-from attend import call_on
-from cases import normal
-from checks import assert_same_bits
-from frameworks import DTYPES, Array
-from sequences import offsets, paged
+from tests.array_libraries import DTYPES, Array
+from tests.attend import call_on
+from tests.cases import normal
+from tests.checks import assert_same_bits
+from tests.sequences import offsets, paged
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 BATCH, HEADS, HEADS_K, KEYS, HEAD_DIM = 2, 4, 2, 90, 32
 BAD = {"nan": [np.nan], "inf": [np.inf], "-inf": [-np.inf], "all": [np.nan, np.inf, -np.inf]}

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import cases
-import reference
 import umfa
-from cases import Case, normal
-from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
-from frameworks import DTYPES, Array
+from tests import cases, reference
+from tests.array_libraries import DTYPES, Array
+from tests.cases import Case, normal
+from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 CAUSAL = ("causal", True)
 

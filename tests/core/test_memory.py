@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-import reference
-from cases import normal
-from checks import BASE, LSE, assert_close
+from tests import reference
+from tests.cases import normal
+from tests.checks import BASE, LSE, assert_close
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conftest import RunPython
+    from tests.conftest import RunPython
 
 SHAPE = (1, 32768, 1, 64)
 LIMIT = 100e6

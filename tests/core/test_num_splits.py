@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import reference
-from cases import normal
-from checks import BASE, LSE, assert_close, assert_same_bits
-from direct import attend
-from frameworks import DTYPES, Array
-from sequences import offsets
+from tests import reference
+from tests.array_libraries import DTYPES, Array
+from tests.cases import normal
+from tests.checks import BASE, LSE, assert_close, assert_same_bits
+from tests.direct import attend
+from tests.sequences import offsets
 
 pytestmark = pytest.mark.cpu_only
 

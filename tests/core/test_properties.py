@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import reference
-from checks import BASE, Tolerance, assert_close, assert_same_bits
-from frameworks import DTYPES, Array
+from tests import reference
+from tests.array_libraries import DTYPES, Array
+from tests.checks import BASE, Tolerance, assert_close, assert_same_bits
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 # Four minutes there, most of them compiling kernels for ever new combinations.
 pytestmark = pytest.mark.slow_emulated

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import reference
 import umfa
-from cases import normal
-from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
-from direct import attend
-from frameworks import DTYPES
-from sequences import offsets, paged, rotary_tables, rotated
+from tests import reference
+from tests.array_libraries import DTYPES
+from tests.cases import normal
+from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
+from tests.direct import attend
+from tests.sequences import offsets, paged, rotary_tables, rotated
 
 pytestmark = pytest.mark.cpu_only
 

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import frameworks
-import reference
 import umfa
-from cases import normal
-from checks import BASE, assert_close, assert_same_bits
-from frameworks import DTYPES, Array
+from tests import array_libraries, reference
+from tests.array_libraries import DTYPES, Array
+from tests.cases import normal
+from tests.checks import BASE, assert_close, assert_same_bits
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 BATCH, SEQLEN, HEADS, HEAD_DIM = SHAPE = (2, 96, 3, 64)
 BSHD_FROM_BHSD = (0, 2, 1, 3)
@@ -204,7 +203,7 @@ def test_strided_alibi_slopes(slopes: str, attend: Attend) -> None:
 @pytest.mark.cpu_only
 def test_torch_views_that_only_flag_a_negation(attend_numpy: Attend) -> None:
     """The imaginary part of a conjugate is stored un-negated, with a bit that says to negate it."""
-    torch = frameworks.load("torch").module
+    torch = array_libraries.load("torch").module
     arrays = [normal(SHAPE, seed=i) for i in range(3)]
     lazy = [torch.complex(torch.zeros(SHAPE), torch.from_numpy(-x)).conj().imag for x in arrays]
     assert all(x.is_neg() for x in lazy)
@@ -222,7 +221,7 @@ def umfa_numpy(torch: Any, tensors: list[Any]) -> Array:
 @pytest.mark.cpu_only
 def test_torch_scalar_batch_strides_are_ignored(attend_numpy: Attend) -> None:
     """An axis of length 1 may carry any stride; it must not be used for anything."""
-    torch = frameworks.load("torch").module
+    torch = array_libraries.load("torch").module
     arrays = [normal((1, 32, 1, 16), seed=i) for i in range(3)]
     odd = [
         torch.as_strided(torch.from_numpy(x), (1, 32, 1, 16), (2**40, 16, 2**41, 1)) for x in arrays

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-import reference
 import umfa
-from cases import Case, expected, inputs, normal
-from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
-from frameworks import DTYPES
+from tests import reference
+from tests.array_libraries import DTYPES
+from tests.cases import Case, expected, inputs, normal
+from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 5, 70])

@@ -6,18 +6,17 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-import arm64
 import ml_dtypes
 import numpy as np
 import pytest
-import test_kernel_math as kernel_math
 
-import checks
-import reference
 import umfa
-from cases import Case, expected, inputs, normal, options
-from checks import Tolerance
-from frameworks import DTYPES, Array
+from tests import checks, reference
+from tests.array_libraries import DTYPES, Array
+from tests.cases import Case, expected, inputs, normal, options
+from tests.checks import Tolerance
+from tests.cpu import arm64
+from tests.cpu import test_kernel_math as kernel_math
 
 # CPU models, the instruction set that each should choose, and those forced on the first.
 CHOSEN = {"max": "neon_bf16", "cortex-a57": "neon", "neoverse-n1": "neon"}

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import philox
 import umfa
+from tests import philox
 
 ROOT = Path(__file__).parents[2]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import cases
 import umfa
-from cases import Case, normal
-from checks import BASE, assert_close, assert_same_bits
+from tests import cases
+from tests.cases import Case, normal
+from tests.checks import BASE, assert_close, assert_same_bits
 
 if TYPE_CHECKING:
-    from attend import Attend
-    from conftest import RunPython
+    from tests.attend import Attend
+    from tests.conftest import RunPython
 
 PRINT_THREADS = """
 import numpy as np, umfa

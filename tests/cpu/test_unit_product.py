@@ -13,12 +13,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import arm64
 import ml_dtypes
 import numpy as np
 import pytest
 
 import umfa
+from tests.cpu import arm64
 
 SOURCE = Path(__file__).with_name("unit_product.cpp")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import checks
-import reference
 import umfa
-from cases import normal
+from tests import checks, reference
+from tests.cases import normal
 
 torch: Any = pytest.importorskip("torch", reason="torch is not installed")
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64

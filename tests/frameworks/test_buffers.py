@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import checks
-import frameworks
-import reference
 import umfa
-from cases import normal
+from tests import array_libraries, checks, reference
+from tests.cases import normal
 
-Array = frameworks.Array
+Array = array_libraries.Array
 CODES = {"float32": "f", "float16": "e", "bool": "?", "int32": "i", "int64": "q"}
 C_TYPES = {"f": ctypes.c_float, "?": ctypes.c_bool, "i": ctypes.c_int, "q": ctypes.c_longlong}
 
@@ -482,7 +480,7 @@ def test_out_of_combine_is_no_buffer() -> None:
 
 @pytest.mark.parametrize("name", ["torch", "jax", "mlx"])
 def test_buffers_count_as_numpy(name: str) -> None:
-    framework = frameworks.load(name)
+    framework = array_libraries.load(name)
     x = given(0, *SHAPE)
     tensor, buffer = framework.tensor(x), of_bytes(x)
     message = refused(TypeError, umfa.flash_attn_func, q=buffer, k=tensor, v=buffer)
@@ -493,7 +491,7 @@ def test_buffers_count_as_numpy(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["torch", "jax", "mlx"])
 def test_tables_may_be_buffers_beside_any_framework(name: str) -> None:
-    framework = frameworks.load(name)
+    framework = array_libraries.load(name)
     x, starts = given(0, 6, 2, 8), array.array("i", [0, 2, 6])
     lengths = starts, starts, 4, 4
     found = umfa.flash_attn_varlen_func(*(framework.tensor(x) for _ in range(3)), *lengths)

@@ -18,7 +18,7 @@ import umfa
 from umfa import _frameworks
 from umfa._frameworks import _versions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLASSES = {"torch": "Tensor", "jax": "Array", "mlx.core": "array"}
 
 

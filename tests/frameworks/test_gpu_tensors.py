@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import checks
-import reference
 import umfa
+from tests import checks, reference
 
 pytestmark = pytest.mark.gpu
 

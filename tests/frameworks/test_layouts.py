@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import umfa
-from cases import normal
+from tests.cases import normal
 
 torch: Any = pytest.importorskip("torch", reason="torch is not installed")
 UNSUPPORTED = umfa.UnsupportedError

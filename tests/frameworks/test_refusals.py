@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import frameworks
 import umfa
-from capsules import DlpackObject
-from cases import normal
-from checks import BASE, assert_close
-from frameworks import Framework
+from tests import array_libraries
+from tests.array_libraries import Framework
+from tests.capsules import DlpackObject
+from tests.cases import normal
+from tests.checks import BASE, assert_close
 
 SHAPE = (1, 12, 2, 8)
 PREFIX = r"^\[umfa\.flash_attn_func\] "
@@ -101,7 +101,7 @@ def test_unsupported_is_an_error_of_its_own() -> None:
 
 
 def torch_tensors() -> tuple[Any, list[Any]]:
-    framework = frameworks.load("torch")
+    framework = array_libraries.load("torch")
     return framework.module, [framework.tensor(array) for array in arrays()]
 
 
@@ -156,7 +156,7 @@ def test_torch_transforms_are_refused(function: Callable[..., Any], transform: s
 @pytest.mark.parametrize("transform", ["jit", "grad", "vmap", "jvp"])
 @FUNCTIONS
 def test_jax_transforms_are_refused(function: Callable[..., Any], transform: str) -> None:
-    framework = frameworks.load("jax")
+    framework = array_libraries.load("jax")
     import jax
 
     tensors = [framework.tensor(array) for array in arrays()]
@@ -178,7 +178,7 @@ def test_mlx_gradients_are_refused(
     function: Callable[..., Any], transform: str, argument: int
 ) -> None:
     """mlx would take a result from outside for a constant, and its gradient for zero."""
-    framework = frameworks.load("mlx")
+    framework = array_libraries.load("mlx")
     mx = framework.module
     tensors = [framework.tensor(array) for array in arrays()]
 
@@ -199,7 +199,7 @@ def test_mlx_gradients_are_refused(
 
 @pytest.mark.parametrize("transform", ["grad", "vjp"])
 def test_mlx_gradients_of_a_mask_are_refused(transform: str) -> None:
-    framework = frameworks.load("mlx")
+    framework = array_libraries.load("mlx")
     mx = framework.module
     tensors = [framework.tensor(array) for array in arrays()]
     mask = mx.zeros((2, 2))
@@ -218,7 +218,7 @@ def test_mlx_gradients_of_a_mask_are_refused(transform: str) -> None:
 @pytest.mark.parametrize("transform", ["compile", "vmap"])
 @FUNCTIONS
 def test_mlx_traces_are_refused(function: Callable[..., Any], transform: str) -> None:
-    framework = frameworks.load("mlx")
+    framework = array_libraries.load("mlx")
     mx = framework.module
     tensors = [framework.tensor(array) for array in arrays()]
     transforms: dict[str, Callable[[], Any]] = {
@@ -230,7 +230,7 @@ def test_mlx_traces_are_refused(function: Callable[..., Any], transform: str) ->
 
 
 def test_mlx_lazy_arrays_are_evaluated() -> None:
-    framework = frameworks.load("mlx")
+    framework = array_libraries.load("mlx")
     tensors = [framework.tensor(array) for array in arrays()]
     out = umfa.flash_attn_func(*(x * 2 - x for x in tensors))
     assert_close(framework.numpy(out), umfa.flash_attn_func(*arrays()), BASE["float32"])
@@ -260,7 +260,7 @@ def test_the_library_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_torch_recorders_are_refused() -> None:
     """They would record an empty tensor and nothing that fills it."""
-    torch = frameworks.load("torch").module
+    torch = array_libraries.load("torch").module
     from torch.fx.experimental.proxy_tensor import make_fx
 
     x = torch.randn(SHAPE)
@@ -313,7 +313,7 @@ def test_what_a_producer_raises_is_not_lost(error: type[BaseException]) -> None:
 
 
 def test_a_deleted_jax_array_is_refused() -> None:
-    jax = frameworks.load("jax")
+    jax = array_libraries.load("jax")
     tensors = [jax.tensor(array) for array in arrays()]
     tensors[1].delete()
     with pytest.raises(ValueError, match=PREFIX + "k has been deleted"):
@@ -322,7 +322,7 @@ def test_a_deleted_jax_array_is_refused() -> None:
 
 
 def test_jax_results_stay_on_the_device_of_the_query(run_python: Any) -> None:
-    frameworks.load("jax")
+    array_libraries.load("jax")
     process = run_python(
         """
 import jax, numpy as np, umfa

@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import frameworks
-import philox
-import reference
 import umfa
-from cases import normal
-from checks import Tolerance, assert_close, assert_same_bits
-from frameworks import Array, Framework
-from sequences import offsets
+from tests import array_libraries, philox, reference
+from tests.array_libraries import Array, Framework
+from tests.cases import normal
+from tests.checks import Tolerance, assert_close, assert_same_bits
+from tests.sequences import offsets
 
 P = 0.3
 
@@ -120,7 +118,7 @@ def test_weights_that_cannot_be_returned() -> None:
 
 
 def seeded(name: str, seed: int) -> None:
-    framework = frameworks.load(name)
+    framework = array_libraries.load(name)
     if name == "torch":
         framework.module.manual_seed(seed)
     elif name == "mlx":
@@ -160,7 +158,7 @@ def test_jax_needs_a_seed(framework: Framework) -> None:
 
 def test_seeds_are_the_same_in_every_framework(framework: Framework) -> None:
     found = dropped(framework, dropout_seed=2**64 - 1, dropout_offset=2**64 - 1)
-    numpy = frameworks.load("numpy")
+    numpy = array_libraries.load("numpy")
     assert_same_bits(found, dropped(numpy, dropout_seed=2**64 - 1, dropout_offset=2**64 - 1))
     assert not np.array_equal(found, dropped(framework, dropout_seed=2**64 - 1))
     assert not np.array_equal(found, dropped(framework, dropout_seed=0))

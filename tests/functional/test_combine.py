@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import frameworks
-import reference
 import umfa
-from cases import normal
-from checks import BASE, LSE, Tolerance, assert_close
-from frameworks import DTYPES, Array, Framework
+from tests import array_libraries, reference
+from tests.array_libraries import DTYPES, Array, Framework
+from tests.cases import normal
+from tests.checks import BASE, LSE, Tolerance, assert_close
 
 CUTS = [0, 3, 3, 70, 71, 300]  # parts of every size, an empty one among them
 
@@ -177,7 +176,7 @@ def test_can_run_and_the_backend() -> None:
 
 
 def test_gradients_are_refused() -> None:
-    torch = frameworks.load("torch").module
+    torch = array_libraries.load("torch").module
     partial = torch.zeros(2, 1, 3, 4, 8, requires_grad=True)
     with pytest.raises(umfa.UnsupportedError, match="out_partial requires grad"):
         umfa.flash_attn_combine(partial, torch.zeros(2, 1, 3, 4))

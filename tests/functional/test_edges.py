@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-import frameworks
 import umfa
-from cases import normal
-from frameworks import Framework
+from tests import array_libraries
+from tests.array_libraries import Framework
+from tests.cases import normal
 
 X = np.zeros((1, 4, 2, 8), np.float32)
 
 
 @pytest.fixture
 def torch() -> Any:
-    return frameworks.load("torch").module
+    return array_libraries.load("torch").module
 
 
 def refused(error: type[Exception], text: str, function: Any, *args: Any, **kwargs: Any) -> None:

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import frameworks
-import reference
 import umfa
-from cases import Case, expected, inputs, normal
-from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
-from frameworks import DTYPES, Array, Framework
-from sequences import paged, rotary_tables, rotated, unpaged
-from signatures import CACHE, by_keyword, by_position
+from tests import array_libraries, reference
+from tests.array_libraries import DTYPES, Array, Framework
+from tests.cases import Case, expected, inputs, normal
+from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
+from tests.sequences import paged, rotary_tables, rotated, unpaged
+from tests.signatures import CACHE, by_keyword, by_position
 
 PAGE_SIZES = [1, 3, 16, 64, 256]
 BATCH, ROWS, HEADS, HEADS_K, HEAD_DIM = 3, 150, 6, 2, 24
@@ -76,7 +75,7 @@ def check_each(
 
 @pytest.fixture
 def numpy() -> Framework:
-    return frameworks.load("numpy")
+    return array_libraries.load("numpy")
 
 
 def test_a17_decode(framework: Framework) -> None:

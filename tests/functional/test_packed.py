@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import umfa
-from cases import normal
-from checks import assert_same_bits
-from frameworks import DTYPES, Framework
-from signatures import EXTRAS, by_keyword, by_position
+from tests.array_libraries import DTYPES, Framework
+from tests.cases import normal
+from tests.checks import assert_same_bits
+from tests.signatures import EXTRAS, by_keyword, by_position
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import reference
 import umfa
-from cases import normal
-from checks import BASE, LSE, Tolerance, assert_close
-from sequences import rotary_tables, rotated
+from tests import reference
+from tests.cases import normal
+from tests.checks import BASE, LSE, Tolerance, assert_close
+from tests.sequences import rotary_tables, rotated
 
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])

@@ -11,16 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import frameworks
-import reference
 import umfa
-from cases import normal
-from checks import BASE, Tolerance, assert_close, assert_same_bits
-from frameworks import DTYPES, Array, Framework
-from signatures import DROPOUT, by_keyword, by_position
+from tests import array_libraries, reference
+from tests.array_libraries import DTYPES, Array, Framework
+from tests.cases import normal
+from tests.checks import BASE, Tolerance, assert_close, assert_same_bits
+from tests.signatures import DROPOUT, by_keyword, by_position
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 Shape = tuple[int, ...]
 
@@ -97,7 +96,7 @@ def test_sdpa_batch_dimensions(shapes: Shapes, kind: str, attend: Attend) -> Non
 
 def torch_attention(query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
     """PyTorch's own, by its plain ("math") path."""
-    torch = frameworks.load("torch").module
+    torch = array_libraries.load("torch").module
     attention = torch.nn.attention
     with attention.sdpa_kernel(attention.SDPBackend.MATH):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, **options)

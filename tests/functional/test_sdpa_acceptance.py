@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import mac
-import reference
-from cases import normal
-from checks import BASE, Tolerance, assert_close
-from frameworks import DTYPES, Array
+from tests import mac, reference
+from tests.array_libraries import DTYPES, Array
+from tests.cases import normal
+from tests.checks import BASE, Tolerance, assert_close
 
 if TYPE_CHECKING:
-    from attend import Attend
+    from tests.attend import Attend
 
 
 def inputs(

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import reference
 import umfa
-from cases import normal
-from checks import BASE, LSE, assert_close, assert_same_bits
-from frameworks import Framework
-from sequences import offsets
+from tests import reference
+from tests.array_libraries import Framework
+from tests.cases import normal
+from tests.checks import BASE, LSE, assert_close, assert_same_bits
+from tests.sequences import offsets
 
 QUERY, KEY = normal((2, 7, 4, 8), seed=1), normal((2, 9, 4, 8), seed=2)
 SINK = normal((4,), seed=3)

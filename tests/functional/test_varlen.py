@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import frameworks
 import umfa
-from cases import normal
-from checks import BASE, LSE, assert_close, assert_same_bits
-from frameworks import DTYPES, Array, Framework
-from sequences import offsets, varlen_reference
-from signatures import EXTRAS, by_keyword, by_position
+from tests import array_libraries
+from tests.array_libraries import DTYPES, Array, Framework
+from tests.cases import normal
+from tests.checks import BASE, LSE, assert_close, assert_same_bits
+from tests.sequences import offsets, varlen_reference
+from tests.signatures import EXTRAS, by_keyword, by_position
 
 A25_Q, A25_K = [8, 0, 16, 12], [10, 0, 20, 15]
 HEADS = 4
@@ -90,7 +90,7 @@ def check(
 
 @pytest.fixture
 def numpy() -> Framework:
-    return frameworks.load("numpy")
+    return array_libraries.load("numpy")
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -185,12 +185,12 @@ def test_equals_dense_calls_bit_for_bit(
         assert_same_bits(numpy.bits(lse[:, rows]), numpy.bits(alone_lse), f"lse of {b}")
 
 
-@pytest.mark.parametrize("framework_of_tables", frameworks.NAMES)
+@pytest.mark.parametrize("framework_of_tables", array_libraries.NAMES)
 @pytest.mark.parametrize("integers", ["int32", "int64"])
 def test_tables_of_any_framework(
     integers: str, framework_of_tables: str, framework: Framework
 ) -> None:
-    tables = frameworks.load(framework_of_tables)
+    tables = array_libraries.load(framework_of_tables)
     if integers == "int64" and framework_of_tables == "jax":
         pytest.skip("jax has no int64 unless told so")
     q, k, v = (framework.tensor(x) for x in packed(A25_Q, A25_K))
@@ -360,7 +360,7 @@ def test_strided_tensors(numpy: Framework) -> None:
 
 
 def test_tables_may_be_strided_torch_views() -> None:
-    torch = frameworks.load("torch").module
+    torch = array_libraries.load("torch").module
     tensors = tuple(torch.from_numpy(x) for x in packed(A25_Q, A25_K))
     cu_q, cu_k = (torch.from_numpy(offsets(x)) for x in (A25_Q, A25_K))
     spread = torch.stack([cu_q, cu_k], dim=1)  # columns: strides of 2

@@ -1,23 +1,12 @@
-"""Makes the emulator importable and marks every test here."""
+"""Fixtures of the tests that run Metal kernels."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-import emulated
 import pytest
 
-_HERE = Path(__file__).parent
-if str(_HERE) not in sys.path:
-    sys.path.insert(0, str(_HERE))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if _HERE in item.path.parents:
-            item.add_marker(pytest.mark.metal)
+from tests.metal import emulated
 
 
 @pytest.fixture

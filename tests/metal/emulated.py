@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import reference
+from tests import reference
 from tools.metal.emulator import Counters, Library, Options
 from umfa import _ext
 from umfa._call.run import Prepared, exported, prepared

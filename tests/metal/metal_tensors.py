@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from capsules import _DLManagedTensor, _DLTensor, _new_capsule
+from tests.capsules import _DLManagedTensor, _DLTensor, _new_capsule
 from tools.metal.double import Double
 
 Array = np.ndarray[Any, np.dtype[Any]]

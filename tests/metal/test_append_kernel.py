@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import emulated
 import numpy as np
 import pytest
-from emulated import MACHINES
 
-import reference
-from cases import normal
-from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
-from sequences import paged, rotary_tables, rotated
+from tests import reference
+from tests.cases import normal
+from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
+from tests.metal import emulated
+from tests.metal.emulated import MACHINES
+from tests.sequences import paged, rotary_tables, rotated
 
 Array = np.ndarray[Any, np.dtype[Any]]
 pytestmark = pytest.mark.usefixtures("own_settings")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import zlib
 
-import emulated
 import pytest
 
-from combinations import PAIRS, check
+from tests.combinations import PAIRS, check
+from tests.metal import emulated
 
 pytestmark = pytest.mark.usefixtures("own_settings")
 FAMILIES = (7, 9)  # bfloat as float, and fragments of bfloat

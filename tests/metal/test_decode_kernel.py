@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import emulated
 import numpy as np
 import pytest
-from emulated import MACHINES
 
-import frameworks
-import reference
-from attend import Attend
-from cases import Case, normal
-from checks import BASE, LSE, assert_close
+from tests import array_libraries, reference
+from tests.attend import Attend
+from tests.cases import Case, normal
+from tests.checks import BASE, LSE, assert_close
+from tests.metal import emulated
+from tests.metal.emulated import MACHINES
 from tools.metal.emulator import Options
 
 CASES = [
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("own_settings")
 
 @pytest.fixture
 def attend() -> Attend:
-    return Attend(frameworks.load("numpy"), "metal-emulated")
+    return Attend(array_libraries.load("numpy"), "metal-emulated")
 
 
 @pytest.mark.parametrize("seed", [1, 2])

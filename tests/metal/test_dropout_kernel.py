@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import emulated
 import numpy as np
 import pytest
-from emulated import MACHINES, SOME_MACHINES
 
-import reference
-from cases import normal
-from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
-from sequences import offsets
+from tests import reference
+from tests.cases import normal
+from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
+from tests.metal import emulated
+from tests.metal.emulated import MACHINES, SOME_MACHINES
+from tests.sequences import offsets
 from tools.metal.ptx import dropout
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import emulated
 import numpy as np
 import pytest
-from test_plan_forward import plan
 
-import reference
-from cases import normal
-from checks import BASE, LSE, assert_close
-from frameworks import DTYPES
+from tests import reference
+from tests.array_libraries import DTYPES
+from tests.cases import normal
+from tests.checks import BASE, LSE, assert_close
+from tests.metal import emulated
+from tests.metal.test_plan_forward import plan
 
 SEQLEN, HEADS, HEAD_DIM = 4608, 24, 128
 MASK = 5  # its buffer's index

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import emulated
 import numpy as np
 import pytest
 
-import reference
-from cases import normal
-from checks import BASE, LSE, assert_close
+from tests import reference
+from tests.cases import normal
+from tests.checks import BASE, LSE, assert_close
+from tests.metal import emulated
 
 Array = np.ndarray[Any, np.dtype[Any]]
 pytestmark = pytest.mark.usefixtures("own_settings")

@@ -10,9 +10,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from emulated import FUNCTION, SHADERS, exported_of
 
 import umfa
+from tests.metal.emulated import FUNCTION, SHADERS, exported_of
 from tools.metal.emulator import structure, toolchain
 from umfa import _ext
 from umfa._frameworks import _numpy

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import emulated
 import numpy as np
 import pytest
-from emulated import MACHINES, SOME_MACHINES
 
-import reference
-from cases import normal
-from checks import BASE, LSE, assert_close
-from sequences import offsets, paged
+from tests import reference
+from tests.cases import normal
+from tests.checks import BASE, LSE, assert_close
+from tests.metal import emulated
+from tests.metal.emulated import MACHINES, SOME_MACHINES
+from tests.sequences import offsets, paged
 
 Array = np.ndarray[Any, np.dtype[Any]]
 pytestmark = pytest.mark.usefixtures("own_settings")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import emulated
 import numpy as np
 import pytest
-from emulated import MACHINES
 
-import reference
 import umfa
-from attend import call_on
-from cases import normal
-from checks import BASE, LSE, assert_close, assert_same_bits
+from tests import reference
+from tests.attend import call_on
+from tests.cases import normal
+from tests.checks import BASE, LSE, assert_close, assert_same_bits
+from tests.metal import emulated
+from tests.metal.emulated import MACHINES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import emulated
 import pytest
 
-from cases import normal
+from tests.cases import normal
+from tests.metal import emulated
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metal-verification.md"
 ROW = re.compile(r"^\| umfa, (\w+), D = (\d+), Apple(\d+) \|(.*)\|$", re.MULTILINE)

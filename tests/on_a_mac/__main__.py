@@ -1,4 +1,4 @@
-"""python -m on_a_mac [--hosted] [--quick] [--output FILE]; see docs/on-a-mac.md."""
+"""python -m tests.on_a_mac [--hosted] [--quick] [--output FILE]; see docs/on-a-mac.md."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from on_a_mac import report, stages
+from tests.on_a_mac import report, stages
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="on_a_mac", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.on_a_mac", description=__doc__)
     parser.add_argument("--output", type=Path, default=report.ROOT / "umfa-on-a-mac.md")
     parser.add_argument("--quick", action="store_true", help="a little of everything")
     parser.add_argument(

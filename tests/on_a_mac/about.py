@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 
-from on_a_mac.metal import Device, MetalError
-from on_a_mac.part import Part
+from tests.on_a_mac.metal import Device, MetalError
+from tests.on_a_mac.part import Part
 
 
 def output_of(*command: str) -> str:

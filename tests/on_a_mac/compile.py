@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from on_a_mac import shapes
-from on_a_mac.metal import Device, MetalError
-from on_a_mac.part import Part
-from on_a_mac.shapes import Shape
+from tests.on_a_mac import shapes
+from tests.on_a_mac.metal import Device, MetalError
+from tests.on_a_mac.part import Part
+from tests.on_a_mac.shapes import Shape
 from umfa import _ext
 
 HEAD = "max threads, static threadgroup bytes, simdgroup width"

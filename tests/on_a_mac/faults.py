@@ -1,4 +1,4 @@
-"""Stages that go wrong, for tests/test_on_a_mac.py."""
+"""Stages that go wrong, for test_on_a_mac.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from on_a_mac.part import Part
+from tests.on_a_mac.part import Part
 
 
 def raises(part: Part, *, quick: bool) -> None:

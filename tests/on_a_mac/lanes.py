@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from on_a_mac.metal import Device
-from on_a_mac.part import Part
+from tests.on_a_mac.metal import Device
+from tests.on_a_mac.part import Part
 
 TEXT = """#include <metal_stdlib>
 #include <metal_simdgroup_matrix>

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from on_a_mac.objc import Id, Runtime, UInt
+from tests.on_a_mac.objc import Id, Runtime, UInt
 
 _LANGUAGE_3_1 = UInt((3 << 16) + 1)
 _INT, _BOOL = UInt(29), UInt(53)  # of MTLDataType

@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from on_a_mac import stages
-from on_a_mac.process import run_limited
-from on_a_mac.stages import Stage
+from tests.on_a_mac import stages
+from tests.on_a_mac.process import run_limited
+from tests.on_a_mac.stages import Stage
 from umfa.cli.env import tidy
 
 ROOT = Path(__file__).parents[2]
@@ -22,12 +22,7 @@ def anonymous(text: str) -> str:
 
 
 def search_path() -> str:
-    folders = [
-        str(ROOT),
-        str(ROOT / "tests"),
-        str(ROOT / "tests" / "metal"),
-        os.environ.get("PYTHONPATH", ""),
-    ]
+    folders = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return os.pathsep.join(filter(None, folders))
 
 

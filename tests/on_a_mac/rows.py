@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import emulated
 import numpy as np
 
-from on_a_mac import shapes
-from on_a_mac.metal import Device
-from on_a_mac.part import Part
-from on_a_mac.shapes import Array, Shape
+from tests.metal import emulated
+from tests.on_a_mac import shapes
+from tests.on_a_mac.metal import Device
+from tests.on_a_mac.part import Part
+from tests.on_a_mac.shapes import Array, Shape
 
 
 class Player:

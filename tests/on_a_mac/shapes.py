@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import emulated
 import ml_dtypes
 import numpy as np
 
+from tests.metal import emulated
 from umfa import _ext
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 
 import umfa
-from on_a_mac import shapes
-from on_a_mac.part import Part
+from tests.on_a_mac import shapes
+from tests.on_a_mac.part import Part
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}

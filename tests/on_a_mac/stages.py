@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from on_a_mac.part import Part
+from tests.on_a_mac.part import Part
 
 # Statuses of a stage's process.
 GOOD, BAD, WRONG = 0, 1, 3
@@ -23,18 +23,18 @@ class Stage(NamedTuple):
     seconds: float
 
 
-ABOUT = Stage("about", "The machine", "on_a_mac.about:run", 300)
-COMPILE = Stage("compile", "Every kernel, compiled", "on_a_mac.compile:run", 3600)
-LANES = Stage("lanes", "Lanes of 8x8 matrices", "on_a_mac.lanes:run", 300)
-ROWS = Stage("rows", "Kernels without matrices, run without umfa", "on_a_mac.rows:run", 300)
-SMOKE = Stage("smoke", "A small call of everything", "on_a_mac.smoke:run", 1800)
+ABOUT = Stage("about", "The machine", "tests.on_a_mac.about:run", 300)
+COMPILE = Stage("compile", "Every kernel, compiled", "tests.on_a_mac.compile:run", 3600)
+LANES = Stage("lanes", "Lanes of 8x8 matrices", "tests.on_a_mac.lanes:run", 300)
+ROWS = Stage("rows", "Kernels without matrices, run without umfa", "tests.on_a_mac.rows:run", 300)
+SMOKE = Stage("smoke", "A small call of everything", "tests.on_a_mac.smoke:run", 1800)
 VALIDATED = Stage(
-    "validated", "Tests, with Metal's validation", "on_a_mac.suite:run_validated", 4 * 3600
+    "validated", "Tests, with Metal's validation", "tests.on_a_mac.suite:run_validated", 4 * 3600
 )
 EVERYTHING = Stage(
-    "everything", "All tests, without validation", "on_a_mac.suite:run_everything", 4 * 3600
+    "everything", "All tests, without validation", "tests.on_a_mac.suite:run_everything", 4 * 3600
 )
-TIMING = Stage("timing", "Times", "on_a_mac.timing:run", 1800)
+TIMING = Stage("timing", "Times", "tests.on_a_mac.timing:run", 1800)
 
 OWN = [ABOUT, COMPILE, LANES, ROWS, SMOKE, VALIDATED, EVERYTHING, TIMING]
 # Hosted Macs have no GPU for the rest.
@@ -42,14 +42,23 @@ HOSTED = [ABOUT, COMPILE, LANES, ROWS]
 
 
 def command(stage: Stage, part: Path, *, quick: bool, double: bool) -> list[str]:
-    """What runs a stage, from any folder that has tests/ and tests/metal on its path."""
+    """What runs a stage, from any directory that has the repository on its path."""
     flags = [*(["--quick"] if quick else []), *(["--on-the-double"] if double else [])]
-    return [sys.executable, "-m", "on_a_mac", "--stage", stage.target, "--part", str(part), *flags]
+    return [
+        sys.executable,
+        "-m",
+        "tests.on_a_mac",
+        "--stage",
+        stage.target,
+        "--part",
+        str(part),
+        *flags,
+    ]
 
 
 def gpu_of(double: bool, target: str) -> Any:
     """The double's machine, if it is wanted. Tests bring their own."""
-    if not double or target.startswith("on_a_mac.suite:"):
+    if not double or target.startswith("tests.on_a_mac.suite:"):
         return contextlib.nullcontext()
     from tools.metal import double as metal_double
     from tools.metal.double import gpus

@@ -14,15 +14,15 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
 
-from on_a_mac.part import Part
-from on_a_mac.process import run_limited
+from tests.on_a_mac.part import Part
+from tests.on_a_mac.process import run_limited
 
 ROOT = Path(__file__).parents[2]
 # Metal's own checks: of calls, and of every memory access of a kernel.
 VALIDATION = {"MTL_DEBUG_LAYER": "1", "MTL_SHADER_VALIDATION": "1"}
 VALIDATED, EVERYTHING = "gpu and not slow", "gpu and (slow or not slow)"
 TEST_SECONDS, FILE_SECONDS = 300, 3600
-QUICK = ("tests/forward/test_values.py", "-k", "test_no_keys")
+QUICK = ("tests/core/test_values.py", "-k", "test_no_keys")
 
 
 class Result(NamedTuple):

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import pytest
 
-import mac
-from fake_mac import PARAVIRTUAL
+from tests import mac
+from tests.on_a_mac.fake_mac import PARAVIRTUAL
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NO_GPU = f"no Apple GPU that umfa can use: {PARAVIRTUAL}"
 # Of tests that no Mac runs, whatever its GPU, or that want what only `.ci/run frameworks` fetches.
 NOT_ON_MACS = {
@@ -84,9 +84,13 @@ class Item(NamedTuple):
 
     @property
     def is_emulated(self) -> bool:
-        if self.folder == "test_on_a_mac.py":
+        if self.folder == "on_a_mac":
             return "metal" in self.marks
-        return self.folder == "metal" and "test_plan_forward.py" not in self.name
+        return self.folder in ("metal", "tools") and "test_plan_forward.py" not in self.name
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.backend == "metal" or "test_gpu_tensors.py" in self.name
 
 
 def collect(folder: Path, *arguments: str) -> list[Item]:
@@ -94,11 +98,19 @@ def collect(folder: Path, *arguments: str) -> list[Item]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "UMFA_"))}
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-p", "fake_mac", "--fake-mac", str(report)),
+            *(
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "tests.on_a_mac.fake_mac",
+                "--fake-mac",
+                str(report),
+            ),
             *("--collect-only", "-q", "-n", "0", "-p", "no:cacheprovider", *arguments),
         ],
         cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT / "tests")},
+        env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -113,7 +125,7 @@ def check_hosted(items: list[Item]) -> None:
     for item in items:
         because = set(item.skipped) - NOT_ON_MACS
         expected: set[str] = set()
-        if item.backend == "metal" or item.folder == "gpu":
+        if item.on_gpu:
             expected = {NO_GPU}
         elif item.is_emulated or item.backend in ("metal-emulated", "metal-permuted"):
             expected = {mac.EMULATOR_REASON}
@@ -126,8 +138,8 @@ def run_in(items: list[Item]) -> set[str]:
 
 
 ALWAYS = {
-    *("bench", "cli", "forward", "test_backend.py", "test_bad_input.py", "test_properties.py"),
-    *("test_reference.py", "test_threads.py"),
+    *("bench", "cli", "core", "cpu", "frameworks", "functional", "on_a_mac", "packaging"),
+    *("repository", "test_reference.py"),
 }
 
 
@@ -160,10 +172,10 @@ def test_the_wheel_on_a_hosted_mac(tmp_path: Path) -> None:
 def test_a_real_gpu(tmp_path: Path) -> None:
     """A Mac of one's own, with the README's command: nothing is skipped for want of a GPU."""
     items = collect(tmp_path, "--fake-gpu")
-    on_gpu = [item for item in items if item.backend == "metal" or item.folder == "gpu"]
+    on_gpu = [item for item in items if item.on_gpu]
     assert len(on_gpu) > 1000
     assert {item.framework for item in on_gpu} >= {"numpy", "torch", "jax", "mlx"}
-    assert {item.folder for item in on_gpu} >= {"forward", "gpu"}
+    assert {item.folder for item in on_gpu} >= {"core", "functional", "frameworks"}
     assert not any(item.skipped for item in on_gpu)
     for item in items:
         reasons = set(item.skipped) - NOT_ON_MACS
@@ -174,8 +186,8 @@ def test_a_real_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["yes", "0"])
 def test_the_variable_takes_one_value(value: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import mac"],
-        env={**os.environ, "UMFA_TEST_PRETEND_MAC": value, "PYTHONPATH": str(ROOT / "tests")},
+        [sys.executable, "-c", "from tests import mac"],
+        env={**os.environ, "UMFA_TEST_PRETEND_MAC": value, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -188,8 +200,8 @@ def test_a_pretended_mac_is_green_and_says_why(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"),
-            *("tests/gpu", "tests/test_backend.py", "tests/metal/test_decode_kernel.py"),
-            "tests/forward/test_extremes.py",
+            *("tests/frameworks/test_gpu_tensors.py", "tests/core/test_backend.py"),
+            *("tests/metal/test_decode_kernel.py", "tests/core/test_extremes.py"),
         ],
         cwd=ROOT,
         env={**os.environ, "UMFA_TEST_PRETEND_MAC": "1", "PYTEST_ADDOPTS": ""},

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mac
 import umfa
-from on_a_mac import compile, lanes, report, rows, shapes, smoke, stages, suite
-from on_a_mac.metal import Device
-from on_a_mac.part import Part
-from on_a_mac.stages import Stage
+from tests import mac
+from tests.on_a_mac import compile, lanes, report, rows, shapes, smoke, stages, suite
+from tests.on_a_mac.metal import Device
+from tests.on_a_mac.part import Part
+from tests.on_a_mac.stages import Stage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / ".ci" / "on-a-mac"
 WORKFLOW = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
 
@@ -111,7 +111,7 @@ def test_the_command_builds_and_runs(
     assert done.returncode == 0, done.stderr
     assert "Python 3.12.9 on macOS 14.6.1" in done.stdout
     assert f"pip install --quiet .[{extras}] pytest-timeout>=2.3" in calls
-    assert calls[-1] == " ".join(["python -m on_a_mac", *arguments])
+    assert calls[-1] == " ".join(["python -m tests.on_a_mac", *arguments])
 
 
 def test_the_workflows_run_it() -> None:
@@ -129,7 +129,7 @@ def test_the_workflows_run_it() -> None:
 
 
 def of_faults(name: str, seconds: float = 60) -> Stage:
-    return Stage(name, f"Stage {name}", f"on_a_mac_faults:{name}", seconds)
+    return Stage(name, f"Stage {name}", f"tests.on_a_mac.faults:{name}", seconds)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_tests_that_are_all_skipped_prove_nothing(
 def run_quick(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
-            *(sys.executable, "-m", "on_a_mac", "--quick", "--on-the-double"),
+            *(sys.executable, "-m", "tests.on_a_mac", "--quick", "--on-the-double"),
             *("--output", str(output), *arguments),
         ],
         env={**os.environ, "PYTHONPATH": report.search_path(), "PYTEST_ADDOPTS": ""},

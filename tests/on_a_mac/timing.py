@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import umfa
-from on_a_mac.part import Part
+from tests.on_a_mac.part import Part
 
 SECONDS = 0.5  # for each shape and contestant
 

@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import trees
+
+from tests.packaging import trees
 
 pytestmark = [
     pytest.mark.slow,

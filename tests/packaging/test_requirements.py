@@ -11,7 +11,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import trees
+
+from tests.packaging import trees
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("ninja") and shutil.which("c++")),

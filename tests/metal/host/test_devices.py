@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from metal_tensors import MetalTensor
-from test_encode import VALUE_ERROR, c_library, encode
 
 import umfa
+from tests.metal.host.test_encode import VALUE_ERROR, c_library, encode
+from tests.metal.metal_tensors import MetalTensor
 from tools.metal.double import PARAVIRTUAL, Device, Double
 from tools.metal.double.gpus import Recorder
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import emulated as plans
 import numpy as np
 import pytest
 
-import reference
 import umfa
-from cases import normal
-from checks import BASE, assert_close
+from tests import reference
+from tests.cases import normal
+from tests.checks import BASE, assert_close
+from tests.metal import emulated as plans
 from tools.metal.double import Double
 from tools.metal.ptx import dropout
 from umfa import _ext

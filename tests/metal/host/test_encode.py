@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal_tensors import MetalTensor
 
-import checks
-import reference
 import umfa
-from capsules import _DLTensor
+from tests import checks, reference
+from tests.capsules import _DLTensor
+from tests.metal.metal_tensors import MetalTensor
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
 

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-import checks
-import reference
 import umfa
+from tests import checks, reference
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
 

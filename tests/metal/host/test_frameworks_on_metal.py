@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal_tensors import MetalTensor, to_numpy
 
 import umfa
+from tests.metal.metal_tensors import MetalTensor, to_numpy
 from tools.metal.double import Double
 from umfa._frameworks import _dlpack
 

@@ -6,11 +6,10 @@ import re
 
 import numpy as np
 import pytest
-import test_encode  # the C interface's helpers
 
-import checks
-import reference
 import umfa
+from tests import checks, reference
+from tests.metal.host import test_encode  # the C interface's helpers
 from tools.metal.double import Double, Kernel
 from tools.metal.double.gpus import Array, Recorder
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal_tensors import MetalTensor
 
 import umfa
+from tests.metal.metal_tensors import MetalTensor
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
 

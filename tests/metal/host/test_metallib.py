@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-import emulated
 import numpy as np
 import pytest
 
 import umfa
+from tests.metal import emulated
 from tools.metal import double as metal_double
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder

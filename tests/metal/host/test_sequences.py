@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from metal_tensors import MetalTensor, to_numpy
 
 import umfa
-from cases import normal
-from checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
-from sequences import rotary_tables
+from tests.cases import normal
+from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
+from tests.metal.metal_tensors import MetalTensor, to_numpy
+from tests.sequences import rotary_tables
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
 

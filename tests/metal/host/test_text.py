@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-import emulated
 import ml_dtypes
 import numpy as np
 import pytest
 
 import umfa
+from tests.metal import emulated
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
 from tools.metal.emulator import Library, SourceError

@@ -7,11 +7,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from metal_tensors import MetalTensor, to_numpy
 
-import checks
-import reference
 import umfa
+from tests import checks, reference
+from tests.metal.metal_tensors import MetalTensor, to_numpy
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
 

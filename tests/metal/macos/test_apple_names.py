@@ -17,9 +17,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import cross
-import macho
 import pytest
+
+from tests.metal.macos import cross, macho
 
 FOLDER = Path(os.environ.get("UMFA_APPLE_API", ""))
 

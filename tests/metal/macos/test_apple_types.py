@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
-import test_apple_names
 
+from tests.metal.macos import test_apple_names
 from tools.metal import double as metal_double
 
 pytestmark = test_apple_names.pytestmark

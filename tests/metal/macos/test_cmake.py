@@ -16,11 +16,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import cross
-import emulated
-import macho
 import pytest
-import toolchain
+
+from tests.metal import emulated
+from tests.metal.macos import cross, macho, toolchain
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja"

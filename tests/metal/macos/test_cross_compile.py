@@ -6,9 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import cross
-import macho
 import pytest
+
+from tests.metal.macos import cross, macho
 
 
 def compile_text(text: str, folder: Path) -> Path:

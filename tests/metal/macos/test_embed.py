@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cross
-import macho
 import pytest
 
+from tests.metal.macos import cross, macho
 from tools.metal.emulator import toolchain
 
 # As a metallib begins, and every byte there is, to an odd length.

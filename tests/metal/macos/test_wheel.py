@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cross
-import macho
 import pytest
-import wheel
+
+from tests.metal.macos import cross, macho, wheel
 
 GOOD: dict[str, Any] = {
     "arm64": True,

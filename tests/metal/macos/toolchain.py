@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-import cross
+from tests.metal.macos import cross
 
 # Of what Apple's tools take, zig lacks -march for a file that needs more than its CPU, bundles (a
 # library differs in a header field), and lists of symbols that may stay undefined. Linking with

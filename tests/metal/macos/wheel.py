@@ -20,14 +20,12 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest has it from pyproject.toml
+sys.path.insert(0, str(Path(__file__).parents[3]))  # pytest has it from pyproject.toml
 
-import cross
-import macho
-import toolchain
+from tests.metal.macos import cross, macho, toolchain
 
 TAG = f"cp310-abi3-macosx_{cross.FLOOR.replace('.', '_')}_arm64"
-STUB = cross.ROOT / "tests" / "python" / "_ext.pyi.ref"
+STUB = cross.ROOT / "tests" / "bindings" / "_ext.pyi.ref"
 LIBRARY, EXTENSION = "umfa/libumfa.dylib", "umfa/_ext.abi3.so"
 
 

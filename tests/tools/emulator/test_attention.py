@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 import pytest
-from emulator_kernels import floats, library
 
+from tests.tools.emulator.emulator_kernels import floats, library
 from tools.metal.emulator import Library, Options
 
 MATMUL = """

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulator_kernels import HEADER, floats, library, run
 
+from tests.tools.emulator.emulator_kernels import HEADER, floats, library, run
 from tools.metal.emulator import KernelError, Library, Options, SourceError
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"

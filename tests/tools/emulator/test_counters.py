@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from emulator_kernels import floats, run
 
+from tests.tools.emulator.emulator_kernels import floats, run
 from tools.metal.emulator import Options
 
 BODY = """

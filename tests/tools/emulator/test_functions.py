@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulator_kernels import floats, run
 
+from tests.tools.emulator.emulator_kernels import floats, run
 from tools.metal.emulator import Options
 
 

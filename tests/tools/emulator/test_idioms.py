@@ -10,8 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator_kernels import HEADER, floats, library, run
 
+from tests.tools.emulator.emulator_kernels import HEADER, floats, library, run
 from tools.metal.emulator import Library, Options
 
 ALLOW_LAMBDAS = Options(allow=frozenset({"lambda-expression"}))

@@ -7,8 +7,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator_kernels import HEADER, floats, library, run
 
+from tests.tools.emulator.emulator_kernels import HEADER, floats, library, run
 from tools.metal.emulator import DispatchError, KernelError, Library, Options, SourceError
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emulator_kernels import floats, library, run
 
+from tests.tools.emulator.emulator_kernels import floats, library, run
 from tools.metal.emulator import KernelError, Options
 
 POINTERS = """kernel void f(device long* out [[buffer(0)]], device const float* a [[buffer(1)]],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emulator_kernels import library, run
 
+from tests.tools.emulator.emulator_kernels import library, run
 from tools.metal.emulator import Options
 
 HEAD = """

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from emulator_kernels import HEADER
 
+from tests.tools.emulator.emulator_kernels import HEADER
 from tools.metal.emulator import (
     SourceError,
     build,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from emulator_kernels import floats, library, run
 
+from tests.tools.emulator.emulator_kernels import floats, library, run
 from tools.metal.emulator import KernelError, Options
 
 SUM = """kernel void f(device const float* x [[buffer(0)]], device float* out [[buffer(1)]],

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulator_kernels import HEADER, floats, library, run
 
+from tests.tools.emulator.emulator_kernels import HEADER, floats, library, run
 from tools.metal.emulator import CHECKS, Counters, KernelError, Options
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import warp_machine
 
+from tests.tools.ptx import warp_machine
 from tools.metal.ptx import bundle
 
 GUARD = 256

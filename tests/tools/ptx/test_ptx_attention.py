@@ -3,15 +3,15 @@ and the GPU."""
 
 from __future__ import annotations
 
-import emulated
 import numpy as np
 import pytest
-from emulated import Settings
-from warp_machine import WarpLibrary
 
-import frameworks
-from attend import Attend
-from cases import Case
+from tests import array_libraries
+from tests.attend import Attend
+from tests.cases import Case
+from tests.metal import emulated
+from tests.metal.emulated import Settings
+from tests.tools.ptx.warp_machine import WarpLibrary
 
 CASES = [
     Case((1, 2, 70, 70, 64), "float16", options=(("causal", True),)),
@@ -37,14 +37,14 @@ def _warps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_agrees_with_float64(case: Case, family: int) -> None:
     emulated.settings.family = family
     emulated.settings.cores = 40
-    Attend(frameworks.load("numpy"), "metal-emulated").case(case)
+    Attend(array_libraries.load("numpy"), "metal-emulated").case(case)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_any_schedule(seed: int) -> None:
     """Warps in any order: a shuffle or barrier that not all lanes reach would be found."""
     emulated.settings.schedule_seed = seed
-    Attend(frameworks.load("numpy"), "metal-emulated").case(CASES[0])
+    Attend(array_libraries.load("numpy"), "metal-emulated").case(CASES[0])
 
 
 def test_masks() -> None:

@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fake_cupy
 import numpy as np
 import pytest
 
+from tests.tools.ptx import fake_cupy
 from tools.metal.ptx import __main__ as command
 from tools.metal.ptx import bundle
 from tools.metal.ptx.cases import CHECKS, TIMINGS, Case
 from tools.metal.ptx.planner import plan
 
 if TYPE_CHECKING:
-    from conftest import RunPython
+    from tests.conftest import RunPython
 
 
 SMALL = Case(heads=4, heads_k=2, seqlen_q=40, seqlen_k=70, causal="lower_right")
@@ -136,7 +136,7 @@ def test_timed_ratios_have_their_base() -> None:
 
 def test_reference_agrees_with_the_suite() -> None:
     """The runner's reference is the one that all backends are compared with."""
-    import reference as suite
+    from tests import reference as suite
     from tools.metal.ptx import inputs, placement
     from tools.metal.ptx import reference as runner
 

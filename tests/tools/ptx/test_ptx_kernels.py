@@ -7,8 +7,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from ptx_kernels import Launch, compile_all, launches_of
 
+from tests.tools.ptx.ptx_kernels import Launch, compile_all, launches_of
 from tools.metal.ptx.cases import Case
 from tools.metal.ptx.ptxas import Resources, find_ptxas, ptxas_report
 from tools.metal.ptx.translate import Ptx

@@ -6,12 +6,12 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-import emulator_kernels
 import ml_dtypes
 import numpy as np
 import pytest
-from warp_machine import WarpLibrary
 
+from tests.tools.emulator import emulator_kernels
+from tests.tools.ptx.warp_machine import WarpLibrary
 from tools.metal.emulator import DispatchError, SourceError
 from tools.metal.ptx.translate import compile
 
