@@ -68,6 +68,23 @@ def test_large(case: Case, attend: Attend) -> None:
     attend.case(case)
 
 
+IMAGE_MODELS = [
+    Case((1, 24, 768, 768, 128), "bfloat16", label="A03"),
+    Case((1, 24, 1536, 1536, 128), "bfloat16", label="A04"),
+    Case((1, 24, 1536, 1536, 128), "float16", label="A04"),
+    Case((1, 24, 4608, 4608, 128), "bfloat16", label="A05"),
+    Case((1, 30, 4128, 4128, 128), "bfloat16", label="A06"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.cpu_only  # tests/metal/test_forward_kernel.py runs one head of each on the emulator
+@pytest.mark.parametrize("case", IMAGE_MODELS, ids=str)
+def test_image_models(case: Case, attend_numpy: Attend) -> None:
+    """FLUX and Z-Image with all their heads."""
+    attend_numpy.case(case)
+
+
 @pytest.mark.parametrize("softcap", [10.0, 30.0, 50.0])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
