@@ -1,5 +1,5 @@
-// What the micro-kernels multiply: units of 4 bytes that hold one float, or two bfloat16, or four
-// int8. Both products of attention are then one loop over units whatever the element type.
+// What the micro-kernels multiply: units of 4 bytes that hold one float or two bfloat16. Both
+// products of attention are then one loop over units, whatever the element type.
 //
 // `E` elements make a unit; `fma(acc, a, b)` adds the product of all E pairs to each lane.
 
@@ -71,19 +71,4 @@ struct Bf16Units {
     static vf without(vf p, const vi* dropped) {
         return (vf)((vi)p & ~((dropped[0] & 0x7fff) | (dropped[1] & 0x7fff0000)));
     }
-};
-
-/// Fours of int8; sums are int32, kept in the bits of a `vf`, and exact.
-///
-/// Where `b_offset` is not 0 the instruction takes elements of `b` as unsigned: they are stored plus
-/// b_offset, modulo 256, and sums come out larger by b_offset times the sum of a's row, which is
-/// known when that row is packed. Probabilities, unsigned by nature, need neither.
-template <class S>
-struct Int8Units {
-    using storage = int8_t;
-    static constexpr int E = 4;
-    static constexpr int b_offset = S::int8_offset;
-    using vf = typename S::vf;
-
-    static vf fma(vf acc, vf a, vf b) { return S::dot_int8(acc, a, b); }
 };
