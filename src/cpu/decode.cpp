@@ -34,11 +34,11 @@ struct Merge {
 }  // namespace
 
 void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKernel& kernel,
-                const std::vector<int64_t>& chosen) {
+                const std::vector<int64_t>& batch_indices) {
     const int64_t row_floats = kernel.row_floats(args), heads = problem.nheads_kv;
     double pairs = 0;
     int64_t most_queries = 0, parts_in_all = 0;
-    for (const int64_t b : chosen) {
+    for (const int64_t b : batch_indices) {
         const Sequence& sequence = args.sequences[b];
         const int64_t keys = sequence.seqlen_kv, part = keys_per_part(keys, problem.num_splits);
         pairs +=
@@ -57,7 +57,7 @@ void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKer
     std::vector<Task> tasks;
     std::vector<Merge> merges;
     int64_t floats = 0;
-    for (const int64_t b : chosen) {
+    for (const int64_t b : batch_indices) {
         const Sequence& sequence = args.sequences[b];
         const int64_t keys = sequence.seqlen_kv;
         const int64_t part_keys = keys_per_part(keys, problem.num_splits);

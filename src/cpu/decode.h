@@ -1,4 +1,5 @@
-// Few queries over many keys: cuts the keys into parts that run on their own, and merges them.
+// Decode: few queries over many keys. The keys are cut into parts that run on their own and are
+// merged.
 #pragma once
 
 #include <vector>
@@ -20,8 +21,8 @@ inline int64_t score_channels(const Problem& problem) {
     return problem.head_dim + (problem.qv ? problem.head_dim_v : 0);
 }
 
-/// Those of the sequences that `chosen` names.
+/// Runs the sequences at `batch_indices`.
 void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKernel& kernel,
-                const std::vector<int64_t>& chosen);
+                const std::vector<int64_t>& batch_indices);
 
 }  // namespace umfa::cpu

@@ -23,18 +23,19 @@ Rows rows_of(const Operand& operand) {
 /// Query rows per task: a tile of K and V is packed once per block, so large blocks are cheaper
 /// (D=64: 6 % from 128 to 256 rows, 1 % more to 512), as long as Q and O stay in the L2 cache, and
 /// every thread should get a few tasks. Results do not depend on it.
-int64_t block_q_of(const std::vector<Sequence>& sequences, const std::vector<int64_t>& chosen,
-                   int64_t nheads, int64_t channels, int64_t lanes) {
+int64_t block_q_of(const std::vector<Sequence>& sequences,
+                   const std::vector<int64_t>& batch_indices, int64_t nheads, int64_t channels,
+                   int64_t lanes) {
     constexpr int64_t floats = 64 * 1024;  // of Q and O: 256 KiB
     int64_t block = std::max<int64_t>(lanes, 512), longest = 0;
     while (block > lanes && block * channels > floats) block /= 2;
     const auto tasks = [&] {
         int64_t count = 0;
-        for (const int64_t b : chosen)
+        for (const int64_t b : batch_indices)
             count += (sequences[static_cast<size_t>(b)].seqlen_q + block - 1) / block;
         return count * nheads;
     };
-    for (const int64_t b : chosen)
+    for (const int64_t b : batch_indices)
         longest = std::max(longest, sequences[static_cast<size_t>(b)].seqlen_q);
     while (block > lanes && tasks() < int64_t{4} * num_threads()) block /= 2;
     return std::max(lanes, std::min(block, (longest + lanes - 1) / lanes * lanes));
@@ -53,12 +54,12 @@ const DtypeKernels& kernels_for(const Kernels& set, DType dtype) {
     return own.forward.run ? own : kernels_for(*set.base, dtype);
 }
 
-Kind kind_of(DType dtype) {
+ElementType element_of(DType dtype) {
     switch (dtype) {
-        case DType::b8: return Kind::boolean;
-        case DType::f16: return Kind::f16;
-        case DType::bf16: return Kind::bf16;
-        default: return Kind::f32;
+        case DType::b8: return ElementType::boolean;
+        case DType::f16: return ElementType::f16;
+        case DType::bf16: return ElementType::bf16;
+        default: return ElementType::f32;
     }
 }
 
@@ -69,7 +70,7 @@ Mask mask_of(const DenseMask& mask) {
             strides[1],
             strides[2],
             strides[3],
-            kind_of(mask.view.dtype)};
+            element_of(mask.view.dtype)};
 }
 
 umfa::cpu::Rotary rotary_of(const umfa::Rotary& rotary) {
@@ -79,7 +80,7 @@ umfa::cpu::Rotary rotary_of(const umfa::Rotary& rotary) {
             rotary.cos.strides[1],
             rotary.sin.strides[0],
             rotary.sin.strides[1],
-            kind_of(rotary.cos.dtype),
+            element_of(rotary.cos.dtype),
             rotary.channels,
             rotary.interleaved,
             rotary.advances,
@@ -169,13 +170,14 @@ void append(const Problem& problem, const ForwardArgs& args, AppendRowFn append_
 }
 
 /// num_splits means nothing here: each task goes over all its keys, and queries are enough to share.
-void run_panels(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
-                const ForwardKernel& kernel, const std::vector<int64_t>& chosen, int lanes) {
-    args.block_q = block_q_of(sequences, chosen, problem.nheads_q,
+void run_prefill(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
+                 const ForwardKernel& kernel, const std::vector<int64_t>& batch_indices,
+                 int lanes) {
+    args.block_q = block_q_of(sequences, batch_indices, problem.nheads_q,
                               score_channels(problem) + problem.head_dim_v, lanes);
     std::vector<Block> tasks;
     double pairs = 0;
-    for (const int64_t b : chosen) {
+    for (const int64_t b : batch_indices) {
         const Sequence& sequence = sequences[static_cast<size_t>(b)];
         const int64_t blocks = (sequence.seqlen_q + args.block_q - 1) / args.block_q;
         pairs += static_cast<double>(problem.nheads_q * sequence.seqlen_q) *
@@ -211,13 +213,13 @@ void run_forward(const Problem& problem) {
     if (problem.append) append(problem, args, own.append_row);
     if (problem.nheads_q == 0) return;
     if (problem.sequences.given) clear_unused(problem, args);
-    std::vector<int64_t> few, many;
+    std::vector<int64_t> decode, prefill;
     for (int64_t b = 0; b < problem.batch; ++b) {
         const Sequence& sequence = sequences[static_cast<size_t>(b)];
-        if (sequence.seqlen_q > 0) (is_decode(sequence, set.lanes) ? few : many).push_back(b);
+        if (sequence.seqlen_q > 0) (is_decode(sequence, set.lanes) ? decode : prefill).push_back(b);
     }
-    if (!few.empty()) run_decode(problem, args, own.decode, few);
-    if (!many.empty()) run_panels(problem, args, sequences, own.forward, many, set.lanes);
+    if (!decode.empty()) run_decode(problem, args, own.decode, decode);
+    if (!prefill.empty()) run_prefill(problem, args, sequences, own.forward, prefill, set.lanes);
 }
 
 constexpr uint32_t forward_features =

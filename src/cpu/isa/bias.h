@@ -2,10 +2,11 @@
 
 /// W elements of a mask from `at` on, `stride` apart; those past `count` are 0.
 template <class S>
-inline typename S::vf mask_values(Kind kind, const char* at, int64_t stride, int64_t count) {
-    if (kind != Kind::boolean) {
+inline typename S::vf mask_values(ElementType element, const char* at, int64_t stride,
+                                  int64_t count) {
+    if (element != ElementType::boolean) {
         // A mask of float32's lowest number is no mask of -inf, but in units of log2 it would be one.
-        const typename S::vf b = numbers<S>(kind, at, stride, count), scaled = b * log2_e;
+        const typename S::vf b = numbers<S>(element, at, stride, count), scaled = b * log2_e;
         const typename S::vf lowest = S::splat(-3.4028234663852886e38f);
         const auto sunk = (scaled < lowest) & (b >= lowest);
         return sunk ? lowest : scaled;
@@ -20,7 +21,7 @@ inline const char* mask_at(const Mask& mask, int64_t batch, int64_t head, int64_
     return static_cast<const char*>(mask.data) +
            (batch * mask.stride_batch + head * mask.stride_head + row * mask.stride_row +
             key * mask.stride_key) *
-               size_of(mask.kind);
+               size_of(mask.element);
 }
 
 /// to[key][lane] for the keys [first, last) of a tile that begins at `tile`, and `rows` queries from
@@ -33,7 +34,7 @@ inline void mask_panel(const Mask& mask, int64_t batch, int64_t head, int64_t ro
     for (int64_t k = first; k < last; k += W) {
         const int64_t count = last - k;
         if (mask.stride_row == 0) {  // the same for every query
-            const vf x = mask_values<S>(mask.kind, mask_at(mask, batch, head, row, tile + k),
+            const vf x = mask_values<S>(mask.element, mask_at(mask, batch, head, row, tile + k),
                                         mask.stride_key, count);
             for (int i = 0; i < W; ++i)
                 for (int n = 0; n < S::nv; ++n) S::store(to + (k + i) * N + n * W, S::splat(x[i]));
@@ -43,7 +44,7 @@ inline void mask_panel(const Mask& mask, int64_t batch, int64_t head, int64_t ro
             vf x[W];
             for (int r = 0; r < W; ++r)
                 x[r] = n * W + r < rows
-                           ? mask_values<S>(mask.kind,
+                           ? mask_values<S>(mask.element,
                                             mask_at(mask, batch, head, row + n * W + r, tile + k),
                                             mask.stride_key, count)
                            : vf{};

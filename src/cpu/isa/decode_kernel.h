@@ -123,9 +123,9 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
             if (scoring.slope != 0)
                 s -= scoring.slope * (vf)((vu)S::to_float(diagonal - key) & 0x7fffffffu);
             if (mask) {  // -inf hides a key, whatever its score
-                const vf b = mask_values<S>(mask_of.kind,
-                                            mask + k * mask_of.stride_key * size_of(mask_of.kind),
-                                            mask_of.stride_key, keys - k);
+                const vf b = mask_values<S>(
+                    mask_of.element, mask + k * mask_of.stride_key * size_of(mask_of.element),
+                    mask_of.stride_key, keys - k);
                 s = b == -infinity ? b : s + b;
             }
         }
@@ -263,7 +263,7 @@ struct DecodeHead {
             const storage* row = query_row<const storage>(args.query, sequence, head, query);
             int64_t stride = args.query.stride_channel;
             storage rotated[max_head_dim];
-            if (args.rotary.kind != Kind::none) {
+            if (args.rotary.element != ElementType::none) {
                 rotate_row<S, T>(args.rotary, row, stride, args.head_dim,
                                  position_of(args, sequence, query), rotated);
                 row = rotated;
@@ -335,7 +335,7 @@ struct DecodeHead {
                                    memory + at.qv + r0 * at.depth_qv, at.depth_qv, true, scores);
         float alpha[R];
         int64_t low = keys, high = 0;
-        bool same = args.mask.kind == Kind::none;
+        bool same = args.mask.element == ElementType::none;
         int64_t begin0 = 0, end0 = 0;
         DecodeRow* state = rows_state() + r0;
         for (int r = 0; r < R; ++r) {
@@ -347,7 +347,7 @@ struct DecodeHead {
             if (r == 0) begin0 = begin, end0 = end;
             same = same && begin == begin0 && end == end0;
             const Scoring& scoring = state[r].scoring;
-            const char* mask = args.mask.kind == Kind::none
+            const char* mask = args.mask.element == ElementType::none
                                    ? nullptr
                                    : mask_at(args.mask, batch, state[r].head, i, k0);
             const int32_t diagonal =
@@ -489,7 +489,7 @@ void append_row(const ForwardArgs& args, int64_t batch, int64_t row) {
         const storage* key = from(append.key, head);
         int64_t stride = append.key.stride_channel;
         storage rotated[max_head_dim];
-        if (args.rotary.kind != Kind::none) {
+        if (args.rotary.element != ElementType::none) {
             rotate_row<S, T>(args.rotary, key, stride, args.head_dim, sequence.position_q + row,
                              rotated);
             key = rotated;

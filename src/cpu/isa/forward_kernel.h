@@ -48,10 +48,11 @@ struct Scratch {
         scores = panels + panel_count * panel_floats<S>;
         probabilities = scores + (U::E == 1 ? 0 : block_kv * N);
         bias = probabilities + block_kv * N;  // [key][lane], and what whole vectors of keys add
-        query =
-            bias + (args.mask.kind == Kind::none ? 0 : (block_kv + S::W) * N);  // [panel][depth][N]
-        out = query + panel_count * depth * N;   // [panel][channels][N]
-        key = out + panel_count * channels * N;  // [group][depth][mr]
+        query = bias + (args.mask.element == ElementType::none
+                            ? 0
+                            : (block_kv + S::W) * N);  // [panel][depth][N]
+        out = query + panel_count * depth * N;         // [panel][channels][N]
+        key = out + panel_count * channels * N;        // [group][depth][mr]
         value = key + block_kv * depth + slack;
         // An odd number of cache lines: rows of V spread over all sets of the L1 cache.
         value_pitch = ((channels + 15) / 16 | 1) * 16;
@@ -228,7 +229,7 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
         q_begin + args.block_q < sequence.seqlen_q ? q_begin + args.block_q : sequence.seqlen_q;
     const int64_t panels = (q_end - q_begin + N - 1) / N;
     const Scoring scoring = scoring_of(args, batch, head);
-    const bool has_mask = args.mask.kind != Kind::none;
+    const bool has_mask = args.mask.element != ElementType::none;
 
     const Scratch<S, U> at(args, panels);
     Panel<S>* panel = reinterpret_cast<Panel<S>*>(memory + at.panels);
@@ -242,7 +243,8 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
         for (int r = 0; r < W; ++r)
             rows[r] = query_row<const storage>(args.query, sequence, head, q_begin + i + r);
         int64_t stride = args.query.stride_channel;
-        if (args.rotary.kind != Kind::none) {  // in the place of the keys, which come later
+        if (args.rotary.element !=
+            ElementType::none) {  // in the place of the keys, which come later
             storage* rotated = reinterpret_cast<storage*>(memory + at.key);
             for (int r = 0; r < W && q_begin + i + r < q_end; ++r, rotated += D) {
                 rotate_row<S, typename U::type>(args.rotary, rows[r], stride, D,

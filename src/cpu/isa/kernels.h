@@ -28,24 +28,24 @@ struct Sequence {
 };
 
 /// Elements of a mask or of another table that kernels read.
-enum class Kind : int32_t { none, boolean, f32, f16, bf16 };
+enum class ElementType : int32_t { none, boolean, f32, f16, bf16 };
 
 /// cos and sin by position and pair of channels.
 struct Rotary {
     const void *cos, *sin;
     int64_t cos_stride_position, cos_stride_channel, sin_stride_position, sin_stride_channel;
-    Kind kind;         // none: off
-    int64_t channels;  // how many are rotated
-    bool interleaved;  // pairs (0, 1), (2, 3), ...; else one from each half
-    bool advances;     // query i stands at position_q + i; else all stand at position_q
-    bool keys;         // key j is rotated too, by the angles of position j
+    ElementType element;  // none: off
+    int64_t channels;     // how many are rotated
+    bool interleaved;     // pairs (0, 1), (2, 3), ...; else one from each half
+    bool advances;        // query i stands at position_q + i; else all stand at position_q
+    bool keys;            // key j is rotated too, by the angles of position j
 };
 
 /// Dense mask: boolean, true = attend, or numbers to be added. Stride 0 where it broadcasts.
 struct Mask {
     const void* data;
     int64_t stride_batch, stride_head, stride_row, stride_key;
-    Kind kind;
+    ElementType element;
 };
 
 /// Rows that go into key and value of each sequence, the last `rows` of its seqlen_kv.

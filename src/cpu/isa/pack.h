@@ -7,20 +7,24 @@ inline void gather(const Element* src, int64_t stride, int64_t n, Element* dst, 
     for (int64_t i = 0; i < size; ++i) dst[i] = i < n ? src[i * stride] : Element{};
 }
 
-inline int64_t size_of(Kind kind) { return kind == Kind::boolean ? 1 : kind == Kind::f32 ? 4 : 2; }
+inline int64_t size_of(ElementType element) {
+    return element == ElementType::boolean ? 1 : element == ElementType::f32 ? 4 : 2;
+}
 
 /// W numbers from `at` on, `stride` apart; those past `count` are 0.
 template <class S>
-inline typename S::vf numbers(Kind kind, const char* at, int64_t stride, int64_t count) {
-    const auto load = [&](auto element) {
-        using T = decltype(element);
+inline typename S::vf numbers(ElementType element, const char* at, int64_t stride, int64_t count) {
+    const auto load = [&](auto type) {
+        using T = decltype(type);
         const auto* from = reinterpret_cast<const typename T::storage*>(at);
         if (stride == 1 && count >= S::W) return T::template load<S>(from);
         typename T::storage buffer[S::W];
         gather<S>(from, stride, count < S::W ? count : int64_t{S::W}, buffer, S::W);
         return T::template load<S>(buffer);
     };
-    return kind == Kind::f32 ? load(F32{}) : kind == Kind::f16 ? load(F16{}) : load(BF16{});
+    return element == ElementType::f32   ? load(F32{})
+           : element == ElementType::f16 ? load(F16{})
+                                         : load(BF16{});
 }
 
 /// Units [first, first + W) of one row of `channels` elements; zeros past its end.

@@ -13,10 +13,10 @@ inline void rotate_row(const Rotary& rotary, const typename T::storage* row, int
     const auto table = [&](const void* data, int64_t stride_position, int64_t stride_channel,
                            float* to) {
         const char* from =
-            static_cast<const char*>(data) + position * stride_position * size_of(rotary.kind);
+            static_cast<const char*>(data) + position * stride_position * size_of(rotary.element);
         for (int64_t c = 0; c < half; c += W)
             S::store(to + c,
-                     numbers<S>(rotary.kind, from + c * stride_channel * size_of(rotary.kind),
+                     numbers<S>(rotary.element, from + c * stride_channel * size_of(rotary.element),
                                 stride_channel, half - c));
     };
     table(rotary.cos, rotary.cos_stride_position, rotary.cos_stride_channel, cos);

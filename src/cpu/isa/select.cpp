@@ -35,7 +35,7 @@ const Candidate candidates[] = {
     {&portable_kernels, [] { return true; }},
 };
 
-std::atomic<const Kernels*> chosen{nullptr};
+std::atomic<const Kernels*> selected{nullptr};
 
 const Kernels* find(const std::string& name, const char* spelled) {
     std::string usable_names = "auto";
@@ -51,11 +51,11 @@ const Kernels* find(const std::string& name, const char* spelled) {
 }  // namespace
 
 const Kernels& kernels() {
-    const Kernels* now = chosen.load(std::memory_order_acquire);
+    const Kernels* now = selected.load(std::memory_order_acquire);
     if (!now) {
         const char* wish = std::getenv("UMFA_CPU_ISA");
         now = find(wish && *wish ? wish : "auto", "UMFA_CPU_ISA");
-        chosen.store(now, std::memory_order_release);
+        selected.store(now, std::memory_order_release);
     }
     return *now;
 }
@@ -70,7 +70,7 @@ std::vector<std::pair<std::string, bool>> isa_list() {
 }
 
 void set_isa(const std::string& name) {
-    chosen.store(find(name, "set_cpu_isa"), std::memory_order_release);
+    selected.store(find(name, "set_cpu_isa"), std::memory_order_release);
 }
 
 }  // namespace umfa::cpu

@@ -28,8 +28,8 @@ inline Scoring scoring_of(const ForwardArgs& args, int64_t batch, int64_t head) 
                   ? args.slopes[batch * args.slopes_stride_batch + head * args.slopes_stride_head] *
                         log2_e
                   : 0.f;
-    s.plain =
-        args.softcap == 0 && s.slope == 0 && args.score_scale > 0 && args.mask.kind == Kind::none;
+    s.plain = args.softcap == 0 && s.slope == 0 && args.score_scale > 0 &&
+              args.mask.element == ElementType::none;
     // -inf itself would give inf - inf in the two-float scaling.
     const float lowest = s.plain ? 300.f / s.scale : 300.f;
     s.floor = lowest < 3e38f ? -lowest : -3e38f;
