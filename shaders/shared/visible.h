@@ -1,8 +1,19 @@
-// Which keys a query sees: causal alignment and sliding window, in one place for every kernel.
+// Which keys a query sees: causal alignment, sliding window and chunks, in one place for every kernel.
+//
+// Kernels ask these functions and compute no bounds themselves:
+//   next_tile                  which tiles of keys a block of queries reads
+//   seen_by_some, seen_by_all  which keys of a tile some query of the block sees, and all of them see
+//   sees                       whether a query sees a key
+// so that another rule, also one under which a query sees several ranges of keys, is added here alone.
 //
 // Included by the shaders (MSL, C++14 subset) and by the host: arguments by value only, no library
-// calls. `Int` is int on the GPU and int64_t on the host.
+// calls. `Int` is int on the GPU and int64_t on the host. Lengths and positions are at most INT32_MAX,
+// and no result or intermediate leaves the range of int.
 #pragma once
+
+#ifndef __METAL_VERSION__
+#include <stdint.h>
+#endif
 
 // Always inlined: on the host this header is compiled once per instruction set, and a shared
 // out-of-line copy could hold instructions that the running CPU lacks.
@@ -12,7 +23,7 @@ namespace umfa {
 
 /// Query i sees the keys j with  i + offset - left <= j <= i + offset + right.
 /// A negative left or right is unbounded on that side. With a chunk > 0 only the keys of its own
-/// chunk: those that have the same quotient by it as i + offset.
+/// chunk: those that have the same quotient by it, rounded down, as i + offset.
 template <typename Int>
 struct Visible {
     Int seqlen_kv;
@@ -22,11 +33,13 @@ struct Visible {
     Int chunk;
 };
 
-/// First key of the chunk that position `center` is in.
+// ---- the bounds of one query -------------------------------------------------------------------
+
+/// How many positions of its chunk come before `center`.
 template <typename Int>
-UMFA_INLINE Int chunk_begin(Int center, Int chunk) {
+UMFA_INLINE Int place_in_chunk(Int center, Int chunk) {
     const Int rest = center % chunk;
-    return center - rest - (rest < 0 ? chunk : 0);
+    return rest < 0 ? rest + chunk : rest;
 }
 
 /// First visible key of query i, in [0, seqlen_kv].
@@ -37,8 +50,8 @@ UMFA_INLINE Int visible_begin(Visible<Int> v, Int i) {
     // A window reaching left of key 0 is common: compare before subtracting, so nothing wraps.
     if (v.left >= 0 && center > v.left) begin = center - v.left;
     if (v.chunk > 0) {
-        const Int first = chunk_begin(center, v.chunk);
-        begin = first > begin ? first : begin;
+        const Int place = place_in_chunk(center, v.chunk);
+        if (center > place && center - place > begin) begin = center - place;
     }
     return begin < v.seqlen_kv ? begin : v.seqlen_kv;
 }
@@ -50,10 +63,111 @@ UMFA_INLINE Int visible_end(Visible<Int> v, Int i) {
     Int end = v.seqlen_kv;
     if (v.right >= 0 && v.right < v.seqlen_kv - center) end = center + v.right + 1;
     if (v.chunk > 0) {
-        const Int first = chunk_begin(center, v.chunk);
-        if (v.chunk < end - first) end = first + v.chunk;
+        const Int rest = v.chunk - place_in_chunk(center, v.chunk);
+        if (rest < end - center) end = center + rest;
     }
     return end > 0 ? end : 0;
 }
+
+// ---- a block of queries and a tile of keys -----------------------------------------------------
+// Neither bound decreases from one query to the next: the first and last query bound a block.
+
+/// Keys [begin, end), counted from the first key of a tile. Empty when end <= begin.
+struct KeyRange {
+    int begin, end;
+};
+
+template <typename Int>
+UMFA_INLINE int clamp_key(Int key, Int keys) {
+    return static_cast<int>(key < 0 ? 0 : key > keys ? keys : key);
+}
+
+/// The smallest range with every key of the tile that some query of [first, last] sees.
+template <typename Int>
+UMFA_INLINE KeyRange seen_by_some(Visible<Int> v, Int first, Int last, Int tile, Int keys) {
+    return {clamp_key(visible_begin(v, first) - tile, keys),
+            clamp_key(visible_end(v, last) - tile, keys)};
+}
+
+/// Keys of the tile that each query of [first, last] sees.
+template <typename Int>
+UMFA_INLINE KeyRange seen_by_all(Visible<Int> v, Int first, Int last, Int tile, Int keys) {
+    return {clamp_key(visible_begin(v, last) - tile, keys),
+            clamp_key(visible_end(v, first) - tile, keys)};
+}
+
+/// Beginning of the first tile, at `from` or behind it, that the queries [first, last] have to read;
+/// seqlen_kv when there is none. Tiles begin at multiples of `size`, and so does `from`.
+template <typename Int>
+UMFA_INLINE Int next_tile(Visible<Int> v, Int first, Int last, Int from, Int size) {
+    const Int begin = visible_begin(v, first), end = visible_end(v, last);
+    const Int tile = begin > from ? begin / size * size : from;
+    return begin < end && tile < end ? tile : v.seqlen_kv;
+}
+
+// ---- single keys of a tile ---------------------------------------------------------------------
+
+/// The keys of a tile that one query sees.
+struct VisibleRow {
+    int begin, end;
+};
+
+template <typename Int>
+UMFA_INLINE VisibleRow visible_row(Visible<Int> v, Int i, Int tile, Int keys) {
+    return {clamp_key(visible_begin(v, i) - tile, keys), clamp_key(visible_end(v, i) - tile, keys)};
+}
+
+#ifndef __METAL_VERSION__  // the CPU's vectors
+
+/// Whether the query sees each of the keys, a vector of int: all bits are set where it does.
+template <typename Vector>
+UMFA_INLINE Vector sees(VisibleRow row, Vector keys) {
+    return (keys >= row.begin) & (keys < row.end);
+}
+
+/// The keys of a tile that each of N consecutive queries sees.
+template <int N>
+struct VisibleRows {
+    int begin[N], end[N];
+};
+
+/// visible_row() of the queries from `first` on.
+template <int N>
+UMFA_INLINE void set_visible_rows(Visible<int64_t> v, int64_t first, int64_t tile, int64_t keys,
+                                  VisibleRows<N>& rows) {
+    if (v.chunk > 0) {  // a division for each query
+        for (int j = 0; j < N; ++j) {
+            const VisibleRow row = visible_row(v, first + j, tile, keys);
+            rows.begin[j] = row.begin;
+            rows.end[j] = row.end;
+        }
+        return;
+    }
+    // Both bounds move by one from query to query, and are clamped after that. The first query's are
+    // clamped to where all N of them still come out right in 32 bits, which makes the loop vectors.
+    const int64_t center = first + v.offset - tile;
+    const auto near = [&](int64_t key) {
+        return static_cast<int>(key < -N ? -N : key > keys ? keys : key);
+    };
+    const int count = static_cast<int>(keys);
+    const int begin = v.left < 0 ? -N : near(center - v.left);
+    const int end = v.right < 0 ? count : near(center + v.right + 1);
+    for (int j = 0; j < N; ++j) {
+        rows.begin[j] = clamp_key(begin + j, count);
+        rows.end[j] = clamp_key(end + j, count);
+    }
+}
+
+/// Whether each query, from `lane` on, as many as the vector has elements, sees the key.
+template <typename Vector, int N>
+UMFA_INLINE Vector sees(const VisibleRows<N>& rows, int lane, int key) {
+    Vector begin, end;
+    __builtin_memcpy(&begin, rows.begin + lane, sizeof begin);
+    __builtin_memcpy(&end, rows.end + lane, sizeof end);
+    const Vector keys = Vector{} + key;
+    return (keys >= begin) & (keys < end);
+}
+
+#endif
 
 }  // namespace umfa

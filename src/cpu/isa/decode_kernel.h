@@ -97,11 +97,11 @@ __attribute__((noinline)) void decode_scores(const TileRows<typename U::storage>
     }
 }
 
-/// Scores of one row -> probabilities, in place; hidden keys, and those outside [begin, end), get -0.
+/// Scores of one row -> probabilities, in place; hidden keys get -0.
 /// Returns what O so far is to be multiplied with. `diagonal`: the row's own key, relative to the
 /// tile. `mask`: the row's elements for the tile's keys, if it has a mask.
 template <class S, bool Plain>
-inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, int64_t keys,
+inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t keys,
                             int32_t diagonal, const Mask& mask_of, const char* mask, float* scores,
                             float& maximum, float* sum) {
     using L = Lanes<S>;
@@ -112,7 +112,6 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
     constexpr float infinity = __builtin_inff();
     vi lane;
     for (int w = 0; w < W; ++w) lane[w] = w;
-    const vi first = vi{} + static_cast<int32_t>(begin), last = vi{} + static_cast<int32_t>(end);
     vf highest = S::splat(maximum);
     for (int64_t k = 0; k < keys; k += W) {
         const vi key = lane + static_cast<int32_t>(k);
@@ -129,7 +128,7 @@ inline float decode_softmax(const Scoring& scoring, int64_t begin, int64_t end, 
                 s = b == -infinity ? b : s + b;
             }
         }
-        s = ((key >= first) & (key < last)) ? s : S::splat(-infinity);
+        s = sees(visible, key) ? s : S::splat(-infinity);
         S::store(scores + k, s);
         highest = S::max(s, highest);
     }
@@ -281,30 +280,31 @@ struct DecodeHead {
         }
     }
 
-    void find(const Rows& where, int64_t k0, int64_t keys, int64_t next,
+    /// Rows of the tile [k0, k0 + keys), and of the next one, of which `ahead` keys are read.
+    void find(const Rows& where, int64_t k0, int64_t keys, int64_t next, int64_t ahead,
               TileRows<storage>& rows) const {
         if (!sequence.pages) {
             const storage* row = key_row<const storage>(where, sequence, 1, head_kv, k0);
-            const int64_t ahead = decode_tile * where.stride_row;
+            const int64_t distance = (next - k0) * where.stride_row;
             for (int64_t k = 0; k < keys; ++k, row += where.stride_row) {
                 rows.now[k] = row;
-                rows.next[k] = k < next ? row + ahead : nullptr;
+                rows.next[k] = k < ahead ? row + distance : nullptr;
             }
             return;
         }
         for (int64_t k = 0; k < keys; ++k) {
             rows.now[k] = key_row<const storage>(where, sequence, args.page_size, head_kv, k0 + k);
-            rows.next[k] = k < next ? key_row<const storage>(where, sequence, args.page_size,
-                                                             head_kv, k0 + decode_tile + k)
-                                    : nullptr;
+            rows.next[k] = k < ahead ? key_row<const storage>(where, sequence, args.page_size,
+                                                              head_kv, next + k)
+                                     : nullptr;
         }
     }
 
-    /// Keys [k0, k0 + keys), a tile or the rest of one; `next`: how many follow in the next tile.
-    void step(int64_t k0, int64_t keys, int64_t next) {
+    /// Keys [k0, k0 + keys), a tile or the rest of one. `ahead` keys from `next` on come after them.
+    void step(int64_t k0, int64_t keys, int64_t next, int64_t ahead) {
         TileRows<storage> key, value;
-        find(args.key, k0, keys, next, key);
-        find(args.value, k0, keys, next, value);
+        find(args.key, k0, keys, next, ahead, key);
+        find(args.value, k0, keys, next, ahead, value);
         Rows key_layout = args.key;
         if (args.rotary.keys) {
             storage* rotated = reinterpret_cast<storage*>(scores + decode_rows * decode_tile);
@@ -334,42 +334,41 @@ struct DecodeHead {
             decode_scores<S, U, R>(value, args.value, keys, false, Dv,
                                    memory + at.qv + r0 * at.depth_qv, at.depth_qv, true, scores);
         float alpha[R];
-        int64_t low = keys, high = 0;
-        bool same = args.mask.element == ElementType::none;
-        int64_t begin0 = 0, end0 = 0;
+        int64_t first = sequence.seqlen_q, last = 0;  // queries of these rows
         DecodeRow* state = rows_state() + r0;
         for (int r = 0; r < R; ++r) {
             const int64_t i = state[r].query;
-            const int64_t begin = clamp_key(visible_begin(sequence.visible, i) - k0, keys);
-            const int64_t end = clamp_key(visible_end(sequence.visible, i) - k0, keys);
-            low = begin < low ? begin : low;
-            high = end > high ? end : high;
-            if (r == 0) begin0 = begin, end0 = end;
-            same = same && begin == begin0 && end == end0;
+            first = i < first ? i : first;
+            last = i > last ? i : last;
             const Scoring& scoring = state[r].scoring;
             const char* mask = args.mask.element == ElementType::none
                                    ? nullptr
                                    : mask_at(args.mask, batch, state[r].head, i, k0);
             const int32_t diagonal =
                 static_cast<int32_t>(i + sequence.seqlen_kv - sequence.seqlen_q - k0);
-            alpha[r] =
-                (scoring.plain
-                     ? decode_softmax<S, true>
-                     : decode_softmax<S, false>)(scoring, begin, end, keys, diagonal, args.mask,
-                                                 mask, scores + r * decode_tile, state[r].maximum,
-                                                 memory + at.sum + (r0 + r) * S::W);
+            alpha[r] = (scoring.plain
+                            ? decode_softmax<S, true>
+                            : decode_softmax<S, false>)(scoring,
+                                                        visible_row(sequence.visible, i, k0, keys),
+                                                        keys, diagonal, args.mask, mask,
+                                                        scores + r * decode_tile, state[r].maximum,
+                                                        memory + at.sum + (r0 + r) * S::W);
             if (args.dropout.threshold)
                 drop_keys<S>(args.dropout, batch, state[r].head, i, k0, keys,
                              scores + r * decode_tile);
         }
-        if (low >= high) return;
+        const KeyRange some = seen_by_some(sequence.visible, first, last, k0, keys);
+        const KeyRange all = seen_by_all(sequence.visible, first, last, k0, keys);
+        if (some.begin >= some.end) return;
+        const bool hides =
+            args.mask.element != ElementType::none || some.begin < all.begin || some.end > all.end;
         float* out = memory + at.out + r0 * at.channels;
-        if (same || rows_finite<S, T>(value, args.value, low, high, Dv))
-            decode_values<S, T, R, false>(value, args.value, low, high, ahead, Dv, scores, alpha,
-                                          out, at.channels);
+        if (!hides || rows_finite<S, T>(value, args.value, some.begin, some.end, Dv))
+            decode_values<S, T, R, false>(value, args.value, some.begin, some.end, ahead, Dv,
+                                          scores, alpha, out, at.channels);
         else
             for (int r = 0; r < R; ++r)
-                decode_values<S, T, 1, true>(value, args.value, low, high, false, Dv,
+                decode_values<S, T, 1, true>(value, args.value, some.begin, some.end, false, Dv,
                                              scores + r * decode_tile, alpha + r,
                                              out + r * at.channels, at.channels);
     }
@@ -409,17 +408,20 @@ void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int
     };
     for (int64_t h = 0; h < heads; ++h) head(h).start();
 
-    const int64_t first_key = visible_begin(sequence.visible, int64_t{0});
-    const int64_t last_key = visible_end(sequence.visible, sequence.seqlen_q - 1);
-    const int64_t stop = last_key < key_end ? last_key : key_end;
-    int64_t k0 = key_begin;
-    if (first_key > k0) k0 = first_key / decode_tile * decode_tile;
-    for (; k0 < stop; k0 += decode_tile) {
-        const int64_t keys = stop - k0 < decode_tile ? stop - k0 : decode_tile;
-        const int64_t rest = stop - k0 - keys, next = rest < decode_tile ? rest : decode_tile;
-        for (int64_t h = 0; h < heads; ++h) {
-            head(h).step(k0, keys, next);
-        }
+    const int64_t last = sequence.seqlen_q - 1;
+    const auto tile_from = [&](int64_t from) {
+        return next_tile(sequence.visible, int64_t{0}, last, from, decode_tile);
+    };
+    const auto keys_from = [&](int64_t from) -> int64_t {  // of the tile there: how many are read
+        const int64_t left = key_end > from ? key_end - from : 0;
+        return seen_by_some(sequence.visible, int64_t{0}, last, from,
+                            left < decode_tile ? left : decode_tile)
+            .end;
+    };
+    for (int64_t k0 = tile_from(key_begin), next; k0 < key_end; k0 = next) {
+        next = tile_from(k0 + decode_tile);
+        const int64_t keys = keys_from(k0), ahead = keys_from(next);
+        for (int64_t h = 0; h < heads; ++h) head(h).step(k0, keys, next, ahead);
     }
     const int64_t row_floats = at.rows * (at.channels + 2);
     for (int64_t h = 0; h < heads; ++h) head(h).finish(part ? part + h * row_floats : nullptr);

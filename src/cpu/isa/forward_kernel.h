@@ -156,38 +156,6 @@ inline void score_panel(const Scoring& scoring, const float* key, const float* q
         });
 }
 
-inline int32_t clamp_key(int64_t key, int64_t keys) {
-    return static_cast<int32_t>(key < 0 ? 0 : key > keys ? keys : key);
-}
-
-/// The tile's keys that each row of a panel sees.
-template <class S>
-inline void set_visible(const Visible<int64_t>& visible, int64_t first_query, int64_t first_key,
-                        int64_t keys, Panel<S>& panel) {
-    constexpr int32_t N = S::nv * S::W;
-    for (int32_t j = 0; j < N; ++j) panel.tile_maximum[j] = -__builtin_inff();
-    if (visible.chunk > 0) {
-        for (int32_t j = 0; j < N; ++j) {
-            panel.begin[j] = clamp_key(visible_begin(visible, first_query + j) - first_key, keys);
-            panel.end[j] = clamp_key(visible_end(visible, first_query + j) - first_key, keys);
-        }
-        return;
-    }
-    // The same in 32 bits, so that the loop is vectors.
-    const int64_t center = first_query + visible.offset - first_key;
-    const auto near = [&](int64_t key) {
-        return static_cast<int32_t>(key < -N ? -N : key > keys ? keys : key);
-    };
-    const int32_t last = static_cast<int32_t>(keys);
-    const int32_t begin = visible.left < 0 ? -N : near(center - visible.left);
-    const int32_t end = visible.right < 0 ? last : near(center + visible.right + 1);
-    for (int32_t j = 0; j < N; ++j) {
-        const int32_t b = begin + j, e = end + j;
-        panel.begin[j] = b < 0 ? 0 : b > last ? last : b;
-        panel.end[j] = e < 0 ? 0 : e > last ? last : e;
-    }
-}
-
 /// Asks for a share, part of parts, of the rows that a block begins with: its queries and its first
 /// tile of keys and values. Without it, 512 keys from memory took a tenth of the time.
 template <class storage>
@@ -203,7 +171,8 @@ inline void prefetch_block(const ForwardArgs& args, const Block& block, int64_t 
             prefetch_row(query_row<const storage>(args.qv, sequence, block.head, block.first + i),
                          args.qv, args.head_dim_v);
     }
-    const int64_t first = visible_begin(sequence.visible, block.first) / block_kv * block_kv;
+    const int64_t first =
+        next_tile(sequence.visible, block.first, block.first + queries - 1, int64_t{0}, block_kv);
     const int64_t left = sequence.seqlen_kv - first, keys = left < block_kv ? left : block_kv;
     for (int64_t k = first + keys * part / parts; k < first + keys * (part + 1) / parts; ++k) {
         const int64_t head = block.head / args.group;
@@ -270,10 +239,11 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
         }
     }
 
-    // Visible ranges grow with the query, so the first and last rows bound the block.
-    const int64_t first_key = visible_begin(visible, q_begin);
-    const int64_t last_key = visible_end(visible, q_end - 1);
-    for (int64_t k0 = first_key / block_kv * block_kv; k0 < last_key; k0 += block_kv) {
+    const auto tile_from = [&](int64_t from) {
+        return next_tile(visible, q_begin, q_end - 1, from, block_kv);
+    };
+    for (int64_t k0 = tile_from(0), next; k0 < sequence.seqlen_kv; k0 = next) {
+        next = tile_from(k0 + block_kv);
         const int64_t rest = sequence.seqlen_kv - k0, keys = rest < block_kv ? rest : block_kv;
         const storage *k_rows[block_kv], *v_rows[block_kv];
         for (int64_t k = 0; k < keys; ++k) {
@@ -304,20 +274,19 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
         const bool tiny =
             pack_values<S, U>(v_rows, keys, args.value.stride_channel, Dv, at.value_pitch, value);
         int finite = -1;  // not looked at yet
-        const int64_t after = last_key - k0 - keys, next = after < block_kv ? after : block_kv;
+        const int64_t ahead = seen_by_some(visible, q_begin, q_end - 1, next, block_kv).end;
 
         for (int64_t p = 0; p < panels; ++p) {
             // Each panel asks for its share of what comes next and may have to come from memory:
             // another tile; after the last, the rows to be written and the next block.
-            if (next <= 0) {
+            if (next >= sequence.seqlen_kv) {
                 const int64_t rows = q_end - q_begin;
                 for (int64_t i = rows * p / panels; i < rows * (p + 1) / panels; ++i)
                     prefetch_row(query_row<const storage>(args.out, sequence, head, q_begin + i),
                                  args.out, Dv);
                 if (next_block) prefetch_block<storage>(args, *next_block, p, panels);
             }
-            for (int64_t k = k0 + keys + next * p / panels; k < k0 + keys + next * (p + 1) / panels;
-                 ++k) {
+            for (int64_t k = next + ahead * p / panels; k < next + ahead * (p + 1) / panels; ++k) {
                 prefetch_row(key_row<const storage>(args.key, sequence, args.page_size, head_kv, k),
                              args.key, D);
                 prefetch_row(
@@ -325,21 +294,20 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
                     args.value, Dv);
             }
             const int64_t i0 = q_begin + p * N, i1 = (i0 + N < q_end ? i0 + N : q_end) - 1;
-            const int64_t begin = clamp_key(visible_begin(visible, i0) - k0, keys);
-            const int64_t end = clamp_key(visible_end(visible, i1) - k0, keys);
-            if (begin >= end) continue;  // no row of the panel sees the tile
-            const int64_t seen_begin = clamp_key(visible_begin(visible, i1) - k0, keys);
-            const int64_t seen_end = clamp_key(visible_end(visible, i0) - k0, keys);
+            const KeyRange some = seen_by_some(visible, i0, i1, k0, keys);
+            if (some.begin >= some.end) continue;
+            const KeyRange all = seen_by_all(visible, i0, i1, k0, keys);
             // Only the groups of keys that some row sees. What is left out would add zeros.
-            const int64_t first = begin / S::mr * S::mr;
-            const int64_t full = (end + S::mr - 1) / S::mr * S::mr;
+            const int64_t first = some.begin / S::mr * S::mr;
+            const int64_t full = (some.end + S::mr - 1) / S::mr * S::mr;
             const int64_t last = full < padded ? full : padded;
             // The groups that every row sees, if there is no mask that knows better.
-            const int64_t open_begin = (seen_begin + S::mr - 1) / S::mr * S::mr;
-            const int64_t open_end = seen_end / S::mr * S::mr;
+            const int64_t open_begin = (all.begin + S::mr - 1) / S::mr * S::mr;
+            const int64_t open_end = all.end / S::mr * S::mr;
             const bool open = !has_mask && open_begin < open_end;
             const int64_t open_first = open ? open_begin : last, open_last = open ? open_end : last;
-            set_visible(visible, i0, k0, keys, panel[p]);
+            set_visible_rows(visible, i0, k0, keys, panel[p].visible);
+            for (int64_t j = 0; j < N; ++j) panel[p].tile_maximum[j] = -infinity;
             const bool fresh = panel[p].fresh;
             panel[p].fresh = false;
             const int32_t diagonal =
@@ -350,8 +318,8 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
                               last < keys ? last : keys, bias);
             const auto softmax = [&](auto plain) {
                 constexpr bool Plain = decltype(plain)::value;
-                score_panel<S, U, Plain>(scoring, key, query, at.depth, first, last, seen_begin,
-                                         seen_end, diagonal, bias, scores, panel[p]);
+                score_panel<S, U, Plain>(scoring, key, query, at.depth, first, last, all.begin,
+                                         all.end, diagonal, bias, scores, panel[p]);
                 exponentials<S, U, Plain>(scoring, first, open_first, open_last, last, scores,
                                           probabilities, panel[p]);
             };
@@ -366,7 +334,7 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
             const int64_t last_unit = last / E < units ? last / E : units;
             // Groups are computed whole: even where all rows see the same keys, some may be hidden.
             const bool partly =
-                has_mask || first < seen_begin || (last < keys ? last : keys) > seen_end;
+                has_mask || first < all.begin || (last < keys ? last : keys) > all.end;
             if (partly && finite < 0)
                 finite = all_finite<S, U>(value, at.value_pitch, 0, units, Dv);
             float* o = memory + at.out + p * at.channels * N;

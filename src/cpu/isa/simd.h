@@ -50,11 +50,6 @@ struct SimdBase {
         return x;
     }
     static void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
-    static vi load_int(const int32_t* p) {
-        vi x;
-        __builtin_memcpy(&x, p, sizeof x);
-        return x;
-    }
     /// A vector from the first n < W elements, zeros behind; src is not read past n.
     static vf load_part(const float* src, int64_t n) {
         float buffer[W] = {};

@@ -4,7 +4,7 @@
 template <class S>
 struct Panel {  // one panel of queries: nv * W lanes
     static constexpr int N = S::nv * S::W;
-    int32_t begin[N], end[N];  // visible keys, relative to the tile
+    VisibleRows<N> visible;  // of the current tile
     // maximum is in the units of the scores as they are kept: q.k if plain, else log2.
     float tile_maximum[N], alpha[N], maximum[N], sum[N];
     bool fresh;  // no tile seen: O holds nothing yet
@@ -101,10 +101,8 @@ inline __attribute__((always_inline)) void finish_scores(typename S::vf (&acc)[M
                 }
             }
             if constexpr (Masked) {
-                const vi key = vi{} + (first + m);
-                const vi begin = S::load_int(panel.begin + n * W);
-                const vi end = S::load_int(panel.end + n * W);
-                s = ((key >= begin) & (key < end)) ? s : S::splat(-__builtin_inff());
+                const vi seen = sees<vi>(panel.visible, n * W, first + m);
+                s = seen ? s : S::splat(-__builtin_inff());
             }
             S::store(scores + (m * NV + n) * W, s);
             maximum = S::max(s, maximum);

@@ -1,0 +1,165 @@
+"""shaders/shared/visible.h, the one definition of what a query sees, against its definition.
+
+One query, N queries in vectors, and the bounds of a block of queries must say the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import test_kernel_math as kernel_math
+
+from frameworks import Array
+
+SOURCE = Path(__file__).with_name("visible.cpp")
+LANES, TILE = 32, 96  # as visible.cpp has them
+ANSWER = np.dtype(
+    [
+        ("some", "i8", 2),
+        ("all", "i8", 2),
+        ("next", "i8"),
+        ("bounds", "i8", (LANES, 2)),
+        ("by_row", "u1", (LANES, TILE)),
+        ("by_lane", "u1", (LANES, TILE)),
+    ],
+    align=True,
+)
+LARGEST = 2**31 - 1
+
+
+class Question(NamedTuple):
+    """A rule, `queries` queries from `first` on, and a tile of keys."""
+
+    seqlen_kv: int
+    offset: int
+    left: int
+    right: int
+    chunk: int
+    first: int
+    queries: int
+    tile: int
+    keys: int
+
+    def shown(self, queries: int) -> Array:
+        """(queries, keys): the definition, over the keys of the tile."""
+        p = np.arange(self.first, self.first + queries, dtype=np.int64)[:, None] + self.offset
+        j = np.arange(self.tile, self.tile + self.keys, dtype=np.int64)[None, :]
+        sees = np.ones((queries, self.keys), bool)
+        if self.left >= 0:
+            sees &= j >= p - self.left
+        if self.right >= 0:
+            sees &= j <= p + self.right
+        if self.chunk > 0:
+            sees &= j // self.chunk == p // self.chunk
+        return sees
+
+
+Ask = Callable[[list[Question]], Array]
+
+
+# Overflow ends the program.
+TRAPS = ["-fsanitize=signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
+BUILDS = {"trapping": TRAPS, "vectors": kernel_math.FLAGS[kernel_math.USABLE[0]]}
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def ask(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ask:
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("visible") / "visible"
+    flags = (*("-std=c++20", "-O3", "-w"), *BUILDS[request.param])
+    include = f"-I{kernel_math.ROOT / 'shaders'}"
+    subprocess.run([*compiler.split(), *flags, include, SOURCE, "-o", program], check=True)
+    constants = subprocess.run([program, "lanes"], stdout=subprocess.PIPE, check=True).stdout
+    assert constants.split() == [b"%d" % LANES, b"%d" % TILE]
+
+    def call(questions: list[Question]) -> Array:
+        given = np.array(questions, np.int64).tobytes()
+        done = subprocess.run([program], input=given, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        return np.frombuffer(done.stdout, ANSWER)
+
+    return call
+
+
+def check(ask: Ask, questions: list[Question]) -> None:
+    for question, answer in zip(questions, ask(questions), strict=True):
+        sees = question.shown(LANES)
+        for way in ("by_row", "by_lane"):
+            found = answer[way].astype(bool)
+            np.testing.assert_array_equal(found[:, : question.keys], sees, f"{way}: {question}")
+            assert not found[:, question.keys :].any(), f"{way}: {question}"
+        sees = sees[: question.queries]
+        some, every = np.flatnonzero(sees.any(0)), np.flatnonzero(sees.all(0))
+        for keys, (begin, end) in ((some, answer["some"]), (every, answer["all"])):
+            bounds = [begin, end] if begin < end else []
+            assert bounds == ([keys[0], keys[-1] + 1] if keys.size else []), question
+        assert every.size in (0, every[-1] - every[0] + 1 if every.size else 0), question
+
+
+def tiles(length: int, keys: int) -> list[tuple[int, int]]:
+    return [(tile, min(keys, length - tile)) for tile in range(0, length, keys)]
+
+
+def test_one_query_and_many_agree_on_a_dense_sweep(ask: Ask) -> None:
+    bounds = [(-1, -1), (-1, 0), (0, 0), (5, -1), (3, 4), (40, 0), (0, 70), (200, 200)]
+    questions = [
+        Question(seqlen_kv, offset, left, right, chunk, first, queries, tile, keys)
+        for seqlen_kv, offset, (left, right), chunk, (first, queries) in itertools.product(
+            [1, 31, 70],
+            [-100, -40, -33, -32, -1, 0, 1, 20, 69, 90],
+            bounds,
+            [0, 1, 7, 32, 100],
+            [(0, 32), (0, 1), (8, 5), (64, 31)],
+        )
+        for tile, keys in tiles(seqlen_kv, 24)
+    ]
+    check(ask, questions)
+
+
+def test_bounds_near_the_largest_length(ask: Ask) -> None:
+    """int, the GPU's type, holds everything: visible.cpp compares it with int64_t."""
+    near = [LARGEST, LARGEST - 1, LARGEST - 40, 2**30, 77, 1]
+    questions = []
+    for seqlen_kv, seqlen_q in itertools.product(near, near):
+        for offset in {seqlen_kv - seqlen_q, 0}:
+            for first in {0, max(0, seqlen_q // 2 - 3), max(0, seqlen_q - LANES)}:
+                middle = min(max(0, first + offset), seqlen_kv - 1)
+                for begin in {0, middle // TILE * TILE, (seqlen_kv - 1) // TILE * TILE}:
+                    block = (first, min(LANES, seqlen_q - first), begin)
+                    keys = min(TILE, seqlen_kv - begin)
+                    questions += [
+                        Question(seqlen_kv, offset, left, right, chunk, *block, keys)
+                        for left, right in [(-1, -1), (-1, 0), (5, 3), (LARGEST,) * 2, (2**30, 9)]
+                        for chunk in [0, 1, 10, 2**30, LARGEST]
+                    ]
+    check(ask, questions)
+
+
+def test_tiles_of_a_block(ask: Ask) -> None:
+    """next_tile() walks over the tiles that some query sees, and over no other."""
+    rules = [
+        (500, offset, left, right, chunk, first, queries)
+        for offset, (left, right), chunk, (first, queries) in itertools.product(
+            [-250, -20, 0, 130, 470],
+            [(-1, -1), (-1, 0), (10, 0), (100, 150)],
+            [0, 50, 192],
+            [(0, 32), (100, 20), (230, 1)],
+        )
+    ]
+    places = tiles(500, TILE)
+    questions = [Question(*rule, tile, keys) for rule in rules for tile, keys in places]
+    found = ask(questions)["next"].reshape(len(rules), len(places))
+    for n, rule in enumerate(rules):
+        seen = [tile for tile, keys in places if Question(*rule, tile, keys).shown(rule[6]).any()]
+        expected = [min((s for s in seen if s >= tile), default=500) for tile, _ in places]
+        assert found[n].tolist() == expected, rule

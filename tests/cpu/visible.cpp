@@ -1,0 +1,91 @@
+// Answers of shaders/shared/visible.h, for test_visible.py.
+//
+// Reads `Question`s from stdin. For each it writes, as int64: some.begin, some.end, all.begin,
+// all.end, next_tile(from the tile), then for each of `lanes` queries visible_begin and visible_end;
+// then as bytes, for each query and each of `most_keys` keys of the tile, whether it is seen: first
+// as visible_row() has it, then as VisibleRows has it. Keys past the tile's are never seen.
+//
+// "lanes" writes the two constants. Fails where int and int64_t differ.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#include "shared/visible.h"
+
+namespace {
+
+using namespace umfa;
+
+constexpr int lanes = 32, most_keys = 96, width = 8;
+typedef int Vector __attribute__((vector_size(4 * width)));
+
+struct Question {
+    int64_t seqlen_kv, offset, left, right, chunk;
+    int64_t first, queries;  // of a block; rows past it are computed, as kernels do
+    int64_t tile, keys;
+};
+
+struct Answer {
+    int64_t some[2], all[2], next;
+    int64_t bounds[lanes][2];
+    unsigned char by_row[lanes][most_keys], by_lane[lanes][most_keys];
+};
+
+template <class Int>
+void block(const Question& q, Answer& answer) {
+    const Visible<Int> v{static_cast<Int>(q.seqlen_kv), static_cast<Int>(q.offset),
+                         static_cast<Int>(q.left), static_cast<Int>(q.right),
+                         static_cast<Int>(q.chunk)};
+    const Int first = static_cast<Int>(q.first), last = static_cast<Int>(q.first + q.queries - 1);
+    const Int tile = static_cast<Int>(q.tile), keys = static_cast<Int>(q.keys);
+    const KeyRange some = seen_by_some(v, first, last, tile, keys);
+    const KeyRange all = seen_by_all(v, first, last, tile, keys);
+    answer.some[0] = some.begin, answer.some[1] = some.end;
+    answer.all[0] = all.begin, answer.all[1] = all.end;
+    answer.next = next_tile(v, first, last, tile, static_cast<Int>(most_keys));
+    for (Int i = 0; i < static_cast<Int>(q.queries); ++i) {
+        answer.bounds[i][0] = visible_begin(v, first + i);
+        answer.bounds[i][1] = visible_end(v, first + i);
+    }
+}
+
+void rows(const Question& q, Answer& answer) {
+    const Visible<int64_t> v{q.seqlen_kv, q.offset, q.left, q.right, q.chunk};
+    VisibleRows<lanes> together;
+    set_visible_rows(v, q.first, q.tile, q.keys, together);
+    Vector number;
+    for (int i = 0; i < width; ++i) number[i] = i;
+    for (int j = 0; j < lanes; ++j) {
+        const VisibleRow row = visible_row(v, q.first + j, q.tile, q.keys);
+        for (int k = 0; k < most_keys; k += width) {
+            const Vector seen = sees(row, number + k);
+            for (int i = 0; i < width; ++i) answer.by_row[j][k + i] = seen[i] != 0;
+        }
+    }
+    for (int k = 0; k < most_keys; ++k)
+        for (int j = 0; j < lanes; j += width) {
+            const Vector seen = sees<Vector>(together, j, k);
+            for (int i = 0; i < width; ++i) answer.by_lane[j + i][k] = seen[i] != 0;
+        }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc == 2 && !std::strcmp(argv[1], "lanes"))
+        return std::printf("%d %d\n", lanes, most_keys) < 0;
+    for (Question q; std::fread(&q, sizeof q, 1, stdin) == 1;) {
+        Answer answer{}, on_gpu{};
+        block<int64_t>(q, answer);
+        block<int>(q, on_gpu);
+        if (std::memcmp(&answer, &on_gpu, sizeof answer)) {
+            std::fprintf(stderr, "int differs: seqlen_kv %lld, offset %lld, query %lld\n",
+                         static_cast<long long>(q.seqlen_kv), static_cast<long long>(q.offset),
+                         static_cast<long long>(q.first));
+            return 3;
+        }
+        rows(q, answer);
+        std::fwrite(&answer, sizeof answer, 1, stdout);
+    }
+    return 0;
+}
