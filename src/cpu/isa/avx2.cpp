@@ -1,13 +1,11 @@
 // Kernels for x86-64 with AVX2, FMA and F16C.
+#define UMFA_VECTOR_LANES 8
 #include <immintrin.h>
 
-#include "cpu/isa/kernels.h"
+#include "cpu/isa/dtype_kernels.h"
 
 namespace umfa::cpu {
 namespace {
-
-constexpr int vector_lanes = 8;
-#include "cpu/isa/simd.h"
 
 struct Simd : SimdBase {
     static constexpr int mr = 6, nv = 2;  // 12 accumulators of 16 registers
@@ -26,10 +24,6 @@ struct Simd : SimdBase {
                          _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
     }
 };
-
-#include "cpu/isa/forward_kernel.h"
-// After what it builds on.
-#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 

@@ -1,21 +1,12 @@
 // Kernels for x86-64 with AVX-512 F, BW, DQ and VL.
-#include <immintrin.h>
-
-#include "cpu/isa/kernels.h"
+#define UMFA_VECTOR_LANES 16
+#include "cpu/isa/avx512_simd.h"
+#include "cpu/isa/dtype_kernels.h"
 
 namespace umfa::cpu {
 namespace {
 
-constexpr int vector_lanes = 16;
-#include "cpu/isa/simd.h"
-
-#include "cpu/isa/avx512_simd.h"
-
 using Simd = Avx512;
-
-#include "cpu/isa/forward_kernel.h"
-// After what it builds on.
-#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 

@@ -1,15 +1,10 @@
 // AVX-512 with BF16: bfloat16 products at twice the rate of float ones. The rest is avx512.cpp's.
-#include <immintrin.h>
-
-#include "cpu/isa/kernels.h"
+#define UMFA_VECTOR_LANES 16
+#include "cpu/isa/avx512_simd.h"
+#include "cpu/isa/dtype_kernels.h"
 
 namespace umfa::cpu {
 namespace {
-
-constexpr int vector_lanes = 16;
-#include "cpu/isa/simd.h"
-
-#include "cpu/isa/avx512_simd.h"
 
 struct Simd : Avx512 {
     static vf fma_bf16(vf acc, vf a, vf b) {
@@ -31,10 +26,6 @@ struct Simd : Avx512 {
         return (vf)_mm512_permutexvar_epi16((__m512i)order, (__m512i)both);
     }
 };
-
-#include "cpu/isa/forward_kernel.h"
-// After what it builds on.
-#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 

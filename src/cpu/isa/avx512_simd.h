@@ -1,4 +1,15 @@
-// Vectors of AVX-512 F, BW, DQ and VL; included by avx512*.cpp after simd.h.
+// Vectors of AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+
+#ifndef UMFA_VECTOR_LANES
+#define UMFA_VECTOR_LANES 16
+#endif
+#include "cpu/isa/simd.h"
+
+namespace umfa::cpu {
+namespace {
 
 struct Avx512 : SimdBase {
     static constexpr int mr = 12, nv = 2;  // 24 accumulators of 32 registers
@@ -60,3 +71,6 @@ struct Avx512 : SimdBase {
                             _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
     }
 };
+
+}  // namespace
+}  // namespace umfa::cpu

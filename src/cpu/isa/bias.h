@@ -1,4 +1,11 @@
 // A dense mask, in units of log2 and as scores are held: -inf where a key is hidden.
+#pragma once
+
+#include "cpu/isa/lanes.h"
+#include "cpu/isa/pack.h"
+
+namespace umfa::cpu {
+namespace {
 
 /// W elements of a mask from `at` on, `stride` apart; those past `count` are 0.
 template <class S>
@@ -53,3 +60,6 @@ inline void mask_panel(const Mask& mask, int64_t batch, int64_t head, int64_t ro
         }
     }
 }
+
+}  // namespace
+}  // namespace umfa::cpu

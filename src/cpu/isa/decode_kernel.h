@@ -3,8 +3,21 @@
 // the vector lanes, K and V are read where they are, and the keys are cut into parts that run on
 // their own and are merged (flash-decoding, Dao et al. 2023).
 //
-// Parts are `decode_part` keys long whatever the machine, and rows never mix: the bits of a row do
-// not depend on threads or on other rows. Included after forward_kernel.h.
+// Parts have the same length on every machine, and rows never mix: the bits of a row do not depend on
+// threads or on other rows.
+#pragma once
+
+#include "core/constants.h"
+#include "cpu/isa/bias.h"
+#include "cpu/isa/dropout.h"
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/pack.h"
+#include "cpu/isa/rotary.h"
+#include "cpu/isa/rows.h"
+#include "cpu/isa/softmax.h"
+
+namespace umfa::cpu {
+namespace {
 
 constexpr int64_t decode_tile = 32;  // keys per softmax step
 constexpr int decode_rows = 4;       // rows at a time: 16 accumulators with 4 vectors of channels
@@ -472,43 +485,5 @@ int64_t decode_row_floats(const ForwardArgs& args) {
     return (args.head_dim_v + S::W - 1) / S::W * S::W + 2;
 }
 
-/// Writes row `row` of those to be appended behind what the sequence holds, for all key heads.
-template <class S, class T>
-void append_row(const ForwardArgs& args, int64_t batch, int64_t row) {
-    using storage = typename T::storage;
-    const Sequence& sequence = args.sequences[batch];
-    const Append& append = args.append;
-    const int64_t at = sequence.seqlen_kv - append.rows + row;
-    const auto from = [&](const Rows& rows, int64_t head) {
-        return static_cast<const storage*>(rows.data) + batch * rows.stride_batch +
-               head * rows.stride_head + row * rows.stride_row;
-    };
-    const auto copy = [](const storage* src, int64_t stride, int64_t channels, storage* dst,
-                         int64_t dst_stride) {
-        for (int64_t c = 0; c < channels; ++c) dst[c * dst_stride] = src[c * stride];
-    };
-    for (int64_t head = 0; head < append.heads; ++head) {
-        const storage* key = from(append.key, head);
-        int64_t stride = append.key.stride_channel;
-        storage rotated[max_head_dim];
-        if (args.rotary.element != ElementType::none) {
-            rotate_row<S, T>(args.rotary, key, stride, args.head_dim, sequence.position_q + row,
-                             rotated);
-            key = rotated;
-            stride = 1;
-        }
-        copy(key, stride, args.head_dim,
-             key_row<storage>(args.key, sequence, args.page_size, head, at),
-             args.key.stride_channel);
-        copy(from(append.value, head), append.value.stride_channel, args.head_dim_v,
-             key_row<storage>(args.value, sequence, args.page_size, head, at),
-             args.value.stride_channel);
-    }
-}
-
-/// Everything for one element type.
-template <class S, class U>
-constexpr DtypeKernels dtype_kernels{{forward_block<S, U>, forward_scratch_floats<S, U>},
-                                     {decode_keys<S, U>, decode_merge<S, typename U::type>,
-                                      decode_scratch_floats<S, U>, decode_row_floats<S>},
-                                     append_row<S, typename U::type>};
+}  // namespace
+}  // namespace umfa::cpu

@@ -2,6 +2,14 @@
 //
 // A word lies in the lower half of a 64-bit lane, where one multiplication gives a whole product.
 // What the upper halves hold is never looked at, so that words need no shuffles between rounds.
+#pragma once
+
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/pack.h"
+#include "cpu/isa/units.h"
+
+namespace umfa::cpu {
+namespace {
 
 /// The rounds of philox(); words that all lanes share are scalars as long as they can be.
 /// done(word 0, ..., word 3): vectors, unless the lanes shared all of the counter.
@@ -117,3 +125,6 @@ __attribute__((noinline)) void drop_keys(const Dropout& dropout, int64_t batch, 
         }
     }
 }
+
+}  // namespace
+}  // namespace umfa::cpu

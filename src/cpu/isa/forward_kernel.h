@@ -10,23 +10,22 @@
 // Key tiles start at multiples of block_kv whatever the block of queries, and lanes never mix: the
 // bits of a row do not depend on block sizes, threads, or the other rows.
 //
-// Included inside an anonymous namespace of each kernel file, after simd.h and a `Simd` that adds
-// `mr` (keys or channels per micro-tile) and `nv` (vectors of queries per panel).
+// S is an instruction set's vectors, with `mr` (keys or channels per micro-tile) and `nv` (vectors of
+// queries per panel); U is what the micro-kernels multiply.
+#pragma once
 
-constexpr int64_t block_kv = 96;
-
-// Each builds on those before it.
-// clang-format off
-#include "cpu/isa/lanes.h"
-#include "cpu/isa/units.h"
-#include "cpu/isa/product.h"
-#include "cpu/isa/rows.h"
-#include "cpu/isa/pack.h"
-#include "cpu/isa/rotary.h"
 #include "cpu/isa/bias.h"
-#include "cpu/isa/softmax.h"
 #include "cpu/isa/dropout.h"
-// clang-format on
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/pack.h"
+#include "cpu/isa/product.h"
+#include "cpu/isa/rotary.h"
+#include "cpu/isa/rows.h"
+#include "cpu/isa/softmax.h"
+#include "cpu/isa/units.h"
+
+namespace umfa::cpu {
+namespace {
 
 template <class S>
 constexpr int64_t panel_floats = (sizeof(Panel<S>) + 63) / 64 * 16;
@@ -378,3 +377,6 @@ int64_t forward_scratch_floats(const ForwardArgs& args) {
     constexpr int64_t N = S::nv * S::W;
     return Scratch<S, U>(args, (args.block_q + N - 1) / N).size;
 }
+
+}  // namespace
+}  // namespace umfa::cpu

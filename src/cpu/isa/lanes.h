@@ -1,4 +1,11 @@
-// Vector functions of the kernels: exp2 and tanh. Included after simd.h and `Simd`.
+// Vector functions of the kernels: exp2 and tanh.
+#pragma once
+
+#include "core/constants.h"
+#include "cpu/isa/simd.h"
+
+namespace umfa::cpu {
+namespace {
 
 constexpr float log2_e = static_cast<float>(umfa::log2_e);
 
@@ -52,3 +59,6 @@ struct Lanes {
         return x != x ? x : y;
     }
 };
+
+}  // namespace
+}  // namespace umfa::cpu

@@ -1,21 +1,12 @@
 // Kernels for arm64: NEON is always there.
-#include <arm_neon.h>
-
-#include "cpu/isa/kernels.h"
+#define UMFA_VECTOR_LANES 4
+#include "cpu/isa/dtype_kernels.h"
+#include "cpu/isa/neon_simd.h"
 
 namespace umfa::cpu {
 namespace {
 
-constexpr int vector_lanes = 4;
-#include "cpu/isa/simd.h"
-
-#include "cpu/isa/neon_simd.h"
-
 using Simd = Neon;
-
-#include "cpu/isa/forward_kernel.h"
-// After what it builds on.
-#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 

@@ -2,17 +2,12 @@
 // neon.cpp's.
 //
 // Unless FPCR.EBF is set, BFDOT takes subnormal numbers as 0: see Bf16Units.
-#include <arm_neon.h>
-
-#include "cpu/isa/kernels.h"
+#define UMFA_VECTOR_LANES 4
+#include "cpu/isa/dtype_kernels.h"
+#include "cpu/isa/neon_simd.h"
 
 namespace umfa::cpu {
 namespace {
-
-constexpr int vector_lanes = 4;
-#include "cpu/isa/simd.h"
-
-#include "cpu/isa/neon_simd.h"
 
 struct Simd : Neon {
     struct Bf16Lanes {
@@ -48,10 +43,6 @@ struct Simd : Neon {
 private:
     static uint16x8_t rounded(vf x) { return (uint16x8_t)vcvtq_low_bf16_f32((float32x4_t)x); }
 };
-
-#include "cpu/isa/forward_kernel.h"
-// After what it builds on.
-#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 

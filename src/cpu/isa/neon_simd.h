@@ -1,10 +1,18 @@
-// Vectors of NEON, which every arm64 has; included by neon*.cpp after simd.h.
+// Vectors of NEON, which every arm64 CPU has.
 //
 // float16 is converted to float32 on the way into a panel. Sums in float16 (FMLA at twice the rate)
 // are out: with 128 channels of normal numbers they put scores off by up to 0.011 after scaling, the
 // output by 1.5e-3 and its log-sum-exp by 5e-4, where 1e-3 and 2e-5 are promised. FMLAL sums in
 // float32, but at the rate of float32's FMLA: all it would save is that conversion, one instruction
 // for each 128 FMLAs, at the price of probabilities rounded to float16.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "cpu/isa/simd.h"
+
+namespace umfa::cpu {
+namespace {
 
 struct Neon : SimdBase {
     static constexpr int mr = 12, nv = 2;  // 24 accumulators of 32 registers
@@ -61,3 +69,6 @@ struct Neon : SimdBase {
         vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
     }
 };
+
+}  // namespace
+}  // namespace umfa::cpu

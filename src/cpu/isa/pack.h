@@ -1,4 +1,13 @@
 // Copies a tile of Q, K or V into the panels that the micro-kernel reads, converting on the way.
+#pragma once
+
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/units.h"
+
+namespace umfa::cpu {
+namespace {
+
+constexpr int64_t block_kv = 96;  // keys of a tile
 
 /// dst[0, n) = src[0], src[stride], ...; zeros up to `size`.
 template <class S, class Element>
@@ -155,3 +164,6 @@ inline void store_transposed(const float* x, int64_t pitch, const float* divisor
         }
     }
 }
+
+}  // namespace
+}  // namespace umfa::cpu

@@ -1,19 +1,13 @@
 // Kernels for any CPU: 4-wide vectors, which every compiler lowers to what its baseline has.
-#include "cpu/isa/kernels.h"
+#define UMFA_VECTOR_LANES 4
+#include "cpu/isa/dtype_kernels.h"
 
 namespace umfa::cpu {
 namespace {
 
-constexpr int vector_lanes = 4;
-#include "cpu/isa/simd.h"
-
 struct Simd : SimdBase {
     static constexpr int mr = 4, nv = 2;  // 8 accumulators of the 16 SSE2 registers
 };
-
-#include "cpu/isa/forward_kernel.h"
-// After what it builds on.
-#include "cpu/isa/decode_kernel.h"
 
 }  // namespace
 

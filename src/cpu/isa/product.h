@@ -1,9 +1,15 @@
 // The micro-kernel of both products: c[m][lanes] = sum_k a[k][m] * b[k][lanes], MR x (NV vectors) of
-// accumulators in registers. `a` has MR units in a row, each broadcast, and the next step's
-// `a_step` units further; `b` holds NV vectors per step. What becomes of the sums is the caller's `done(acc)`: scores go through
-// scaling, masks and the running maximum while they are still in registers.
+// accumulators in registers. `a` has MR units in a row, each broadcast, and the next step's `a_step`
+// units further; `b` holds NV vectors per step. The caller's `done(acc)` takes the sums while they are
+// still in registers: scores are scaled, masked and compared with the running maximum there.
 //
 // AVX-512 on Zen 4: 24 accumulators; 12 broadcasts + 2 loads feed 24 FMAs.
+#pragma once
+
+#include <stdint.h>
+
+namespace umfa::cpu {
+namespace {
 
 template <class S, class U, int MR, class Done>
 inline __attribute__((always_inline)) void micro_kernel(const float* a, int64_t a_step,
@@ -48,3 +54,6 @@ inline void with_height(int64_t rows, F&& f) {
     else
         with_height<S, MR - row_step<S>>(rows, static_cast<F&&>(f));
 }
+
+}  // namespace
+}  // namespace umfa::cpu

@@ -1,5 +1,11 @@
 // Rotary position embedding (Su et al. 2021) of one row, rounded to the row's type as if it had been
 // a pass of its own.
+#pragma once
+
+#include "cpu/isa/pack.h"
+
+namespace umfa::cpu {
+namespace {
 
 /// dst[0, channels) from a row at `position`; channels past rotary.channels are copied.
 template <class S, class T>
@@ -34,3 +40,6 @@ inline void rotate_row(const Rotary& rotary, const typename T::storage* row, int
     T::template store<S>(tail, S::load(y + c));
     for (int64_t i = 0; c + i < channels; ++i) dst[c + i] = tail[i];
 }
+
+}  // namespace
+}  // namespace umfa::cpu

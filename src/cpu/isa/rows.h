@@ -1,5 +1,11 @@
 // Where the rows of an operand are: sequences may begin anywhere in a batch, and keys may lie in
 // pages.
+#pragma once
+
+#include "cpu/isa/kernels.h"
+
+namespace umfa::cpu {
+namespace {
 
 /// Row of query, out: of one sequence and head.
 template <class storage>
@@ -36,3 +42,6 @@ inline __attribute__((always_inline)) void prefetch_row(const storage* row, cons
     constexpr int64_t line = 64 / sizeof(storage);
     for (int64_t c = 0; c < channels; c += line) __builtin_prefetch(row + c, 0, 2);
 }
+
+}  // namespace
+}  // namespace umfa::cpu

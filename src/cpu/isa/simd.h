@@ -1,7 +1,23 @@
-// Vectors of W floats through compiler vector extensions; an instruction set derives from this and
-// replaces what it does better. Included inside an anonymous namespace of each kernel file, after
-// `vector_lanes`: a constant, not a template parameter, because GCC 12 rejects
-// __builtin_convertvector on vectors of dependent size.
+// Vectors of W floats through compiler vector extensions; an instruction set derives from SimdBase
+// and replaces what it does better.
+//
+// Each kernel file defines UMFA_VECTOR_LANES and is compiled with flags of its own. Everything here
+// and in the headers that build on it is in an anonymous namespace: code that was compiled for one
+// instruction set must not be linked in the place of another's.
+#pragma once
+
+#include <stdint.h>
+
+#ifndef UMFA_VECTOR_LANES
+#define UMFA_VECTOR_LANES 4
+#endif
+
+namespace umfa::cpu {
+namespace {
+
+// A constant, not a template parameter: GCC 12 rejects __builtin_convertvector on vectors of
+// dependent size.
+constexpr int vector_lanes = UMFA_VECTOR_LANES;
 
 template <int... I>
 struct Indices {};
@@ -203,3 +219,6 @@ struct BF16 {
         S::store_bf16(p, x);
     }
 };
+
+}  // namespace
+}  // namespace umfa::cpu

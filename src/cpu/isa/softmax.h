@@ -1,5 +1,13 @@
 // Online softmax (Milakov & Gimelshein 2018) for one panel of queries, which lie along the lanes:
 // row maxima and sums are plain lane-wise operations.
+#pragma once
+
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/lanes.h"
+#include "cpu/isa/product.h"
+
+namespace umfa::cpu {
+namespace {
 
 template <class S>
 struct Panel {  // one panel of queries: nv * W lanes
@@ -155,3 +163,6 @@ inline void exponentials(const Scoring& scoring, int64_t first, int64_t seen_fir
         S::store(panel.sum + n * W,
                  sum[n] + S::load(panel.sum + n * W) * S::load(panel.alpha + n * W));
 }
+
+}  // namespace
+}  // namespace umfa::cpu

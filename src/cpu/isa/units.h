@@ -2,6 +2,12 @@
 // products of attention are then one loop over units, whatever the element type.
 //
 // `E` elements make a unit; `fma(acc, a, b)` adds the product of all E pairs to each lane.
+#pragma once
+
+#include "cpu/isa/simd.h"
+
+namespace umfa::cpu {
+namespace {
 
 /// Floats, read from T = F32, F16 or BF16 on the way into a panel.
 template <class S, class T>
@@ -72,3 +78,6 @@ struct Bf16Units {
         return (vf)((vi)p & ~((dropped[0] & 0x7fff) | (dropped[1] & 0x7fff0000)));
     }
 };
+
+}  // namespace
+}  // namespace umfa::cpu
