@@ -73,6 +73,13 @@ struct TileRows {
     const storage *now[decode_tile], *next[decode_tile];  // next: null past the last
 };
 
+template <class storage>
+struct DecodeTile {
+    int64_t first, keys;  // of all the keys
+    TileRows<storage> key, value;
+    Rows key_layout;  // of args.key, or of its rotated rows
+};
+
 /// q.k of R rows and `keys` keys of a tile; added to the scores if there are `some`.
 template <class S, class U, int R>
 __attribute__((noinline)) void decode_scores(const TileRows<typename U::storage>& rows,
@@ -265,7 +272,8 @@ struct DecodeHead {
 
     DecodeRow* rows_state() const { return reinterpret_cast<DecodeRow*>(memory + at.state); }
 
-    void start() {
+    /// Copies Q, rotated if asked for, and starts each row.
+    void load_queries() {
         constexpr int W = S::W;
         DecodeRow* state = rows_state();
         for (int64_t r = 0; r < at.rows; ++r) {
@@ -313,82 +321,108 @@ struct DecodeHead {
         }
     }
 
-    /// Keys [k0, k0 + keys), a tile or the rest of one. `ahead` keys from `next` on come after them.
-    void step(int64_t k0, int64_t keys, int64_t next, int64_t ahead) {
-        TileRows<storage> key, value;
-        find(args.key, k0, keys, next, ahead, key);
-        find(args.value, k0, keys, next, ahead, value);
-        Rows key_layout = args.key;
-        if (args.rotary.keys) {
-            storage* rotated = reinterpret_cast<storage*>(scores + decode_rows * decode_tile);
-            for (int64_t k = 0; k < keys; ++k, rotated += args.head_dim) {
-                rotate_row<S, T>(args.rotary, key.now[k], key_layout.stride_channel, args.head_dim,
-                                 k0 + k, rotated);
-                key.now[k] = rotated;
-            }
-            key_layout.stride_channel = 1;
-        }
+    /// Goes over the keys [first, first + keys), a tile or the rest of one. `ahead` keys from `next` on
+    /// come after them.
+    void over_tile(int64_t first, int64_t keys, int64_t next, int64_t ahead) {
+        DecodeTile<storage> tile;
+        tile.first = first;
+        tile.keys = keys;
+        tile.key_layout = args.key;
+        find(args.key, first, keys, next, ahead, tile.key);
+        find(args.value, first, keys, next, ahead, tile.value);
+        if (args.rotary.keys) rotate_keys(tile);
         for (int64_t r0 = 0; r0 < at.rows; r0 += decode_rows) switch (at.rows - r0) {
-                case 1: step_rows<1>(r0, k0, keys, key, key_layout, value); break;
-                case 2: step_rows<2>(r0, k0, keys, key, key_layout, value); break;
-                case 3: step_rows<3>(r0, k0, keys, key, key_layout, value); break;
-                default: step_rows<decode_rows>(r0, k0, keys, key, key_layout, value);
+                case 1: over_rows<1>(r0, tile); break;
+                case 2: over_rows<2>(r0, tile); break;
+                case 3: over_rows<3>(r0, tile); break;
+                default: over_rows<decode_rows>(r0, tile);
             }
     }
 
+    void rotate_keys(DecodeTile<storage>& tile) {
+        storage* rotated = reinterpret_cast<storage*>(scores + decode_rows * decode_tile);
+        for (int64_t k = 0; k < tile.keys; ++k, rotated += args.head_dim) {
+            rotate_row<S, T>(args.rotary, tile.key.now[k], tile.key_layout.stride_channel,
+                             args.head_dim, tile.first + k, rotated);
+            tile.key.now[k] = rotated;
+        }
+        tile.key_layout.stride_channel = 1;
+    }
+
     template <int R>
-    void step_rows(int64_t r0, int64_t k0, int64_t keys, const TileRows<storage>& key,
-                   const Rows& key_layout, const TileRows<storage>& value) {
-        const int64_t Dv = args.head_dim_v;
-        const bool ahead = r0 == 0;  // the first rows to come this way bring the next tile
-        decode_scores<S, U, R>(key, key_layout, keys, ahead, args.head_dim,
-                               memory + at.query + r0 * at.depth, at.depth, false, scores);
-        if (args.qv.data)  // decode_values asks for the next tile's values
-            decode_scores<S, U, R>(value, args.value, keys, false, Dv,
-                                   memory + at.qv + r0 * at.depth_qv, at.depth_qv, true, scores);
+    void over_rows(int64_t r0, const DecodeTile<storage>& tile) {
         float alpha[R];
-        int64_t first = sequence.seqlen_q, last = 0;  // queries of these rows
-        DecodeRow* state = rows_state() + r0;
+        score_tile<R>(r0, tile);
+        softmax_tile<R>(r0, tile, alpha);
+        accumulate_tile<R>(r0, tile, alpha);
+    }
+
+    /// The first rows to come this way fetch the next tile.
+    static bool fetches(int64_t r0) { return r0 == 0; }
+
+    template <int R>
+    void score_tile(int64_t r0, const DecodeTile<storage>& tile) {
+        decode_scores<S, U, R>(tile.key, tile.key_layout, tile.keys, fetches(r0), args.head_dim,
+                               memory + at.query + r0 * at.depth, at.depth, false, scores);
+        if (args.qv.data)  // accumulate_tile() fetches the next tile's values
+            decode_scores<S, U, R>(tile.value, args.value, tile.keys, false, args.head_dim_v,
+                                   memory + at.qv + r0 * at.depth_qv, at.depth_qv, true, scores);
+    }
+
+    /// Scores -> probabilities, maxima and sums; then dropout. `alpha`: what each row's O is to be
+    /// multiplied with.
+    template <int R>
+    void softmax_tile(int64_t r0, const DecodeTile<storage>& tile, float (&alpha)[R]) {
         for (int r = 0; r < R; ++r) {
-            const int64_t i = state[r].query;
-            first = i < first ? i : first;
-            last = i > last ? i : last;
-            const Scoring& scoring = state[r].scoring;
+            DecodeRow& row = rows_state()[r0 + r];
+            float* own = scores + r * decode_tile;
             const char* mask = args.mask.element == ElementType::none
                                    ? nullptr
-                                   : mask_at(args.mask, batch, state[r].head, i, k0);
-            const int32_t diagonal =
-                static_cast<int32_t>(i + sequence.seqlen_kv - sequence.seqlen_q - k0);
-            alpha[r] = (scoring.plain
-                            ? decode_softmax<S, true>
-                            : decode_softmax<S, false>)(scoring,
-                                                        visible_row(sequence.visible, i, k0, keys),
-                                                        keys, diagonal, args.mask, mask,
-                                                        scores + r * decode_tile, state[r].maximum,
-                                                        memory + at.sum + (r0 + r) * S::W);
+                                   : mask_at(args.mask, batch, row.head, row.query, tile.first);
+            alpha[r] =
+                (row.scoring.plain
+                     ? decode_softmax<S, true>
+                     : decode_softmax<S, false>)(row.scoring,
+                                                 visible_row(sequence.visible, row.query,
+                                                             tile.first, tile.keys),
+                                                 tile.keys,
+                                                 diagonal_of(sequence, row.query, tile.first),
+                                                 args.mask, mask, own, row.maximum,
+                                                 memory + at.sum + (r0 + r) * S::W);
             if (args.dropout.threshold)
-                drop_keys<S>(args.dropout, batch, state[r].head, i, k0, keys,
-                             scores + r * decode_tile);
+                drop_keys<S>(args.dropout, batch, row.head, row.query, tile.first, tile.keys, own);
         }
-        const KeyRange some = seen_by_some(sequence.visible, first, last, k0, keys);
-        const KeyRange all = seen_by_all(sequence.visible, first, last, k0, keys);
+    }
+
+    /// O = O * alpha + P V.
+    template <int R>
+    void accumulate_tile(int64_t r0, const DecodeTile<storage>& tile, const float (&alpha)[R]) {
+        const int64_t Dv = args.head_dim_v;
+        const DecodeRow* row = rows_state() + r0;
+        int64_t first = row[0].query, last = first;
+        for (int r = 1; r < R; ++r) {
+            first = row[r].query < first ? row[r].query : first;
+            last = row[r].query > last ? row[r].query : last;
+        }
+        const KeyRange some = seen_by_some(sequence.visible, first, last, tile.first, tile.keys);
+        const KeyRange all = seen_by_all(sequence.visible, first, last, tile.first, tile.keys);
         if (some.begin >= some.end) return;
         const bool hides =
             args.mask.element != ElementType::none || some.begin < all.begin || some.end > all.end;
         float* out = memory + at.out + r0 * at.channels;
-        if (!hides || rows_finite<S, T>(value, args.value, some.begin, some.end, Dv))
-            decode_values<S, T, R, false>(value, args.value, some.begin, some.end, ahead, Dv,
-                                          scores, alpha, out, at.channels);
+        if (!hides || rows_finite<S, T>(tile.value, args.value, some.begin, some.end, Dv))
+            decode_values<S, T, R, false>(tile.value, args.value, some.begin, some.end, fetches(r0),
+                                          Dv, scores, alpha, out, at.channels);
         else
             for (int r = 0; r < R; ++r)
-                decode_values<S, T, 1, true>(value, args.value, some.begin, some.end, false, Dv,
-                                             scores + r * decode_tile, alpha + r,
+                decode_values<S, T, 1, true>(tile.value, args.value, some.begin, some.end, false,
+                                             Dv, scores + r * decode_tile, alpha + r,
                                              out + r * at.channels, at.channels);
     }
 
-    /// `part`, when not null, receives for each row O undivided, its maximum and its sum; else the
-    /// result is written.
-    void finish(float* part) const {
+    /// Writes the result, or, when `part` is not null, each row's O undivided, its maximum and its sum
+    /// there.
+    void store_rows(float* part) const {
         for (int64_t r = 0; r < at.rows; ++r) {
             const float *o = memory + at.out + r * at.channels, *sum = memory + at.sum + r * S::W;
             const DecodeRow& state = rows_state()[r];
@@ -419,7 +453,7 @@ void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int
         return DecodeHead<S, U>{
             args, sequence, at, batch, head_begin + h, memory + at.shared + h * at.size, memory};
     };
-    for (int64_t h = 0; h < heads; ++h) head(h).start();
+    for (int64_t h = 0; h < heads; ++h) head(h).load_queries();
 
     const int64_t last = sequence.seqlen_q - 1;
     const auto tile_from = [&](int64_t from) {
@@ -434,10 +468,10 @@ void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int
     for (int64_t k0 = tile_from(key_begin), next; k0 < key_end; k0 = next) {
         next = tile_from(k0 + decode_tile);
         const int64_t keys = keys_from(k0), ahead = keys_from(next);
-        for (int64_t h = 0; h < heads; ++h) head(h).step(k0, keys, next, ahead);
+        for (int64_t h = 0; h < heads; ++h) head(h).over_tile(k0, keys, next, ahead);
     }
     const int64_t row_floats = at.rows * (at.channels + 2);
-    for (int64_t h = 0; h < heads; ++h) head(h).finish(part ? part + h * row_floats : nullptr);
+    for (int64_t h = 0; h < heads; ++h) head(h).store_rows(part ? part + h * row_floats : nullptr);
 }
 
 /// Merges the parts of one row, in order. `stride`: floats from one part of the row to the next.

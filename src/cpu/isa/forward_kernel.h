@@ -1,5 +1,6 @@
 // Forward attention for one block of queries: online softmax over key tiles (Milakov & Gimelshein
-// 2018; Dao et al. 2022), in exp2 with log2(e) folded into the scale.
+// 2018; Dao et al. 2022), in exp2 with log2(e) folded into the scale. forward_block() at the end is
+// the algorithm.
 //
 // Everything is transposed: queries lie along the vector lanes. S^T = K Q^T broadcasts K, and
 // O^T += V^T P^T broadcasts V, both from packed panels; the softmax between them needs no shuffle,
@@ -61,13 +62,12 @@ struct Scratch {
 };
 
 /// O^T of one panel, MR channels of it: O^T = O^T * alpha + V^T P^T; without the first term where
-/// O is `fresh`.
+/// the panel is `fresh`.
 /// The sum starts at zero and meets O once: a long series of tiles rounds O once per tile, not once
 /// per key, so that 2**24 keys of equal weight still count.
 template <class S, class U, int MR>
 __attribute__((noinline)) void accumulate(const float* value, int64_t pitch, const float* p,
-                                          int64_t units, const Panel<S>& panel, bool fresh,
-                                          float* o) {
+                                          int64_t units, const Panel<S>& panel, float* o) {
     using vf = typename S::vf;
     micro_kernel<S, U, MR>(value, pitch, p, units,
                            [&](vf(&acc)[MR][S::nv]) __attribute__((always_inline)) {
@@ -75,7 +75,7 @@ __attribute__((noinline)) void accumulate(const float* value, int64_t pitch, con
                                    for (int m = 0; m < MR; ++m) {
                                        float* to = o + (m * S::nv + n) * S::W;
                                        vf sum = acc[m][n];
-                                       if (!fresh)
+                                       if (!panel.fresh)
                                            sum += S::load(to) * S::load(panel.alpha + n * S::W);
                                        S::store(to, sum);
                                    }
@@ -87,7 +87,7 @@ __attribute__((noinline)) void accumulate(const float* value, int64_t pitch, con
 template <class S, class U>
 inline void accumulate_guarded(int64_t channels, const float* value, int64_t pitch, const float* p,
                                int64_t first_unit, int64_t last_unit, const Panel<S>& panel,
-                               bool fresh, float* o) {
+                               float* o) {
     using vf = typename S::vf;
     constexpr int NV = S::nv, W = S::W;
     for (int n = 0; n < NV; ++n) {
@@ -99,7 +99,7 @@ inline void accumulate_guarded(int64_t channels, const float* value, int64_t pit
                 acc = U::fma(acc, U::seen(S::splat_bits(value + k * pitch + c), own), own);
             }
             float* at = o + (c * NV + n) * W;
-            S::store(at, fresh ? acc : S::load(at) * alpha + acc);
+            S::store(at, panel.fresh ? acc : S::load(at) * alpha + acc);
         }
     }
 }
@@ -182,194 +182,272 @@ inline void prefetch_block(const ForwardArgs& args, const Block& block, int64_t 
     }
 }
 
+/// Groups of S::mr keys of a tile, as one panel computes them.
+struct KeyGroups {
+    int64_t first, last;            // those with a key that some row sees
+    int64_t open_first, open_last;  // those whose keys every row sees; none under a dense mask
+    KeyRange all;                   // keys that every row sees, but for a dense mask
+    bool hides;                     // whether a key of them is hidden from a row
+
+    bool empty() const { return first >= last; }
+};
+
+/// One block of queries while it goes over the keys, a tile at a time.
 template <class S, class U>
-void forward_block(const ForwardArgs& args, const Block& block, const Block* next_block,
-                   float* memory) {
+struct ForwardBlock {
     using storage = typename U::storage;
-    const int64_t batch = block.sequence, head = block.head, q_begin = block.first;
-    constexpr int64_t N = S::nv * S::W;
-    constexpr int W = S::W, E = U::E;
-    constexpr float infinity = __builtin_inff();
-    const Sequence& sequence = args.sequences[batch];
-    const Visible<int64_t>& visible = sequence.visible;
-    const int64_t D = args.head_dim, Dv = args.head_dim_v, head_kv = head / args.group;
-    const int64_t q_end =
-        q_begin + args.block_q < sequence.seqlen_q ? q_begin + args.block_q : sequence.seqlen_q;
-    const int64_t panels = (q_end - q_begin + N - 1) / N;
-    const Scoring scoring = scoring_of(args, batch, head);
-    const bool has_mask = args.mask.element != ElementType::none;
+    using T = typename U::type;
+    static constexpr int W = S::W, E = U::E;
+    static constexpr int64_t N = S::nv * S::W;  // queries of a panel
 
-    const Scratch<S, U> at(args, panels);
-    Panel<S>* panel = reinterpret_cast<Panel<S>*>(memory + at.panels);
-    float *scores = memory + at.scores, *probabilities = memory + at.probabilities;
-    float *key = memory + at.key, *value = memory + at.value;
-    float* bias = has_mask ? memory + at.bias : nullptr;
+    const ForwardArgs& args;
+    const Sequence& sequence;
+    const int64_t batch, head, head_kv;
+    const int64_t q_begin, q_end;
+    const int64_t panels;
+    const Scoring scoring;
+    const bool has_mask;
+    const Scratch<S, U> at;
+    float* const memory;
+    Panel<S>* const panel;
 
-    // Lanes past the last query hold zeros and are never stored.
-    for (int64_t i = 0; i < panels * N; i += W) {
-        const storage* rows[W];
-        for (int r = 0; r < W; ++r)
-            rows[r] = query_row<const storage>(args.query, sequence, head, q_begin + i + r);
-        int64_t stride = args.query.stride_channel;
-        if (args.rotary.element !=
-            ElementType::none) {  // in the place of the keys, which come later
-            storage* rotated = reinterpret_cast<storage*>(memory + at.key);
-            for (int r = 0; r < W && q_begin + i + r < q_end; ++r, rotated += D) {
-                rotate_row<S, typename U::type>(args.rotary, rows[r], stride, D,
-                                                position_of(args, sequence, q_begin + i + r),
-                                                rotated);
-                rows[r] = rotated;
-            }
-            stride = 1;
-        }
-        float* query = memory + at.query + i / N * at.depth * N + i % N;
-        pack_transposed<S, U>(rows, q_end - q_begin - i, stride, W, N, D, query);
-        if (!args.qv.data) continue;  // else more channels of the same product
-        for (int r = 0; r < W; ++r)
-            rows[r] = query_row<const storage>(args.qv, sequence, head, q_begin + i + r);
-        pack_transposed<S, U>(rows, q_end - q_begin - i, args.qv.stride_channel, W, N, Dv,
-                              query + at.key_depth * N);
+    // The tile: where it begins, how many keys it has, and where their rows are.
+    int64_t tile = 0, keys = 0;
+    const storage *k_rows[block_kv], *v_rows[block_kv];
+    bool tiny = false;  // accumulate_tiny() has work
+    int finite = -1;    // whether its values are; -1: not looked at yet
+
+    ForwardBlock(const ForwardArgs& all_args, const Block& block, float* scratch)
+        : args(all_args),
+          sequence(args.sequences[block.sequence]),
+          batch(block.sequence),
+          head(block.head),
+          head_kv(head / args.group),
+          q_begin(block.first),
+          q_end(q_begin + args.block_q < sequence.seqlen_q ? q_begin + args.block_q
+                                                           : sequence.seqlen_q),
+          panels((q_end - q_begin + N - 1) / N),
+          scoring(scoring_of(args, batch, head)),
+          has_mask(args.mask.element != ElementType::none),
+          at(args, panels),
+          memory(scratch),
+          panel(reinterpret_cast<Panel<S>*>(memory + at.panels)) {}
+
+    int64_t next_tile_from(int64_t from) const {
+        return next_tile(sequence.visible, q_begin, q_end - 1, from, block_kv);
     }
-    for (int64_t p = 0; p < panels; ++p) {
-        panel[p].fresh = true;
-        for (int64_t j = 0; j < N; ++j) {
-            panel[p].maximum[j] = -infinity;
-            panel[p].sum[j] = 0;
+    const storage* row_of(const Rows& rows, int64_t key) const {
+        return key_row<const storage>(rows, sequence, args.page_size, head_kv, key);
+    }
+    float* query_of(int64_t p) const { return memory + at.query + p * at.depth * N; }
+    float* out_of(int64_t p) const { return memory + at.out + p * at.channels * N; }
+    /// `rows` or less, where the last group of S::mr is not whole.
+    static int64_t height(int64_t rows) { return rows < S::mr ? rows : S::mr; }
+
+    /// Packs Q, rotated if asked for, and starts each row. Lanes past the last query hold zeros and
+    /// are never stored.
+    void load_queries() {
+        for (int64_t i = 0; i < panels * N; i += W) {
+            const storage* rows[W];
+            for (int r = 0; r < W; ++r)
+                rows[r] = query_row<const storage>(args.query, sequence, head, q_begin + i + r);
+            const int64_t stride = rotate_queries(i, rows);
+            float* query = query_of(i / N) + i % N;
+            pack_transposed<S, U>(rows, q_end - q_begin - i, stride, W, N, args.head_dim, query);
+            if (!args.qv.data) continue;  // else more channels of the same product
+            for (int r = 0; r < W; ++r)
+                rows[r] = query_row<const storage>(args.qv, sequence, head, q_begin + i + r);
+            pack_transposed<S, U>(rows, q_end - q_begin - i, args.qv.stride_channel, W, N,
+                                  args.head_dim_v, query + at.key_depth * N);
         }
+        for (int64_t p = 0; p < panels; ++p) start(panel[p]);
     }
 
-    const auto tile_from = [&](int64_t from) {
-        return next_tile(visible, q_begin, q_end - 1, from, block_kv);
-    };
-    for (int64_t k0 = tile_from(0), next; k0 < sequence.seqlen_kv; k0 = next) {
-        next = tile_from(k0 + block_kv);
-        const int64_t rest = sequence.seqlen_kv - k0, keys = rest < block_kv ? rest : block_kv;
-        const storage *k_rows[block_kv], *v_rows[block_kv];
+    /// Rotates W queries from the block's i-th on, where asked for, into the place of the keys, which
+    /// come later. Returns the rows' stride between channels.
+    int64_t rotate_queries(int64_t i, const storage* (&rows)[W]) {
+        if (args.rotary.element == ElementType::none) return args.query.stride_channel;
+        storage* rotated = reinterpret_cast<storage*>(memory + at.key);
+        for (int r = 0; r < W && q_begin + i + r < q_end; ++r, rotated += args.head_dim) {
+            rotate_row<S, T>(args.rotary, rows[r], args.query.stride_channel, args.head_dim,
+                             position_of(args, sequence, q_begin + i + r), rotated);
+            rows[r] = rotated;
+        }
+        return 1;
+    }
+
+    /// Packs the K and V of the tile that begins at `first_key`.
+    void load_tile(int64_t first_key) {
+        tile = first_key;
+        const int64_t rest = sequence.seqlen_kv - tile;
+        keys = rest < block_kv ? rest : block_kv;
         for (int64_t k = 0; k < keys; ++k) {
-            k_rows[k] = key_row<const storage>(args.key, sequence, args.page_size, head_kv, k0 + k);
-            v_rows[k] =
-                key_row<const storage>(args.value, sequence, args.page_size, head_kv, k0 + k);
+            k_rows[k] = row_of(args.key, tile + k);
+            v_rows[k] = row_of(args.value, tile + k);
         }
-        int64_t key_stride = args.key.stride_channel;
-        if (args.rotary.keys) {
-            storage* rotated = reinterpret_cast<storage*>(memory + at.rotated);
-            for (int64_t k = 0; k < keys; ++k, rotated += D) {
-                rotate_row<S, typename U::type>(args.rotary, k_rows[k], key_stride, D, k0 + k,
-                                                rotated);
-                k_rows[k] = rotated;
-            }
-            key_stride = 1;
-        }
+        const int64_t key_stride = rotate_keys(), value_stride = args.value.stride_channel;
         const int64_t padded = padded_rows<S>(keys);
         for (int64_t k = 0; k < padded; k += S::mr) {
-            const int64_t height = padded - k < S::mr ? padded - k : S::mr;
-            float* group = key + k * at.depth;
-            pack_transposed<S, U>(k_rows + k, keys - k, key_stride, height, height, D, group);
+            const int64_t rows = height(padded - k);
+            float* group = memory + at.key + k * at.depth;
+            pack_transposed<S, U>(k_rows + k, keys - k, key_stride, rows, rows, args.head_dim,
+                                  group);
             if (args.qv.data)
-                pack_transposed<S, U>(v_rows + k, keys - k, args.value.stride_channel, height,
-                                      height, Dv, group + at.key_depth * height);
+                pack_transposed<S, U>(v_rows + k, keys - k, value_stride, rows, rows,
+                                      args.head_dim_v, group + at.key_depth * rows);
         }
-        const int64_t units = (keys + E - 1) / E;
-        const bool tiny =
-            pack_values<S, U>(v_rows, keys, args.value.stride_channel, Dv, at.value_pitch, value);
-        int finite = -1;  // not looked at yet
-        const int64_t ahead = seen_by_some(visible, q_begin, q_end - 1, next, block_kv).end;
+        tiny = pack_values<S, U>(v_rows, keys, value_stride, args.head_dim_v, at.value_pitch,
+                                 memory + at.value);
+        finite = -1;
+    }
 
-        for (int64_t p = 0; p < panels; ++p) {
-            // Each panel asks for its share of what comes next and may have to come from memory:
-            // another tile; after the last, the rows to be written and the next block.
-            if (next >= sequence.seqlen_kv) {
-                const int64_t rows = q_end - q_begin;
-                for (int64_t i = rows * p / panels; i < rows * (p + 1) / panels; ++i)
-                    prefetch_row(query_row<const storage>(args.out, sequence, head, q_begin + i),
-                                 args.out, Dv);
-                if (next_block) prefetch_block<storage>(args, *next_block, p, panels);
-            }
-            for (int64_t k = next + ahead * p / panels; k < next + ahead * (p + 1) / panels; ++k) {
-                prefetch_row(key_row<const storage>(args.key, sequence, args.page_size, head_kv, k),
-                             args.key, D);
-                prefetch_row(
-                    key_row<const storage>(args.value, sequence, args.page_size, head_kv, k),
-                    args.value, Dv);
-            }
-            const int64_t i0 = q_begin + p * N, i1 = (i0 + N < q_end ? i0 + N : q_end) - 1;
-            const KeyRange some = seen_by_some(visible, i0, i1, k0, keys);
-            if (some.begin >= some.end) continue;
-            const KeyRange all = seen_by_all(visible, i0, i1, k0, keys);
-            // Only the groups of keys that some row sees. What is left out would add zeros.
-            const int64_t first = some.begin / S::mr * S::mr;
-            const int64_t full = (some.end + S::mr - 1) / S::mr * S::mr;
-            const int64_t last = full < padded ? full : padded;
-            // The groups that every row sees, if there is no mask that knows better.
-            const int64_t open_begin = (all.begin + S::mr - 1) / S::mr * S::mr;
-            const int64_t open_end = all.end / S::mr * S::mr;
-            const bool open = !has_mask && open_begin < open_end;
-            const int64_t open_first = open ? open_begin : last, open_last = open ? open_end : last;
-            set_visible_rows(visible, i0, k0, keys, panel[p].visible);
-            for (int64_t j = 0; j < N; ++j) panel[p].tile_maximum[j] = -infinity;
-            const bool fresh = panel[p].fresh;
-            panel[p].fresh = false;
-            const int32_t diagonal =
-                static_cast<int32_t>(i0 + sequence.seqlen_kv - sequence.seqlen_q - k0);
-            const float* query = memory + at.query + p * at.depth * N;
-            if (has_mask)
-                mask_panel<S>(args.mask, batch, head, i0, q_end - i0, k0, first,
-                              last < keys ? last : keys, bias);
-            const auto softmax = [&](auto plain) {
-                constexpr bool Plain = decltype(plain)::value;
-                score_panel<S, U, Plain>(scoring, key, query, at.depth, first, last, all.begin,
-                                         all.end, diagonal, bias, scores, panel[p]);
-                exponentials<S, U, Plain>(scoring, first, open_first, open_last, last, scores,
-                                          probabilities, panel[p]);
-            };
-            if (scoring.plain)
-                softmax(Constant<1>{});
-            else
-                softmax(Constant<0>{});
-            if (args.dropout.threshold)
-                drop_panel<S, U>(args.dropout, batch, head, i0, k0, first, last, probabilities);
+    /// Rotates the tile's keys, where asked for. Returns their stride between channels.
+    int64_t rotate_keys() {
+        if (!args.rotary.keys) return args.key.stride_channel;
+        storage* rotated = reinterpret_cast<storage*>(memory + at.rotated);
+        for (int64_t k = 0; k < keys; ++k, rotated += args.head_dim) {
+            rotate_row<S, T>(args.rotary, k_rows[k], args.key.stride_channel, args.head_dim,
+                             tile + k, rotated);
+            k_rows[k] = rotated;
+        }
+        return 1;
+    }
 
-            const int64_t first_unit = first / E;
-            const int64_t last_unit = last / E < units ? last / E : units;
-            // Groups are computed whole: even where all rows see the same keys, some may be hidden.
-            const bool partly =
-                has_mask || first < all.begin || (last < keys ? last : keys) > all.end;
-            if (partly && finite < 0)
-                finite = all_finite<S, U>(value, at.value_pitch, 0, units, Dv);
-            float* o = memory + at.out + p * at.channels * N;
-            if (partly && !finite) {
-                accumulate_guarded<S, U>(Dv, value, at.value_pitch, probabilities, first_unit,
-                                         last_unit, panel[p], fresh, o);
-            } else {
-                for (int64_t c = 0; c < at.channels; c += S::mr)
-                    with_height<S>(at.channels - c < S::mr ? at.channels - c : S::mr,
-                                   [&](auto height) {
-                                       accumulate<S, U, decltype(height)::value>(
-                                           value + first_unit * at.value_pitch + c, at.value_pitch,
-                                           probabilities + first_unit * N, last_unit - first_unit,
-                                           panel[p], fresh, o + c * N);
-                                   });
-            }
-            if constexpr (U::flushes)
-                if (tiny)
-                    accumulate_tiny<S, U>(v_rows, args.value.stride_channel, keys, Dv,
-                                          probabilities, first, last, o);
+    /// Asks for panel p's share of what comes next and may have to come from memory: the tile that
+    /// begins at `next`; after the last one, the rows to be written and the next block.
+    void prefetch(int64_t p, int64_t next, const Block* next_block) const {
+        if (next >= sequence.seqlen_kv) {
+            const int64_t rows = q_end - q_begin;
+            for (int64_t i = rows * p / panels; i < rows * (p + 1) / panels; ++i)
+                prefetch_row(query_row<const storage>(args.out, sequence, head, q_begin + i),
+                             args.out, args.head_dim_v);
+            if (next_block) prefetch_block<storage>(args, *next_block, p, panels);
+            return;
+        }
+        const int64_t count =
+            seen_by_some(sequence.visible, q_begin, q_end - 1, next, block_kv).end;
+        for (int64_t k = next + count * p / panels; k < next + count * (p + 1) / panels; ++k) {
+            prefetch_row(row_of(args.key, k), args.key, args.head_dim);
+            prefetch_row(row_of(args.value, k), args.value, args.head_dim_v);
         }
     }
 
-    // O / sum, transposed back. A row that saw no key: 0, and LSE -inf.
-    for (int64_t i = 0; i < q_end - q_begin; ++i) {
-        float& sum = panel[i / N].sum[i % N];
-        const float maximum = panel[i / N].maximum[i % N];
-        sum = divisor_of(args, scoring, head, maximum, sum);
-        store_lse(args, scoring, batch, head, q_begin + i, maximum, sum);
-        sum *= args.dropout.kept;
+    /// What panel p computes of the tile. What is left out would add zeros.
+    KeyGroups groups_of(int64_t p) const {
+        const int64_t i0 = q_begin + p * N, i1 = (i0 + N < q_end ? i0 + N : q_end) - 1;
+        const KeyRange some = seen_by_some(sequence.visible, i0, i1, tile, keys);
+        KeyGroups groups{0, 0, 0, 0, seen_by_all(sequence.visible, i0, i1, tile, keys), false};
+        if (some.begin >= some.end) return groups;
+        const auto down = [](int64_t key) { return key / S::mr * S::mr; };
+        const auto up = [](int64_t key) { return (key + S::mr - 1) / S::mr * S::mr; };
+        const int64_t padded = padded_rows<S>(keys), full = up(some.end);
+        groups.first = down(some.begin);
+        groups.last = full < padded ? full : padded;
+        const int64_t open_first = up(groups.all.begin), open_last = down(groups.all.end);
+        const bool open = !has_mask && open_first < open_last;
+        groups.open_first = open ? open_first : groups.last;
+        groups.open_last = open ? open_last : groups.last;
+        // Groups are computed whole: even where all rows see the same keys, some may be hidden.
+        const int64_t last_key = groups.last < keys ? groups.last : keys;
+        groups.hides = has_mask || groups.first < groups.all.begin || last_key > groups.all.end;
+        return groups;
     }
-    for (int64_t i = 0; i < q_end - q_begin; i += W)
-        store_transposed<S, typename U::type>(
-            memory + at.out + i / N * at.channels * N + i % N, N, panel[i / N].sum + i % N,
-            q_end - q_begin - i, Dv, query_row<storage>(args.out, sequence, head, q_begin + i),
-            args.out);
+
+    /// Reads the dense mask of panel p, if there is one. Returns it as the scores lie, or null.
+    const float* mask_tile(int64_t p, const KeyGroups& groups) {
+        if (!has_mask) return nullptr;
+        const int64_t row = q_begin + p * N, last = groups.last < keys ? groups.last : keys;
+        mask_panel<S>(args.mask, batch, head, row, q_end - row, tile, groups.first, last,
+                      memory + at.bias);
+        return memory + at.bias;
+    }
+
+    /// S^T of panel p: scaled, capped, biased; -inf where a key is hidden.
+    void score_tile(int64_t p, const KeyGroups& groups) {
+        const float* bias = mask_tile(p, groups);
+        const int64_t row = q_begin + p * N;
+        set_visible_rows(sequence.visible, row, tile, keys, panel[p].visible);
+        for (int64_t j = 0; j < N; ++j) panel[p].tile_maximum[j] = -__builtin_inff();
+        (scoring.plain ? score_panel<S, U, true>
+                       : score_panel<S, U, false>)(scoring, memory + at.key, query_of(p), at.depth,
+                                                   groups.first, groups.last, groups.all.begin,
+                                                   groups.all.end, diagonal_of(sequence, row, tile),
+                                                   bias, memory + at.scores, panel[p]);
+    }
+
+    /// Scores -> probabilities, maxima and sums of panel p; then dropout.
+    void softmax_tile(int64_t p, const KeyGroups& groups) {
+        float* probabilities = memory + at.probabilities;
+        (scoring.plain ? exponentials<S, U, true>
+                       : exponentials<S, U, false>)(scoring, groups.first, groups.open_first,
+                                                    groups.open_last, groups.last,
+                                                    memory + at.scores, probabilities, panel[p]);
+        if (args.dropout.threshold)
+            drop_panel<S, U>(args.dropout, batch, head, q_begin + p * N, tile, groups.first,
+                             groups.last, probabilities);
+    }
+
+    /// O^T = O^T * alpha + V^T P^T of panel p.
+    void accumulate_tile(int64_t p, const KeyGroups& groups) {
+        const int64_t units = (keys + E - 1) / E, Dv = args.head_dim_v;
+        const int64_t first = groups.first / E;
+        const int64_t last = groups.last / E < units ? groups.last / E : units;
+        const float *value = memory + at.value, *probabilities = memory + at.probabilities;
+        float* out = out_of(p);
+        if (groups.hides && finite < 0)
+            finite = all_finite<S, U>(value, at.value_pitch, 0, units, Dv);
+        if (groups.hides && !finite)
+            accumulate_guarded<S, U>(Dv, value, at.value_pitch, probabilities, first, last,
+                                     panel[p], out);
+        else
+            for (int64_t c = 0; c < at.channels; c += S::mr)
+                with_height<S>(height(at.channels - c), [&](auto rows) {
+                    accumulate<S, U, decltype(rows)::value>(
+                        value + first * at.value_pitch + c, at.value_pitch,
+                        probabilities + first * N, last - first, panel[p], out + c * N);
+                });
+        if constexpr (U::flushes)
+            if (tiny)
+                accumulate_tiny<S, U>(v_rows, args.value.stride_channel, keys, Dv, probabilities,
+                                      groups.first, groups.last, out);
+        panel[p].fresh = false;
+    }
+
+    /// O / sum, transposed back, and LSE. A row that saw no key: 0, and LSE -inf.
+    void store_rows() {
+        const int64_t rows = q_end - q_begin;
+        for (int64_t i = 0; i < rows; ++i) {
+            float& sum = panel[i / N].sum[i % N];
+            const float maximum = panel[i / N].maximum[i % N];
+            sum = divisor_of(args, scoring, head, maximum, sum);
+            store_lse(args, scoring, batch, head, q_begin + i, maximum, sum);
+            sum *= args.dropout.kept;
+        }
+        for (int64_t i = 0; i < rows; i += W)
+            store_transposed<S, T>(
+                out_of(i / N) + i % N, N, panel[i / N].sum + i % N, rows - i, args.head_dim_v,
+                query_row<storage>(args.out, sequence, head, q_begin + i), args.out);
+    }
+};
+
+template <class S, class U>
+void forward_block(const ForwardArgs& args, const Block& block, const Block* next_block,
+                   float* scratch) {
+    ForwardBlock<S, U> work(args, block, scratch);
+    work.load_queries();
+    for (int64_t tile = work.next_tile_from(0), next; tile < work.sequence.seqlen_kv; tile = next) {
+        next = work.next_tile_from(tile + block_kv);
+        work.load_tile(tile);
+        for (int64_t p = 0; p < work.panels; ++p) {
+            work.prefetch(p, next, next_block);
+            const KeyGroups groups = work.groups_of(p);
+            if (groups.empty()) continue;
+            work.score_tile(p, groups);
+            work.softmax_tile(p, groups);
+            work.accumulate_tile(p, groups);
+        }
+    }
+    work.store_rows();
 }
 
 template <class S, class U>

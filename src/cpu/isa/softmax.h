@@ -18,6 +18,21 @@ struct Panel {  // one panel of queries: nv * W lanes
     bool fresh;  // no tile seen: O holds nothing yet
 };
 
+template <class S>
+inline void start(Panel<S>& panel) {
+    panel.fresh = true;
+    for (int j = 0; j < Panel<S>::N; ++j) {
+        panel.maximum[j] = -__builtin_inff();
+        panel.sum[j] = 0;
+    }
+}
+
+/// Key that stands where query `row` does, for ALiBi: relative to the tile. The last query stands at
+/// the last key.
+inline int32_t diagonal_of(const Sequence& sequence, int64_t row, int64_t tile) {
+    return static_cast<int32_t>(row + sequence.seqlen_kv - sequence.seqlen_q - tile);
+}
+
 /// How scores become exponents; the same for a whole call, but for the slope.
 struct Scoring {
     float scale, scale_low;  // as in ForwardArgs
