@@ -2,6 +2,7 @@
 
 A hidden key has the weight 0, and 0 * NaN is NaN, so a product of matrices alone would let it
 through. Rows that do not see a bad value have the bits that they have with a zero in its place.
+A key with a score of -inf counts as hidden, whatever hides others beside it.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def problem_of(kind: str, seqlen_q: int) -> Problem:
     }
     window = {"window_size": (9, 2)}
     problems = {
+        "none": Problem(np.ones((BATCH, seqlen_q, KEYS), bool)),
         "causal": Problem(causal, options={"causal": True}),
         # What is dropped is seen: 0 * NaN.
         "dropout": Problem(causal, options={"causal": True, "dropout_p": 0.5, "dropout_seed": 3}),
@@ -188,3 +190,43 @@ def test_hidden_values_of_a_compressed_cache(
     clean = result(attend_numpy.backend, problem, query, key, zeroed)
     assert_same_bits(found[:, :-1], clean[:, :-1])
     assert np.isnan(found[:, -1]).all(), "a score of NaN is a weight of NaN"
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 4, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["none", *KINDS, "bool", "float32"])
+def test_keys_with_a_score_of_minus_infinity_count_as_hidden(
+    kind: str, dtype: str, seqlen_q: int, attend_numpy: Attend
+) -> None:
+    if attend_numpy.backend == "metal":
+        pytest.skip("the kernels are those of metal-emulated")
+    problem = problem_of(kind, seqlen_q)
+    alike = (problem.sees == problem.sees[:, :1]).all() and "attn_mask" not in problem.options
+    if attend_numpy.backend == "metal-emulated" and (alike or kind == "splits"):
+        pytest.skip("Metal looks for bad values only where it reads keys hidden from some row")
+    query = normal((BATCH, seqlen_q, HEADS, HEAD_DIM), dtype, seed=1)
+    key, value = (normal((BATCH, KEYS, HEADS_K, HEAD_DIM), dtype, seed=n) for n in (2, 3))
+    query[..., 0] = np.abs(query[..., 0]) + query.dtype.type(0.25)
+    key[:, PLACES, :, 0] = -np.inf
+    poisoned, zeroed = value.copy(), value.copy()
+    poisoned[:, PLACES] = np.resize(BAD["all"], (HEAD_DIM,))
+    zeroed[:, PLACES] = 0
+    found = result(attend_numpy.backend, problem, query, key, poisoned)
+    assert_same_bits(found, result(attend_numpy.backend, problem, query, key, zeroed))
+    assert np.isfinite(found.astype(np.float64)).all()
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 3, 130])
+def test_rows_with_scores_of_minus_infinity_alone_are_zero(seqlen_q: int) -> None:
+    """Beside rows with finite scores, over several tiles."""
+    query, key, value = (normal((1, n, 2, 64), seed=n) for n in (seqlen_q, 300, 301))
+    value = value[:, :300].copy()
+    key[..., 0] = -3e38
+    query[..., 0] = 1
+    query[:, ::2, :, 0] = 2  # overflows
+    value[:, 10], value[:, 290] = np.nan, np.inf
+    out, lse, _ = umfa.flash_attn_func(query, key, value, return_attn_probs=True, backend="cpu")
+    assert (out[:, ::2] == 0).all()
+    assert np.isneginf(lse[:, :, ::2]).all()
+    assert np.isnan(out[:, 1::2]).all()
+    assert np.isfinite(lse[:, :, 1::2]).all()

@@ -14,6 +14,7 @@ struct Simd : SimdBase {
     static vq product(vq x, uint32_t factor) {
         return (vq)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
     }
+    static bool any(vi x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
     static vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 
     static vf load_f16(const uint16_t* p) {

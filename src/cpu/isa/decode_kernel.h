@@ -117,13 +117,14 @@ __attribute__((noinline)) void decode_scores(const TileRows<typename U::storage>
     }
 }
 
-/// Scores of one row -> probabilities, in place; hidden keys get -0.
+/// Scores of one row -> probabilities, in place; hidden keys, and those with a score of -inf, get -0.
+/// `hides` is set if there may be one of the latter.
 /// Returns what O so far is to be multiplied with. `diagonal`: the row's own key, relative to the
 /// tile. `mask`: the row's elements for the tile's keys, if it has a mask.
 template <class S, bool Plain>
 inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t keys,
                             int32_t diagonal, const Mask& mask_of, const char* mask, float* scores,
-                            float& maximum, float* sum) {
+                            float& maximum, float* sum, bool& hides) {
     using L = Lanes<S>;
     using vf = typename S::vf;
     using vi = typename S::vi;
@@ -133,6 +134,7 @@ inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t 
     vi lane;
     for (int w = 0; w < W; ++w) lane[w] = w;
     vf highest = S::splat(maximum);
+    vi lost{};
     for (int64_t k = 0; k < keys; k += W) {
         const vi key = lane + static_cast<int32_t>(k);
         vf s = S::load(scores + k);
@@ -148,10 +150,12 @@ inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t 
                 s = b == -infinity ? b : s + b;
             }
         }
+        lost |= s == -infinity;
         s = sees(visible, key) ? s : S::splat(-infinity);
         S::store(scores + k, s);
         highest = S::max(s, highest);
     }
+    hides |= S::any(lost);
     float lanes[W], now = maximum;
     S::store(lanes, highest);
     for (int i = 0; i < W; ++i) now = lanes[i] > now ? lanes[i] : now;
@@ -353,8 +357,8 @@ struct DecodeHead {
     void over_rows(int64_t r0, const DecodeTile<storage>& tile) {
         float alpha[R];
         score_tile<R>(r0, tile);
-        softmax_tile<R>(r0, tile, alpha);
-        accumulate_tile<R>(r0, tile, alpha);
+        const bool hides = softmax_tile<R>(r0, tile, alpha);
+        accumulate_tile<R>(r0, tile, alpha, hides);
     }
 
     /// The first rows to come this way fetch the next tile.
@@ -370,9 +374,10 @@ struct DecodeHead {
     }
 
     /// Scores -> probabilities, maxima and sums; then dropout. `alpha`: what each row's O is to be
-    /// multiplied with.
+    /// multiplied with. Returns whether some row may have a score of -inf for a key that it sees.
     template <int R>
-    void softmax_tile(int64_t r0, const DecodeTile<storage>& tile, float (&alpha)[R]) {
+    bool softmax_tile(int64_t r0, const DecodeTile<storage>& tile, float (&alpha)[R]) {
+        bool hides = false;
         for (int r = 0; r < R; ++r) {
             DecodeRow& row = rows_state()[r0 + r];
             float* own = scores + r * decode_tile;
@@ -388,15 +393,17 @@ struct DecodeHead {
                                                  tile.keys,
                                                  diagonal_of(sequence, row.query, tile.first),
                                                  args.mask, mask, own, row.maximum,
-                                                 memory + at.sum + (r0 + r) * S::W);
+                                                 memory + at.sum + (r0 + r) * S::W, hides);
             if (args.dropout.threshold)
                 drop_keys<S>(args.dropout, batch, row.head, row.query, tile.first, tile.keys, own);
         }
+        return hides;
     }
 
-    /// O = O * alpha + P V.
+    /// O = O * alpha + P V. `hides`: a key that all rows see may have the weight of a hidden one.
     template <int R>
-    void accumulate_tile(int64_t r0, const DecodeTile<storage>& tile, const float (&alpha)[R]) {
+    void accumulate_tile(int64_t r0, const DecodeTile<storage>& tile, const float (&alpha)[R],
+                         bool hides) {
         const int64_t Dv = args.head_dim_v;
         const DecodeRow* row = rows_state() + r0;
         int64_t first = row[0].query, last = first;
@@ -407,8 +414,8 @@ struct DecodeHead {
         const KeyRange some = seen_by_some(sequence.visible, first, last, tile.first, tile.keys);
         const KeyRange all = seen_by_all(sequence.visible, first, last, tile.first, tile.keys);
         if (some.begin >= some.end) return;
-        const bool hides =
-            args.mask.element != ElementType::none || some.begin < all.begin || some.end > all.end;
+        hides = hides || args.mask.element != ElementType::none || some.begin < all.begin ||
+                some.end > all.end;
         float* out = memory + at.out + r0 * at.channels;
         if (!hides || rows_finite<S, T>(tile.value, args.value, some.begin, some.end, Dv))
             decode_values<S, T, R, false>(tile.value, args.value, some.begin, some.end, fetches(r0),

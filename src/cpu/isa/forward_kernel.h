@@ -82,8 +82,8 @@ __attribute__((noinline)) void accumulate(const float* value, int64_t pitch, con
                            });
 }
 
-/// The same where a hidden V row holds inf or NaN: -0 * NaN must not reach the rows that do not see
-/// it. Same operations in the same order, so visible rows keep their bits.
+/// The same where V holds inf or NaN: -0 * NaN must not reach the rows that do not see it. Same
+/// operations in the same order, so other rows keep their bits.
 template <class S, class U>
 inline void accumulate_guarded(int64_t channels, const float* value, int64_t pitch, const float* p,
                                int64_t first_unit, int64_t last_unit, const Panel<S>& panel,
@@ -185,9 +185,8 @@ inline void prefetch_block(const ForwardArgs& args, const Block& block, int64_t 
 /// Groups of S::mr keys of a tile, as one panel computes them.
 struct KeyGroups {
     int64_t first, last;            // those with a key that some row sees
-    int64_t open_first, open_last;  // those whose keys every row sees; none under a dense mask
+    int64_t open_first, open_last;  // those in which no weight has to be told from a hidden key's
     KeyRange all;                   // keys that every row sees, but for a dense mask
-    bool hides;                     // whether a key of them is hidden from a row
 
     bool empty() const { return first >= last; }
 };
@@ -214,8 +213,7 @@ struct ForwardBlock {
     // The tile: where it begins, how many keys it has, and where their rows are.
     int64_t tile = 0, keys = 0;
     const storage *k_rows[block_kv], *v_rows[block_kv];
-    bool tiny = false;  // accumulate_tiny() has work
-    int finite = -1;    // whether its values are; -1: not looked at yet
+    Contents values{};
 
     ForwardBlock(const ForwardArgs& all_args, const Block& block, float* scratch)
         : args(all_args),
@@ -296,9 +294,8 @@ struct ForwardBlock {
                 pack_transposed<S, U>(v_rows + k, keys - k, value_stride, rows, rows,
                                       args.head_dim_v, group + at.key_depth * rows);
         }
-        tiny = pack_values<S, U>(v_rows, keys, value_stride, args.head_dim_v, at.value_pitch,
-                                 memory + at.value);
-        finite = -1;
+        values = pack_values<S, U>(v_rows, keys, value_stride, args.head_dim_v, at.value_pitch,
+                                   memory + at.value);
     }
 
     /// Rotates the tile's keys, where asked for. Returns their stride between channels.
@@ -336,7 +333,7 @@ struct ForwardBlock {
     KeyGroups groups_of(int64_t p) const {
         const int64_t i0 = q_begin + p * N, i1 = (i0 + N < q_end ? i0 + N : q_end) - 1;
         const KeyRange some = seen_by_some(sequence.visible, i0, i1, tile, keys);
-        KeyGroups groups{0, 0, 0, 0, seen_by_all(sequence.visible, i0, i1, tile, keys), false};
+        KeyGroups groups{0, 0, 0, 0, seen_by_all(sequence.visible, i0, i1, tile, keys)};
         if (some.begin >= some.end) return groups;
         const auto down = [](int64_t key) { return key / S::mr * S::mr; };
         const auto up = [](int64_t key) { return (key + S::mr - 1) / S::mr * S::mr; };
@@ -344,12 +341,11 @@ struct ForwardBlock {
         groups.first = down(some.begin);
         groups.last = full < padded ? full : padded;
         const int64_t open_first = up(groups.all.begin), open_last = down(groups.all.end);
-        const bool open = !has_mask && open_first < open_last;
+        // The weight of a key with a score of -inf is that of a hidden key: its value must not come
+        // through. Of finite values nothing comes through a weight of 0.
+        const bool open = !has_mask && values.finite && open_first < open_last;
         groups.open_first = open ? open_first : groups.last;
         groups.open_last = open ? open_last : groups.last;
-        // Groups are computed whole: even where all rows see the same keys, some may be hidden.
-        const int64_t last_key = groups.last < keys ? groups.last : keys;
-        groups.hides = has_mask || groups.first < groups.all.begin || last_key > groups.all.end;
         return groups;
     }
 
@@ -394,9 +390,7 @@ struct ForwardBlock {
         const int64_t last = groups.last / E < units ? groups.last / E : units;
         const float *value = memory + at.value, *probabilities = memory + at.probabilities;
         float* out = out_of(p);
-        if (groups.hides && finite < 0)
-            finite = all_finite<S, U>(value, at.value_pitch, 0, units, Dv);
-        if (groups.hides && !finite)
+        if (!values.finite)
             accumulate_guarded<S, U>(Dv, value, at.value_pitch, probabilities, first, last,
                                      panel[p], out);
         else
@@ -407,7 +401,7 @@ struct ForwardBlock {
                         probabilities + first * N, last - first, panel[p], out + c * N);
                 });
         if constexpr (U::flushes)
-            if (tiny)
+            if (values.tiny)
                 accumulate_tiny<S, U>(v_rows, args.value.stride_channel, keys, Dv, probabilities,
                                       groups.first, groups.last, out);
         panel[p].fresh = false;

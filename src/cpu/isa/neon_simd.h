@@ -52,6 +52,7 @@ struct Neon : SimdBase {
     static vq product(vq x, uint32_t factor) {
         return (vq)vmull_n_u32(vmovn_u64((uint64x2_t)x), factor);
     }
+    static bool any(vi x) { return vmaxvq_u32((uint32x4_t)x) != 0; }
     /// NaN where either is: more than simd.h's, and as good, since one NaN score makes all of the
     /// row NaN.
     static vf max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }

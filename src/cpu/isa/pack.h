@@ -77,16 +77,23 @@ inline void pack_transposed(const typename U::storage* const* rows, int64_t coun
         }
 }
 
+/// What a tile of V holds.
+struct Contents {
+    bool tiny;    // values that U leaves out
+    bool finite;  // no inf and no NaN
+};
+
 /// dst[unit * pitch + channel] for a tile of V; up to W floats after each row may be written.
-/// True when U leaves out tiny values and the tile has some.
 template <class S, class U>
-inline bool pack_values(const typename U::storage* const* rows, int64_t count,
-                        int64_t stride_channel, int64_t channels, int64_t pitch, float* dst) {
+inline Contents pack_values(const typename U::storage* const* rows, int64_t count,
+                            int64_t stride_channel, int64_t channels, int64_t pitch, float* dst) {
     using storage = typename U::storage;
     constexpr int W = S::W;
     const storage nothing[W] = {};
     bool tiny = false;
+    typename S::vf not_finite{};
     const auto put = [&](float* to, typename S::vf x) {
+        not_finite += U::times_zero(x);
         if constexpr (U::flushes) x = U::without_tiny(x, tiny);
         S::store(to, x);
     };
@@ -106,21 +113,9 @@ inline bool pack_values(const typename U::storage* const* rows, int64_t count,
             put(dst + c, U::from_rows(part, 0));
         }
     }
-    return tiny;
-}
-
-/// Whether units [first, last) of a packed tile hold no inf and no NaN.
-template <class S, class U>
-inline bool all_finite(const float* tile, int64_t pitch, int64_t first, int64_t last,
-                       int64_t channels) {
-    using vf = typename S::vf;
-    vf sum{};  // x * 0 is 0 for finite x, else NaN
-    for (int64_t k = first; k < last; ++k)
-        for (int64_t c = 0; c < channels; c += S::W)
-            sum += U::times_zero(S::load(tile + k * pitch + c));
-    for (int i = 0; i < S::W; ++i)
-        if (sum[i] != 0) return false;
-    return true;
+    bool finite = true;
+    for (int i = 0; i < W; ++i) finite &= not_finite[i] == 0;
+    return {tiny, finite};
 }
 
 /// Writes W rows of `channels` elements from their transpose, x[channel * pitch + lane], each lane

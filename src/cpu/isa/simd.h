@@ -87,6 +87,13 @@ struct SimdBase {
     static void copy(const Element* src, int64_t n, Element* dst) {
         for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
     }
+    /// Whether a bit is set in any lane.
+    static bool any(vi x) {
+        uint64_t words[W / 2], all = 0;
+        __builtin_memcpy(words, &x, sizeof x);
+        for (const uint64_t word : words) all |= word;
+        return all != 0;
+    }
     static vf max(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
     static vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 

@@ -136,11 +136,11 @@ inline __attribute__((always_inline)) void finish_scores(typename S::vf (&acc)[M
 
 /// Scores -> probabilities for keys [first, last) of a tile, as units of keys in `units`, which may
 /// be `scores`; updates maximum, sum, alpha. All bounds are multiples of U::E. The probability of a
-/// hidden key is -0: it adds nothing, and can be told from one that is merely too small. There are
-/// none in [seen_first, seen_last), so that nobody looks for them there.
+/// score of -inf, which hidden keys have, is -0: it adds nothing, and can be told from one that is
+/// merely too small. It may be 0 in [open_first, open_last).
 template <class S, class U, bool Plain>
-inline void exponentials(const Scoring& scoring, int64_t first, int64_t seen_first,
-                         int64_t seen_last, int64_t last, const float* scores, float* units,
+inline void exponentials(const Scoring& scoring, int64_t first, int64_t open_first,
+                         int64_t open_last, int64_t last, const float* scores, float* units,
                          Panel<S>& panel) {
     using vf = typename S::vf;
     constexpr int NV = S::nv, W = S::W, E = U::E;
@@ -171,9 +171,9 @@ inline void exponentials(const Scoring& scoring, int64_t first, int64_t seen_fir
                 S::store(units + (k / E * NV + n) * W, U::pack(p));
             }
     };
-    range(Constant<1>{}, first, seen_first);
-    range(Constant<0>{}, seen_first, seen_last);
-    range(Constant<1>{}, seen_last, last);
+    range(Constant<1>{}, first, open_first);
+    range(Constant<0>{}, open_first, open_last);
+    range(Constant<1>{}, open_last, last);
     for (int n = 0; n < NV; ++n)
         S::store(panel.sum + n * W,
                  sum[n] + S::load(panel.sum + n * W) * S::load(panel.alpha + n * W));
