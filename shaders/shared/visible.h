@@ -1,14 +1,18 @@
-// Which keys a query sees: causal alignment, sliding window and chunks, in one place for every kernel.
+// Which keys a query sees: causal alignment, sliding window and chunks, in one place for every
+// kernel.
 //
-// Kernels ask these functions and compute no bounds themselves:
-//   next_tile                  which tiles of keys a block of queries reads
-//   seen_by_some, seen_by_all  which keys of a tile some query of the block sees, and all of them see
-//   sees                       whether a query sees a key
-// so that another rule, also one under which a query sees several ranges of keys, is added here alone.
+// Kernels call these functions and compute no bounds themselves:
+//   next_tile     which tiles of keys a block of queries reads
+//   seen_by_some  keys of a tile outside which no query of the block sees any
+//   seen_by_all   keys of a tile that each query of the block sees
+//   sees          whether a query sees a key
+// Kernels rely on no more than that: inside seen_by_some and outside seen_by_all, only `sees`
+// tells. So another rule, also one under which a query sees several ranges of keys, is added here
+// alone.
 //
 // Included by the shaders (MSL, C++14 subset) and by the host: arguments by value only, no library
-// calls. `Int` is int on the GPU and int64_t on the host. Lengths and positions are at most INT32_MAX,
-// and no result or intermediate leaves the range of int.
+// calls. `Int` is int on the GPU and int64_t on the host. Lengths and positions are at most
+// INT32_MAX, and no result or intermediate leaves the range of int.
 #pragma once
 
 #ifndef __METAL_VERSION__
@@ -96,8 +100,8 @@ UMFA_INLINE KeyRange seen_by_all(Visible<Int> v, Int first, Int last, Int tile, 
             clamp_key(visible_end(v, first) - tile, keys)};
 }
 
-/// Beginning of the first tile, at `from` or behind it, that the queries [first, last] have to read;
-/// seqlen_kv when there is none. Tiles begin at multiples of `size`, and so does `from`.
+/// Beginning of the first tile, at `from` or behind it, that the queries [first, last] have to
+/// read; seqlen_kv when there is none. Tiles begin at multiples of `size`, and so does `from`.
 template <typename Int>
 UMFA_INLINE Int next_tile(Visible<Int> v, Int first, Int last, Int from, Int size) {
     const Int begin = visible_begin(v, first), end = visible_end(v, last);
@@ -143,8 +147,9 @@ UMFA_INLINE void set_visible_rows(Visible<int64_t> v, int64_t first, int64_t til
         }
         return;
     }
-    // Both bounds move by one from query to query, and are clamped after that. The first query's are
-    // clamped to where all N of them still come out right in 32 bits, which makes the loop vectors.
+    // Both bounds move by one from query to query, and are clamped after that. The first query's
+    // are clamped to where all N of them still come out right in 32 bits, which makes the loop
+    // vectors.
     const int64_t center = first + v.offset - tile;
     const auto near = [&](int64_t key) {
         return static_cast<int>(key < -N ? -N : key > keys ? keys : key);

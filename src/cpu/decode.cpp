@@ -9,8 +9,9 @@
 namespace umfa::cpu {
 namespace {
 
-/// Keys of a part: of at most num_splits parts, or of up to 32 with at least 512 keys. The same on
-/// every machine, so that bits do not depend on the number of threads.
+/// How many keys a part has: so many that there are at most num_splits parts; without num_splits,
+/// at least 512 keys in at most 32 parts. The same on every machine, so that bits do not depend on
+/// the number of threads.
 int64_t keys_per_part(int64_t seqlen_kv, int64_t num_splits) {
     constexpr int64_t tile = 64;  // parts begin at multiples of the kernels' tile
     const int64_t tiles = std::max<int64_t>(1, (seqlen_kv + tile - 1) / tile);
@@ -22,7 +23,7 @@ int64_t keys_per_part(int64_t seqlen_kv, int64_t num_splits) {
 /// Keys [part * keys_per_part, ...) of the heads [head_begin, head_end) of a sequence.
 struct Task {
     int64_t sequence, head_begin, head_end, key_begin, key_end;
-    int64_t memory;  // where its part begins; -1: it is all of the keys
+    int64_t memory;  // of its partial result, in floats; -1: there is one part, and out is written
 };
 
 /// A row of the result to be merged from its parts.
@@ -48,7 +49,7 @@ void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKer
     }
     const int threads =
         threads_worth(pairs * static_cast<double>(score_channels(problem) + problem.head_dim_v));
-    // Heads go together as far as that leaves every thread a few tasks.
+    // A task takes as many heads as still leave each thread a few tasks.
     int64_t together = heads;
     while (together > 1 &&
            parts_in_all * ((heads + together - 1) / together) < int64_t{4} * threads)
@@ -74,7 +75,7 @@ void run_decode(const Problem& problem, const ForwardArgs& args, const DecodeKer
             merges.push_back({b, row, floats + row * row_floats, stride, parts});
         floats += parts * stride;
     }
-    // Kept for the next call where it is small: 4 MiB are the parts of 32 heads over 16384 keys.
+    // Up to 4 MiB, the parts of 32 heads over 16384 keys, are kept for the next call.
     std::unique_ptr<float[]> large;
     if (floats > (int64_t{1} << 20)) large.reset(new float[static_cast<size_t>(floats)]);
     float* memory = large ? large.get() : floats > 0 ? call_scratch(floats) : nullptr;

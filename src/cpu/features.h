@@ -1,4 +1,4 @@
-// What the CPU can do and how many of them we may use.
+// Instruction set extensions of the CPU, and how many CPUs the process may use.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace umfa::cpu {
 
-/// Names of the instruction set extensions that this CPU and OS offer, of those umfa cares about.
+/// Names of those instruction set extensions that umfa looks for and that this CPU and OS offer.
 UMFA_CORE_API const std::vector<std::string>& features();
 bool has_feature(const char* name);
 

@@ -169,7 +169,8 @@ void append(const Problem& problem, const ForwardArgs& args, AppendRowFn append_
                  [&](int64_t task) { append_row(args, task / rows, task % rows); });
 }
 
-/// num_splits means nothing here: each task goes over all its keys, and queries are enough to share.
+/// Runs the prefill kernel, a task for each block of queries and head. num_splits has no effect:
+/// there are tasks enough without cutting the keys.
 void run_prefill(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
                  const ForwardKernel& kernel, const std::vector<int64_t>& batch_indices,
                  int lanes) {
@@ -200,7 +201,7 @@ void run_prefill(const Problem& problem, ForwardArgs& args, const std::vector<Se
 
 void run_forward(const Problem& problem) {
     if (problem.nheads_q == 0 && !problem.append) return;
-    const DefaultFloatEnvironment environment;  // constants are rounded here already
+    const DefaultFloatEnvironment environment;  // before the first constant is rounded
     const Kernels& set = kernels();
     const std::vector<Sequence> sequences = sequences_of(problem);
     ForwardArgs args = args_of(problem, sequences);

@@ -18,9 +18,9 @@
 namespace umfa::cpu {
 namespace {
 
-constexpr int repeats = 5;                   // the best counts: others use the machine too
+constexpr int repeats = 5;                   // the fastest counts: other processes may run
 constexpr double seconds_per_repeat = 0.02;  // long enough for the clock, and for a thread to wake
-constexpr int64_t largest = int64_t{1} << 40;  // bytes of a buffer that nobody can mean
+constexpr int64_t largest = int64_t{1} << 40;  // bytes of a buffer
 
 double seconds_now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
@@ -45,7 +45,7 @@ double seconds_now() {
         }                                                                         \
     }
 
-// Four floats: what every compiler has, and splits up where the CPU has no vectors.
+// Four floats: the compiler splits them up where the CPU has no vectors.
 typedef float float4 __attribute__((vector_size(16)));
 #if defined(__x86_64__)
 #define UMFA_VECTOR "x"
@@ -75,7 +75,8 @@ UMFA_PEAK_LOOP(avx512_int8, UMFA_TARGET("avx512f,avx512bw,avx512vnni"), __m512i,
 
 #elif defined(__aarch64__)
 
-// As text: which of these intrinsics a compiler declares depends on its flags and its age.
+// As inline assembly: which of these intrinsics a compiler declares depends on its flags and its
+// age.
 #define UMFA_NEON_LOOP(name, extension, instruction)              \
     UMFA_PEAK_LOOP(name, , float4, 24, "w", (float4{1, 1, 1, 1}), \
                    asm volatile(extension instruction : "+w"(acc) : "w"(operand)))
@@ -182,7 +183,7 @@ std::vector<std::pair<std::string, std::string>> peaks() {
 double peak(const std::string& dtype, const std::string& isa) {
     const Loop& loop = find(dtype, isa);
     const int threads = num_threads();
-    // Also what brings the clock up to what it is under load.
+    // This also brings the clock to its speed under load.
     int64_t iterations = 1 << 10;
     double seconds = seconds_of(loop, iterations, threads);
     while (seconds < seconds_per_repeat) {

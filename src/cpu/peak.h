@@ -1,4 +1,4 @@
-// What this machine could do at most: arithmetic from registers only, and reads from main memory.
+// Upper bounds of this machine: arithmetic from registers only, and reads from main memory.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ UMFA_CORE_API std::vector<std::pair<std::string, std::string>> peaks();
 /// Throws `Error` when this CPU has no such loop.
 UMFA_CORE_API double peak(const std::string& dtype, const std::string& isa);
 
-/// Bytes per second that num_threads() threads read from a buffer of so many bytes. It is main
-/// memory's only if the buffer is much larger than the caches.
+/// Bytes per second that num_threads() threads read from a buffer of `bytes`. The bandwidth of main
+/// memory if the buffer is much larger than the caches.
 UMFA_CORE_API double read_bandwidth(int64_t bytes);
 
 }  // namespace umfa::cpu

@@ -63,7 +63,7 @@ public:
         for (int i = job.max_helpers; i > 0; --i) wake_.notify_one();
         job.drain();
         std::unique_lock lock(mutex_);
-        std::erase(jobs_, &job);  // nobody joins from here on
+        std::erase(jobs_, &job);  // no thread joins from here on
         done_.wait(lock, [&] { return job.helpers == 0; });
     }
 
@@ -73,7 +73,7 @@ private:
             try {
                 std::thread([this] { work(); }).detach();
             } catch (const std::system_error&) {
-                return;  // no more threads to be had: fewer do the work, the caller at least
+                return;  // no more threads: those that exist do the work, at least the caller
             }
             ++threads_;
         }
@@ -148,8 +148,8 @@ int threads_from_environment() {
                  "'" + std::string(own) + "'", "1 to " + std::to_string(max_threads));
         return static_cast<int>(count);
     }
-    // OMP_NUM_THREADS was set for others, who take lists (one number per nesting level) and ignore
-    // what they cannot read; so does umfa.
+    // OMP_NUM_THREADS is OpenMP's, which takes lists (one number per nesting level) and ignores
+    // what it cannot read. So does umfa.
     const char* omp = std::getenv("OMP_NUM_THREADS");
     if (omp && *omp) {
         const long count = leading_number(omp, &rest);

@@ -1,4 +1,4 @@
-// A dense mask, in units of log2 and as scores are held: -inf where a key is hidden.
+// A dense mask in units of log2, laid out as the scores: -inf where a key is hidden.
 #pragma once
 
 #include "cpu/isa/lanes.h"
@@ -12,7 +12,7 @@ template <class S>
 inline typename S::vf mask_values(ElementType element, const char* at, int64_t stride,
                                   int64_t count) {
     if (element != ElementType::boolean) {
-        // A mask of float32's lowest number is no mask of -inf, but in units of log2 it would be one.
+        // float32's lowest number does not hide a key, but times log2(e) it would be -inf.
         const typename S::vf b = numbers<S>(element, at, stride, count), scaled = b * log2_e;
         const typename S::vf lowest = S::splat(-3.4028234663852886e38f);
         const auto sunk = (scaled < lowest) & (b >= lowest);
@@ -31,8 +31,8 @@ inline const char* mask_at(const Mask& mask, int64_t batch, int64_t head, int64_
                size_of(mask.element);
 }
 
-/// to[key][lane] for the keys [first, last) of a tile that begins at `tile`, and `rows` queries from
-/// `row` on. Writes whole vectors of keys: up to W - 1 keys past `last`.
+/// to[key][lane] for the keys [first, last) of a tile that begins at `tile`, and `rows` queries
+/// from `row` on. Writes whole vectors of keys: up to W - 1 keys past `last`.
 template <class S>
 inline void mask_panel(const Mask& mask, int64_t batch, int64_t head, int64_t row, int64_t rows,
                        int64_t tile, int64_t first, int64_t last, float* to) {

@@ -3,8 +3,8 @@
 // the vector lanes, K and V are read where they are, and the keys are cut into parts that run on
 // their own and are merged (flash-decoding, Dao et al. 2023).
 //
-// Parts have the same length on every machine, and rows never mix: the bits of a row do not depend on
-// threads or on other rows.
+// Parts have the same length on every machine, and rows never mix: the bits of a row do not depend
+// on threads or on other rows.
 #pragma once
 
 #include "core/constants.h"
@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t decode_tile = 32;  // keys per softmax step
 constexpr int decode_rows = 4;       // rows at a time: 16 accumulators with 4 vectors of channels
 
-/// What does not change while a row goes over the keys, and its maximum, which does.
+/// One row: what it is, and its running maximum.
 struct DecodeRow {
     Scoring scoring;
     float maximum;
@@ -80,12 +80,12 @@ struct DecodeTile {
     Rows key_layout;  // of args.key, or of its rotated rows
 };
 
-/// q.k of R rows and `keys` keys of a tile; added to the scores if there are `some`.
+/// q.k of R rows and `keys` keys of a tile; with `add`, added to the scores of an earlier call.
 template <class S, class U, int R>
 __attribute__((noinline)) void decode_scores(const TileRows<typename U::storage>& rows,
                                              const Rows& layout, int64_t keys, bool ahead,
                                              int64_t channels, const float* query, int64_t depth,
-                                             bool some, float* scores) {
+                                             bool add, float* scores) {
     using vf = typename S::vf;
     constexpr int W = S::W;
     const int64_t whole = layout.stride_channel == 1 ? channels / (W * U::E) * W : 0;
@@ -112,15 +112,15 @@ __attribute__((noinline)) void decode_scores(const TileRows<typename U::storage>
         for (int r = 0; r < R; ++r) {
             float* to = scores + r * decode_tile + k0;
             const vf total = sum_each<S>(sum[r]);
-            S::store(to, some ? S::load(to) + total : total);
+            S::store(to, add ? S::load(to) + total : total);
         }
     }
 }
 
-/// Scores of one row -> probabilities, in place; hidden keys, and those with a score of -inf, get -0.
-/// `hides` is set if there may be one of the latter.
-/// Returns what O so far is to be multiplied with. `diagonal`: the row's own key, relative to the
-/// tile. `mask`: the row's elements for the tile's keys, if it has a mask.
+/// Scores of one row -> probabilities, in place; hidden keys, and those with a score of -inf, get
+/// -0. `hides` is set if there may be one of the latter. Returns the factor for O so far.
+/// `diagonal`: the row's own key, relative to the tile. `mask`: the row's elements for the tile's
+/// keys, if it has a mask.
 template <class S, bool Plain>
 inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t keys,
                             int32_t diagonal, const Mask& mask_of, const char* mask, float* scores,
@@ -175,8 +175,8 @@ inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t 
     return alpha;
 }
 
-/// O = O * alpha + P V for R rows and keys [first, last); the sum over the tile meets O once.
-/// Guarded: hidden keys, whose value may be NaN, are passed over; what is left out would add zeros.
+/// O = O * alpha + P V for R rows and keys [first, last); the sum over the tile is added to O once.
+/// Guarded: skips hidden keys, whose values may be NaN.
 template <class S, class T, int R, bool Guarded>
 __attribute__((noinline)) void decode_values(const TileRows<typename T::storage>& rows,
                                              const Rows& layout, int64_t first, int64_t last,
@@ -262,7 +262,7 @@ inline void write_row(const ForwardArgs& args, int64_t batch, int64_t head, int6
     store_lse(args, scoring, batch, head, row, maximum, sum);
 }
 
-/// What one key head's queries hold while they go over the keys.
+/// The queries of one key head, and their state between tiles.
 template <class S, class U>
 struct DecodeHead {
     using storage = typename U::storage;
@@ -276,7 +276,7 @@ struct DecodeHead {
 
     DecodeRow* rows_state() const { return reinterpret_cast<DecodeRow*>(memory + at.state); }
 
-    /// Copies Q, rotated if asked for, and starts each row.
+    /// Copies Q, rotated with rotary on, and starts each row.
     void load_queries() {
         constexpr int W = S::W;
         DecodeRow* state = rows_state();
@@ -325,9 +325,9 @@ struct DecodeHead {
         }
     }
 
-    /// Goes over the keys [first, first + keys), a tile or the rest of one. `ahead` keys from `next` on
-    /// come after them.
-    void over_tile(int64_t first, int64_t keys, int64_t next, int64_t ahead) {
+    /// Adds the keys [first, first + keys), a tile or the rest of one. The next tile begins at
+    /// `next`, and `ahead` of its keys are read.
+    void process_tile(int64_t first, int64_t keys, int64_t next, int64_t ahead) {
         DecodeTile<storage> tile;
         tile.first = first;
         tile.keys = keys;
@@ -336,10 +336,10 @@ struct DecodeHead {
         find(args.value, first, keys, next, ahead, tile.value);
         if (args.rotary.keys) rotate_keys(tile);
         for (int64_t r0 = 0; r0 < at.rows; r0 += decode_rows) switch (at.rows - r0) {
-                case 1: over_rows<1>(r0, tile); break;
-                case 2: over_rows<2>(r0, tile); break;
-                case 3: over_rows<3>(r0, tile); break;
-                default: over_rows<decode_rows>(r0, tile);
+                case 1: process_rows<1>(r0, tile); break;
+                case 2: process_rows<2>(r0, tile); break;
+                case 3: process_rows<3>(r0, tile); break;
+                default: process_rows<decode_rows>(r0, tile);
             }
     }
 
@@ -354,27 +354,27 @@ struct DecodeHead {
     }
 
     template <int R>
-    void over_rows(int64_t r0, const DecodeTile<storage>& tile) {
+    void process_rows(int64_t r0, const DecodeTile<storage>& tile) {
         float alpha[R];
         score_tile<R>(r0, tile);
         const bool hides = softmax_tile<R>(r0, tile, alpha);
         accumulate_tile<R>(r0, tile, alpha, hides);
     }
 
-    /// The first rows to come this way fetch the next tile.
-    static bool fetches(int64_t r0) { return r0 == 0; }
+    /// Whether the rows from r0 on prefetch the next tile: the first ones do.
+    static bool prefetches(int64_t r0) { return r0 == 0; }
 
     template <int R>
     void score_tile(int64_t r0, const DecodeTile<storage>& tile) {
-        decode_scores<S, U, R>(tile.key, tile.key_layout, tile.keys, fetches(r0), args.head_dim,
+        decode_scores<S, U, R>(tile.key, tile.key_layout, tile.keys, prefetches(r0), args.head_dim,
                                memory + at.query + r0 * at.depth, at.depth, false, scores);
-        if (args.qv.data)  // accumulate_tile() fetches the next tile's values
+        if (args.qv.data)  // accumulate_tile() prefetches the next tile's values
             decode_scores<S, U, R>(tile.value, args.value, tile.keys, false, args.head_dim_v,
                                    memory + at.qv + r0 * at.depth_qv, at.depth_qv, true, scores);
     }
 
-    /// Scores -> probabilities, maxima and sums; then dropout. `alpha`: what each row's O is to be
-    /// multiplied with. Returns whether some row may have a score of -inf for a key that it sees.
+    /// Scores -> probabilities, maxima and sums; then dropout. `alpha`: the factor for each row's
+    /// O. Returns whether some row may have a score of -inf for a key that it sees.
     template <int R>
     bool softmax_tile(int64_t r0, const DecodeTile<storage>& tile, float (&alpha)[R]) {
         bool hides = false;
@@ -418,8 +418,8 @@ struct DecodeHead {
                 some.end > all.end;
         float* out = memory + at.out + r0 * at.channels;
         if (!hides || rows_finite<S, T>(tile.value, args.value, some.begin, some.end, Dv))
-            decode_values<S, T, R, false>(tile.value, args.value, some.begin, some.end, fetches(r0),
-                                          Dv, scores, alpha, out, at.channels);
+            decode_values<S, T, R, false>(tile.value, args.value, some.begin, some.end,
+                                          prefetches(r0), Dv, scores, alpha, out, at.channels);
         else
             for (int r = 0; r < R; ++r)
                 decode_values<S, T, 1, true>(tile.value, args.value, some.begin, some.end, false,
@@ -427,8 +427,8 @@ struct DecodeHead {
                                              out + r * at.channels, at.channels);
     }
 
-    /// Writes the result, or, when `part` is not null, each row's O undivided, its maximum and its sum
-    /// there.
+    /// Writes the result, or, when `part` is not null, each row's O undivided, its maximum and its
+    /// sum there.
     void store_rows(float* part) const {
         for (int64_t r = 0; r < at.rows; ++r) {
             const float *o = memory + at.out + r * at.channels, *sum = memory + at.sum + r * S::W;
@@ -466,7 +466,8 @@ void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int
     const auto tile_from = [&](int64_t from) {
         return next_tile(sequence.visible, int64_t{0}, last, from, decode_tile);
     };
-    const auto keys_from = [&](int64_t from) -> int64_t {  // of the tile there: how many are read
+    // How many keys are read of the tile that begins at `from`.
+    const auto keys_from = [&](int64_t from) -> int64_t {
         const int64_t left = key_end > from ? key_end - from : 0;
         return seen_by_some(sequence.visible, int64_t{0}, last, from,
                             left < decode_tile ? left : decode_tile)
@@ -475,7 +476,7 @@ void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int
     for (int64_t k0 = tile_from(key_begin), next; k0 < key_end; k0 = next) {
         next = tile_from(k0 + decode_tile);
         const int64_t keys = keys_from(k0), ahead = keys_from(next);
-        for (int64_t h = 0; h < heads; ++h) head(h).over_tile(k0, keys, next, ahead);
+        for (int64_t h = 0; h < heads; ++h) head(h).process_tile(k0, keys, next, ahead);
     }
     const int64_t row_floats = at.rows * (at.channels + 2);
     for (int64_t h = 0; h < heads; ++h) head(h).store_rows(part ? part + h * row_floats : nullptr);
@@ -500,7 +501,7 @@ void decode_merge(const ForwardArgs& args, int64_t batch, int64_t head, int64_t 
         const float* from = part + s * stride;
         const float m = from[channels];
         if (m == -infinity) {
-            // It saw no key, or only such as weigh nothing beside any other; a NaN has to show.
+            // No key has weight; NaN propagates.
             total += from[channels + 1];
             continue;
         }

@@ -1,7 +1,7 @@
 // Dropout: shared/philox.h for many probabilities at a time.
 //
 // A word lies in the lower half of a 64-bit lane, where one multiplication gives a whole product.
-// What the upper halves hold is never looked at, so that words need no shuffles between rounds.
+// The upper halves are ignored, so words need no shuffles between rounds.
 #pragma once
 
 #include "cpu/isa/kernels.h"
@@ -11,8 +11,8 @@
 namespace umfa::cpu {
 namespace {
 
-/// The rounds of philox(); words that all lanes share are scalars as long as they can be.
-/// done(word 0, ..., word 3): vectors, unless the lanes shared all of the counter.
+/// The rounds of philox(). A word that all lanes share stays a scalar until it is mixed with a
+/// vector. done(word 0, ..., word 3): vectors, unless the lanes shared all of the counter.
 template <class S, int Rounds, class A, class B, class C, class D, class Done>
 inline __attribute__((always_inline)) void philox_rounds(A a, B b, C c, D d, PhiloxKey key,
                                                          Done&& done) {
@@ -48,8 +48,8 @@ inline uint64_t dropout_batch(const Dropout& dropout, int64_t batch) {
 }
 
 /// Drops probabilities of one panel: keys [first, last) of the tile that begins at `tile`, as
-/// exponentials() leaves them. Up to 15 more keys on either side are computed: sixteens of keys share
-/// their random words, and tiles hold whole ones.
+/// exponentials() leaves them. Up to 15 more keys on either side are computed: sixteen keys share
+/// their random words, and a tile has a multiple of 16 keys.
 template <class S, class U>
 __attribute__((noinline)) void drop_panel(const Dropout& dropout, int64_t batch, int64_t head,
                                           int64_t query, int64_t tile, int64_t first, int64_t last,
@@ -87,8 +87,8 @@ __attribute__((noinline)) void drop_panel(const Dropout& dropout, int64_t batch,
                 drop_four(k + 2 * i, static_cast<uint64_t>((tile + k) / 4 + i), n);
 }
 
-/// Drops probabilities of one query: the `keys` keys from `first`, a multiple of 16, on. They take
-/// whole sixteens, and whole pairs of vectors.
+/// Drops probabilities of one query: the `keys` keys from `first`, a multiple of 16, on. `p` has
+/// room for a multiple of 16 and of two vectors.
 template <class S>
 __attribute__((noinline)) void drop_keys(const Dropout& dropout, int64_t batch, int64_t head,
                                          int64_t query, int64_t first, int64_t keys, float* p) {

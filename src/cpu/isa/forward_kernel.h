@@ -11,8 +11,8 @@
 // Key tiles start at multiples of block_kv whatever the block of queries, and lanes never mix: the
 // bits of a row do not depend on block sizes, threads, or the other rows.
 //
-// S is an instruction set's vectors, with `mr` (keys or channels per micro-tile) and `nv` (vectors of
-// queries per panel); U is what the micro-kernels multiply.
+// S is an instruction set's vectors, with `mr` (keys or channels per micro-tile) and `nv` (vectors
+// of queries per panel); U is what the micro-kernels multiply.
 #pragma once
 
 #include "cpu/isa/bias.h"
@@ -47,12 +47,11 @@ struct Scratch {
         panels = 0;
         scores = panels + panel_count * panel_floats<S>;
         probabilities = scores + (U::E == 1 ? 0 : block_kv * N);
-        bias = probabilities + block_kv * N;  // [key][lane], and what whole vectors of keys add
-        query = bias + (args.mask.element == ElementType::none
-                            ? 0
-                            : (block_kv + S::W) * N);  // [panel][depth][N]
-        out = query + panel_count * depth * N;         // [panel][channels][N]
-        key = out + panel_count * channels * N;        // [group][depth][mr]
+        bias = probabilities + block_kv * N;  // [key][lane], whole vectors of keys
+        const bool has_mask = args.mask.element != ElementType::none;
+        query = bias + (has_mask ? (block_kv + S::W) * N : 0);  // [panel][depth][N]
+        out = query + panel_count * depth * N;                  // [panel][channels][N]
+        key = out + panel_count * channels * N;                 // [group][depth][mr]
         value = key + block_kv * depth + slack;
         // An odd number of cache lines: rows of V spread over all sets of the L1 cache.
         value_pitch = ((channels + 15) / 16 | 1) * 16;
@@ -62,9 +61,8 @@ struct Scratch {
 };
 
 /// O^T of one panel, MR channels of it: O^T = O^T * alpha + V^T P^T; without the first term where
-/// the panel is `fresh`.
-/// The sum starts at zero and meets O once: a long series of tiles rounds O once per tile, not once
-/// per key, so that 2**24 keys of equal weight still count.
+/// the panel is `fresh`. The sum over the tile starts at zero and is added to O once: O is rounded
+/// once per tile, not once per key, so that 2**24 keys of equal weight still count.
 template <class S, class U, int MR>
 __attribute__((noinline)) void accumulate(const float* value, int64_t pitch, const float* p,
                                           int64_t units, const Panel<S>& panel, float* o) {
@@ -104,7 +102,7 @@ inline void accumulate_guarded(int64_t channels, const float* value, int64_t pit
     }
 }
 
-/// Adds what pack_values left out. Hidden keys add 0, which changes no bits.
+/// Adds the tiny values that pack_values() left out. Hidden keys add 0, which changes no bits.
 template <class S, class U>
 inline void accumulate_tiny(const typename U::storage* const* rows, int64_t stride_channel,
                             int64_t keys, int64_t channels, const float* p, int64_t first,
@@ -155,8 +153,9 @@ inline void score_panel(const Scoring& scoring, const float* key, const float* q
         });
 }
 
-/// Asks for a share, part of parts, of the rows that a block begins with: its queries and its first
-/// tile of keys and values. Without it, 512 keys from memory took a tenth of the time.
+/// Prefetches share `part` of `parts` of the rows that a block reads first: its queries and its
+/// first tile of keys and values. Without it, waiting for them took a tenth of the time with 512
+/// keys.
 template <class storage>
 inline void prefetch_block(const ForwardArgs& args, const Block& block, int64_t part,
                            int64_t parts) {
@@ -185,7 +184,7 @@ inline void prefetch_block(const ForwardArgs& args, const Block& block, int64_t 
 /// Groups of S::mr keys of a tile, as one panel computes them.
 struct KeyGroups {
     int64_t first, last;            // those with a key that some row sees
-    int64_t open_first, open_last;  // those in which no weight has to be told from a hidden key's
+    int64_t open_first, open_last;  // those whose scores need no comparison with -inf
     KeyRange all;                   // keys that every row sees, but for a dense mask
 
     bool empty() const { return first >= last; }
@@ -213,7 +212,7 @@ struct ForwardBlock {
     // The tile: where it begins, how many keys it has, and where their rows are.
     int64_t tile = 0, keys = 0;
     const storage *k_rows[block_kv], *v_rows[block_kv];
-    Contents values{};
+    PackedValues values{};
 
     ForwardBlock(const ForwardArgs& all_args, const Block& block, float* scratch)
         : args(all_args),
@@ -242,8 +241,8 @@ struct ForwardBlock {
     /// `rows` or less, where the last group of S::mr is not whole.
     static int64_t height(int64_t rows) { return rows < S::mr ? rows : S::mr; }
 
-    /// Packs Q, rotated if asked for, and starts each row. Lanes past the last query hold zeros and
-    /// are never stored.
+    /// Packs Q, rotated with rotary on, and starts each row. Lanes past the last query hold zeros
+    /// and are never stored.
     void load_queries() {
         for (int64_t i = 0; i < panels * N; i += W) {
             const storage* rows[W];
@@ -261,8 +260,8 @@ struct ForwardBlock {
         for (int64_t p = 0; p < panels; ++p) start(panel[p]);
     }
 
-    /// Rotates W queries from the block's i-th on, where asked for, into the place of the keys, which
-    /// come later. Returns the rows' stride between channels.
+    /// With rotary on, rotates W queries from the block's i-th on and points `rows` at the result,
+    /// which lies where the keys are packed later. Returns the rows' stride between channels.
     int64_t rotate_queries(int64_t i, const storage* (&rows)[W]) {
         if (args.rotary.element == ElementType::none) return args.query.stride_channel;
         storage* rotated = reinterpret_cast<storage*>(memory + at.key);
@@ -298,7 +297,7 @@ struct ForwardBlock {
                                    memory + at.value);
     }
 
-    /// Rotates the tile's keys, where asked for. Returns their stride between channels.
+    /// Rotates the tile's keys where rotary says so. Returns their stride between channels.
     int64_t rotate_keys() {
         if (!args.rotary.keys) return args.key.stride_channel;
         storage* rotated = reinterpret_cast<storage*>(memory + at.rotated);
@@ -310,8 +309,8 @@ struct ForwardBlock {
         return 1;
     }
 
-    /// Asks for panel p's share of what comes next and may have to come from memory: the tile that
-    /// begins at `next`; after the last one, the rows to be written and the next block.
+    /// Prefetches panel p's share of what is needed next: the tile that begins at `next`; after the
+    /// last one, the rows to be written and the next block.
     void prefetch(int64_t p, int64_t next, const Block* next_block) const {
         if (next >= sequence.seqlen_kv) {
             const int64_t rows = q_end - q_begin;
@@ -329,7 +328,7 @@ struct ForwardBlock {
         }
     }
 
-    /// What panel p computes of the tile. What is left out would add zeros.
+    /// The groups of the tile that panel p computes. The others would add zeros.
     KeyGroups groups_of(int64_t p) const {
         const int64_t i0 = q_begin + p * N, i1 = (i0 + N < q_end ? i0 + N : q_end) - 1;
         const KeyRange some = seen_by_some(sequence.visible, i0, i1, tile, keys);
@@ -341,15 +340,16 @@ struct ForwardBlock {
         groups.first = down(some.begin);
         groups.last = full < padded ? full : padded;
         const int64_t open_first = up(groups.all.begin), open_last = down(groups.all.end);
-        // The weight of a key with a score of -inf is that of a hidden key: its value must not come
-        // through. Of finite values nothing comes through a weight of 0.
+        // A key with a score of -inf counts as hidden: if its value is inf or NaN, a weight of 0
+        // does not hide it. For finite values it does.
         const bool open = !has_mask && values.finite && open_first < open_last;
         groups.open_first = open ? open_first : groups.last;
         groups.open_last = open ? open_last : groups.last;
         return groups;
     }
 
-    /// Reads the dense mask of panel p, if there is one. Returns it as the scores lie, or null.
+    /// Reads the dense mask of panel p. Returns it, laid out as the scores, or null if there is
+    /// none.
     const float* mask_tile(int64_t p, const KeyGroups& groups) {
         if (!has_mask) return nullptr;
         const int64_t row = q_begin + p * N, last = groups.last < keys ? groups.last : keys;

@@ -17,7 +17,7 @@ struct Rows {
     int64_t stride_batch, stride_head, stride_row, stride_channel;
 };
 
-/// One sequence of the batch: where its rows begin, and which of them see each other.
+/// One sequence of the batch: where its rows begin, and which keys its queries see.
 struct Sequence {
     int64_t query_batch, query_row;  // its first row in query, out and lse
     int64_t kv_batch, kv_row;        // its first key; unused with pages
@@ -27,7 +27,7 @@ struct Sequence {
     const int32_t* pages;  // batch index of every page_size keys; null: they follow each other
 };
 
-/// Elements of a mask or of another table that kernels read.
+/// Element type of a mask or of another table; none: there is no table.
 enum class ElementType : int32_t { none, boolean, f32, f16, bf16 };
 
 /// cos and sin by position and pair of channels.
@@ -48,13 +48,13 @@ struct Mask {
     ElementType element;
 };
 
-/// Rows that go into key and value of each sequence, the last `rows` of its seqlen_kv.
+/// New rows of key and value: the last `rows` of the seqlen_kv of each sequence.
 struct Append {
     Rows key, value;
     int64_t rows, heads;
 };
 
-/// What is dropped: shared/philox.h. Index b of the batch is `batch_first` + b * `batch_step` there.
+/// Dropout as in shared/philox.h. Index b of the batch is `batch_first` + b * `batch_step` there.
 struct Dropout {
     PhiloxKey key;
     uint32_t threshold;  // 0: nothing is dropped
@@ -64,7 +64,7 @@ struct Dropout {
 
 struct ForwardArgs {
     Rows query, key, value, out;
-    Rows qv;                    // meets the values; data is null when there is none
+    Rows qv;                    // qv.value is added to query.key; data is null when there is none
     Rows lse;                   // data is null when not asked for
     const Sequence* sequences;  // one for each index of the batch
     int64_t page_size;
@@ -88,8 +88,9 @@ struct Block {
     int64_t sequence, head, first;
 };
 
-/// `next`: the block that this thread will probably be given after this one, or null; its first rows
-/// are fetched meanwhile. `scratch`: scratch_floats() floats, 64-byte aligned, contents undefined.
+/// `next`: the block that this thread will probably be given after this one, or null; its first
+/// rows are fetched meanwhile. `scratch`: scratch_floats() floats, 64-byte aligned, contents
+/// undefined.
 using ForwardFn = void (*)(const ForwardArgs&, const Block& block, const Block* next,
                            float* scratch);
 
@@ -123,7 +124,7 @@ struct DtypeKernels {
 
 struct Kernels {
     const char* name;
-    const Kernels* base;  // has what is null here; null: nothing is
+    const Kernels* base;  // has the kernels that are null here
     int lanes;            // queries that one panel holds
     DtypeKernels f32, f16, bf16;
 };

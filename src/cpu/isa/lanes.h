@@ -19,7 +19,7 @@ struct Lanes {
     static vf exp2(vf x) {
         if constexpr (S::native_exponent) {
             const vf whole = S::round(x);
-            // Below -126 the result is 0 whatever the polynomial says, infinity's NaN included.
+            // Below -126 the result is 0, also for -inf, where the polynomial is NaN.
             return S::scale_unless_tiny(polynomial(x - whole), whole, x);
         } else {
             constexpr float magic = 12582912.f;  // 1.5 * 2**23: adding it rounds to an integer

@@ -1,5 +1,5 @@
-// NEON with BF16 (Armv8.6, Apple M2): bfloat16 products at twice the rate of float ones. The rest is
-// neon.cpp's.
+// NEON with BF16 (Armv8.6, Apple M2): bfloat16 products at twice the rate of float ones. The rest
+// is neon.cpp's.
 //
 // Unless FPCR.EBF is set, BFDOT takes subnormal numbers as 0: see Bf16Units.
 #define UMFA_VECTOR_LANES 4
@@ -12,8 +12,8 @@ namespace {
 struct Simd : Neon {
     struct Bf16Lanes {
         static vf load(const float* p) { return Neon::load(p); }
-        // As text: from vbfdotq_laneq_f32 clang 22 makes a broadcast and a plain BFDOT where the
-        // operand comes from memory, 42 instructions in the loop instead of 30.
+        // As inline assembly: from vbfdotq_laneq_f32 clang 22 makes a broadcast and a plain BFDOT
+        // where the operand comes from memory, 42 instructions in the loop instead of 30.
         template <int Lane>
         static vf fma(vf acc, vf a, vf b) {
             __asm__("bfdot %0.4s, %1.8h, %2.2h[%3]" : "+w"(acc) : "w"(b), "w"(a), "i"(Lane));

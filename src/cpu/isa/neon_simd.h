@@ -1,10 +1,10 @@
 // Vectors of NEON, which every arm64 CPU has.
 //
 // float16 is converted to float32 on the way into a panel. Sums in float16 (FMLA at twice the rate)
-// are out: with 128 channels of normal numbers they put scores off by up to 0.011 after scaling, the
-// output by 1.5e-3 and its log-sum-exp by 5e-4, where 1e-3 and 2e-5 are promised. FMLAL sums in
-// float32, but at the rate of float32's FMLA: all it would save is that conversion, one instruction
-// for each 128 FMLAs, at the price of probabilities rounded to float16.
+// are not accurate enough: with 128 channels of normal numbers they put scores off by up to 0.011
+// after scaling, the output by 1.5e-3 and its log-sum-exp by 5e-4, where 1e-3 and 2e-5 are
+// promised. FMLAL sums in float32, but at the rate of float32's FMLA: all it would save is that
+// conversion, one instruction for each 128 FMLAs, at the price of probabilities rounded to float16.
 #pragma once
 
 #include <arm_neon.h>
@@ -18,8 +18,8 @@ struct Neon : SimdBase {
     static constexpr int mr = 12, nv = 2;  // 24 accumulators of 32 registers
     static constexpr bool native_exponent = true;
 
-    /// By lane: 5 loads for 24 FMAs. A broadcasting load (ld1r) per a[m] would make it 14, and takes
-    /// a slot of the vector units on Arm's own cores. `Lanes` has the instruction.
+    /// By lane: 5 loads for 24 FMAs. A broadcasting load (ld1r) per a[m] would make it 14, and
+    /// takes a slot of the vector units on Arm's own cores. `Lanes` has the instruction.
     template <class Lanes, int M = 0, int MR, int NV>
     static inline __attribute__((always_inline)) void by_lane(vf (&acc)[MR][NV], const float* a,
                                                               const vf (&b)[NV]) {
@@ -53,8 +53,8 @@ struct Neon : SimdBase {
         return (vq)vmull_n_u32(vmovn_u64((uint64x2_t)x), factor);
     }
     static bool any(vi x) { return vmaxvq_u32((uint32x4_t)x) != 0; }
-    /// NaN where either is: more than simd.h's, and as good, since one NaN score makes all of the
-    /// row NaN.
+    /// NaN where either is NaN, unlike simd.h's. Results are the same: one NaN score makes its
+    /// whole row NaN.
     static vf max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
     static vf round(vf x) { return (vf)vrndnq_f32((float32x4_t)x); }
     /// p * 2**whole; 0 where x < -126.

@@ -77,16 +77,17 @@ inline void pack_transposed(const typename U::storage* const* rows, int64_t coun
         }
 }
 
-/// What a tile of V holds.
-struct Contents {
+/// What pack_values() found in a tile of V.
+struct PackedValues {
     bool tiny;    // values that U leaves out
     bool finite;  // no inf and no NaN
 };
 
 /// dst[unit * pitch + channel] for a tile of V; up to W floats after each row may be written.
 template <class S, class U>
-inline Contents pack_values(const typename U::storage* const* rows, int64_t count,
-                            int64_t stride_channel, int64_t channels, int64_t pitch, float* dst) {
+inline PackedValues pack_values(const typename U::storage* const* rows, int64_t count,
+                                int64_t stride_channel, int64_t channels, int64_t pitch,
+                                float* dst) {
     using storage = typename U::storage;
     constexpr int W = S::W;
     const storage nothing[W] = {};

@@ -1,7 +1,8 @@
-// The micro-kernel of both products: c[m][lanes] = sum_k a[k][m] * b[k][lanes], MR x (NV vectors) of
-// accumulators in registers. `a` has MR units in a row, each broadcast, and the next step's `a_step`
-// units further; `b` holds NV vectors per step. The caller's `done(acc)` takes the sums while they are
-// still in registers: scores are scaled, masked and compared with the running maximum there.
+// The micro-kernel of both products: c[m][lanes] = sum_k a[k][m] * b[k][lanes], MR x (NV vectors)
+// of accumulators in registers. `a` has MR units in a row, each broadcast, and the next step's
+// `a_step` units further; `b` holds NV vectors per step. The caller's `done(acc)` takes the sums
+// while they are still in registers: scores are scaled, masked and compared with the running
+// maximum there.
 //
 // AVX-512 on Zen 4: 24 accumulators; 12 broadcasts + 2 loads feed 24 FMAs.
 #pragma once
@@ -30,8 +31,8 @@ inline __attribute__((always_inline)) void micro_kernel(const float* a, int64_t 
     done(acc);
 }
 
-/// Panels hold S::mr rows, the last one what is left, rounded up to a third of that: few sizes to
-/// compile, few rows computed for nothing.
+/// Panels hold S::mr rows, the last one the rest, rounded up to a multiple of S::mr / 3: few sizes
+/// to compile, and few rows computed in vain.
 template <class S>
 constexpr int row_step = S::mr % 3 == 0 ? S::mr / 3 : S::mr;
 

@@ -1,5 +1,5 @@
-// Rotary position embedding (Su et al. 2021) of one row, rounded to the row's type as if it had been
-// a pass of its own.
+// Rotary position embedding (Su et al. 2021) of one row, rounded to the row's type, as a separate
+// pass would.
 #pragma once
 
 #include "cpu/isa/pack.h"

@@ -155,7 +155,8 @@ struct SimdBase {
         bits = exponent == 0u ? (vu)subnormal : bits;
         return (vf)(bits | ((h & 0x8000u) << 16));
     }
-    // Round to nearest even, overflow to inf; subnormals by letting a float addition do the rounding.
+    // Round to nearest even, overflow to inf; subnormals by letting a float addition do the
+    // rounding.
     static void store_f16(uint16_t* p, vf x) {
         const vu u = (vu)x, sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
         const vu normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;

@@ -15,7 +15,7 @@ struct Panel {  // one panel of queries: nv * W lanes
     VisibleRows<N> visible;  // of the current tile
     // maximum is in the units of the scores as they are kept: q.k if plain, else log2.
     float tile_maximum[N], alpha[N], maximum[N], sum[N];
-    bool fresh;  // no tile seen: O holds nothing yet
+    bool fresh;  // no tile so far: O is not set
 };
 
 template <class S>
@@ -27,13 +27,13 @@ inline void start(Panel<S>& panel) {
     }
 }
 
-/// Key that stands where query `row` does, for ALiBi: relative to the tile. The last query stands at
-/// the last key.
+/// Position of query `row` among the keys, for ALiBi, relative to the tile. The last query has the
+/// position of the last key.
 inline int32_t diagonal_of(const Sequence& sequence, int64_t row, int64_t tile) {
     return static_cast<int32_t>(row + sequence.seqlen_kv - sequence.seqlen_q - tile);
 }
 
-/// How scores become exponents; the same for a whole call, but for the slope.
+/// How scores become exponents; the same for a whole call, except for the slope.
 struct Scoring {
     float scale, scale_low;  // as in ForwardArgs
     float softcap;
@@ -59,9 +59,9 @@ inline Scoring scoring_of(const ForwardArgs& args, int64_t batch, int64_t head) 
     return s;
 }
 
-/// exp(score - maximum) from the difference of the two as they are kept. Plain scores are scaled
-/// only now, by a scale of two floats: however large they are, what exp2 sees is right to its last
-/// bits.
+/// exp(score - maximum), from the difference of the two in the units of Panel::maximum. Plain
+/// scores are scaled only here, by a scale of two floats, so that the argument of exp2 is right to
+/// its last bits however large the scores are.
 template <class S, bool Plain>
 inline typename S::vf exponential(const Scoring& scoring, typename S::vf difference) {
     difference = S::max(S::splat(scoring.floor), difference);
@@ -69,7 +69,7 @@ inline typename S::vf exponential(const Scoring& scoring, typename S::vf differe
     return Lanes<S>::exp2(difference * scoring.scale + difference * scoring.scale_low);
 }
 
-/// What a row's O is to be divided by: its sum, with the sink's share. 0: it saw no key.
+/// Divisor of a row's O: its sum, with the sink's share. 0 when it saw no key.
 inline float divisor_of(const ForwardArgs& args, const Scoring& scoring, int64_t head,
                         float maximum, float sum) {
     if (!args.sinks || sum == 0) return sum;
@@ -86,14 +86,14 @@ inline void store_lse(const ForwardArgs& args, const Scoring& scoring, int64_t b
                  head * args.lse.stride_head + (sequence.query_row + row) * args.lse.stride_row;
     const double unit = scoring.plain ? double{scoring.scale} + scoring.scale_low : 1.0;
     const double empty = args.sinks ? args.sinks[head] * ln_2 : -__builtin_inf();
-    // A sink that float cannot hold beside the keys is all there is.
+    // Beside a sink so large that the sum overflows, the keys do not count.
     const bool sink_only = sum == 0 || (args.sinks && sum > 3e38f);
     *lse = static_cast<float>(sink_only ? empty : (maximum * unit + __builtin_log2(sum)) * ln_2);
 }
 
-/// Scores of MR keys from `first` on: scaled, capped, biased, masked as asked; stored, and their
-/// maximum kept. `diagonal`: key position, relative to the tile, of lane 0's own key. `bias`: of the
-/// same keys, as scores lie, or null.
+/// Finishes the scores of MR keys from `first` on: scales, caps, biases and masks them, stores them
+/// and updates the tile's maximum. `diagonal`: diagonal_of() for lane 0. `bias`: the dense mask of
+/// these keys, laid out as the scores, or null.
 template <class S, bool Masked, bool Plain, int MR>
 inline __attribute__((always_inline)) void finish_scores(typename S::vf (&acc)[MR][S::nv],
                                                          const Scoring& scoring, int32_t first,

@@ -32,18 +32,18 @@ struct FloatUnits {
     static vf times_zero(vf x) { return x * 0.f; }
     /// x with 0 where p is negative.
     static vf seen(vf x, vf p) { return (vf)((vi)x & ~((vi)p >> 31)); }
-    /// Probabilities p with 0 where they are dropped (all bits set, for each of E). The sign stays:
-    /// hidden keys are still told by it.
+    /// Probabilities p with 0 where they are dropped (all bits set, for each of E). The sign
+    /// stays: it marks hidden keys.
     static vf without(vf p, const vi* dropped) { return (vf)((vi)p & ~(dropped[0] & 0x7fffffff)); }
 };
 
 /// Pairs of bfloat16 for instructions that add two products to a float. Queries, keys and values
 /// pass unchanged; probabilities are rounded to bfloat16.
 ///
-/// The instructions take subnormal numbers, and give subnormal results, as 0. For scores that is
-/// nothing, unless softmax_scale is some 2**100. Values below 2**-100 are left out of the product
-/// (`without_tiny`), and added by ordinary multiplications in the rare tile that holds any (see
-/// accumulate_tiny).
+/// The instructions take subnormal numbers, and give subnormal results, as 0. That does not matter
+/// for scores, unless softmax_scale is near 2**100. Values below 2**-100 are left out of the
+/// product (`without_tiny`), and added by ordinary multiplications in the rare tile that holds any
+/// (see accumulate_tiny).
 template <class S>
 struct Bf16Units {
     using type = BF16;
