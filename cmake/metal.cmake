@@ -86,6 +86,10 @@ target_sources(libumfa PRIVATE ${embedded})
 # ---- the host --------------------------------------------------------------------------------------
 file(GLOB host_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/metal/*.mm)
 
+if(umfa_metal STREQUAL "OFF")
+  target_sources(libumfa PRIVATE ${PROJECT_SOURCE_DIR}/src/metal/unavailable.cpp)
+endif()
+
 if(umfa_metal STREQUAL "ON")
   enable_language(OBJCXX)
   # Of the target, which exists already: variables would come too late for it.
@@ -94,7 +98,6 @@ if(umfa_metal STREQUAL "ON")
   target_sources(libumfa PRIVATE ${host_sources})
   set_source_files_properties(${host_sources} PROPERTIES LANGUAGE OBJCXX
     COMPILE_OPTIONS "-fobjc-arc;-Wunguarded-availability-new")
-  target_compile_definitions(libumfa PRIVATE UMFA_HAS_METAL)
   # CoreGraphics: without it in the process MTLCreateSystemDefaultDevice returns nil.
   target_link_libraries(libumfa PRIVATE "-framework Metal" "-framework Foundation"
     "-framework CoreGraphics")
@@ -139,7 +142,6 @@ if(umfa_metal STREQUAL "DOUBLE")
     set_source_files_properties(${object} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
     target_sources(libumfa PRIVATE ${object})
   endforeach()
-  target_compile_definitions(libumfa PRIVATE UMFA_HAS_METAL)
 
   # cmake --build ... --target double_stress, for the sanitizers.
   add_executable(double_stress EXCLUDE_FROM_ALL ${PROJECT_SOURCE_DIR}/tests/metal/host/stress.cpp)

@@ -98,7 +98,7 @@ def cpp(metallib: Path | None) -> str:
     embedded, returned = _metallib(metallib)
     return (
         "// Written by shaders/embed.py.\n"
-        '#include "metal/shaders.h"\n\n'
+        '#include "core/instruments.h"\n\n'
         f"{embedded}"
         "namespace umfa::metal {\n\n"
         f"std::string_view shader_text(std::string_view file) {{\n{branches}    return {{}};\n"

@@ -15,19 +15,26 @@ struct Verdict {
     std::string reason;
 };
 
+/// How a backend does one operation, whose calls `P` describes.
+template <class P>
+struct Operation {
+    uint32_t features = 0;               // bitwise or of `Feature`s
+    Verdict (*can)(const P&) = nullptr;  // what features do not say; null: everything
+    void (*run)(const P&) = nullptr;     // null: the backend has no such operation
+    /// Records the work in the caller's stream (an id<MTLCommandBuffer>), and neither commits it nor
+    /// waits. The tensors' memory must stay until the stream has run. Null: there are no streams.
+    void (*encode)(const P&, void* stream) = nullptr;
+};
+
 struct Backend {
     const char* name;
-    uint32_t features;        // bitwise or of `Feature`s
-    Verdict (*available)();   // is it there at all, on this machine and in this build
-    bool (*can_see)(Device);  // can it read tensors on that device
-    Verdict (*can_forward)(const Problem&);  // what features do not say; null: everything
-    bool (*worthwhile)(const Problem&);      // may "auto" choose it before others; null: always
-    void (*forward)(const Problem&);
+    Verdict (*available)();   // whether it is there, on this machine and in this build
+    bool (*can_see)(Device);  // whether it can read tensors on that device
+    Operation<Problem> forward;
+    bool (*worthwhile)(const Problem&) =
+        nullptr;  // may "auto" choose it before others; null: always
 
     // Of a backend whose device is not the CPU; else null.
-    /// Records the work in the caller's stream (an id<MTLCommandBuffer>), and neither commits it nor
-    /// waits. The tensors' memory must stay until the stream has run.
-    void (*encode_forward)(const Problem&, void* stream) = nullptr;
     /// Memory that `TensorView::data` can name on the device; throws `Error` when there is none.
     void* (*allocate)(uint64_t bytes, std::string_view function) = nullptr;
     void (*deallocate)(void* memory) = nullptr;
@@ -39,7 +46,7 @@ namespace cpu {
 extern const Backend backend;
 }
 namespace metal {
-extern const Backend backend;  // in builds that have it
+extern const Backend backend;  // in every build: metal/unavailable.cpp where there is no Metal
 }
 
 }  // namespace umfa

@@ -5,27 +5,11 @@
 
 #include "core/error.h"
 #include "core/stats.h"
-#include "metal/plan_forward.h"
 
 namespace umfa {
 namespace {
 
-#ifdef UMFA_HAS_METAL
-const Backend& built_in_metal = metal::backend;
-#else
-// The Metal backend has its place in the routing, and its planner says what it could do; this build
-// carries no code to do it.
-Verdict metal_available() { return {false, "this build of umfa has no Metal backend"}; }
-bool metal_can_see(Device) { return true; }
-void metal_forward(const Problem& problem) {
-    fail(ErrorKind::internal, problem.function, "the Metal backend was called", "metal", "cpu");
-}
-const Backend built_in_metal{"metal",       metal::forward_features, metal_available,
-                             metal_can_see, metal::can_plan_forward, nullptr,
-                             metal_forward};
-#endif
-
-std::atomic<const Backend*> metal_backend{&built_in_metal};
+std::atomic<const Backend*> metal_backend{&metal::backend};
 
 struct Backends {
     const Backend* in_order_of_preference[2] = {metal_backend.load(), &cpu::backend};
@@ -33,17 +17,21 @@ struct Backends {
     auto end() const { return std::end(in_order_of_preference); }
 };
 
+std::string missing_text(uint32_t missing, const Problem& problem) {
+    const auto feature = static_cast<Feature>(missing & -missing);  // the lowest set bit
+    std::string reason = std::string(name_of(feature)) + " is not implemented";
+    if (feature == Feature::dropout) reason += " (dropout_p=" + text_of(problem.dropout->p) + ")";
+    return reason;
+}
+
 Verdict verdict_of(const Backend& backend, const Problem& problem) {
+    const Operation<Problem>& forward = backend.forward;
     // What it could never do comes first: that says more than that it is not here.
-    if (const uint32_t missing = problem.features() & ~backend.features) {
-        const auto feature = static_cast<Feature>(missing & -missing);  // the lowest set bit
-        std::string reason = std::string(name_of(feature)) + " is not implemented";
-        if (feature == Feature::dropout)
-            reason += " (dropout_p=" + text_of(problem.dropout->p) + ")";
-        return {false, reason};
-    }
+    if (!forward.run) return {false, "attention is not implemented"};
+    if (const uint32_t missing = problem.features() & ~forward.features)
+        return {false, missing_text(missing, problem)};
     Verdict verdict;
-    if (backend.can_forward) verdict = backend.can_forward(problem);
+    if (forward.can) verdict = forward.can(problem);
     if (!verdict.yes) return verdict;
     verdict = backend.available();
     if (!verdict.yes) return verdict;
@@ -122,20 +110,20 @@ const Backend& route(const Problem& problem, std::string_view name) {
 
 void forward(const Backend& backend, const Problem& problem) {
     if (problem.loops.empty()) {
-        backend.forward(problem);
+        backend.forward.run(problem);
     } else {
-        for (int64_t i = 0; i < problem.slices(); ++i) backend.forward(problem.slice(i));
+        for (int64_t i = 0; i < problem.slices(); ++i) backend.forward.run(problem.slice(i));
     }
     count_call(backend);
 }
 
 void encode_forward(const Problem& problem, std::string_view name, void* stream) {
     const Backend& backend = route(problem, name);
-    if (!backend.encode_forward)
+    if (!backend.forward.encode)
         fail(ErrorKind::unsupported, problem.function, "this backend has no streams", backend.name,
              "'metal'");
     for (int64_t i = 0; i < problem.slices(); ++i)
-        backend.encode_forward(problem.loops.empty() ? problem : problem.slice(i), stream);
+        backend.forward.encode(problem.loops.empty() ? problem : problem.slice(i), stream);
     count_call(backend);
 }
 
@@ -152,7 +140,7 @@ const Backend& backend_of(Device device, std::string_view function) {
 }
 
 void set_metal_backend(const Backend* backend) {
-    metal_backend = backend ? backend : &built_in_metal;
+    metal_backend = backend ? backend : &metal::backend;
 }
 
 Stats& stats() {

@@ -1,4 +1,4 @@
-// Routing: which backend carries a Problem out, and why not.
+// Routing: which backend runs a Problem, and why another does not.
 #pragma once
 
 #include <string>
@@ -21,7 +21,7 @@ UMFA_CORE_API Verdict can_run(const Problem& problem, std::string_view name);
 /// The backend for the problem. Throws `Error` with can_run's reason when there is none.
 UMFA_CORE_API const Backend& route(const Problem& problem, std::string_view name);
 
-/// What a call is to be carried out by: `backend.forward`, and the calls counted.
+/// Runs the problem on `backend`, and counts the call.
 UMFA_CORE_API void forward(const Backend& backend, const Problem& problem);
 
 /// Records the call in a caller's stream on the device of `name`, a backend that has streams.

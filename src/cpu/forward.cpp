@@ -237,8 +237,9 @@ Verdict available() {
 
 }  // namespace
 
-const Backend backend{
-    "cpu",   forward_features, available,  [](Device device) { return device == Device::cpu; },
-    nullptr, nullptr,          run_forward};
+const Backend backend{"cpu",
+                      available,
+                      [](Device device) { return device == Device::cpu; },
+                      {forward_features, nullptr, run_forward}};
 
 }  // namespace umfa::cpu

@@ -1,4 +1,4 @@
-#include "cpu/peak.h"
+#include "core/instruments.h"
 
 #include <algorithm>
 #include <chrono>

@@ -4,14 +4,9 @@
 #include <cstdint>
 #include <memory>
 
-#include "core/export.h"
+#include "core/instruments.h"
 
 namespace umfa::cpu {
-
-/// Threads one call uses: set_num_threads, else UMFA_NUM_THREADS, else OMP_NUM_THREADS, else the
-/// usable CPUs. Throws `Error` when the variable is not a positive number.
-UMFA_CORE_API int num_threads();
-UMFA_CORE_API void set_num_threads(int64_t count);
 
 /// num_threads(), or 1 where waking others costs more than they would save: `operations` is the
 /// number of multiplications, or of floats moved.

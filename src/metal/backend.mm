@@ -1,11 +1,11 @@
 // The Metal backend, as the routing sees it.
 #include "core/error.h"
+#include "core/instruments.h"
 #import "metal/autorelease.h"
 #import "metal/context.h"
 #import "metal/executor.h"
 #include "metal/host.h"
 #include "metal/plan_forward.h"
-#include "metal/shaders.h"
 
 namespace umfa::metal {
 namespace {
@@ -53,13 +53,10 @@ std::string describe_device() {
 }  // namespace
 
 const Backend backend{"metal",
-                      forward_features,
                       Context::available,
                       [](Device) { return true; },  // host memory is the GPU's too
-                      can_plan_forward,
+                      {forward_features, can_plan_forward, forward, encode_forward},
                       worthwhile,
-                      forward,
-                      encode_forward,
                       allocate,
                       deallocate,
                       describe_device};

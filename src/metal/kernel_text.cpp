@@ -2,7 +2,7 @@
 
 #include <string_view>
 
-#include "metal/shaders.h"
+#include "core/instruments.h"
 
 namespace umfa::metal {
 

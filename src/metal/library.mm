@@ -2,8 +2,8 @@
 
 #include <dispatch/dispatch.h>
 
+#include "core/instruments.h"
 #include "metal/kernel_text.h"
-#include "metal/shaders.h"
 #import "metal/text.h"
 
 namespace umfa::metal {

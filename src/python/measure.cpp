@@ -7,7 +7,7 @@
 #include <chrono>
 
 #include "core/dispatch.h"
-#include "cpu/peak.h"
+#include "core/instruments.h"
 #include "python/record.h"
 
 namespace umfa::python {

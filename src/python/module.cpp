@@ -10,11 +10,8 @@
 
 #include "core/dispatch.h"
 #include "core/error.h"
+#include "core/instruments.h"
 #include "core/stats.h"
-#include "cpu/features.h"
-#include "cpu/isa/select.h"
-#include "cpu/thread_pool.h"
-#include "metal/shaders.h"
 #include "python/record.h"
 #include "python/values.h"
 #include "umfa/umfa.h"

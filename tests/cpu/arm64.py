@@ -39,8 +39,14 @@ def kernel_sources() -> list[Path]:
 
 
 def other_sources() -> list[Path]:
-    # Of Metal, the planner alone: routing asks it.
-    patterns = ("core/*.cpp", "capi/*.cpp", "cpu/*.cpp", "metal/plan_*.cpp")
+    # Of Metal, the planner: routing asks what it could do.
+    patterns = (
+        "core/*.cpp",
+        "capi/*.cpp",
+        "cpu/*.cpp",
+        "metal/plan_*.cpp",
+        "metal/unavailable.cpp",
+    )
     return [path for pattern in patterns for path in sorted((ROOT / "src").glob(pattern))]
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import test_kernel_math as kernel_math
-
 from frameworks import Array
 
 SOURCE = Path(__file__).with_name("visible.cpp")

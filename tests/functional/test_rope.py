@@ -89,7 +89,9 @@ def test_a30_flux(interleaved: bool) -> None:
 def test_refuses_more_queries_than_keys() -> None:
     x = np.zeros((1, 5, 1, 8), np.float32)
     table = np.ones((9, 4), np.float32)
-    with pytest.raises(ValueError, match=r"seqlen_q must not exceed seqlen_kv with rotary_cos; got 5 and 3;"):
+    with pytest.raises(
+        ValueError, match=r"seqlen_q must not exceed seqlen_kv with rotary_cos; got 5 and 3;"
+    ):
         umfa.fused_rope_attention(x, x[:, :3], x[:, :3], table, table)
 
 

@@ -44,7 +44,7 @@ CXX = (
     *("-include", "float.h"),
     *(f"-I{ROOT / folder}" for folder in ("include", "src", "shaders")),
 )
-CORE = (*CXX, "-DUMFA_BUILDING", "-DUMFA_HAS_METAL", '-DUMFA_VERSION="0"')
+CORE = (*CXX, "-DUMFA_BUILDING", '-DUMFA_VERSION="0"')
 # Names of methods and the availability of what is used: an error here, a crash on an older Mac.
 HOST = (
     *("-x", "objective-c++", "-fobjc-arc", f"-I{HEADERS}"),
@@ -98,7 +98,7 @@ def core_sources() -> list[Path]:
         path
         for folder in ("core", "capi", "cpu", "cpu/isa", "metal")
         for path in (source / folder).glob("*.cpp")
-        if not path.name.startswith("avx")
+        if not path.name.startswith("avx") and path.name != "unavailable.cpp"
     ]
     return sorted([*found, *host_sources()])
 

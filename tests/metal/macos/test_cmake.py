@@ -266,9 +266,9 @@ def test_how_the_host_is_compiled(tmp_path: Path) -> None:
     for name in host:
         assert {
             *("-std=c++20", "-fobjc-arc", "-fvisibility=hidden", "-Wunguarded-availability-new"),
-            *("-DUMFA_HAS_METAL", f"-mmacosx-version-min={cross.FLOOR}"),
+            f"-mmacosx-version-min={cross.FLOOR}",
         } <= set(commands[name]), name
-    assert "-DUMFA_HAS_METAL" in commands["dispatch.cpp"]
+    assert "unavailable.cpp" not in commands
     linked = (mac.build / "build.ninja").read_text()
     for framework in ("Metal", "Foundation", "CoreGraphics"):
         assert f"-framework {framework}" in linked
@@ -281,7 +281,7 @@ def test_off(tmp_path: Path) -> None:
     mac.configure("-DUMFA_METAL=OFF")
     commands = mac.commands()
     assert not [name for name in commands if name.endswith(".mm")]
-    assert "-DUMFA_HAS_METAL" not in commands["dispatch.cpp"]
+    assert "unavailable.cpp" in commands
     assert embedded(mac)[1] == b"", "the text is always there, and is enough without a GPU"
 
 

@@ -18,7 +18,7 @@ METALLIB = b"MTLB" + random.Random(1).randbytes(70_000) + bytes(range(256)) + b"
 NAMES = ["plain", 'a$b (1) it\'s \\n "quoted" %d R&D größer']
 
 # What umfa calls, for C.
-SHIM = """#include "metal/shaders.h"
+SHIM = """#include "core/instruments.h"
 extern "C" __attribute__((visibility("default"))) const char* shim_bytes() {
     return umfa::metal::metallib().data();
 }

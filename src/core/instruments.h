@@ -1,0 +1,51 @@
+// What backends offer besides their operations, to the command line, the benchmarks and the tests.
+// Each backend defines its own.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "core/export.h"
+
+namespace umfa::cpu {
+
+/// Names of the instruction set extensions that this CPU and OS offer, of those umfa cares about.
+UMFA_CORE_API const std::vector<std::string>& features();
+/// The instruction set whose kernels run.
+UMFA_CORE_API std::string isa_in_use();
+/// Every set compiled into this build, best first, and whether this CPU can run it.
+UMFA_CORE_API std::vector<std::pair<std::string, bool>> isa_list();
+/// Forces a set for the whole process; "auto" undoes it. Throws `Error` if it cannot run here.
+UMFA_CORE_API void set_isa(const std::string& name);
+
+/// Threads one call uses: set_num_threads, else UMFA_NUM_THREADS, else OMP_NUM_THREADS, else the
+/// usable CPUs. Throws `Error` when the variable is not a positive number.
+UMFA_CORE_API int num_threads();
+UMFA_CORE_API void set_num_threads(int64_t count);
+
+/// (dtype, instruction set) of every loop for peak() that this CPU can run, the best of each dtype
+/// first.
+UMFA_CORE_API std::vector<std::pair<std::string, std::string>> peaks();
+/// Operations per second of multiply-adds (each counts two) from registers, on operands of `dtype`,
+/// over num_threads() threads. `isa` may name a set of kernels: its family decides, so that "avx512"
+/// finds the bfloat16 loop of "avx512_bf16"; "auto" takes the best there is.
+/// Throws `Error` when this CPU has no such loop.
+UMFA_CORE_API double peak(const std::string& dtype, const std::string& isa);
+/// Bytes per second that num_threads() threads read from a buffer of so many bytes. It is main
+/// memory's only if the buffer is much larger than the caches.
+UMFA_CORE_API double read_bandwidth(int64_t bytes);
+
+}  // namespace umfa::cpu
+
+namespace umfa::metal {
+
+/// Text of a file of shaders/ with its own headers put in, ready for newLibraryWithSource; empty for
+/// an unknown name. Embedded by the build: nothing is looked for on disk at run time.
+UMFA_CORE_API std::string_view shader_text(std::string_view file);
+/// The metallib of all shaders; empty where the build had no compiler of Apple's.
+UMFA_CORE_API std::string_view metallib();
+
+}  // namespace umfa::metal

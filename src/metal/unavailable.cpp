@@ -1,0 +1,22 @@
+// The Metal backend of a build without Metal: its planner says what it could do, but it cannot run.
+#include "core/backend.h"
+#include "core/error.h"
+#include "metal/plan_forward.h"
+
+namespace umfa::metal {
+namespace {
+
+Verdict unavailable() { return {false, "this build of umfa has no Metal backend"}; }
+
+void refuse(const Problem& problem) {
+    fail(ErrorKind::internal, problem.function, "the Metal backend was called", "metal", "cpu");
+}
+
+}  // namespace
+
+const Backend backend{"metal",
+                      unavailable,
+                      [](Device) { return true; },
+                      {forward_features, can_plan_forward, refuse}};
+
+}  // namespace umfa::metal
