@@ -35,16 +35,16 @@ inline device T* place_of(device T* cache, constant OperandStrides& strides,
 /// one buffer: safe as long as no cache is read here.
 template <typename T>
 [[kernel]] void umfa_append(
-    device T* key [[buffer(UMFA_BUFFER_KEY)]], device T* value [[buffer(UMFA_BUFFER_VALUE)]],
-    device const T* new_key [[buffer(UMFA_BUFFER_NEW_KEY)]],
-    device const T* new_value [[buffer(UMFA_BUFFER_NEW_VALUE)]],
-    device const SequenceParams* sequences [[buffer(UMFA_BUFFER_SEQUENCES)]],
-    device const int* page_table [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
+    device T* key [[buffer(UMFA_APPEND_KEY)]], device T* value [[buffer(UMFA_APPEND_VALUE)]],
+    device const T* new_key [[buffer(UMFA_APPEND_NEW_KEY)]],
+    device const T* new_value [[buffer(UMFA_APPEND_NEW_VALUE)]],
+    device const SequenceParams* sequences [[buffer(UMFA_APPEND_SEQUENCES)]],
+    device const int* page_table [[buffer(UMFA_APPEND_PAGES), function_constant(has_pages)]],
     device const uchar* rotary_cos
-    [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
+    [[buffer(UMFA_APPEND_ROTARY_COS), function_constant(has_rotary)]],
     device const uchar* rotary_sin
-    [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
-    constant AppendParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
+    [[buffer(UMFA_APPEND_ROTARY_SIN), function_constant(has_rotary)]],
+    constant AppendParams& params [[buffer(UMFA_APPEND_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint3 threads [[threads_per_threadgroup]],
     uint3 thread_position [[thread_position_in_threadgroup]]) {
     const int batch = group.z, head = group.y, first_row = group.x * params.rows_per_threadgroup;

@@ -10,11 +10,10 @@ using namespace umfa;
 
 /// One threadgroup writes a few rows of one head.
 template <typename T>
-[[kernel]] void umfa_clear(device T* out [[buffer(UMFA_BUFFER_OUT)]],
-                           device float* lse
-                           [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
-                           device const UnusedRows* unused [[buffer(UMFA_BUFFER_TASKS)]],
-                           constant ClearParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
+[[kernel]] void umfa_clear(device T* out [[buffer(UMFA_CLEAR_OUT)]],
+                           device float* lse [[buffer(UMFA_CLEAR_LSE), function_constant(has_lse)]],
+                           device const UnusedRows* unused [[buffer(UMFA_CLEAR_ROWS)]],
+                           constant ClearParams& params [[buffer(UMFA_CLEAR_PARAMS)]],
                            uint3 group [[threadgroup_position_in_grid]],
                            uint3 threads [[threads_per_threadgroup]],
                            uint3 thread_position [[thread_position_in_threadgroup]]) {

@@ -183,25 +183,25 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
 
 template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 [[kernel]] void umfa_decode(
-    device const T* query [[buffer(UMFA_BUFFER_QUERY)]],
-    device const T* key [[buffer(UMFA_BUFFER_KEY)]],
-    device const T* value [[buffer(UMFA_BUFFER_VALUE)]], device T* out [[buffer(UMFA_BUFFER_OUT)]],
-    device float* lse [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
-    device const uchar* mask [[buffer(UMFA_BUFFER_MASK), function_constant(has_mask)]],
-    device const float* slopes [[buffer(UMFA_BUFFER_SLOPES), function_constant(has_alibi)]],
-    device const uchar* sinks [[buffer(UMFA_BUFFER_SINKS), function_constant(has_sinks)]],
+    device const T* query [[buffer(UMFA_DECODE_QUERY)]],
+    device const T* key [[buffer(UMFA_DECODE_KEY)]],
+    device const T* value [[buffer(UMFA_DECODE_VALUE)]], device T* out [[buffer(UMFA_DECODE_OUT)]],
+    device float* lse [[buffer(UMFA_DECODE_LSE), function_constant(has_lse)]],
+    device const uchar* mask [[buffer(UMFA_DECODE_MASK), function_constant(has_mask)]],
+    device const float* slopes [[buffer(UMFA_DECODE_SLOPES), function_constant(has_alibi)]],
+    device const uchar* sinks [[buffer(UMFA_DECODE_SINKS), function_constant(has_sinks)]],
     device const SequenceParams* sequences
-    [[buffer(UMFA_BUFFER_SEQUENCES), function_constant(has_sequences)]],
+    [[buffer(UMFA_DECODE_SEQUENCES), function_constant(has_sequences)]],
     device const SequenceTask* tasks
-    [[buffer(UMFA_BUFFER_TASKS), function_constant(has_sequences)]],
-    device const int* page_table [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
+    [[buffer(UMFA_DECODE_TASKS), function_constant(has_sequences)]],
+    device const int* page_table [[buffer(UMFA_DECODE_PAGES), function_constant(has_pages)]],
     device const uchar* rotary_cos
-    [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
+    [[buffer(UMFA_DECODE_ROTARY_COS), function_constant(has_rotary)]],
     device const uchar* rotary_sin
-    [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
-    constant DecodeParams& decode_params [[buffer(UMFA_BUFFER_PARAMS)]],
-    device float* partial_out [[buffer(UMFA_BUFFER_PARTIAL_OUT), function_constant(is_split)]],
-    device float2* partial_state [[buffer(UMFA_BUFFER_PARTIAL_STATE), function_constant(is_split)]],
+    [[buffer(UMFA_DECODE_ROTARY_SIN), function_constant(has_rotary)]],
+    constant DecodeParams& decode_params [[buffer(UMFA_DECODE_PARAMS)]],
+    device float* partial_out [[buffer(UMFA_DECODE_PARTIAL_OUT), function_constant(is_split)]],
+    device float2* partial_state [[buffer(UMFA_DECODE_PARTIAL_STATE), function_constant(is_split)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
     constexpr int DF = D / 8, DVF = DV / 8;  // fragments
@@ -385,16 +385,15 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 /// channels, and the parts are added in a fixed order.
 template <typename T, int SIMDGROUPS, int PER_LANE>
 [[kernel]] void umfa_decode_merge(
-    device const float* partial_out [[buffer(UMFA_BUFFER_PARTIAL_OUT)]],
-    device const float2* partial_state [[buffer(UMFA_BUFFER_PARTIAL_STATE)]],
-    device T* out [[buffer(UMFA_BUFFER_OUT)]],
-    device float* lse [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
-    device const uchar* sinks [[buffer(UMFA_BUFFER_SINKS), function_constant(has_sinks)]],
+    device const float* partial_out [[buffer(UMFA_MERGE_PARTIAL_OUT)]],
+    device const float2* partial_state [[buffer(UMFA_MERGE_PARTIAL_STATE)]],
+    device T* out [[buffer(UMFA_MERGE_OUT)]],
+    device float* lse [[buffer(UMFA_MERGE_LSE), function_constant(has_lse)]],
+    device const uchar* sinks [[buffer(UMFA_MERGE_SINKS), function_constant(has_sinks)]],
     device const SequenceParams* sequences
-    [[buffer(UMFA_BUFFER_SEQUENCES), function_constant(has_sequences)]],
-    device const SequenceTask* tasks
-    [[buffer(UMFA_BUFFER_TASKS), function_constant(has_sequences)]],
-    constant MergeParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
+    [[buffer(UMFA_MERGE_SEQUENCES), function_constant(has_sequences)]],
+    device const SequenceTask* tasks [[buffer(UMFA_MERGE_TASKS), function_constant(has_sequences)]],
+    constant MergeParams& params [[buffer(UMFA_MERGE_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
     threadgroup float parts[SIMDGROUPS * PER_LANE * 32];

@@ -111,24 +111,25 @@ inline bool any_spoiled(thread Fragment<float> (&o)[QF][DVF], thread const Score
 template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS, int SPLIT,
           bool ONE_TILE>
 [[kernel]] void umfa_forward(
-    device const T* query [[buffer(UMFA_BUFFER_QUERY)]],
-    device const T* key [[buffer(UMFA_BUFFER_KEY)]],
-    device const T* value [[buffer(UMFA_BUFFER_VALUE)]], device T* out [[buffer(UMFA_BUFFER_OUT)]],
-    device float* lse [[buffer(UMFA_BUFFER_LSE), function_constant(has_lse)]],
-    device const uchar* mask [[buffer(UMFA_BUFFER_MASK), function_constant(has_mask)]],
-    device const float* slopes [[buffer(UMFA_BUFFER_SLOPES), function_constant(has_alibi)]],
-    device const uchar* sinks [[buffer(UMFA_BUFFER_SINKS), function_constant(has_sinks)]],
+    device const T* query [[buffer(UMFA_FORWARD_QUERY)]],
+    device const T* key [[buffer(UMFA_FORWARD_KEY)]],
+    device const T* value [[buffer(UMFA_FORWARD_VALUE)]],
+    device T* out [[buffer(UMFA_FORWARD_OUT)]],
+    device float* lse [[buffer(UMFA_FORWARD_LSE), function_constant(has_lse)]],
+    device const uchar* mask [[buffer(UMFA_FORWARD_MASK), function_constant(has_mask)]],
+    device const float* slopes [[buffer(UMFA_FORWARD_SLOPES), function_constant(has_alibi)]],
+    device const uchar* sinks [[buffer(UMFA_FORWARD_SINKS), function_constant(has_sinks)]],
     device const SequenceParams* sequences
-    [[buffer(UMFA_BUFFER_SEQUENCES), function_constant(has_sequences)]],
+    [[buffer(UMFA_FORWARD_SEQUENCES), function_constant(has_sequences)]],
     device const SequenceTask* tasks
-    [[buffer(UMFA_BUFFER_TASKS), function_constant(has_sequences)]],
-    device const int* page_table [[buffer(UMFA_BUFFER_PAGES), function_constant(has_pages)]],
+    [[buffer(UMFA_FORWARD_TASKS), function_constant(has_sequences)]],
+    device const int* page_table [[buffer(UMFA_FORWARD_PAGES), function_constant(has_pages)]],
     device const uchar* rotary_cos
-    [[buffer(UMFA_BUFFER_ROTARY_COS), function_constant(has_rotary)]],
+    [[buffer(UMFA_FORWARD_ROTARY_COS), function_constant(has_rotary)]],
     device const uchar* rotary_sin
-    [[buffer(UMFA_BUFFER_ROTARY_SIN), function_constant(has_rotary)]],
-    device const T* query_v [[buffer(UMFA_BUFFER_QV), function_constant(has_qv)]],
-    constant ForwardParams& params [[buffer(UMFA_BUFFER_PARAMS)]],
+    [[buffer(UMFA_FORWARD_ROTARY_SIN), function_constant(has_rotary)]],
+    device const T* query_v [[buffer(UMFA_FORWARD_QV), function_constant(has_qv)]],
+    constant ForwardParams& params [[buffer(UMFA_FORWARD_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
     constexpr int THREADS = 32 * SIMDGROUPS, BQ = 8 * QF * SIMDGROUPS / SPLIT;

@@ -1,27 +1,75 @@
-// Buffer and function constant indices of the kernels: one list for the shaders and the planner.
+// Buffer and function constant indices of the kernels, for the shaders and the planner. Each kernel
+// has a layout of buffers of its own, without gaps: Metal has 31 of them.
 //
 // Macros, since Metal's attributes and the host's switch statements both take them.
 #pragma once
 
-#define UMFA_BUFFER_QUERY 0
-#define UMFA_BUFFER_KEY 1
-#define UMFA_BUFFER_VALUE 2
-#define UMFA_BUFFER_OUT 3
-#define UMFA_BUFFER_LSE 4
-#define UMFA_BUFFER_MASK 5
-#define UMFA_BUFFER_SLOPES 6
-#define UMFA_BUFFER_PARAMS 7
-#define UMFA_BUFFER_PARTIAL_OUT 8    // split-KV: what each split found
-#define UMFA_BUFFER_PARTIAL_STATE 9  // and its (reference, sum)
-#define UMFA_BUFFER_SINKS 10
-#define UMFA_BUFFER_SEQUENCES 11
-#define UMFA_BUFFER_TASKS 12
-#define UMFA_BUFFER_PAGES 13
-#define UMFA_BUFFER_ROTARY_COS 14
-#define UMFA_BUFFER_ROTARY_SIN 15
-#define UMFA_BUFFER_NEW_KEY 16
-#define UMFA_BUFFER_NEW_VALUE 17
-#define UMFA_BUFFER_QV 18
+// Buffers of forward.metal.
+#define UMFA_FORWARD_QUERY 0
+#define UMFA_FORWARD_KEY 1
+#define UMFA_FORWARD_VALUE 2
+#define UMFA_FORWARD_OUT 3
+#define UMFA_FORWARD_LSE 4
+#define UMFA_FORWARD_MASK 5
+#define UMFA_FORWARD_SLOPES 6
+#define UMFA_FORWARD_SINKS 7
+#define UMFA_FORWARD_SEQUENCES 8
+#define UMFA_FORWARD_TASKS 9
+#define UMFA_FORWARD_PAGES 10
+#define UMFA_FORWARD_ROTARY_COS 11
+#define UMFA_FORWARD_ROTARY_SIN 12
+#define UMFA_FORWARD_QV 13
+#define UMFA_FORWARD_PARAMS 14
+#define UMFA_FORWARD_BUFFERS 15
+
+// Buffers of umfa_decode of decode.metal.
+#define UMFA_DECODE_QUERY 0
+#define UMFA_DECODE_KEY 1
+#define UMFA_DECODE_VALUE 2
+#define UMFA_DECODE_OUT 3
+#define UMFA_DECODE_LSE 4
+#define UMFA_DECODE_MASK 5
+#define UMFA_DECODE_SLOPES 6
+#define UMFA_DECODE_SINKS 7
+#define UMFA_DECODE_SEQUENCES 8
+#define UMFA_DECODE_TASKS 9
+#define UMFA_DECODE_PAGES 10
+#define UMFA_DECODE_ROTARY_COS 11
+#define UMFA_DECODE_ROTARY_SIN 12
+#define UMFA_DECODE_PARTIAL_OUT 13  // split-KV: what each split found
+#define UMFA_DECODE_PARTIAL_STATE 14  // and its (reference, sum)
+#define UMFA_DECODE_PARAMS 15
+#define UMFA_DECODE_BUFFERS 16
+
+// Buffers of umfa_decode_merge of decode.metal.
+#define UMFA_MERGE_PARTIAL_OUT 0
+#define UMFA_MERGE_PARTIAL_STATE 1
+#define UMFA_MERGE_OUT 2
+#define UMFA_MERGE_LSE 3
+#define UMFA_MERGE_SINKS 4
+#define UMFA_MERGE_SEQUENCES 5
+#define UMFA_MERGE_TASKS 6
+#define UMFA_MERGE_PARAMS 7
+#define UMFA_MERGE_BUFFERS 8
+
+// Buffers of append.metal.
+#define UMFA_APPEND_KEY 0
+#define UMFA_APPEND_VALUE 1
+#define UMFA_APPEND_NEW_KEY 2
+#define UMFA_APPEND_NEW_VALUE 3
+#define UMFA_APPEND_SEQUENCES 4
+#define UMFA_APPEND_PAGES 5
+#define UMFA_APPEND_ROTARY_COS 6
+#define UMFA_APPEND_ROTARY_SIN 7
+#define UMFA_APPEND_PARAMS 8
+#define UMFA_APPEND_BUFFERS 9
+
+// Buffers of clear.metal.
+#define UMFA_CLEAR_OUT 0
+#define UMFA_CLEAR_LSE 1
+#define UMFA_CLEAR_ROWS 2
+#define UMFA_CLEAR_PARAMS 3
+#define UMFA_CLEAR_BUFFERS 4
 
 #define UMFA_CONSTANT_HAS_LSE 0
 #define UMFA_CONSTANT_MASK_KIND 1

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "core/export.h"
+#include "core/launch_plan.h"
+#include "core/problem.h"
 
 namespace umfa::cpu {
 
@@ -45,6 +47,11 @@ namespace umfa::metal {
 /// Text of a file of shaders/ with its own headers put in, ready for newLibraryWithSource; empty for
 /// an unknown name. Embedded by the build: nothing is looked for on disk at run time.
 UMFA_CORE_API std::string_view shader_text(std::string_view file);
+/// "#define NAME VALUE" lines that specialise a launch's shader, to stand in front of its text.
+UMFA_CORE_API std::string kernel_defines(const KernelLaunch& launch);
+/// What the GPU would do for the problem, which a GPU of that family (7 to 10) and so many cores could
+/// run; throws `Error` if there is no kernel for it, or if it takes several plans.
+UMFA_CORE_API LaunchPlan plan(const Problem& problem, int family, int cores);
 /// The metallib of all shaders; empty where the build had no compiler of Apple's.
 UMFA_CORE_API std::string_view metallib();
 

@@ -43,70 +43,44 @@ void copy_elements(const TensorView& view, char* to, const char* from, int dimen
 
 }  // namespace
 
-Operands::Operands(const Problem& problem, const Gpu& gpu, Copies copies)
-    : problem_(problem), gpu_(gpu), copies_(copies) {
-    using Source = Binding::Source;
-    enum class Use : uint8_t { read, written, updated };
-    const auto add = [&](Source source, const TensorView& view, Use use = Use::read) {
-        Operand& operand = operands_[static_cast<size_t>(source)];
-        operand.view = &view;
-        operand.read = use != Use::written;
-        operand.written = use != Use::read;
-    };
-    const Use of_cache = problem.append ? Use::updated : Use::read;
-    add(Source::query, problem.query.view);
-    add(Source::key, problem.key.view, of_cache);
-    add(Source::value, problem.value.view, of_cache);
-    add(Source::out, problem.out->view, Use::written);
-    if (problem.lse) add(Source::lse, problem.lse->view, Use::written);
-    if (problem.append) {
-        add(Source::new_key, problem.append->key.view);
-        add(Source::new_value, problem.append->value.view);
-    }
-    if (problem.mask) add(Source::mask, problem.mask->given);
-    if (problem.alibi) add(Source::alibi_slopes, problem.alibi->view);
-    if (problem.sinks) add(Source::sinks, problem.sinks->logits);
-    if (problem.qv) add(Source::qv, problem.qv->view);
-    if (problem.rotary) {
-        add(Source::rotary_cos, problem.rotary->cos);
-        add(Source::rotary_sin, problem.rotary->sin);
-    }
-
+Operands::Operands(const LaunchPlan& plan, std::string_view caller, const Gpu& gpu, Copies copies)
+    : caller_(caller), gpu_(gpu), copies_(copies), operands_(plan.tensors.size()) {
     std::vector<Operand*> in_host_memory;
-    for (Operand& operand : operands_) {
-        if (!operand.view) continue;
-        if (operand.view->size() == 0) {
+    for (size_t i = 0; i < operands_.size(); ++i) {
+        Operand& operand = operands_[i];
+        operand.tensor = &plan.tensors[i];
+        if (operand.view().size() == 0) {
             // Metal has no empty buffers. No kernel reads this one.
             if (!placeholder_)
                 placeholder_ = [gpu.device newBufferWithLength:16
                                                        options:MTLResourceStorageModeShared];
             if (!placeholder_)
-                fail(ErrorKind::memory, problem.function, "no memory for a Metal buffer",
-                     "16 bytes", "a machine with free memory");
+                fail(ErrorKind::memory, caller, "no memory for a Metal buffer", "16 bytes",
+                     "a machine with free memory");
             operand.buffer = placeholder_;
             continue;
         }
-        extent(*operand.view, operand.begin, operand.end);
-        if (operand.view->device == Device::metal)
-            use_metal_buffer(operand, operand.read ? "an input" : "out");
+        extent(operand.view(), operand.begin, operand.end);
+        if (operand.view().device == Device::metal)
+            use_metal_buffer(operand);
         else
             in_host_memory.push_back(&operand);
     }
     map_host_memory(in_host_memory);
 }
 
-void Operands::use_metal_buffer(Operand& operand, const char* name) const {
-    operand.buffer = (__bridge id<MTLBuffer>)operand.view->data;
-    operand.first = operand.view->byte_offset;
+void Operands::use_metal_buffer(Operand& operand) const {
+    const char* name = operand.tensor->read ? "an input" : "out";
+    operand.buffer = (__bridge id<MTLBuffer>)operand.view().data;
+    operand.first = operand.view().byte_offset;
     if (![operand.buffer.device isEqual:gpu_.device])
-        fail(ErrorKind::value, problem_.function,
+        fail(ErrorKind::value, caller_,
              std::string(name) + " is in a buffer of another Metal device",
-             device_text(*operand.view), gpu_.name);
-    const auto offset = static_cast<int64_t>(operand.view->byte_offset);
+             device_text(operand.view()), gpu_.name);
+    const auto offset = static_cast<int64_t>(operand.view().byte_offset);
     const auto length = static_cast<int64_t>(operand.buffer.length);
     if (offset + operand.begin < 0 || offset + operand.end > length)
-        fail(ErrorKind::value, problem_.function,
-             std::string(name) + " reaches outside its Metal buffer",
+        fail(ErrorKind::value, caller_, std::string(name) + " reaches outside its Metal buffer",
              "bytes " + std::to_string(offset + operand.begin) + " to " +
                  std::to_string(offset + operand.end) + " of " + std::to_string(length),
              "a tensor inside its buffer");
@@ -134,7 +108,7 @@ void Operands::map_host_memory(std::vector<Operand*>& operands) {
             end = next;
         }
         if (end - begin > gpu_.max_buffer_bytes)
-            fail(ErrorKind::unsupported, problem_.function,
+            fail(ErrorKind::unsupported, caller_,
                  "a tensor spans more memory than one Metal buffer can",
                  std::to_string(end - begin) + " bytes",
                  "at most " + std::to_string(gpu_.max_buffer_bytes));
@@ -158,35 +132,31 @@ void Operands::map_host_memory(std::vector<Operand*>& operands) {
 void Operands::copy_in(Operand& operand) const {
     const auto bytes = static_cast<uint64_t>(operand.end - operand.begin);
     if (copies_ == Copies::refused)
-        fail(ErrorKind::unsupported, problem_.function,
+        fail(ErrorKind::unsupported, caller_,
              "Metal cannot map a tensor's memory, and a copy would have to be waited for",
              std::to_string(bytes) + " bytes of host memory", "a tensor in a Metal buffer");
     operand.buffer = [gpu_.device newBufferWithLength:bytes options:MTLResourceStorageModeShared];
     if (!operand.buffer)
-        fail(ErrorKind::memory, problem_.function, "no memory for the GPU's copy of a tensor",
+        fail(ErrorKind::memory, caller_, "no memory for the GPU's copy of a tensor",
              std::to_string(bytes) + " bytes", "a smaller problem");
     operand.copied = true;
     operand.first = static_cast<uint64_t>(-operand.begin);
-    if (operand.read)
-        std::memcpy(operand.buffer.contents, operand.view->address() + operand.begin, bytes);
+    if (operand.tensor->read)
+        std::memcpy(operand.buffer.contents, operand.view().address() + operand.begin, bytes);
     ++stats().tensors_copied;
     stats().bytes_copied += bytes;
 }
 
 Operands::Bound Operands::bound(const Binding& binding) const {
-    const Operand& operand = operands_[static_cast<size_t>(binding.source)];
-    if (!operand.buffer)
-        fail(ErrorKind::internal, problem_.function, "the plan names a tensor that is not there",
-             std::to_string(static_cast<int>(binding.source)), "a tensor of the problem");
+    const Operand& operand = operands_[binding.piece];
     if (operand.buffer == placeholder_) return {placeholder_, 0};
-    // The planner may point past the first element, and does so in bytes from the view's start.
-    return {operand.buffer, operand.first + binding.byte_offset - operand.view->byte_offset};
+    return {operand.buffer, operand.first + binding.byte_offset};
 }
 
 void Operands::copy_back() const {
     for (const Operand& operand : operands_)
-        if (operand.copied && operand.written)
-            copy_elements(*operand.view, operand.view->address(),
+        if (operand.copied && operand.tensor->written)
+            copy_elements(operand.view(), operand.view().address(),
                           static_cast<const char*>(operand.buffer.contents) + operand.first);
 }
 

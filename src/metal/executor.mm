@@ -119,14 +119,14 @@ void encode(Context& context, const Work& work, const Operands& operands, const 
         [encoder setComputePipelineState:work.pipelines[i].state];
         for (const Binding& binding : launch.buffers) {
             Operands::Bound bound;
-            if (binding.source == Binding::Source::data) {
+            if (binding.kind == Binding::Kind::data) {
                 const std::vector<std::byte>& data = work.plan.data[binding.piece];
                 if (!uploaded[binding.piece]) {
                     [encoder setBytes:data.data() length:data.size() atIndex:binding.index];
                     continue;
                 }
                 bound = {uploaded[binding.piece], binding.byte_offset};
-            } else if (binding.source == Binding::Source::scratch) {
+            } else if (binding.kind == Binding::Kind::scratch) {
                 bound = {scratch[binding.piece].buffer(), binding.byte_offset};
             } else {
                 bound = operands.bound(binding);
@@ -148,7 +148,7 @@ void forward(const Problem& problem) {
     const std::shared_ptr<Context> context = Context::current(problem.function);
     const Work work = prepare(*context, problem);
     if (work.plan.launches.empty()) return;
-    const Operands operands(problem, context->gpu(), Operands::Copies::allowed);
+    const Operands operands(work.plan, problem.function, context->gpu(), Operands::Copies::allowed);
     const Leases scratch = take_scratch(*context, work, problem.function);
 
     id<MTLCommandQueue> queue = context->queue(problem.function);
@@ -183,7 +183,7 @@ void encode_forward(const Problem& problem, void* command_buffer) {
              "status " + std::to_string(commands.status), "one that takes more work");
     const Work work = prepare(*context, problem);
     if (work.plan.launches.empty()) return;
-    const Operands operands(problem, context->gpu(), Operands::Copies::refused);
+    const Operands operands(work.plan, problem.function, context->gpu(), Operands::Copies::refused);
     // The command buffer retains the buffers it uses; scratch must not reach another call before.
     const auto scratch = std::make_shared<Leases>(take_scratch(*context, work, problem.function));
     encode(*context, work, operands, *scratch, commands, problem.function);

@@ -2,10 +2,10 @@
 
 #include <string_view>
 
-#include "core/instruments.h"
-
 namespace umfa::metal {
 
+// MTLCompileOptions.preprocessorMacros would not do: Apple's compiler service takes its options as one
+// string, divided at spaces, and these values have quotes, commas and spaces.
 std::string kernel_defines(const KernelLaunch& launch) {
     std::string text;
     for (const auto& [name, value] : launch.macros) text += "#define " + name + " " + value + "\n";

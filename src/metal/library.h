@@ -5,9 +5,9 @@
 
 #include <string_view>
 
+#include "core/launch_plan.h"
 #include "metal/build_once.h"
 #include "metal/device.h"
-#include "metal/launch_plan.h"
 
 namespace umfa::metal {
 

@@ -1,5 +1,6 @@
 #include "metal/plan_append.h"
 
+#include "metal/launch_builder.h"
 #include "shared/indices.h"
 
 namespace umfa::metal {
@@ -7,6 +8,15 @@ namespace {
 
 /// Of one threadgroup, whose threads a single row would leave without work.
 constexpr int64_t rows_per_threadgroup = 8;
+
+constexpr Slot layout[] = {
+    {UMFA_APPEND_KEY, "key"},
+    {UMFA_APPEND_VALUE, "value"},
+    {UMFA_APPEND_NEW_KEY, "new_key"},
+    {UMFA_APPEND_NEW_VALUE, "new_value"},
+    {UMFA_APPEND_ROTARY_COS, "rotary_cos"},
+    {UMFA_APPEND_ROTARY_SIN, "rotary_sin"},
+};
 
 AppendParams append_params(const Problem& problem) {
     const Append& append = *problem.append;
@@ -26,29 +36,26 @@ AppendParams append_params(const Problem& problem) {
 
 }  // namespace
 
-void plan_append(LaunchPlan& plan, const Problem& problem, uint32_t pages) {
+void plan_append(LaunchPlan& plan, const Problem& problem, std::optional<uint32_t> pages) {
     const Append& append = *problem.append;
     if (problem.batch == 0 || problem.nheads_kv == 0 || append.rows == 0) return;
-    const ElementType stored = element_type(problem.key.view.dtype, {Family::apple10});
-    KernelLaunch launch;
-    launch.kernel = std::string("append_") + stored.name;
-    launch.source = "append.metal";
-    launch.macros = {{"UMFA_KERNEL", "\"" + launch.kernel + "\""}, {"UMFA_T", stored.storage}};
-    add_constants(launch, problem);
     // The new rows have channel strides of their own.
-    set_constant(launch, UMFA_CONSTANT_UNIT_CHANNELS,
-                 problem.key.stride_channel == 1 && problem.value.stride_channel == 1 &&
-                     append.key.stride_channel == 1 && append.value.stride_channel == 1);
-    bind_append(launch, problem);
-    bind_rotary(launch, problem);
-    bind_data(launch, UMFA_BUFFER_SEQUENCES, add_data(plan, sequence_params(problem)));
-    bind_pages(launch, problem, pages);
-    set_params(launch, UMFA_BUFFER_PARAMS, append_params(problem));
-    launch.grid = {
-        static_cast<uint32_t>((append.rows + rows_per_threadgroup - 1) / rows_per_threadgroup),
-        static_cast<uint32_t>(problem.nheads_kv), static_cast<uint32_t>(problem.batch)};
-    launch.threadgroup = {128, 1, 1};
-    plan.launches.push_back(std::move(launch));
+    const bool unit_channels = problem.key.stride_channel == 1 &&
+                               problem.value.stride_channel == 1 &&
+                               append.key.stride_channel == 1 && append.value.stride_channel == 1;
+    const ElementType type = stored_type(problem.key.view.dtype);
+    LaunchBuilder(plan, problem, std::string("append_") + type.name, "append.metal",
+                  UMFA_APPEND_BUFFERS)
+        .stores(type)
+        .constant(UMFA_CONSTANT_UNIT_CHANNELS, unit_channels)
+        .tensors(layout)
+        .new_data(UMFA_APPEND_SEQUENCES, sequence_params(problem))
+        .data(UMFA_APPEND_PAGES, pages)
+        .params(UMFA_APPEND_PARAMS, append_params(problem))
+        .grid((append.rows + rows_per_threadgroup - 1) / rows_per_threadgroup, problem.nheads_kv,
+              problem.batch)
+        .simdgroups(4)
+        .add();
 }
 
 }  // namespace umfa::metal

@@ -2,12 +2,30 @@
 
 #include <algorithm>
 
-#include "metal/plan_parts.h"
+#include "metal/launch_builder.h"
 #include "shared/decode_shapes.h"
 #include "shared/indices.h"
 
 namespace umfa::metal {
 namespace {
+
+// The sinks are bound by the kernel that divides.
+constexpr Slot layout[] = {
+    {UMFA_DECODE_QUERY, "query"},
+    {UMFA_DECODE_KEY, "key"},
+    {UMFA_DECODE_VALUE, "value"},
+    {UMFA_DECODE_OUT, "out"},
+    {UMFA_DECODE_LSE, "lse"},
+    {UMFA_DECODE_MASK, "attn_mask"},
+    {UMFA_DECODE_SLOPES, "alibi_slopes"},
+    {UMFA_DECODE_ROTARY_COS, "rotary_cos"},
+    {UMFA_DECODE_ROTARY_SIN, "rotary_sin"},
+};
+constexpr Slot merge_layout[] = {
+    {UMFA_MERGE_OUT, "out"},
+    {UMFA_MERGE_LSE, "lse"},
+    {UMFA_MERGE_SINKS, "learnable_sink"},
+};
 
 struct Shape {
     int d, dv, qf, simdgroups;
@@ -28,6 +46,8 @@ constexpr int64_t min_keys_per_split = 128;
 /// Simdgroups of a threadgroup that merges; each takes every eighth split.
 constexpr int merge_simdgroups = 8;
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 const Shape* shape_of(const Problem& problem, int64_t rows) {
     const Shape* found = nullptr;
     for (const Shape& shape : shapes) {
@@ -39,11 +59,17 @@ const Shape* shape_of(const Problem& problem, int64_t rows) {
     return found;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+/// Query heads of a key head.
+int64_t group_of(const Problem& problem) {
+    return problem.nheads_q / std::max<int64_t>(problem.nheads_kv, 1);
+}
 
 /// Rows of a key head.
-int64_t rows_of(const Problem& problem, int64_t seqlen_q) {
-    return problem.nheads_q / std::max<int64_t>(problem.nheads_kv, 1) * seqlen_q;
+int64_t rows_of(const Problem& problem, int64_t seqlen_q) { return group_of(problem) * seqlen_q; }
+
+/// Blocks of rows, each of which a threadgroup takes.
+int64_t blocks_of(const Problem& problem, int64_t seqlen_q, const Shape& shape) {
+    return ceil_div(rows_of(problem, seqlen_q), 8 * shape.qf);
 }
 
 /// Keys that any query of a sequence sees.
@@ -59,6 +85,55 @@ Range keys_of(const Problem& problem, int64_t b) {
     int64_t first = visible_begin(visible, int64_t{0});
     if (problem.dropout) first = first / 8 * 8;  // as decode.metal's first_key_of
     return {first, std::max(first, visible_end(visible, rows.seqlen_q - 1))};
+}
+
+/// How the keys are split.
+struct Split {
+    int64_t count;  // of the longest sequence
+    int64_t keys;   // of each
+};
+
+/// The keys that any query sees, in pieces of whole rounds of the simdgroups: as many as the caller
+/// allows or as fill the GPU, equal also where sequences are not.
+Split split_keys(const Problem& problem, const Capabilities& gpu, const Chosen& chosen,
+                 const Shape& shape) {
+    int64_t keys = 0, work = 0;  // of the longest sequence; of all, in keys of a threadgroup
+    for (const int64_t b : chosen) {
+        const int64_t own = keys_of(problem, b).size();
+        keys = std::max(keys, own);
+        work += own * problem.nheads_kv * blocks_of(problem, problem.sequence(b).seqlen_q, shape);
+    }
+    const int64_t filling =
+        std::max<int64_t>(gpu.cores * threadgroups_per_core * keys / std::max<int64_t>(work, 1), 1);
+    const int64_t wanted = problem.num_splits > 0
+                               ? problem.num_splits
+                               : std::clamp<int64_t>(keys / min_keys_per_split, 1, filling);
+    const int64_t round = 8 * shape.simdgroups;
+    const int64_t each = std::max(round, ceil_div(ceil_div(keys, wanted), round) * round);
+    return {std::max<int64_t>(1, ceil_div(keys, each)), each};
+}
+
+/// Where sequences lie, and how many partial results theirs are. Empty where none are given.
+struct Places {
+    std::vector<SequenceParams> sequences;
+    std::optional<uint32_t> data;  // the same, as data of the plan
+    int64_t parts = 0;
+};
+
+Places places_of(LaunchPlan& plan, const Problem& problem, const Chosen& chosen,
+                 const Split& split) {
+    Places places;
+    if (!problem.sequences.given) return places;
+    places.sequences = sequence_params(problem);
+    for (const int64_t b : chosen) {
+        SequenceParams& own = places.sequences[static_cast<size_t>(b)];
+        own.splits = static_cast<int32_t>(
+            std::max<int64_t>(1, ceil_div(keys_of(problem, b).size(), split.keys)));
+        own.part = places.parts;
+        places.parts += problem.nheads_q * own.seqlen_q * own.splits;
+    }
+    places.data = add_data(plan, places.sequences);
+    return places;
 }
 
 /// One threadgroup of each key head for each block of rows and piece of the keys of each sequence.
@@ -84,6 +159,89 @@ std::vector<SequenceTask> merge_tasks(const std::vector<SequenceParams>& sequenc
     return tasks;
 }
 
+/// Static threadgroup memory of the kernel: as decode.metal declares it.
+uint32_t threadgroup_bytes(const Shape& shape, int operand_bytes) {
+    // O and state of half of the simdgroups, and Q where it is large.
+    const int q_bytes = shape.d * operand_bytes <= 512 ? 8 : shape.qf * shape.d / 8 * 32 * 8;
+    // Plus, for values.h, two words of flags for each 16 fragments of O and a first key each simdgroup.
+    const int words = (shape.qf * shape.dv / 8 + 15) / 16;
+    const int guards = 4 * (2 * words * 32 + 1) * shape.simdgroups;
+    return static_cast<uint32_t>(shape.simdgroups / 2 * shape.qf * (shape.dv / 8 + 1) * 32 * 8 +
+                                 q_bytes + guards);
+}
+
+DecodeParams decode_params(const Problem& problem, const Split& split) {
+    DecodeParams params{};
+    params.forward = forward_params(problem);
+    params.first_key = static_cast<int32_t>(keys_of(problem, 0).first);  // where there is no list
+    params.last_key = static_cast<int32_t>(keys_of(problem, 0).last);
+    params.keys_per_split = static_cast<int32_t>(split.keys);
+    params.splits = static_cast<int32_t>(split.count);
+    params.heads = static_cast<int32_t>(problem.nheads_q);
+    return params;
+}
+
+/// The launch that attends, without its grid, the places of sequences and what splits need.
+LaunchBuilder decode_launch(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
+                            const Shape& shape, const std::string& suffix, const Split& split) {
+    const ElementType type = element_type(problem.query.view.dtype, gpu);
+    LaunchBuilder builder(plan, problem,
+                          std::string("decode_") + type.name + "_d" + std::to_string(shape.d) +
+                              "_v" + std::to_string(shape.dv) + "_q" + std::to_string(shape.qf) +
+                              suffix,
+                          "decode.metal", UMFA_DECODE_BUFFERS);
+    builder.computes(type)
+        .shape(shape.d, shape.dv, shape.qf, shape.simdgroups)
+        .tensors(layout)
+        .params(UMFA_DECODE_PARAMS, decode_params(problem, split))
+        .simdgroups(shape.simdgroups)
+        .threadgroup_bytes(threadgroup_bytes(shape, type.operand_bytes));
+    return builder;
+}
+
+MergeParams merge_params(const Problem& problem, const Split& split) {
+    MergeParams params{};
+    params.out = strides_of(*problem.out);
+    if (problem.lse) params.lse = strides_of(*problem.lse);
+    if (problem.sinks) params.sink = problem.sinks->logits.strides[0];
+    params.heads = static_cast<int32_t>(problem.nheads_q);
+    params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
+    params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
+    params.splits = static_cast<int32_t>(split.count);
+    params.dropout_factor = dropout_params(problem).factor;
+    return params;
+}
+
+void plan_merge(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
+                const Chosen& chosen, const Split& split, const Places& places) {
+    const ElementType type = stored_type(problem.query.view.dtype);
+    const int channels = problem.head_dim_v <= 128 ? 128 : 256;
+    const Simdgroups simdgroups = fit_simdgroups(merge_simdgroups, 1, gpu);
+    LaunchBuilder merge(plan, problem,
+                        std::string("decode_merge_") + type.name + "_d" + std::to_string(channels) +
+                            simdgroups.suffix,
+                        "decode.metal", UMFA_MERGE_BUFFERS);
+    merge.macro("UMFA_MERGES", "1")
+        .stores(type)
+        .shape(simdgroups.count, channels / 32)
+        .constant(UMFA_CONSTANT_IS_SPLIT, true)
+        .tensors(merge_layout)
+        .scratch(UMFA_MERGE_PARTIAL_OUT, 0)
+        .scratch(UMFA_MERGE_PARTIAL_STATE, 1)
+        .params(UMFA_MERGE_PARAMS, merge_params(problem, split))
+        .grid(problem.seqlen_q, problem.nheads_q, problem.batch)
+        .simdgroups(simdgroups.count)
+        .threadgroup_bytes(
+            static_cast<uint32_t>(simdgroups.count * (channels + 1) * sizeof(float)));
+    if (problem.sequences.given) {
+        const std::vector<SequenceTask> tasks = merge_tasks(places.sequences, chosen);
+        merge.data(UMFA_MERGE_SEQUENCES, places.data)
+            .new_data(UMFA_MERGE_TASKS, tasks)
+            .grid(static_cast<int64_t>(tasks.size()), problem.nheads_q);
+    }
+    merge.add();
+}
+
 }  // namespace
 
 bool is_decode(const Problem& problem, int64_t seqlen_q) {
@@ -93,145 +251,44 @@ bool is_decode(const Problem& problem, int64_t seqlen_q) {
 }
 
 void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
-                 const Chosen& chosen, uint32_t pages) {
-    const ElementType type = element_type(problem.query.view.dtype, gpu);
+                 const Chosen& chosen, std::optional<uint32_t> pages) {
     int64_t seqlen_q = 0;  // the longest
     for (const int64_t b : chosen) seqlen_q = std::max(seqlen_q, problem.sequence(b).seqlen_q);
-    const Shape& usual = *shape_of(problem, rows_of(problem, seqlen_q));
-    Shape shape = usual;
-    shape.simdgroups = fitting_simdgroups(shape.simdgroups, 2, gpu);
-    const int64_t group = problem.nheads_q / problem.nheads_kv, block = 8 * shape.qf;
+    Shape shape = *shape_of(problem, rows_of(problem, seqlen_q));
+    const Simdgroups simdgroups = fit_simdgroups(shape.simdgroups, 2, gpu);
+    shape.simdgroups = simdgroups.count;
+    const Split split = split_keys(problem, gpu, chosen, shape);
+    const Places places = places_of(plan, problem, chosen, split);
 
-    // The keys that any query sees, in pieces of whole rounds of the simdgroups: as many as the
-    // caller allows or as fill the GPU, equal also where sequences are not.
-    int64_t keys = 0, work = 0;  // of the longest sequence; of all, in keys of a threadgroup
-    for (const int64_t b : chosen) {
-        const int64_t own = keys_of(problem, b).size();
-        keys = std::max(keys, own);
-        work += own * problem.nheads_kv * ceil_div(group * problem.sequence(b).seqlen_q, block);
-    }
-    const int64_t filling =
-        std::max<int64_t>(gpu.cores * threadgroups_per_core * keys / std::max<int64_t>(work, 1), 1);
-    const int64_t wanted = problem.num_splits > 0
-                               ? problem.num_splits
-                               : std::clamp<int64_t>(keys / min_keys_per_split, 1, filling);
-    const int64_t round = 8 * shape.simdgroups;
-    const int64_t keys_per_split = std::max(round, ceil_div(ceil_div(keys, wanted), round) * round);
-    const int64_t splits = std::max<int64_t>(1, ceil_div(keys, keys_per_split));
-
-    std::vector<SequenceParams> sequences;
-    uint64_t partial_rows =
-        static_cast<uint64_t>(problem.batch * problem.nheads_q * seqlen_q * splits);
+    LaunchBuilder decode = decode_launch(plan, problem, gpu, shape, simdgroups.suffix, split);
     if (problem.sequences.given) {
-        sequences = sequence_params(problem);
-        int64_t part = 0;
-        for (const int64_t b : chosen) {
-            SequenceParams& own = sequences[static_cast<size_t>(b)];
-            own.splits = static_cast<int32_t>(
-                std::max<int64_t>(1, ceil_div(keys_of(problem, b).size(), keys_per_split)));
-            own.part = part;
-            part += problem.nheads_q * own.seqlen_q * own.splits;
-        }
-        partial_rows = static_cast<uint64_t>(part);
+        const std::vector<SequenceTask> tasks =
+            decode_tasks(places.sequences, chosen, group_of(problem), 8 * shape.qf);
+        decode.data(UMFA_DECODE_SEQUENCES, places.data)
+            .new_data(UMFA_DECODE_TASKS, tasks)
+            .data(UMFA_DECODE_PAGES, pages)
+            .grid(static_cast<int64_t>(tasks.size()), problem.nheads_kv);
+    } else {
+        decode.grid(split.count, problem.nheads_kv * blocks_of(problem, seqlen_q, shape),
+                    problem.batch);
     }
-
-    DecodeParams params{};
-    params.forward = forward_params(problem);
-    params.first_key = static_cast<int32_t>(keys_of(problem, 0).first);  // where there is no list
-    params.last_key = static_cast<int32_t>(keys_of(problem, 0).last);
-    params.keys_per_split = static_cast<int32_t>(keys_per_split);
-    params.splits = static_cast<int32_t>(splits);
-    params.heads = static_cast<int32_t>(problem.nheads_q);
-
-    KernelLaunch decode;
-    decode.kernel = std::string("decode_") + type.name + "_d" + std::to_string(shape.d) + "_v" +
-                    std::to_string(shape.dv) + "_q" + std::to_string(shape.qf) +
-                    fitted_suffix(shape.simdgroups, usual.simdgroups);
-    decode.source = "decode.metal";
-    decode.macros = {{"UMFA_KERNEL", "\"" + decode.kernel + "\""},
-                     {"UMFA_T", type.storage},
-                     {"UMFA_M", type.operand},
-                     {"UMFA_SHAPE", list_of(shape.d, shape.dv, shape.qf, shape.simdgroups)}};
-    add_constants(decode, problem);
-    add_constant(decode, UMFA_CONSTANT_IS_SPLIT, splits > 1);
-    bind_inputs(decode, problem);
-    bind_outputs(decode, problem);
-    set_params(decode, UMFA_BUFFER_PARAMS, params);
-    decode.grid = {static_cast<uint32_t>(splits),
-                   static_cast<uint32_t>(problem.nheads_kv * ceil_div(group * seqlen_q, block)),
-                   static_cast<uint32_t>(problem.batch)};
-    uint32_t places = 0;
-    if (problem.sequences.given) {
-        const std::vector<SequenceTask> tasks = decode_tasks(sequences, chosen, group, block);
-        places = add_data(plan, sequences);
-        bind_data(decode, UMFA_BUFFER_SEQUENCES, places);
-        bind_data(decode, UMFA_BUFFER_TASKS, add_data(plan, tasks));
-        bind_pages(decode, problem, pages);
-        decode.grid = {static_cast<uint32_t>(tasks.size()),
-                       static_cast<uint32_t>(problem.nheads_kv), 1};
-    }
-    decode.threadgroup = {static_cast<uint32_t>(32 * shape.simdgroups), 1, 1};
-    // As decode.metal declares it: O and state of half of the simdgroups, and Q where it is large.
-    const int q_bytes = shape.d * type.operand_bytes <= 512 ? 8 : shape.qf * shape.d / 8 * 32 * 8;
-    // Plus, for values.h, two words of flags for each 16 fragments of O and a first key each simdgroup.
-    const int words = (shape.qf * shape.dv / 8 + 15) / 16;
-    const int guards = 4 * (2 * words * 32 + 1) * shape.simdgroups;
-    decode.threadgroup_bytes = static_cast<uint32_t>(
-        shape.simdgroups / 2 * shape.qf * (shape.dv / 8 + 1) * 32 * 8 + q_bytes + guards);
-    if (splits == 1) {
-        bind_sinks(decode, problem);
-        plan.launches.push_back(std::move(decode));
+    if (split.count == 1) {
+        decode.tensor({UMFA_DECODE_SINKS, "learnable_sink"}).add();
         return;
     }
-
-    plan.scratch_bytes = {partial_rows * static_cast<uint64_t>(problem.head_dim_v) * sizeof(float),
-                          partial_rows * 2 * sizeof(float)};
-    bind_scratch(decode, UMFA_BUFFER_PARTIAL_OUT, 0);
-    bind_scratch(decode, UMFA_BUFFER_PARTIAL_STATE, 1);
-    // The merge divides, so the sinks are its.
-    set_constant(decode, UMFA_CONSTANT_HAS_SINKS, false);
-    plan.launches.push_back(std::move(decode));
-
-    MergeParams merge_params{};
-    merge_params.out = params.forward.out;
-    merge_params.lse = params.forward.lse;
-    merge_params.sink = params.forward.sink;
-    merge_params.heads = params.heads;
-    merge_params.seqlen_q = params.forward.seqlen_q;
-    merge_params.head_dim_v = params.forward.head_dim_v;
-    merge_params.splits = params.splits;
-    merge_params.dropout_factor = params.forward.dropout.factor;
-
-    const ElementType stored = element_type(problem.query.view.dtype, {Family::apple10});
-    const int channels = problem.head_dim_v <= 128 ? 128 : 256;
-    const int simdgroups = fitting_simdgroups(merge_simdgroups, 1, gpu);
-    KernelLaunch merge;
-    merge.kernel = std::string("decode_merge_") + stored.name + "_d" + std::to_string(channels) +
-                   fitted_suffix(simdgroups, merge_simdgroups);
-    merge.source = "decode.metal";
-    merge.macros = {{"UMFA_KERNEL", "\"" + merge.kernel + "\""},
-                    {"UMFA_MERGES", "1"},
-                    {"UMFA_T", stored.storage},
-                    {"UMFA_SHAPE", list_of(simdgroups, channels / 32)}};
-    add_constants(merge, problem);
-    add_constant(merge, UMFA_CONSTANT_IS_SPLIT, true);
-    bind_outputs(merge, problem);
-    bind_sinks(merge, problem);
-    bind_scratch(merge, UMFA_BUFFER_PARTIAL_OUT, 0);
-    bind_scratch(merge, UMFA_BUFFER_PARTIAL_STATE, 1);
-    set_params(merge, UMFA_BUFFER_PARAMS, merge_params);
-    merge.grid = {static_cast<uint32_t>(problem.seqlen_q), static_cast<uint32_t>(problem.nheads_q),
-                  static_cast<uint32_t>(problem.batch)};
-    if (problem.sequences.given) {
-        const std::vector<SequenceTask> tasks = merge_tasks(sequences, chosen);
-        bind_data(merge, UMFA_BUFFER_SEQUENCES, places);
-        bind_data(merge, UMFA_BUFFER_TASKS, add_data(plan, tasks));
-        merge.grid = {static_cast<uint32_t>(tasks.size()), static_cast<uint32_t>(problem.nheads_q),
-                      1};
-    }
-    merge.threadgroup = {static_cast<uint32_t>(32 * simdgroups), 1, 1};
-    merge.threadgroup_bytes = static_cast<uint32_t>(simdgroups * (channels + 1) * sizeof(float));
-    plan.launches.push_back(std::move(merge));
+    const int64_t parts = problem.sequences.given
+                              ? places.parts
+                              : problem.batch * problem.nheads_q * seqlen_q * split.count;
+    plan.scratch_bytes = {static_cast<uint64_t>(parts * problem.head_dim_v) * sizeof(float),
+                          static_cast<uint64_t>(parts) * 2 * sizeof(float)};
+    decode
+        .constant(UMFA_CONSTANT_IS_SPLIT, true)
+        // The merge divides, so the sinks are its.
+        .constant(UMFA_CONSTANT_HAS_SINKS, false)
+        .scratch(UMFA_DECODE_PARTIAL_OUT, 0)
+        .scratch(UMFA_DECODE_PARTIAL_STATE, 1)
+        .add();
+    plan_merge(plan, problem, gpu, chosen, split, places);
 }
 
 }  // namespace umfa::metal

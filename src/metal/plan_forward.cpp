@@ -1,6 +1,7 @@
 #include "metal/plan_forward.h"
 
 #include "core/error.h"
+#include "metal/launch_builder.h"
 #include "metal/plan_append.h"
 #include "metal/plan_decode.h"
 #include "metal/plan_sequences.h"
@@ -9,6 +10,20 @@
 
 namespace umfa::metal {
 namespace {
+
+constexpr Slot layout[] = {
+    {UMFA_FORWARD_QUERY, "query"},
+    {UMFA_FORWARD_KEY, "key"},
+    {UMFA_FORWARD_VALUE, "value"},
+    {UMFA_FORWARD_OUT, "out"},
+    {UMFA_FORWARD_LSE, "lse"},
+    {UMFA_FORWARD_MASK, "attn_mask"},
+    {UMFA_FORWARD_SLOPES, "alibi_slopes"},
+    {UMFA_FORWARD_SINKS, "learnable_sink"},
+    {UMFA_FORWARD_ROTARY_COS, "rotary_cos"},
+    {UMFA_FORWARD_ROTARY_SIN, "rotary_sin"},
+    {UMFA_FORWARD_QV, "qv"},
+};
 
 struct Shape {
     int d, dv, bk, qf, simdgroups, split;
@@ -51,7 +66,7 @@ std::vector<SequenceTask> tasks_of(const Problem& problem, const Chosen& chosen,
 
 /// Adds the launch for the chosen indices of the batch, as plan_decode.
 void plan_tiles(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
-                const Chosen& chosen, uint32_t pages) {
+                const Chosen& chosen, std::optional<uint32_t> pages) {
     const ElementType type = element_type(problem.query.view.dtype, gpu);
     const int family = static_cast<int>(gpu.family);
     const Shape* usual = type.operand_bytes == 2 ? first_fit(shapes_16, problem, family)
@@ -61,37 +76,30 @@ void plan_tiles(LaunchPlan& plan, const Problem& problem, const Capabilities& gp
              std::to_string(std::max(problem.head_dim, problem.head_dim_v)),
              "one in forward_shapes.h for every head_dim");
     Shape shape = *usual;
-    shape.simdgroups = fitting_simdgroups(shape.simdgroups, shape.split, gpu);
+    const Simdgroups simdgroups = fit_simdgroups(shape.simdgroups, shape.split, gpu);
+    shape.simdgroups = simdgroups.count;
     const int block_q = 8 * shape.qf * shape.simdgroups / shape.split;
 
-    KernelLaunch launch;
-    launch.kernel = std::string("forward_") + type.name + "_d" + std::to_string(shape.d) + "_v" +
-                    std::to_string(shape.dv) + "_k" + std::to_string(shape.bk) +
-                    fitted_suffix(shape.simdgroups, usual->simdgroups);
-    launch.source = "forward.metal";
-    launch.macros = {{"UMFA_KERNEL", "\"" + launch.kernel + "\""},
-                     {"UMFA_T", type.storage},
-                     {"UMFA_M", type.operand},
-                     {"UMFA_SHAPE", list_of(shape.d, shape.dv, shape.bk, shape.qf, shape.simdgroups,
-                                            shape.split, shape.one_tile)}};
-    add_constants(launch, problem);
-    bind_inputs(launch, problem);
-    bind_sinks(launch, problem);
-    bind_outputs(launch, problem);
-    set_params(launch, UMFA_BUFFER_PARAMS, forward_params(problem));
-    launch.grid = {static_cast<uint32_t>((problem.seqlen_q + block_q - 1) / block_q),
-                   static_cast<uint32_t>(problem.nheads_q), static_cast<uint32_t>(problem.batch)};
+    LaunchBuilder builder(plan, problem,
+                          std::string("forward_") + type.name + "_d" + std::to_string(shape.d) +
+                              "_v" + std::to_string(shape.dv) + "_k" + std::to_string(shape.bk) +
+                              simdgroups.suffix,
+                          "forward.metal", UMFA_FORWARD_BUFFERS);
+    builder.computes(type)
+        .shape(shape.d, shape.dv, shape.bk, shape.qf, shape.simdgroups, shape.split, shape.one_tile)
+        .tensors(layout)
+        .params(UMFA_FORWARD_PARAMS, forward_params(problem))
+        .grid((problem.seqlen_q + block_q - 1) / block_q, problem.nheads_q, problem.batch)
+        .simdgroups(shape.simdgroups)
+        .threadgroup_bytes(threadgroup_bytes(shape, type.operand_bytes));
     if (problem.sequences.given) {
         const std::vector<SequenceTask> tasks = tasks_of(problem, chosen, block_q);
-        bind_data(launch, UMFA_BUFFER_SEQUENCES, add_data(plan, sequence_params(problem)));
-        bind_data(launch, UMFA_BUFFER_TASKS, add_data(plan, tasks));
-        bind_pages(launch, problem, pages);
-        launch.grid = {static_cast<uint32_t>(tasks.size()), static_cast<uint32_t>(problem.nheads_q),
-                       1};
+        builder.new_data(UMFA_FORWARD_SEQUENCES, sequence_params(problem))
+            .new_data(UMFA_FORWARD_TASKS, tasks)
+            .data(UMFA_FORWARD_PAGES, pages)
+            .grid(static_cast<int64_t>(tasks.size()), problem.nheads_q);
     }
-    launch.threadgroup = {static_cast<uint32_t>(32 * shape.simdgroups), 1, 1};
-    launch.threadgroup_bytes = threadgroup_bytes(shape, type.operand_bytes);
-    plan.launches.push_back(std::move(launch));
+    builder.add();
 }
 
 }  // namespace
@@ -105,7 +113,9 @@ Verdict can_plan_forward(const Problem& problem) {
 
 LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu) {
     LaunchPlan plan;
-    const uint32_t pages = problem.batch > 0 ? add_pages(plan, problem) : 0;
+    plan.tensors = tensors_of(problem);
+    std::optional<uint32_t> pages;
+    if (problem.batch > 0) pages = add_pages(plan, problem);
     if (problem.append) plan_append(plan, problem, pages);
     if (problem.nheads_q == 0) return plan;
     if (problem.sequences.given) plan_unused_rows(plan, problem);

@@ -3,9 +3,9 @@
 
 #include "core/backend.h"
 #include "core/export.h"
+#include "core/launch_plan.h"
 #include "core/problem.h"
 #include "metal/capabilities.h"
-#include "metal/launch_plan.h"
 
 namespace umfa::metal {
 

@@ -39,10 +39,6 @@ bool wide_rotary(const Problem& problem) {
     return rotary.channels % elements == 0 && is_wide(rotary.cos) && is_wide(rotary.sin);
 }
 
-void bind(KernelLaunch& launch, uint32_t index, Binding::Source source, const TensorView& view) {
-    launch.buffers.push_back({index, source, 0, view.byte_offset});
-}
-
 }  // namespace
 
 ElementType element_type(DType dtype, const Capabilities& gpu) {
@@ -53,6 +49,39 @@ ElementType element_type(DType dtype, const Capabilities& gpu) {
             return {"bfloat", "float", "bf16_as_f32", 4};
         default: return {"float", "float", "f32", 4};
     }
+}
+
+ElementType stored_type(DType dtype) { return element_type(dtype, {Family::apple10}); }
+
+std::vector<PlanTensor> tensors_of(const Problem& problem) {
+    std::vector<PlanTensor> tensors;
+    const auto add = [&](const char* name, const TensorView& view) -> PlanTensor& {
+        return tensors.emplace_back(PlanTensor{name, view});
+    };
+    add("query", problem.query.view);
+    const bool appends = problem.append.has_value();
+    add("key", problem.key.view).written = appends;
+    add("value", problem.value.view).written = appends;
+    if (appends) {
+        add("new_key", problem.append->key.view);
+        add("new_value", problem.append->value.view);
+    }
+    if (problem.mask) add("attn_mask", problem.mask->given);
+    if (problem.alibi) add("alibi_slopes", problem.alibi->view);
+    if (problem.sinks) add("learnable_sink", problem.sinks->logits);
+    if (problem.qv) add("qv", problem.qv->view);
+    if (problem.rotary) {
+        add("rotary_cos", problem.rotary->cos);
+        add("rotary_sin", problem.rotary->sin);
+    }
+    const auto add_result = [&](const char* name, const TensorView& view) {
+        PlanTensor& result = add(name, view);
+        result.read = false;
+        result.written = true;
+    };
+    add_result("out", problem.out->view);
+    if (problem.lse) add_result("lse", problem.lse->view);
+    return tensors;
 }
 
 OperandStrides strides_of(const Operand& operand) {
@@ -128,103 +157,43 @@ bool wide_loads(const Problem& problem) {
            rows_are_wide(problem.value, problem.head_dim_v);
 }
 
-void add_constant(KernelLaunch& launch, uint16_t index, bool value) {
-    launch.constants.push_back({index, Constant::Type::boolean, value ? 1 : 0});
-}
-
-void set_constant(KernelLaunch& launch, uint16_t index, bool value) {
-    for (Constant& constant : launch.constants)
-        if (constant.index == index) constant.value = value ? 1 : 0;
-}
-
-void add_constants(KernelLaunch& launch, const Problem& problem) {
+std::vector<Constant> constants_of(const Problem& problem) {
+    std::vector<Constant> constants;
+    const auto flag = [&](uint16_t index, bool value) {
+        constants.push_back({index, Constant::Type::boolean, value ? 1 : 0});
+    };
+    const auto kind = [&](uint16_t index, const TensorView* view) {
+        constants.push_back(
+            {index, Constant::Type::int32, view ? kind_of(view->dtype) : UMFA_MASK_NONE});
+    };
     const bool scale_last = problem.softcap == 0 && !problem.alibi && !problem.mask &&
                             problem.score_scale() >= 1e-30 && problem.score_scale() <= 1;
     const bool unit_channels =
         problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
         problem.value.stride_channel == 1 && problem.out->stride_channel == 1 &&
         (!problem.qv || problem.qv->stride_channel == 1);
-    add_constant(launch, UMFA_CONSTANT_HAS_LSE, problem.lse.has_value());
-    launch.constants.push_back({UMFA_CONSTANT_MASK_KIND, Constant::Type::int32,
-                                problem.mask ? kind_of(problem.mask->view.dtype) : UMFA_MASK_NONE});
-    add_constant(launch, UMFA_CONSTANT_HAS_MASK, problem.mask.has_value());
-    add_constant(launch, UMFA_CONSTANT_HAS_ALIBI, problem.alibi.has_value());
-    add_constant(launch, UMFA_CONSTANT_HAS_SOFTCAP, problem.softcap > 0);
-    add_constant(launch, UMFA_CONSTANT_SCALE_LAST, scale_last);
-    add_constant(launch, UMFA_CONSTANT_UNIT_CHANNELS, unit_channels);
-    add_constant(launch, UMFA_CONSTANT_WIDE_LOADS, wide_loads(problem));
-    add_constant(launch, UMFA_CONSTANT_HAS_CHUNK, problem.visible.chunk > 0);
-    add_constant(launch, UMFA_CONSTANT_HAS_SEQUENCES, problem.sequences.given);
-    add_constant(launch, UMFA_CONSTANT_HAS_PAGES, problem.page_size > 0);
-    add_constant(launch, UMFA_CONSTANT_HAS_SINKS, problem.sinks.has_value());
-    launch.constants.push_back(
-        {UMFA_CONSTANT_SINK_KIND, Constant::Type::int32,
-         problem.sinks ? kind_of(problem.sinks->logits.dtype) : UMFA_MASK_NONE});
-    add_constant(launch, UMFA_CONSTANT_HAS_ROTARY, problem.rotary.has_value());
-    add_constant(launch, UMFA_CONSTANT_ROTATES_KEYS, problem.rotary && problem.rotary->keys);
-    add_constant(launch, UMFA_CONSTANT_ROTARY_INTERLEAVED,
-                 problem.rotary && problem.rotary->interleaved);
-    launch.constants.push_back(
-        {UMFA_CONSTANT_ROTARY_KIND, Constant::Type::int32,
-         problem.rotary ? kind_of(problem.rotary->cos.dtype) : UMFA_MASK_NONE});
-    add_constant(launch, UMFA_CONSTANT_WIDE_ROTARY, wide_rotary(problem));
-    add_constant(launch, UMFA_CONSTANT_HAS_DROPOUT, problem.dropout.has_value());
-    add_constant(launch, UMFA_CONSTANT_HAS_QV, problem.qv.has_value());
-}
-
-void bind_inputs(KernelLaunch& launch, const Problem& problem) {
-    using Source = Binding::Source;
-    bind(launch, UMFA_BUFFER_QUERY, Source::query, problem.query.view);
-    bind(launch, UMFA_BUFFER_KEY, Source::key, problem.key.view);
-    bind(launch, UMFA_BUFFER_VALUE, Source::value, problem.value.view);
-    if (problem.mask) bind(launch, UMFA_BUFFER_MASK, Source::mask, problem.mask->view);
-    if (problem.alibi) bind(launch, UMFA_BUFFER_SLOPES, Source::alibi_slopes, problem.alibi->view);
-    if (problem.qv) bind(launch, UMFA_BUFFER_QV, Source::qv, problem.qv->view);
-    bind_rotary(launch, problem);
-}
-
-void bind_append(KernelLaunch& launch, const Problem& problem) {
-    using Source = Binding::Source;
-    bind(launch, UMFA_BUFFER_KEY, Source::key, problem.key.view);
-    bind(launch, UMFA_BUFFER_VALUE, Source::value, problem.value.view);
-    bind(launch, UMFA_BUFFER_NEW_KEY, Source::new_key, problem.append->key.view);
-    bind(launch, UMFA_BUFFER_NEW_VALUE, Source::new_value, problem.append->value.view);
-}
-
-void bind_rotary(KernelLaunch& launch, const Problem& problem) {
-    if (!problem.rotary) return;
-    bind(launch, UMFA_BUFFER_ROTARY_COS, Binding::Source::rotary_cos, problem.rotary->cos);
-    bind(launch, UMFA_BUFFER_ROTARY_SIN, Binding::Source::rotary_sin, problem.rotary->sin);
-}
-
-void bind_outputs(KernelLaunch& launch, const Problem& problem) {
-    bind(launch, UMFA_BUFFER_OUT, Binding::Source::out, problem.out->view);
-    if (problem.lse) bind(launch, UMFA_BUFFER_LSE, Binding::Source::lse, problem.lse->view);
-}
-
-void bind_scratch(KernelLaunch& launch, uint32_t index, uint32_t piece) {
-    launch.buffers.push_back({index, Binding::Source::scratch, piece, 0});
-}
-
-void bind_data(KernelLaunch& launch, uint32_t index, uint32_t piece) {
-    launch.buffers.push_back({index, Binding::Source::data, piece, 0});
-}
-
-void bind_sinks(KernelLaunch& launch, const Problem& problem) {
-    if (problem.sinks)
-        bind(launch, UMFA_BUFFER_SINKS, Binding::Source::sinks, problem.sinks->logits);
-}
-
-int fitting_simdgroups(int usual, int smallest, const Capabilities& gpu) {
-    int simdgroups = usual;
-    while (simdgroups % 2 == 0 && simdgroups / 2 >= smallest &&
-           32u * static_cast<uint32_t>(simdgroups) > gpu.max_threads)
-        simdgroups /= 2;
-    return simdgroups;
-}
-
-std::string fitted_suffix(int simdgroups, int usual) {
-    return simdgroups == usual ? "" : "_s" + std::to_string(simdgroups);
+    flag(UMFA_CONSTANT_HAS_LSE, problem.lse.has_value());
+    kind(UMFA_CONSTANT_MASK_KIND, problem.mask ? &problem.mask->view : nullptr);
+    flag(UMFA_CONSTANT_HAS_MASK, problem.mask.has_value());
+    flag(UMFA_CONSTANT_HAS_ALIBI, problem.alibi.has_value());
+    flag(UMFA_CONSTANT_HAS_SOFTCAP, problem.softcap > 0);
+    flag(UMFA_CONSTANT_SCALE_LAST, scale_last);
+    flag(UMFA_CONSTANT_UNIT_CHANNELS, unit_channels);
+    flag(UMFA_CONSTANT_WIDE_LOADS, wide_loads(problem));
+    flag(UMFA_CONSTANT_IS_SPLIT, false);
+    flag(UMFA_CONSTANT_HAS_CHUNK, problem.visible.chunk > 0);
+    flag(UMFA_CONSTANT_HAS_SEQUENCES, problem.sequences.given);
+    flag(UMFA_CONSTANT_HAS_PAGES, problem.page_size > 0);
+    flag(UMFA_CONSTANT_HAS_SINKS, problem.sinks.has_value());
+    kind(UMFA_CONSTANT_SINK_KIND, problem.sinks ? &problem.sinks->logits : nullptr);
+    flag(UMFA_CONSTANT_HAS_ROTARY, problem.rotary.has_value());
+    flag(UMFA_CONSTANT_ROTATES_KEYS, problem.rotary && problem.rotary->keys);
+    flag(UMFA_CONSTANT_ROTARY_INTERLEAVED, problem.rotary && problem.rotary->interleaved);
+    kind(UMFA_CONSTANT_ROTARY_KIND, problem.rotary ? &problem.rotary->cos : nullptr);
+    flag(UMFA_CONSTANT_WIDE_ROTARY, wide_rotary(problem));
+    flag(UMFA_CONSTANT_HAS_DROPOUT, problem.dropout.has_value());
+    flag(UMFA_CONSTANT_HAS_QV, problem.qv.has_value());
+    return constants;
 }
 
 }  // namespace umfa::metal

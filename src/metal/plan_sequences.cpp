@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "metal/launch_builder.h"
 #include "shared/indices.h"
 
 namespace umfa::metal {
@@ -41,15 +42,11 @@ std::vector<SequenceParams> sequence_params(const Problem& problem) {
     return all;
 }
 
-uint32_t add_pages(LaunchPlan& plan, const Problem& problem) {
-    if (problem.page_size == 0) return 0;
+std::optional<uint32_t> add_pages(LaunchPlan& plan, const Problem& problem) {
+    if (problem.page_size == 0) return {};
     // Metal has no empty buffers; a table without pages is not read.
     if (problem.sequences.pages.empty()) return add_data(plan, std::vector<int32_t>{0});
     return add_data(plan, problem.sequences.pages);
-}
-
-void bind_pages(KernelLaunch& launch, const Problem& problem, uint32_t piece) {
-    if (problem.page_size > 0) bind_data(launch, UMFA_BUFFER_PAGES, piece);
 }
 
 void plan_unused_rows(LaunchPlan& plan, const Problem& problem) {
@@ -60,19 +57,17 @@ void plan_unused_rows(LaunchPlan& plan, const Problem& problem) {
     if (problem.lse) params.lse = strides_of(*problem.lse);
     params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
 
-    const ElementType stored = element_type(problem.query.view.dtype, {Family::apple10});
-    KernelLaunch launch;
-    launch.kernel = std::string("clear_") + stored.name;
-    launch.source = "clear.metal";
-    launch.macros = {{"UMFA_KERNEL", "\"" + launch.kernel + "\""}, {"UMFA_T", stored.storage}};
-    add_constants(launch, problem);
-    bind_outputs(launch, problem);
-    bind_data(launch, UMFA_BUFFER_TASKS, add_data(plan, unused));
-    set_params(launch, UMFA_BUFFER_PARAMS, params);
-    launch.grid = {static_cast<uint32_t>(unused.size()), static_cast<uint32_t>(problem.nheads_q),
-                   1};
-    launch.threadgroup = {128, 1, 1};
-    plan.launches.push_back(std::move(launch));
+    constexpr Slot layout[] = {{UMFA_CLEAR_OUT, "out"}, {UMFA_CLEAR_LSE, "lse"}};
+    const ElementType type = stored_type(problem.query.view.dtype);
+    LaunchBuilder(plan, problem, std::string("clear_") + type.name, "clear.metal",
+                  UMFA_CLEAR_BUFFERS)
+        .stores(type)
+        .tensors(layout)
+        .new_data(UMFA_CLEAR_ROWS, unused)
+        .params(UMFA_CLEAR_PARAMS, params)
+        .grid(static_cast<int64_t>(unused.size()), problem.nheads_q)
+        .simdgroups(4)
+        .add();
 }
 
 }  // namespace umfa::metal

@@ -2,7 +2,13 @@
 // and the rows between them.
 #pragma once
 
-#include "metal/plan_parts.h"
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "core/launch_plan.h"
+#include "core/problem.h"
+#include "shared/params.h"
 
 namespace umfa::metal {
 
@@ -12,9 +18,8 @@ using Chosen = std::vector<int64_t>;
 /// Where every sequence lies. Without the fields of split-KV.
 std::vector<SequenceParams> sequence_params(const Problem& problem);
 
-/// Adds the table of pages to the plan's data, where there is one; the piece is for bind_pages.
-uint32_t add_pages(LaunchPlan& plan, const Problem& problem);
-void bind_pages(KernelLaunch& launch, const Problem& problem, uint32_t piece);
+/// Adds the table of pages to the plan's data, where there is one. Returns its number.
+std::optional<uint32_t> add_pages(LaunchPlan& plan, const Problem& problem);
 
 /// Launches a kernel that writes the rows of out and lse that belong to no sequence, if there are
 /// any.

@@ -1,9 +1,7 @@
 // LaunchPlans as Python values, for the executors that are written in Python.
-#include "metal/plan_forward.h"
-
 #include <nanobind/stl/string.h>
 
-#include "metal/kernel_text.h"
+#include "core/instruments.h"
 #include "python/record.h"
 
 namespace umfa::python {
@@ -14,23 +12,11 @@ using namespace umfa::metal;
 
 nb::tuple size_tuple(const Size3& size) { return nb::make_tuple(size.x, size.y, size.z); }
 
-const char* source_name(Binding::Source source) {
-    switch (source) {
-        case Binding::Source::query: return "query";
-        case Binding::Source::key: return "key";
-        case Binding::Source::value: return "value";
-        case Binding::Source::out: return "out";
-        case Binding::Source::lse: return "lse";
-        case Binding::Source::mask: return "mask";
-        case Binding::Source::alibi_slopes: return "alibi_slopes";
-        case Binding::Source::sinks: return "learnable_sink";
-        case Binding::Source::rotary_cos: return "rotary_cos";
-        case Binding::Source::rotary_sin: return "rotary_sin";
-        case Binding::Source::new_key: return "new_key";
-        case Binding::Source::new_value: return "new_value";
-        case Binding::Source::qv: return "qv";
-        case Binding::Source::scratch: return "scratch";
-        case Binding::Source::data: return "data";
+const char* name_of(Binding::Kind kind) {
+    switch (kind) {
+        case Binding::Kind::tensor: return "tensor";
+        case Binding::Kind::scratch: return "scratch";
+        case Binding::Kind::data: return "data";
     }
     return "unknown";
 }
@@ -46,7 +32,7 @@ nb::dict launch_dict(const KernelLaunch& launch) {
     }
     nb::list buffers;
     for (const Binding& binding : launch.buffers)
-        buffers.append(nb::make_tuple(binding.index, source_name(binding.source), binding.piece,
+        buffers.append(nb::make_tuple(binding.index, name_of(binding.kind), binding.piece,
                                       binding.byte_offset));
     result["kernel"] = launch.kernel;
     result["source"] = launch.source;
@@ -54,6 +40,7 @@ nb::dict launch_dict(const KernelLaunch& launch) {
     result["defines"] = kernel_defines(launch);
     result["constants"] = constants;
     result["buffers"] = buffers;
+    result["buffer_count"] = launch.buffer_count;
     result["params_index"] = launch.params_index;
     result["params"] =
         nb::bytes(reinterpret_cast<const char*>(launch.params.data()), launch.params.size());
@@ -63,12 +50,25 @@ nb::dict launch_dict(const KernelLaunch& launch) {
     return result;
 }
 
+nb::dict plan_dict(const LaunchPlan& plan) {
+    nb::list tensors, launches, scratch, data;
+    for (const PlanTensor& tensor : plan.tensors)
+        tensors.append(nb::make_tuple(tensor.name, tensor.written));
+    for (const KernelLaunch& launch : plan.launches) launches.append(launch_dict(launch));
+    for (const uint64_t bytes : plan.scratch_bytes) scratch.append(bytes);
+    for (const std::vector<std::byte>& piece : plan.data)
+        data.append(nb::bytes(reinterpret_cast<const char*>(piece.data()), piece.size()));
+    nb::dict result;
+    result["tensors"] = tensors;
+    result["launches"] = launches;
+    result["scratch_bytes"] = scratch;
+    result["data"] = data;
+    return result;
+}
+
 nb::dict metal_plan_forward(const Options& options, int family, int cores, const nb::tuple& tensors,
                             nb::handle out, nb::handle lse) {
     const std::string& function = options.function->name;
-    if (family < 7 || family > 10)
-        fail(ErrorKind::value, function, "GPU family is unknown", std::to_string(family),
-             "7 to 10");
     Inputs inputs;
     Problem problem = Problem::make(make_request(options, tensors, inputs));
     const Output out_array = import_output(out, function, "out");
@@ -78,27 +78,7 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, const
         lse_array = import_output(lse, function, "softmax_lse");
         problem.set_lse(lse_array.view);
     }
-    if (!problem.loops.empty())
-        fail(ErrorKind::unsupported, function, "no single plan for this",
-             std::to_string(problem.slices()) + " plans", "batch dimensions that are one");
-    const Verdict verdict = can_plan_forward(problem);
-    if (!verdict.yes)
-        fail(ErrorKind::unsupported, function, "no Metal kernel for this", verdict.reason,
-             "what one has");
-    Capabilities gpu;
-    gpu.family = static_cast<Family>(family);
-    gpu.cores = cores;
-    const LaunchPlan plan = plan_forward(problem, gpu);
-    nb::list launches, scratch, data;
-    for (const KernelLaunch& launch : plan.launches) launches.append(launch_dict(launch));
-    for (const uint64_t bytes : plan.scratch_bytes) scratch.append(bytes);
-    for (const std::vector<std::byte>& piece : plan.data)
-        data.append(nb::bytes(reinterpret_cast<const char*>(piece.data()), piece.size()));
-    nb::dict result;
-    result["launches"] = launches;
-    result["scratch_bytes"] = scratch;
-    result["data"] = data;
-    return result;
+    return plan_dict(plan(problem, family, cores));
 }
 
 }  // namespace

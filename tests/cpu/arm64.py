@@ -44,7 +44,7 @@ def other_sources() -> list[Path]:
         "core/*.cpp",
         "capi/*.cpp",
         "cpu/*.cpp",
-        "metal/plan_*.cpp",
+        "metal/plan*.cpp",
         "metal/unavailable.cpp",
     )
     return [path for pattern in patterns for path in sorted((ROOT / "src").glob(pattern))]

@@ -182,39 +182,45 @@ def compute(framework: Any, call: Prepared, tensors: dict[str, Array]) -> tuple[
     last_plan.clear()
     last_plan.update(plan)
     named = dict(zip(call.options.fields, tensors.values(), strict=True))
-    scratch = [np.full(size, 0xFF, np.uint8) for size in plan["scratch_bytes"]]  # NaN
+    all_tensors = {**named, "out": out, "lse": lse}
+    pieces = {
+        "tensor": [all_tensors[name] for name, _ in plan["tensors"]],
+        "scratch": [np.full(size, 0xFF, np.uint8) for size in plan["scratch_bytes"]],  # NaN
+        "data": plan["data"],
+    }
     for launch in plan["launches"]:
-        counters.append(_play(launch, {**named, "out": out, "lse": lse}, scratch, plan["data"]))
+        counters.append(_play(launch, pieces))
     return out, lse
 
 
-def _play(
-    launch: dict[str, Any], tensors: dict[str, Any], scratch: list[Array], data: list[bytes]
-) -> Counters:
+def bound(launch: dict[str, Any], pieces: dict[str, list[Any]]) -> dict[int, tuple[Any, int]]:
+    """What a launch finds at each index: memory, and the byte at which it starts.
+
+    `pieces`: what each kind of binding counts in.
+    """
+    found: dict[int, tuple[Any, int]] = {launch["params_index"]: (launch["params"], 0)}
+    for index, kind, piece, byte_offset in launch["buffers"]:
+        memory, first = pieces[kind][piece], 0
+        if kind == "tensor":
+            bits = memory.view(np.uint16) if memory.dtype == ml_dtypes.bfloat16 else memory
+            memory, first = memory_of(bits)
+        found[index] = memory, first + byte_offset
+    return found
+
+
+def _play(launch: dict[str, Any], pieces: dict[str, list[Any]]) -> Counters:
     library = Library(
         # As umfa gives it to Metal, so that both share the cache.
         launch["defines"] + embed.flatten(launch["source"]),
         constants=launch["constants"],
         options=settings.options,
     )
-    buffers: dict[int, Any] = {launch["params_index"]: launch["params"]}
-    offsets: dict[int, int] = {}
-    for index, source, piece, byte_offset in launch["buffers"]:
-        if source == "scratch":
-            buffers[index], offsets[index] = scratch[piece], byte_offset
-            continue
-        if source == "data":
-            buffers[index] = data[piece]
-            continue
-        tensor = tensors["attn_mask" if source == "mask" else source]
-        if tensor.dtype == ml_dtypes.bfloat16:
-            tensor = tensor.view(np.uint16)
-        buffers[index], offsets[index] = memory_of(tensor)
+    buffers = bound(launch, pieces)
     return library.dispatch(
         launch["kernel"],
         threadgroups=launch["grid"],
         threads=launch["threadgroup"],
-        buffers=buffers,
-        buffer_offsets=offsets,
+        buffers={index: memory for index, (memory, _) in buffers.items()},
+        buffer_offsets={index: first for index, (_, first) in buffers.items()},
         schedule_seed=settings.schedule_seed,
     )

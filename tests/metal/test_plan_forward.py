@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import struct
 from typing import Any
 
@@ -84,6 +85,24 @@ def plan_of(
 def only_launch(**arguments: Any) -> dict[str, Any]:
     (launch,) = plan(**arguments)["launches"]
     return launch
+
+
+def layout(kernel: str) -> dict[str, int]:
+    """Buffer indices of a kernel, by what shared/indices.h calls them."""
+    text = (SHADERS / "shared" / "indices.h").read_text()
+    found = {n: int(i) for n, i in re.findall(rf"#define UMFA_{kernel}_(\w+) (\d+)", text)}
+    count = found.pop("BUFFERS")
+    assert sorted(found.values()) == list(range(count))
+    return found
+
+
+DECODE, MERGE = layout("DECODE"), layout("MERGE")
+
+
+def layout_of(launch: dict[str, Any]) -> dict[str, int]:
+    if launch["kernel"].startswith("decode_merge"):
+        return MERGE
+    return layout(launch["kernel"].split("_")[0].upper())
 
 
 @functools.cache
@@ -179,22 +198,28 @@ def test_constants_follow_the_problem() -> None:
     rest |= {14: False, 15: False, 16: False, 17: 0, 18: False, 19: False, 20: False}
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
-        0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True,
+        0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True, 8: False,
     }  # fmt: skip
     assert only_launch()["constants"][0] is True
     assert only_launch(alibi=True)["constants"] | {0: True} == rest | {
-        0: True, 1: 0, 2: False, 3: True, 4: False, 5: False, 6: True, 7: True,
+        0: True, 1: 0, 2: False, 3: True, 4: False, 5: False, 6: True, 7: True, 8: False,
     }  # fmt: skip
     assert only_launch(softcap=5.0)["constants"][4] is True
     assert only_launch(softmax_scale=-1.0)["constants"][5] is False
 
 
+def tensors_of(made: dict[str, Any], launch: dict[str, Any]) -> set[str]:
+    """Names of the tensors that a launch binds."""
+    return {made["tensors"][i][0] for _, kind, i, _ in launch["buffers"] if kind == "tensor"}
+
+
 def test_each_buffer_index_is_bound_once() -> None:
-    launch = only_launch(alibi=True)
+    made = plan(alibi=True)
+    (launch,) = made["launches"]
     indices = [index for index, *_ in launch["buffers"]] + [launch["params_index"]]
     assert len(set(indices)) == len(indices)
     assert max(indices) <= 30
-    assert {source for _, source, *_ in launch["buffers"]} == {
+    assert tensors_of(made, launch) == {
         "query", "key", "value", "out", "lse", "alibi_slopes",
     }  # fmt: skip
 
@@ -320,9 +345,10 @@ def test_scratch_holds_every_part() -> None:
     _, splits = splits_of(made)
     assert made["scratch_bytes"] == [3 * 8 * 2 * splits * 40 * 4, 3 * 8 * 2 * splits * 8]
     decode, merge = made["launches"]
-    pieces = [(i, p) for i, source, p, _ in decode["buffers"] if source == "scratch"]
-    assert pieces == [(i, p) for i, source, p, _ in merge["buffers"] if source == "scratch"]
-    assert [p for _, p in pieces] == [0, 1]
+    pieces = [(i, p) for i, kind, p, _ in decode["buffers"] if kind == "scratch"]
+    merged = [(i, p) for i, kind, p, _ in merge["buffers"] if kind == "scratch"]
+    assert pieces == [(DECODE["PARTIAL_OUT"], 0), (DECODE["PARTIAL_STATE"], 1)]
+    assert merged == [(MERGE["PARTIAL_OUT"], 0), (MERGE["PARTIAL_STATE"], 1)]
     assert merge["grid"] == (2, 8, 3)
 
 
@@ -402,13 +428,16 @@ def test_causal_alignment(top_left: bool, offset: int) -> None:
 
 # ---- sequences -----------------------------------------------------------------------------------
 
-SEQUENCES, TASKS, PAGES = 11, 12, 13
+
+def piece_of(launch: dict[str, Any], name: str) -> int:
+    """Which of the plan's data a launch finds at one of its indices."""
+    index = layout_of(launch)[name]
+    (piece,) = (p for i, kind, p, _ in launch["buffers"] if (i, kind) == (index, "data"))
+    return int(piece)
 
 
-def data_of(made: dict[str, Any], launch: dict[str, Any], index: int) -> bytes:
-    """What a launch finds in one of its buffers of data."""
-    (piece,) = (p for i, source, p, _ in launch["buffers"] if (i, source) == (index, "data"))
-    return made["data"][piece]
+def data_of(made: dict[str, Any], launch: dict[str, Any], name: str) -> bytes:
+    return made["data"][piece_of(launch, name)]
 
 
 def test_sequences_are_data_of_the_plan() -> None:
@@ -419,12 +448,12 @@ def test_sequences_are_data_of_the_plan() -> None:
     }
     made = plan(shape=(2, 50, 4, 64), seqlen_kv=80, others=others)
     (launch,) = made["launches"]
-    found = list(struct.iter_unpack("<6q6i", data_of(made, launch, SEQUENCES)))
+    found = list(struct.iter_unpack("<6q6i", data_of(made, launch, "SEQUENCES")))
     assert found == [
         (0, 0, 1, 20, 0, 0, 50, 50, 0, 0, 70, 0),
         (1, 0, 0, 0, 0, 0, 50, 3, -47, 0, 3, 0),
     ]
-    tasks = [task[:2] for task in struct.iter_unpack("<4i", data_of(made, launch, TASKS))]
+    tasks = [task[:2] for task in struct.iter_unpack("<4i", data_of(made, launch, "TASKS"))]
     rows = shape_rows(launch)
     assert tasks == [(b, row) for b in (0, 1) for row in range(0, 50, rows)]
     assert launch["constants"][10] is True
@@ -445,10 +474,10 @@ def test_pages_are_one_table_for_all_launches() -> None:
     forward, decode = made["launches"]
     for launch in (forward, decode):
         assert launch["constants"][11] is True
-        pages = struct.unpack("<6i", data_of(made, launch, PAGES))
+        pages = struct.unpack("<6i", data_of(made, launch, "PAGES"))
         assert pages == (4, 1, 0, 3, 3, 0)  # of those in use
     assert len(made["data"]) == 5
-    places = list(struct.iter_unpack("<6q6i", data_of(made, decode, SEQUENCES)))
+    places = list(struct.iter_unpack("<6q6i", data_of(made, decode, "SEQUENCES")))
     assert [place[4] for place in places] == [0, 3]
 
 
@@ -473,14 +502,16 @@ def test_appending_comes_first() -> None:
     kernels = [x["kernel"].split("_")[0] for x in made["launches"]]
     assert kernels == ["append", "clear", "forward", "decode"]
     assert append["grid"] == (3, 4, 2)
-    sources = {source for _, source, *_ in append["buffers"]}
-    assert sources == {
-        "key", "value", "new_key", "new_value", "rotary_cos", "rotary_sin", "data",
+    assert tensors_of(made, append) == {
+        "key", "value", "new_key", "new_value", "rotary_cos", "rotary_sin",
     }  # fmt: skip
     for launch in (forward, decode):
         assert launch["constants"][14] is True
         assert launch["constants"][15] is False  # they were rotated on their way into the cache
-    assert "rotary_cos" not in {source for _, source, *_ in clear["buffers"]}
+    assert tensors_of(made, clear) == {"out", "lse"}
+    assert {name for name, written in made["tensors"] if written} == {
+        "key", "value", "out", "lse",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -501,8 +532,9 @@ def test_one_table_of_pages_for_appending_too() -> None:
     }  # fmt: skip
     made = plan(shape=(2, 5, 4, 64), seqlen_kv=40, others=others)
     append, decode = made["launches"]
-    assert data_of(made, append, PAGES) == data_of(made, decode, PAGES) == struct.pack("<2i", 1, 0)
-    assert len({p for x in made["launches"] for i, _, p, _ in x["buffers"] if i == PAGES}) == 1
+    for launch in (append, decode):
+        assert data_of(made, launch, "PAGES") == struct.pack("<2i", 1, 0)
+    assert len({piece_of(launch, "PAGES") for launch in made["launches"]}) == 1
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 50])
@@ -544,6 +576,36 @@ def test_every_buffer_index_is_bound_once() -> None:
         assert len(set(indices)) == len(indices)
         assert max(indices) <= 30
         assert len(launch["params"]) < 4096
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 50])
+def test_every_buffer_of_a_layout_is_bound_where_a_call_has_everything(seqlen_q: int) -> None:
+    """A tensor's name that the planner misspelt would leave its index empty."""
+    others = {
+        **rotary(3100), "block_table": np.arange(200).reshape(2, 100),
+        "seqused_k": np.array([3000, 60]), "learnable_sink": np.zeros(4, np.float32),
+        "new_key": np.zeros((2, 3, 4, 64), np.float16),
+        "new_value": np.zeros((2, 3, 4, 64), np.float16),
+        "seqused_q": np.array([seqlen_q, 0]),
+    }  # fmt: skip
+    if seqlen_q == 50:
+        others["qv"] = np.zeros((2, 50, 4, 64), np.float16)
+    query = np.zeros((2, seqlen_q, 4, 64), np.float16)
+    pages = np.zeros((200, 32, 4, 64), np.float16)
+    tensors = {
+        "query": query, "key": pages, "value": pages.copy(), "out": query.copy(),
+        "alibi_slopes": np.zeros(4, np.float32), "lse": np.zeros((2, 4, seqlen_q), np.float32),
+        "attn_mask": np.zeros((seqlen_q, 3200), np.float32),
+    }  # fmt: skip
+    made = plan_of(**tensors, **others, dropout_p=0.5)
+    kinds = [layout_of(launch) for launch in made["launches"]]
+    assert len(kinds) == (4 if seqlen_q == 1 else 3)
+    for launch, indices in zip(made["launches"], kinds, strict=True):
+        bound = {index for index, *_ in launch["buffers"]} | {launch["params_index"]}
+        assert launch["buffer_count"] == len(indices)
+        missing = {name for name, index in indices.items() if index not in bound}
+        # The kernel that divides takes in the sinks.
+        assert missing == ({"SINKS"} if indices == DECODE else set())
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 50])

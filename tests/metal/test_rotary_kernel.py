@@ -215,4 +215,4 @@ def test_each_key_is_read_once_a_tile() -> None:
     (launch,) = counters
     assert launch.buffer_bytes_read[1] == 2 * key.nbytes  # once for each query head
     pairs = 16 * (70 + 2 * 40)  # each of a query's channels is loaded by itself
-    assert launch.buffer_bytes_read[14] == launch.buffer_bytes_read[15] == 4 * 4 * pairs
+    assert launch.buffer_bytes_read[11] == launch.buffer_bytes_read[12] == 4 * 4 * pairs

@@ -23,18 +23,12 @@ class Player:
         self.device = device
         self.played: list[str] = []
 
-    def __call__(
-        self, launch: dict[str, Any], tensors: dict[str, Any], _: list[Array], data: list[bytes]
-    ) -> None:
+    def __call__(self, launch: dict[str, Any], pieces: dict[str, list[Any]]) -> None:
         if not launch["kernel"].startswith(("append_", "clear_")):
             return
-        buffers: dict[int, Any] = {launch["params_index"]: launch["params"]}
-        offsets: dict[int, int] = {}
-        for index, source, piece, byte_offset in launch["buffers"]:
-            if source == "data":
-                buffers[index], offsets[index] = data[piece], byte_offset
-            else:
-                buffers[index], offsets[index] = emulated.memory_of(tensors[source])
+        bound = emulated.bound(launch, pieces)
+        buffers = {index: memory for index, (memory, _) in bound.items()}
+        offsets = {index: first for index, (_, first) in bound.items()}
         text = Shape(launch["kernel"], "", launch).text
         with (
             self.device.library(text) as library,

@@ -14,7 +14,7 @@ from tests.metal import emulated
 from umfa import _ext
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Play = Callable[[dict[str, Any], dict[str, Any], list[Array], list[bytes]], None]
+Play = Callable[[dict[str, Any], dict[str, list[Any]]], None]
 
 DTYPES = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32}
 # Options and tensors that switch on what costs registers.

@@ -104,7 +104,7 @@ def test_imports_go_downwards() -> None:
     [
         ("src/core", "metal/plan_forward.h"),
         ("src/core", "cpu/thread_pool.h"),
-        ("src/cpu", "metal/launch_plan.h"),
+        ("src/cpu", "metal/capabilities.h"),
         ("src/python", "cpu/features.h"),
         ("src/capi", "python/record.h"),
         ("shaders", "core/problem.h"),

@@ -12,7 +12,7 @@ from tests.metal.metal_tensors import MetalTensor
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
 
-MASK = 5
+MASK, PARAMS = 5, 14
 
 
 def bind(mask: np.ndarray[Any, Any], recorder: Recorder, shape: tuple[int, ...]) -> int:
@@ -23,7 +23,7 @@ def bind(mask: np.ndarray[Any, Any], recorder: Recorder, shape: tuple[int, ...])
     after = umfa.stats()
     assert recorder.addresses()[MASK] == mask.ctypes.data
     # What the kernel is given are the tensors and its parameters, and no scratch.
-    assert set(recorder.dispatches[-1].buffers) == {0, 1, 2, 3, MASK, 7}
+    assert set(recorder.dispatches[-1].buffers) == {0, 1, 2, 3, MASK, PARAMS}
     assert after.tensors_in_place - before.tensors_in_place == 5
     assert after.tensors_copied == before.tensors_copied
     return after.bytes_copied - before.bytes_copied

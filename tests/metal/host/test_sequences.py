@@ -15,7 +15,7 @@ from tests.sequences import rotary_tables
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
 
-SEQUENCES, TASKS, PAGES = 11, 12, 13
+SEQUENCES, TASKS, PAGES = 8, 9, 10
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "chunk": {"attention_chunk": 16, "causal": True},
@@ -101,7 +101,7 @@ def test_no_memory_for_a_table(double: Double) -> None:
 # ---- new rows ------------------------------------------------------------------------------------
 
 Arrays = list[np.ndarray[Any, np.dtype[Any]]]
-KEY, VALUE, NEW_KEY, NEW_VALUE = 1, 2, 16, 17
+KEY, VALUE, NEW_KEY, NEW_VALUE = range(4)
 
 
 def new_rows(dtype: str = "float16", new: int = 9) -> tuple[Arrays, dict[str, Any]]:

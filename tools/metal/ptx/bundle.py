@@ -61,6 +61,7 @@ def build(
                 "name": case.name,
                 "purpose": purpose,
                 "case": case.plain(),
+                "tensors": [name for name, _ in planned["tensors"]],
                 "scratch_bytes": planned["scratch_bytes"],
                 "data": [piece.hex() for piece in planned["data"]],
                 "launches": [

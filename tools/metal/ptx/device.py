@@ -61,6 +61,7 @@ class Prepared:
         for name in ("out", "lse"):
             if name in self.places:
                 self.memory[name] = upload(poison(self.places[name]))
+        self.tensors = described["tensors"]
         self.scratch = [
             upload(np.full(max(size, 1), 0xFF, np.uint8)) if poisoned else cupy.cuda.alloc(size)
             for size in described["scratch_bytes"]
@@ -77,15 +78,8 @@ class Prepared:
         params = upload(np.frombuffer(bytes.fromhex(launch["params"]), np.uint8))
         self.keep.append(params)
         pointers = {launch["params_index"]: params.ptr}
-        for index, source, piece, byte_offset in launch["bindings"]:
-            if source == "scratch":
-                pointers[index] = self.scratch[piece].ptr + byte_offset
-            elif source == "data":
-                pointers[index] = self.data[piece].ptr
-            else:
-                place = self.places[source]
-                start = place.start * place.item_bytes
-                pointers[index] = self.memory[source].ptr + start + byte_offset
+        for index, kind, piece, byte_offset in launch["bindings"]:
+            pointers[index] = self._start(kind, piece) + byte_offset
         block = launch["threadgroup"]
         arguments = (
             *(np.uint64(pointers.get(index, 0)) for index in launch["buffers"]),
@@ -96,6 +90,14 @@ class Prepared:
         if threads % 32:
             raise ValueError("a simdgroup would be incomplete, and its lanes in the wrong order")
         self.launches.append((function, tuple(launch["grid"]), (threads, 1, 1), arguments))
+
+    def _start(self, kind: str, piece: int) -> int:
+        """Where a piece of scratch or data or the first element of a tensor is."""
+        if kind != "tensor":
+            return int({"scratch": self.scratch, "data": self.data}[kind][piece].ptr)
+        name = self.tensors[piece]
+        place = self.places[name]
+        return int(self.memory[name].ptr) + place.start * place.item_bytes
 
     def play(self) -> None:
         """Enqueues the launches on the current stream."""

@@ -57,7 +57,7 @@ def random_buffers(case: Case, rng: np.random.Generator) -> dict[str, Array]:
                 view[:, :, 2] = 0  # a row that sees nothing
         else:
             values = rng.standard_normal(place.shape, np.float32)
-            if name == "mask":
+            if name == "attn_mask":
                 values[rng.random(place.shape) < 0.1] = -np.inf
             view[...] = store(values, place.dtype)
             if name in ("key", "value") and (case.page_size or case.new_rows):

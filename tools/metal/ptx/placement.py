@@ -33,7 +33,7 @@ class Placement:
 
 
 def placements(case: Case) -> dict[str, Placement]:
-    """By the names that a plan's bindings use."""
+    """By the names in a plan's table of tensors."""
     c = case
     found = {
         "query": _tensor(c, c.seqlen_q, c.heads, c.head_dim, 0),
@@ -64,7 +64,7 @@ def placements(case: Case) -> dict[str, Placement]:
     if c.mask:
         full = (c.batch, c.heads, c.seqlen_q, c.seqlen_k)
         shape = tuple(n if v else 1 for n, v in zip(full, c.mask_varies, strict=True))
-        found["mask"] = _contiguous(c.mask, shape)
+        found["attn_mask"] = _contiguous(c.mask, shape)
     return found
 
 

@@ -24,7 +24,7 @@ def plan(case: Case) -> dict[str, Any]:
         array = place.view(np.empty(place.size, STORAGE[place.dtype]))
         if place.dtype in ("bool", "bfloat16"):
             array = array.view({"bool": np.bool_, "bfloat16": ml_dtypes.bfloat16}[place.dtype])
-        tensors["attn_mask" if name == "mask" else name] = array
+        tensors[name] = array
     out, lse = tensors.pop("out"), tensors.pop("lse", None)
     attention = _ext.Attention(
         FUNCTION,

@@ -131,7 +131,7 @@ def attention(case: Case, tensors: dict[str, Any], xp: Any = np) -> tuple[Any, A
     out = xp.zeros((case.batch, case.seqlen_q, case.heads, case.head_dim_v))
     lse = xp.zeros((case.batch, case.heads, case.seqlen_q))
     full = (case.batch, case.heads, case.seqlen_q, case.seqlen_k)
-    mask = xp.broadcast_to(tensors["mask"], full) if "mask" in tensors else None
+    mask = xp.broadcast_to(tensors["attn_mask"], full) if "attn_mask" in tensors else None
     for b, h in np.ndindex(case.batch, case.heads):
         h_k = h // (case.heads // case.heads_k)
         for start in range(0, case.seqlen_q, ROWS_AT_A_TIME):

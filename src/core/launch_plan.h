@@ -5,7 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "core/tensor_view.h"
 
 namespace umfa::metal {
 
@@ -21,29 +24,21 @@ struct Constant {
     int32_t value = 0;
 };
 
-/// A tensor of the Problem, or a piece of scratch or data, at a buffer index of the kernel.
+/// A tensor of the Problem that some launch uses.
+struct PlanTensor {
+    const char* name;  // the core's, by which an executor finds the caller's array
+    TensorView view;
+    bool read = true;      // before anything is written to it
+    bool written = false;  // by the plan
+};
+
+/// What is at a buffer index of a kernel: an entry of the plan's tensors, scratch or data.
 struct Binding {
-    enum class Source : uint8_t {
-        query,
-        key,
-        value,
-        out,
-        lse,
-        mask,
-        alibi_slopes,
-        sinks,
-        rotary_cos,
-        rotary_sin,
-        new_key,
-        new_value,
-        qv,
-        scratch,
-        data
-    };
+    enum class Kind : uint8_t { tensor, scratch, data };
     uint32_t index = 0;
-    Source source = Source::query;
-    uint32_t piece = 0;        // which one, of scratch or data
-    uint64_t byte_offset = 0;  // from the start of the buffer
+    Kind kind = Kind::tensor;
+    uint32_t piece = 0;        // which entry
+    uint64_t byte_offset = 0;  // from the first element of the tensor, or the start of the piece
 };
 
 struct KernelLaunch {
@@ -53,6 +48,7 @@ struct KernelLaunch {
         macros;  // to compile just this kernel from text (kernel_text.h)
     std::vector<Constant> constants;
     std::vector<Binding> buffers;
+    uint32_t buffer_count = 0;       // of the kernel's layout; not all of them need be bound
     uint32_t params_index = 0;       // buffer index of `params`
     std::vector<std::byte> params;   // bytes of the kernel's parameter struct
     Size3 grid;                      // in threadgroups
@@ -62,6 +58,7 @@ struct KernelLaunch {
 
 /// Launches run in order, each seeing what the ones before it wrote.
 struct LaunchPlan {
+    std::vector<PlanTensor> tensors;
     std::vector<KernelLaunch> launches;
     std::vector<uint64_t> scratch_bytes;
     std::vector<std::vector<std::byte>> data;  // what kernels only read: tables, lists of tasks

@@ -1,0 +1,79 @@
+#include "metal/launch_builder.h"
+
+#include <algorithm>
+#include <string_view>
+
+#include "core/error.h"
+
+namespace umfa::metal {
+
+Simdgroups fit_simdgroups(int usual, int smallest, const Capabilities& gpu) {
+    int count = usual;
+    while (count % 2 == 0 && count / 2 >= smallest &&
+           32u * static_cast<uint32_t>(count) > gpu.max_threads)
+        count /= 2;
+    return {count, count == usual ? "" : "_s" + std::to_string(count)};
+}
+
+LaunchBuilder::LaunchBuilder(LaunchPlan& plan, const Problem& problem, std::string kernel,
+                             const char* source, uint32_t buffer_count)
+    : plan_(plan), problem_(problem) {
+    launch_.macros = {{"UMFA_KERNEL", "\"" + kernel + "\""}};
+    launch_.kernel = std::move(kernel);
+    launch_.source = source;
+    launch_.constants = constants_of(problem);
+    launch_.buffer_count = buffer_count;
+}
+
+LaunchBuilder& LaunchBuilder::macro(const char* name, std::string text) {
+    launch_.macros.emplace_back(name, std::move(text));
+    return *this;
+}
+
+LaunchBuilder& LaunchBuilder::constant(uint16_t index, bool value) {
+    const auto found =
+        std::find_if(launch_.constants.begin(), launch_.constants.end(),
+                     [&](const Constant& constant) { return constant.index == index; });
+    if (found == launch_.constants.end())
+        fail(ErrorKind::internal, problem_.function, "no such function constant",
+             std::to_string(index), "one of shared/indices.h");
+    found->value = value ? 1 : 0;
+    return *this;
+}
+
+LaunchBuilder& LaunchBuilder::tensors(std::span<const Slot> slots) {
+    for (const Slot& slot : slots)
+        for (uint32_t i = 0; i < plan_.tensors.size(); ++i)
+            if (std::string_view(plan_.tensors[i].name) == slot.tensor)
+                launch_.buffers.push_back({slot.index, Binding::Kind::tensor, i, 0});
+    return *this;
+}
+
+LaunchBuilder& LaunchBuilder::scratch(uint32_t index, uint32_t piece) {
+    launch_.buffers.push_back({index, Binding::Kind::scratch, piece, 0});
+    return *this;
+}
+
+LaunchBuilder& LaunchBuilder::data(uint32_t index, std::optional<uint32_t> piece) {
+    if (piece) launch_.buffers.push_back({index, Binding::Kind::data, *piece, 0});
+    return *this;
+}
+
+LaunchBuilder& LaunchBuilder::grid(int64_t x, int64_t y, int64_t z) {
+    launch_.grid = {static_cast<uint32_t>(x), static_cast<uint32_t>(y), static_cast<uint32_t>(z)};
+    return *this;
+}
+
+LaunchBuilder& LaunchBuilder::simdgroups(int count) {
+    launch_.threadgroup = {static_cast<uint32_t>(32 * count), 1, 1};
+    return *this;
+}
+
+LaunchBuilder& LaunchBuilder::threadgroup_bytes(uint32_t bytes) {
+    launch_.threadgroup_bytes = bytes;
+    return *this;
+}
+
+void LaunchBuilder::add() { plan_.launches.push_back(std::move(launch_)); }
+
+}  // namespace umfa::metal
