@@ -76,7 +76,7 @@ UMFA_INLINE Int visible_end(Visible<Int> v, Int i) {
 // ---- a block of queries and a tile of keys -----------------------------------------------------
 // Neither bound decreases from one query to the next: the first and last query bound a block.
 
-/// Keys [begin, end), counted from the first key of a tile. Empty when end <= begin.
+/// Keys [begin, end) of a tile, counted from its first key. Empty when end <= begin.
 struct KeyRange {
     int begin, end;
 };
@@ -86,18 +86,19 @@ UMFA_INLINE int clamp_key(Int key, Int keys) {
     return static_cast<int>(key < 0 ? 0 : key > keys ? keys : key);
 }
 
-/// The smallest range with every key of the tile that some query of [first, last] sees.
+/// The smallest range with every key of the tile [first_key, first_key + keys) that some query of
+/// [first, last] sees.
 template <typename Int>
-UMFA_INLINE KeyRange seen_by_some(Visible<Int> v, Int first, Int last, Int tile, Int keys) {
-    return {clamp_key(visible_begin(v, first) - tile, keys),
-            clamp_key(visible_end(v, last) - tile, keys)};
+UMFA_INLINE KeyRange seen_by_some(Visible<Int> v, Int first, Int last, Int first_key, Int keys) {
+    return {clamp_key(visible_begin(v, first) - first_key, keys),
+            clamp_key(visible_end(v, last) - first_key, keys)};
 }
 
 /// Keys of the tile that each query of [first, last] sees.
 template <typename Int>
-UMFA_INLINE KeyRange seen_by_all(Visible<Int> v, Int first, Int last, Int tile, Int keys) {
-    return {clamp_key(visible_begin(v, last) - tile, keys),
-            clamp_key(visible_end(v, first) - tile, keys)};
+UMFA_INLINE KeyRange seen_by_all(Visible<Int> v, Int first, Int last, Int first_key, Int keys) {
+    return {clamp_key(visible_begin(v, last) - first_key, keys),
+            clamp_key(visible_end(v, first) - first_key, keys)};
 }
 
 /// Beginning of the first tile, at `from` or behind it, that the queries [first, last] have to
@@ -105,8 +106,8 @@ UMFA_INLINE KeyRange seen_by_all(Visible<Int> v, Int first, Int last, Int tile, 
 template <typename Int>
 UMFA_INLINE Int next_tile(Visible<Int> v, Int first, Int last, Int from, Int size) {
     const Int begin = visible_begin(v, first), end = visible_end(v, last);
-    const Int tile = begin > from ? begin / size * size : from;
-    return begin < end && tile < end ? tile : v.seqlen_kv;
+    const Int start = begin > from ? begin / size * size : from;
+    return begin < end && start < end ? start : v.seqlen_kv;
 }
 
 // ---- single keys of a tile ---------------------------------------------------------------------
@@ -117,8 +118,9 @@ struct VisibleRow {
 };
 
 template <typename Int>
-UMFA_INLINE VisibleRow visible_row(Visible<Int> v, Int i, Int tile, Int keys) {
-    return {clamp_key(visible_begin(v, i) - tile, keys), clamp_key(visible_end(v, i) - tile, keys)};
+UMFA_INLINE VisibleRow visible_row(Visible<Int> v, Int i, Int first_key, Int keys) {
+    return {clamp_key(visible_begin(v, i) - first_key, keys),
+            clamp_key(visible_end(v, i) - first_key, keys)};
 }
 
 #ifndef __METAL_VERSION__  // the CPU's vectors
@@ -137,11 +139,11 @@ struct VisibleRows {
 
 /// visible_row() of the queries from `first` on.
 template <int N>
-UMFA_INLINE void set_visible_rows(Visible<int64_t> v, int64_t first, int64_t tile, int64_t keys,
-                                  VisibleRows<N>& rows) {
+UMFA_INLINE void set_visible_rows(Visible<int64_t> v, int64_t first, int64_t first_key,
+                                  int64_t keys, VisibleRows<N>& rows) {
     if (v.chunk > 0) {  // a division for each query
         for (int j = 0; j < N; ++j) {
-            const VisibleRow row = visible_row(v, first + j, tile, keys);
+            const VisibleRow row = visible_row(v, first + j, first_key, keys);
             rows.begin[j] = row.begin;
             rows.end[j] = row.end;
         }
@@ -150,7 +152,7 @@ UMFA_INLINE void set_visible_rows(Visible<int64_t> v, int64_t first, int64_t til
     // Both bounds move by one from query to query, and are clamped after that. The first query's
     // are clamped to where all N of them still come out right in 32 bits, which makes the loop
     // vectors.
-    const int64_t center = first + v.offset - tile;
+    const int64_t center = first + v.offset - first_key;
     const auto near = [&](int64_t key) {
         return static_cast<int>(key < -N ? -N : key > keys ? keys : key);
     };
