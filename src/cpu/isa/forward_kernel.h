@@ -155,10 +155,10 @@ inline void score_panel(const Scoring& scoring, const float* key, const float* q
 
 /// Prefetches share `part` of `parts` of the rows that a block reads first: its queries and its
 /// first tile of keys and values. Without it, waiting for them took a tenth of the time with 512
-/// keys.
+/// keys. Always inlined: see prefetch_row().
 template <class storage>
-inline void prefetch_block(const ForwardArgs& args, const Block& block, int64_t part,
-                           int64_t parts) {
+UMFA_INLINE void prefetch_block(const ForwardArgs& args, const Block& block, int64_t part,
+                                int64_t parts) {
     const Sequence& sequence = args.sequences[block.sequence];
     const int64_t rest = sequence.seqlen_q - block.first;
     const int64_t queries = rest < args.block_q ? rest : args.block_q;
@@ -310,8 +310,8 @@ struct ForwardBlock {
     }
 
     /// Prefetches panel p's share of what is needed next: the tile that begins at `next`; after the
-    /// last one, the rows to be written and the next block.
-    void prefetch(int64_t p, int64_t next, const Block* next_block) const {
+    /// last one, the rows to be written and the next block. Always inlined: see prefetch_row().
+    UMFA_INLINE void prefetch(int64_t p, int64_t next, const Block* next_block) const {
         if (next >= sequence.seqlen_kv) {
             const int64_t rows = q_end - q_begin;
             for (int64_t i = rows * p / panels; i < rows * (p + 1) / panels; ++i)
