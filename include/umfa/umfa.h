@@ -36,6 +36,12 @@ typedef enum umfa_layout {
     UMFA_LAYOUT_BHSD = 1  /* (batch, nheads, seqlen, head_dim) */
 } umfa_layout;
 
+/* Where query i and key j have the same position. */
+typedef enum umfa_alignment {
+    UMFA_ALIGNMENT_BOTTOM_RIGHT = 0, /* j = i + seqlen_kv - seqlen_q: the last of both */
+    UMFA_ALIGNMENT_TOP_LEFT = 1      /* j = i: the first of both */
+} umfa_alignment;
+
 typedef enum umfa_backend {
     UMFA_BACKEND_AUTO = 0, /* or what the environment variable UMFA_BACKEND names */
     UMFA_BACKEND_CPU = 1,
@@ -53,8 +59,9 @@ typedef struct umfa_attention_options {
 /* ---- from src/core/options.def ---- */
     /* query i sees keys j <= i + seqlen_kv - seqlen_q */
     int32_t causal;
-    /* align causal and windows at the top left: as if seqlen_kv - seqlen_q were 0 */
-    int32_t top_left;
+    /* umfa_alignment: which query and key have the same position, for causal, windows, chunks,
+       slopes and rotary angles of all keys */
+    int32_t causal_alignment;
     /* keys left and right of the diagonal that are seen; -1: all. causal makes right 0 */
     int64_t window_size_left, window_size_right;
     /* factor on the scores; 0: head_dim ** -0.5 (with qv both head dims count) */

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <string>
 #include <string_view>
@@ -113,6 +114,10 @@ void read_fields(const umfa_attention_options& options, AttentionRequest& reques
 #define UMFA_OFFSET(name, text) request.name = options.name;
 #define UMFA_FLAG(name, value, text) \
     request.name = checked_enum(options.name, 1, "options->" #name, called.c_str()) != 0;
+#define UMFA_CHOICE(name, type, value, text)                                                   \
+    request.name =                                                                             \
+        static_cast<type>(checked_enum(options.name, int32_t(std::size(names_of(type{}))) - 1, \
+                                       "options->" #name, called.c_str()));
 #define UMFA_WINDOW(name, text)                \
     request.name##_left = options.name##_left; \
     request.name##_right = options.name##_right;

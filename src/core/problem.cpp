@@ -338,7 +338,7 @@ private:
                          std::to_string(request_.attention_chunk),
                          "0 (none) to " + std::to_string(max_seqlen));
         problem_.causal = request_.causal;
-        problem_.top_left = request_.top_left;
+        problem_.top_left = request_.causal_alignment == Alignment::top_left;
         problem_.visible.seqlen_kv = problem_.seqlen_kv;
         problem_.visible.offset = problem_.top_left ? 0 : problem_.seqlen_kv - problem_.seqlen_q;
         problem_.visible.left = request_.window_size_left;

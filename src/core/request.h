@@ -18,6 +18,14 @@ namespace umfa {
 /// LSE is always (batch, nheads, seqlen_q).
 enum class Layout : uint8_t { bshd, bhsd };
 
+/// Where query i and key j have the same position.
+enum class Alignment : uint8_t {
+    bottom_right,  // j = i + seqlen_kv - seqlen_q: the last query and the last key (flash-attn, MLX)
+    top_left,      // j = i: the first query and the first key (torch SDPA, JAX)
+};
+inline constexpr const char* alignment_names[] = {"bottom_right", "top_left"};
+constexpr const auto& names_of(Alignment) { return alignment_names; }
+
 /// Every argument of an attention call.
 enum class Field : uint8_t {
 #define UMFA_OPERAND(name) name,
@@ -30,6 +38,7 @@ enum class Field : uint8_t {
 #define UMFA_SEED(name, text) name,
 #define UMFA_OFFSET(name, text) name,
 #define UMFA_FLAG(name, value, text) name,
+#define UMFA_CHOICE(name, type, value, text) name,
 #define UMFA_WINDOW(name, text) name,
 #define UMFA_RESULT_FLAG(name, value) name,
 #include "core/options.def"
@@ -64,6 +73,7 @@ struct AttentionOptions {
 #define UMFA_SEED(name, text) std::optional<uint64_t> name;
 #define UMFA_OFFSET(name, text) uint64_t name = 0;
 #define UMFA_FLAG(name, value, text) bool name = value;
+#define UMFA_CHOICE(name, type, value, text) type name = type::value;
 #define UMFA_WINDOW(name, text) int64_t name##_left = -1, name##_right = -1;
 #define UMFA_RESULT_FLAG(name, value) bool name = value;
 #include "core/options.def"

@@ -83,6 +83,11 @@ bool set_value(AttentionOptions& values, Field field, const Argument& argument, 
     case Field::name: values.name = unsigned_integer(argument, value); return true;
 #define UMFA_FLAG(name, default_value, text) \
     case Field::name: values.name = flag(argument, value); return true;
+#define UMFA_CHOICE(name, type, default_value, text)                                 \
+    case Field::name:                                                                \
+        values.name = static_cast<type>(                                             \
+            choice(argument, value, names_of(type{}), std::size(names_of(type{})))); \
+        return true;
 #define UMFA_RESULT_FLAG(name, default_value) \
     case Field::name: values.name = flag(argument, value); return true;
 #define UMFA_WINDOW(name, text)                                                      \
@@ -292,6 +297,7 @@ void bind_record(nb::module_& m) {
 #define UMFA_SEED(name, text) ", " #name ": int | None = None"
 #define UMFA_OFFSET(name, text) ", " #name ": int = 0"
 #define UMFA_FLAG(name, value, text) ", " #name ": bool | None = None"
+#define UMFA_CHOICE(name, type, value, text) ", " #name ": str = '" #value "'"
 #define UMFA_WINDOW(name, text) ", " #name ": object | None = None"
 #define UMFA_RESULT_FLAG(name, value) ", " #name ": bool = ..."
 #define UMFA_ALIAS(name, of) ", " #name ": object | None = None"

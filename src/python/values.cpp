@@ -140,6 +140,17 @@ std::pair<int64_t, int64_t> window(const Argument& argument, nb::handle value) {
     return {left, side("right", 1)};
 }
 
+size_t choice(const Argument& argument, nb::handle value, const char* const* names, size_t count) {
+    std::string expected;
+    for (size_t i = 0; i < count; ++i)
+        expected += (i == 0 ? "'" : " or '") + std::string(names[i]) + "'";
+    if (!PyUnicode_Check(value.ptr())) refuse_type(argument, " is not a string", value, expected);
+    for (size_t i = 0; i < count; ++i)
+        if (nb::borrow(value).equal(nb::str(names[i]))) return i;
+    fail(ErrorKind::value, argument.function, argument.name + " is unknown", short_repr(value),
+         expected);
+}
+
 std::string backend_name(const Argument& argument, nb::handle value) {
     static const std::string expected = "'auto', 'metal' or 'cpu'";
     if (!PyUnicode_Check(value.ptr())) refuse_type(argument, " is not a string", value, expected);

@@ -26,6 +26,8 @@ int64_t integer(const Argument& argument, nb::handle value, const std::string& e
 uint64_t unsigned_integer(const Argument& argument, nb::handle value);
 /// (left, right); None is -1, unbounded.
 std::pair<int64_t, int64_t> window(const Argument& argument, nb::handle value);
+/// Index of the name that the value is.
+size_t choice(const Argument& argument, nb::handle value, const char* const* names, size_t count);
 /// A name that a message can show.
 std::string backend_name(const Argument& argument, nb::handle value);
 

@@ -165,7 +165,8 @@ static void check_result(int line, const DLTensor* q, const DLTensor* k, const D
     for (b = 0; b < q->shape[0]; ++b)
         for (h = 0; h < heads; ++h)
             for (i = 0; i < seqlen_q; ++i) {
-                const int64_t p = i + (o->top_left ? 0 : seqlen_k - seqlen_q);
+                const int64_t p =
+                    i + (o->causal_alignment == UMFA_ALIGNMENT_TOP_LEFT ? 0 : seqlen_k - seqlen_q);
                 double total = 0;
                 for (j = 0; j < seqlen_k; ++j) {
                     double score = 0;
@@ -305,7 +306,7 @@ TEST(causal_both_ways) {
     make_problem(&p, UMFA_LAYOUT_BSHD);
     options.causal = 1;
     CHECK_PROBLEM(&p, &options);
-    options.top_left = 1;
+    options.causal_alignment = UMFA_ALIGNMENT_TOP_LEFT;
     CHECK_PROBLEM(&p, &options);
     /* More queries than keys: the first rows are empty, or the last ones see all keys. */
     make(&p.key, 4, BATCH, 9, HEADS_K, HEAD_DIM);
@@ -313,7 +314,7 @@ TEST(causal_both_ways) {
     fill(&p.key.dl);
     fill(&p.value.dl);
     CHECK_PROBLEM(&p, &options);
-    options.top_left = 0;
+    options.causal_alignment = UMFA_ALIGNMENT_BOTTOM_RIGHT;
     CHECK_PROBLEM(&p, &options);
     CHECK(number(&p.lse.dl, 0, 0, 0, 0) == -INFINITY);
 }
@@ -597,7 +598,7 @@ TEST(wrong_options) {
     OPTION(layout, 2, "got 2");
     OPTION(layout, -1, "got -1");
     OPTION(causal, 3, "got 3");
-    OPTION(top_left, -1, "got -1");
+    OPTION(causal_alignment, 2, "got 2");
     OPTION(backend, 3, "got 3");
     OPTION(window_size_left, -2, "got -2");
     OPTION(window_size_right, (int64_t)1 << 31, "2147483648");

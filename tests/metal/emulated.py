@@ -123,7 +123,7 @@ def attention(
             attn_mask=mask,
             softmax_scale=softmax_scale,
             causal=causal,
-            top_left=alignment == "upper_left",
+            causal_alignment="top_left" if alignment == "upper_left" else "bottom_right",
             window_size=window_size,
             softcap=softcap,
             backend="metal",

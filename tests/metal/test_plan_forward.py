@@ -34,7 +34,6 @@ def plan(
     alibi: bool = False,
     cores: int = 8,
     mask: Any = None,
-    top_left: bool = False,
     others: dict[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -52,7 +51,6 @@ def plan(
         cores,
         alibi_slopes=np.zeros(nheads, np.float32) if alibi else None,
         attn_mask=mask,
-        top_left=top_left,
         **(others or {}),
         **settings,
     )
@@ -419,9 +417,11 @@ def test_masks_that_do_not_fit(mask: Any, error: type[Exception], message: str) 
         plan(shape=(2, 50, 4, 64), seqlen_kv=70, mask=mask)
 
 
-@pytest.mark.parametrize(("top_left", "offset"), [(False, 20), (True, 0)])
-def test_causal_alignment(top_left: bool, offset: int) -> None:
-    launch = only_launch(shape=(1, 50, 4, 64), seqlen_kv=70, causal=True, top_left=top_left)
+@pytest.mark.parametrize(("alignment", "offset"), [("bottom_right", 20), ("top_left", 0)])
+def test_causal_alignment(alignment: str, offset: int) -> None:
+    launch = only_launch(
+        shape=(1, 50, 4, 64), seqlen_kv=70, causal=True, causal_alignment=alignment
+    )
     integers = struct.unpack("<8i2f", launch["params"][-40:])
     assert integers[5:8] == (offset, -1, 0)
 

@@ -102,7 +102,7 @@ def scaled_dot_product_attention(
         attn_mask=attn_mask if bias is None else None,
         dropout_p=dropout_p,
         causal=is_causal if bias is None else True,
-        top_left=bias is None or bias[0] == "top_left",
+        causal_alignment="top_left" if bias is None else bias[0],
         softmax_scale=scale,
         grouped=enable_gqa,
         dropout_seed=dropout_seed,

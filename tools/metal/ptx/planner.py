@@ -32,7 +32,7 @@ def plan(case: Case) -> dict[str, Any]:
         dropout_p=case.dropout,
         softmax_scale=case.scale or None,
         causal=bool(case.causal),
-        top_left=case.causal == "upper_left",
+        causal_alignment="top_left" if case.causal == "upper_left" else "bottom_right",
         window_size=case.window,
         softcap=case.softcap,
         return_lse=case.lse,
