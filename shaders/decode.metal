@@ -249,7 +249,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
         const int n = min(first_row + f * 8 + at.row, row_count - 1);
         heads[f] = head_kv * params.group + n / seqlen_q;
         rows[f] =
-            score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.seqlen_kv - seqlen_q);
+            score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.offset);
         const int position = sequence.position_q + rows[f].row * params.rotary.advance;
         device const T* of_head = query + sequence.query_batch * params.query.batch +
                                   sequence.query_row * params.query.row +

@@ -174,7 +174,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
         const int row = my_row + f * 8 + at.row;
-        rows[f] = score_row(params, slopes, batch, head, row, seqlen_kv - seqlen_q);
+        rows[f] = score_row(params, slopes, batch, head, row, sequence.offset);
         const int position = sequence.position_q + row * params.rotary.advance;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {

@@ -22,7 +22,7 @@ from tests.sequences import offsets, paged, rotary_tables, rotated, slopes_of, u
 FEATURES = [
     "causal", "window", "softcap", "alibi", "bool mask", "float mask", "gqa", "value head dim",
     "sinks", "chunk", "varlen", "paged", "append", "rotary", "rope", "dropout", "qv", "num_splits",
-    "float16", "bfloat16", "lse", "few queries",
+    "float16", "bfloat16", "lse", "few queries", "top left",
 ]  # fmt: skip
 APART = [
     {"bool mask", "float mask"},
@@ -123,6 +123,8 @@ def drawn(features: set[str], rng: np.random.Generator, most: int) -> Problem:
         options["dropout_p"] = float(rng.uniform(0.05, 0.8))
         options["dropout_seed"] = int(rng.integers(0, 2**63))
         options["dropout_offset"] = integer(0, 5)
+    if "top left" in features:
+        options["causal_alignment"] = "top_left"
     if rng.random() < 0.3:
         options["softmax_scale"] = float(rng.uniform(-0.4, 0.4))
     (dtype,) = {"float16", "bfloat16"} & features or {"float32"}
@@ -180,7 +182,8 @@ def dense(problem: Problem, backend: str) -> Found:
         cos, sin = rotary_tables(keys, 2 * int(problem.rng.integers(1, problem.head_dim // 2 + 1)))
         interleaved = bool(problem.rng.random() < 0.5)
         at = np.arange(keys)
-        turned_q = rotated(q, cos, sin, at[keys - rows :], interleaved=interleaved)
+        at_q = at[:rows] if "top left" in problem.features else at[keys - rows :]
+        turned_q = rotated(q, cos, sin, at_q, interleaved=interleaved)
         turned_k = rotated(k, cos, sin, at, interleaved=interleaved)
         tensors += [cos, sin]
         more["rotary_interleaved"] = interleaved
@@ -297,7 +300,11 @@ def check(first: str, second: str, seed: int, backend: str = "cpu") -> None:
     features, batch = problem.features, len(problem.lengths_q)
     with_cache = {"append", "paged", "num_splits"} & features
     way = varlen if "varlen" in features else cached if with_cache else dense
-    options = {k: x for k, x in problem.options.items() if k != "alibi_slopes"}
+    options = {
+        k: x for k, x in problem.options.items() if k not in ("alibi_slopes", "causal_alignment")
+    }
+    if "top left" in features:
+        options["alignment"] = "upper_left"
     turned = {"rotary", "rope"} & features
     lse_tolerance = Tolerance(ROTATED_LSE[problem.dtype] if turned else LSE.atol, 1e-6)
     # What is kept is larger by the share of what is not, its error too.

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 DROPOUT = ["dropout_seed", "dropout_offset"]
-CACHE = ["backend", "attn_mask", "attention_chunk", "learnable_sink", "s_aux", "qv"]
-EXTRAS = [*CACHE, "return_lse", *DROPOUT]
+_MASKS = ["backend", "attn_mask", "attention_chunk", "learnable_sink", "s_aux", "qv"]
+_LATER = ["causal_alignment"]
+CACHE = [*_MASKS, *_LATER]
+EXTRAS = [*_MASKS, "return_lse", *DROPOUT, *_LATER]
 
 
 def by_keyword(function: Callable[..., Any]) -> list[str]:

@@ -33,12 +33,12 @@ constant constexpr float ln_2 = 0.693147181f;
 /// What the scores of one row need.
 struct ScoreRow {
     int row;       // of the query
-    int diagonal;  // key at its position, when the last ones of both are aligned
+    int diagonal;  // key at its position
     float slope;   // ALiBi, in units of log2
     int64_t mask;  // offset of the row in the mask, in elements
 };
 
-/// `batch` is the index of the sequence, which has seqlen_kv - seqlen_q more keys than queries.
+/// `batch` is the index of the sequence, whose query i has the position i + offset.
 inline ScoreRow score_row(constant ForwardParams& params, device const float* slopes, int batch,
                           int head, int row, int more_keys) {
     ScoreRow found;

@@ -29,7 +29,7 @@ inline SequenceParams sequence_at(constant ForwardParams& params,
     found.seqlen_q = params.seqlen_q;
     found.seqlen_kv = params.seqlen_kv;
     found.offset = params.offset;
-    found.position_q = params.seqlen_kv - params.seqlen_q;
+    found.position_q = params.offset;
     return found;
 }
 

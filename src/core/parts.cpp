@@ -157,10 +157,10 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
     const auto reach = [&](int64_t queries) {
         return std::max(appended, advances ? queries : std::min<int64_t>(queries, 1));
     };
-    int64_t positions = keys ? problem.seqlen_kv : 0;
+    int64_t positions = keys ? std::max(problem.seqlen_kv, problem.seqlen_q) : 0;
     for (const SequenceRows& rows : problem.sequences.rows)
         positions = std::max(positions, rows.position_q + reach(rows.seqlen_q));
-    if (keys && problem.seqlen_q > problem.seqlen_kv)
+    if (keys && !problem.top_left && problem.seqlen_q > problem.seqlen_kv)
         check.value("seqlen_q must not exceed seqlen_kv with " + cos_name,
                     std::to_string(problem.seqlen_q) + " and " + std::to_string(problem.seqlen_kv),
                     "seqlen_q <= seqlen_kv: query i has position i + seqlen_kv - seqlen_q");

@@ -404,7 +404,7 @@ void Problem::set_lse(const TensorView& view) {
 
 SequenceRows Problem::sequence(int64_t b) const {
     if (sequences.given) return sequences.rows[static_cast<size_t>(b)];
-    return {b, 0, b, 0, seqlen_q, seqlen_kv, seqlen_kv - seqlen_q};
+    return {b, 0, b, 0, seqlen_q, seqlen_kv, top_left ? 0 : seqlen_kv - seqlen_q};
 }
 
 Visible<int64_t> Problem::visible_of(const SequenceRows& rows) const {

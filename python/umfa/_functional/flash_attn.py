@@ -44,6 +44,7 @@ def flash_attn_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
+    causal_alignment: str = "bottom_right",
 ) -> Attention:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
 
@@ -67,7 +68,8 @@ def flash_attn_func(
     softmax_scale : float, optional
         Factor on the scores; ``head_dim ** -0.5`` if None (with `qv` both head dims count).
     causal : bool
-        Query ``i`` sees the keys ``j <= i + seqlen_kv - seqlen_q`` (aligned at the bottom right).
+        Query ``i`` sees the keys ``j <= i + seqlen_kv - seqlen_q``: aligned at the bottom right, or
+        as `causal_alignment` says. None is False.
     window_size : (int, int)
         ``(left, right)``: query ``i`` sees the keys ``j`` with ``p - left <= j <= p + right``,
         where ``p = i + seqlen_kv - seqlen_q``; -1 is unbounded. ``causal`` makes ``right`` 0.
@@ -104,6 +106,10 @@ def flash_attn_func(
         ``numpy.random.seed``, ``mx.random.seed``); jax has none, and needs a seed.
     dropout_offset : int
         0 to 2**64 - 1; gives the same seed other weights to drop.
+    causal_alignment : {"bottom_right", "top_left"}
+        "top_left" gives query ``i`` the position ``i`` instead of ``i + seqlen_kv - seqlen_q``
+        everywhere: in `causal`, `window_size`, `attention_chunk` and `alibi_slopes`. torch's
+        ``is_causal`` and JAX align there.
 
     Returns
     -------
@@ -166,6 +172,7 @@ def flash_attn_func(
         return_lse=return_lse,
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
+        causal_alignment=causal_alignment,
         backend=backend,
     )
 
@@ -191,6 +198,7 @@ def flash_attn_qkvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
+    causal_alignment: str = "bottom_right",
 ) -> Attention:
     """`flash_attn_func` on query, key and value stacked in one tensor.
 
@@ -223,6 +231,7 @@ def flash_attn_qkvpacked_func(
         return_lse=return_lse,
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
+        causal_alignment=causal_alignment,
         backend=backend,
     )
 
@@ -249,6 +258,7 @@ def flash_attn_kvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
+    causal_alignment: str = "bottom_right",
 ) -> Attention:
     """`flash_attn_func` on key and value stacked in one tensor.
 
@@ -282,5 +292,6 @@ def flash_attn_kvpacked_func(
         return_lse=return_lse,
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
+        causal_alignment=causal_alignment,
         backend=backend,
     )

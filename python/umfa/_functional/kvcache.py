@@ -52,6 +52,7 @@ def flash_attn_with_kvcache(
     learnable_sink: Any = None,
     s_aux: Any = None,
     qv: Any = None,
+    causal_alignment: str = "bottom_right",
 ) -> Attention:
     """Attention of a few new queries over a cache of keys and values, which may be extended first.
 
@@ -92,7 +93,7 @@ def flash_attn_with_kvcache(
         the first row that counts; rotary positions are rows of the cache.
 
     Everything else is as in `flash_attn_func`; `causal` aligns at the bottom right of the keys in
-    use, the new ones included.
+    use, the new ones included, or as `causal_alignment` says.
 
     Returns
     -------
@@ -148,6 +149,7 @@ def flash_attn_with_kvcache(
         learnable_sink=learnable_sink,
         s_aux=s_aux,
         qv=qv,
+        causal_alignment=causal_alignment,
         backend=backend,
     )
 

@@ -37,6 +37,7 @@ def fused_rope_attention(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
+    causal_alignment: str = "bottom_right",
 ) -> Attention:
     """`flash_attn_func` on queries and keys that are rotated on their way into the kernel.
 
@@ -46,10 +47,11 @@ def fused_rope_attention(
     Parameters
     ----------
     q, k, v : tensor
-        As in `flash_attn_func`, with no more queries than keys.
+        As in `flash_attn_func`, with no more queries than keys unless ``causal_alignment`` is
+        "top_left".
     rotary_cos, rotary_sin : tensor, shape (positions, rotary_dim / 2)
-        Key ``j`` stands at position ``j``, query ``i`` at ``i + seqlen_kv - seqlen_q``. The first
-        ``rotary_dim`` channels turn.
+        Key ``j`` has position ``j``, query ``i`` has ``i + seqlen_kv - seqlen_q``, or ``i`` with
+        ``causal_alignment="top_left"``. The first ``rotary_dim`` channels are rotated.
     rotary_interleaved : bool
         Rotates the pairs (0, 1), (2, 3), ... (FLUX, GPT-J); if False one channel of each half
         (LLaMA, GPT-NeoX).
@@ -90,5 +92,6 @@ def fused_rope_attention(
         return_lse=return_lse,
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
+        causal_alignment=causal_alignment,
         backend=backend,
     )

@@ -54,6 +54,7 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
+    causal_alignment: str = "bottom_right",
 ) -> Attention:
     """`flash_attn_func` on sequences of different lengths, packed one after the other.
 
@@ -77,7 +78,7 @@ def flash_attn_varlen_func(
     seqused_q, seqused_k : int32 or int64 tensor, shape (batch,), optional
         How many rows of each sequence count (flash-attn 3).
     causal, window_size
-        Aligned at the bottom right of each sequence.
+        Aligned at the bottom right of each sequence, or as `causal_alignment` says.
     attn_mask : tensor that broadcasts to (batch, nheads, longest seqlen_q, longest seqlen_k)
         Element ``[b, h, i, j]`` is about query ``i`` and key ``j`` of sequence ``b``; more rows and
         columns than the longest sequences have are fine.
@@ -131,6 +132,7 @@ def flash_attn_varlen_func(
         return_lse=return_lse,
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
+        causal_alignment=causal_alignment,
         backend=backend,
     )
 
@@ -158,6 +160,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
+    causal_alignment: str = "bottom_right",
 ) -> Attention:
     """`flash_attn_varlen_func` on query, key and value stacked in one tensor.
 
@@ -195,6 +198,7 @@ def flash_attn_varlen_qkvpacked_func(
         return_lse=return_lse,
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
+        causal_alignment=causal_alignment,
         backend=backend,
     )
 
@@ -225,6 +229,7 @@ def flash_attn_varlen_kvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
+    causal_alignment: str = "bottom_right",
 ) -> Attention:
     """`flash_attn_varlen_func` on key and value stacked in one tensor.
 
@@ -262,6 +267,7 @@ def flash_attn_varlen_kvpacked_func(
         return_lse=return_lse,
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
+        causal_alignment=causal_alignment,
         backend=backend,
     )
 

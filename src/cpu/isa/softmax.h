@@ -27,10 +27,9 @@ inline void start(Panel<S>& panel) {
     }
 }
 
-/// Position of query `row` among the keys, for ALiBi, relative to the tile. The last query has the
-/// position of the last key.
+/// Position of query `row` among the keys, for ALiBi, relative to the tile.
 inline int32_t diagonal_of(const Sequence& sequence, int64_t row, int64_t tile) {
-    return static_cast<int32_t>(row + sequence.seqlen_kv - sequence.seqlen_q - tile);
+    return static_cast<int32_t>(row + sequence.visible.offset - tile);
 }
 
 /// How scores become exponents; the same for a whole call, except for the slope.
