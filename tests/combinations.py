@@ -119,6 +119,8 @@ def drawn(features: set[str], rng: np.random.Generator, most: int) -> Problem:
         options["learnable_sink"] = (3 * rng.standard_normal(heads)).astype(kind)
     if "chunk" in features:
         options["attention_chunk"] = integer(1, 80)
+        if rng.random() < 0.5:
+            options["attention_chunk_offset"] = integer(-100, 200)
     if "dropout" in features:
         options["dropout_p"] = float(rng.uniform(0.05, 0.8))
         options["dropout_seed"] = int(rng.integers(0, 2**63))

@@ -33,6 +33,7 @@ def attention(
     alibi_slopes: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     attention_chunk: int = 0,
+    attention_chunk_offset: int = 0,
     learnable_sink: ArrayLike | None = None,
     qv: ArrayLike | None = None,
     dropout_p: float = 0.0,
@@ -83,7 +84,8 @@ def attention(
     mask : array that broadcasts to (batch, heads, seqlen_q, seqlen_k), optional
         bool: row `i` sees key `j` only where it is true. Numbers: added to the scores.
     attention_chunk : int
-        If above 0, row `i` sees only keys with ``j // attention_chunk == p_i // attention_chunk``.
+        If above 0, row `i` sees only keys with ``j // attention_chunk == p_i // attention_chunk``,
+        where `attention_chunk_offset` is added to `j` and `p_i` first.
     learnable_sink : array (heads,), optional
         A logit of its own in each head's softmax, neither scaled nor capped, without a value.
     qv : array (batch, seqlen_q, heads, head_dim_v), optional
@@ -137,6 +139,7 @@ def attention(
                 causal=causal,
                 window_size=window_size,
                 attention_chunk=attention_chunk,
+                attention_chunk_offset=attention_chunk_offset,
             )
             scores = scale * (query[b, rows, h] @ key[b, :, h_k].T)
             if softcap > 0.0:
@@ -257,6 +260,7 @@ def visible(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     attention_chunk: int = 0,
+    attention_chunk_offset: int = 0,
 ) -> NDArray[np.bool_]:
     """Say which keys each row sees.
 
@@ -282,7 +286,8 @@ def visible(
     if right >= 0:
         sees &= j <= p + right
     if attention_chunk > 0:
-        sees &= j // attention_chunk == p // attention_chunk
+        shift = attention_chunk_offset
+        sees &= (j + shift) // attention_chunk == (p + shift) // attention_chunk
     return sees
 
 

@@ -37,8 +37,8 @@ struct ForwardParams {
     OperandStrides qv;
     RotaryParams rotary;
     DropoutParams dropout;
-    int32_t chunk;                 // Visible<int>
-    int32_t page_size;             // rows of a page of keys
+    int32_t chunk, chunk_offset;   // Visible<int>
+    int32_t page_size, reserved;   // rows of a page of keys
     int32_t seqlen_q, seqlen_kv;   // of the longest sequences
     int32_t head_dim, head_dim_v;  // what the tensors have; the kernel's D may be larger
     int32_t group;                 // query heads per key head

@@ -27,7 +27,8 @@ namespace umfa {
 
 /// Query i sees the keys j with  i + offset - left <= j <= i + offset + right.
 /// A negative left or right is unbounded on that side. With a chunk > 0 only the keys of its own
-/// chunk: those that have the same quotient by it, rounded down, as i + offset.
+/// chunk: those whose position, with chunk_offset added, has the same quotient by it, rounded down,
+/// as i + offset. 0 <= chunk_offset < chunk.
 template <typename Int>
 struct Visible {
     Int seqlen_kv;
@@ -35,15 +36,17 @@ struct Visible {
     Int left;
     Int right;
     Int chunk;
+    Int chunk_offset;
 };
 
 // ---- the bounds of one query -------------------------------------------------------------------
 
 /// How many positions of its chunk come before `center`.
 template <typename Int>
-UMFA_INLINE Int place_in_chunk(Int center, Int chunk) {
-    const Int rest = center % chunk;
-    return rest < 0 ? rest + chunk : rest;
+UMFA_INLINE Int place_in_chunk(Visible<Int> v, Int center) {
+    const Int rest = center % v.chunk, place = rest < 0 ? rest + v.chunk : rest;
+    const Int room = v.chunk - v.chunk_offset;  // compared before adding, so nothing wraps
+    return place >= room ? place - room : place + v.chunk_offset;
 }
 
 /// First visible key of query i, in [0, seqlen_kv].
@@ -54,7 +57,7 @@ UMFA_INLINE Int visible_begin(Visible<Int> v, Int i) {
     // A window reaching left of key 0 is common: compare before subtracting, so nothing wraps.
     if (v.left >= 0 && center > v.left) begin = center - v.left;
     if (v.chunk > 0) {
-        const Int place = place_in_chunk(center, v.chunk);
+        const Int place = place_in_chunk(v, center);
         if (center > place && center - place > begin) begin = center - place;
     }
     return begin < v.seqlen_kv ? begin : v.seqlen_kv;
@@ -67,7 +70,7 @@ UMFA_INLINE Int visible_end(Visible<Int> v, Int i) {
     Int end = v.seqlen_kv;
     if (v.right >= 0 && v.right < v.seqlen_kv - center) end = center + v.right + 1;
     if (v.chunk > 0) {
-        const Int rest = v.chunk - place_in_chunk(center, v.chunk);
+        const Int rest = v.chunk - place_in_chunk(v, center);
         if (rest < end - center) end = center + rest;
     }
     return end > 0 ? end : 0;

@@ -337,6 +337,10 @@ private:
             check_.value(names_[Field::attention_chunk] + " is out of range",
                          std::to_string(request_.attention_chunk),
                          "0 (none) to " + std::to_string(max_seqlen));
+        if (request_.attention_chunk_offset != 0 && request_.attention_chunk == 0)
+            check_.value(
+                names_[Field::attention_chunk_offset] + " needs " + names_[Field::attention_chunk],
+                std::to_string(request_.attention_chunk_offset), "0 without chunks");
         problem_.causal = request_.causal;
         problem_.top_left = request_.causal_alignment == Alignment::top_left;
         problem_.visible.seqlen_kv = problem_.seqlen_kv;
@@ -344,6 +348,9 @@ private:
         problem_.visible.left = request_.window_size_left;
         problem_.visible.right = problem_.causal ? 0 : request_.window_size_right;
         problem_.visible.chunk = request_.attention_chunk;
+        if (const int64_t chunk = request_.attention_chunk; chunk > 0)
+            problem_.visible.chunk_offset =
+                (request_.attention_chunk_offset % chunk + chunk) % chunk;
     }
 
     void read_parts() {

@@ -138,6 +138,7 @@ ForwardParams forward_params(const Problem& problem) {
     params.rotary = rotary_params(problem);
     params.dropout = dropout_params(problem);
     params.chunk = static_cast<int32_t>(problem.visible.chunk);
+    params.chunk_offset = static_cast<int32_t>(problem.visible.chunk_offset);
     params.page_size = static_cast<int32_t>(problem.page_size);
     params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
     params.seqlen_kv = static_cast<int32_t>(problem.seqlen_kv);

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 
 import pytest
-import test_kernel_math as kernel_math
+
+from tests.cpu import test_kernel_math as kernel_math
 
 ELSEWHERE = "avx" if platform.machine() in ("arm64", "aarch64") else "neon"
 PATHS = (kernel_math.ROOT / "src/cpu/isa").glob("*.h")

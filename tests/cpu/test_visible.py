@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import test_kernel_math as kernel_math
-from frameworks import Array
+
+from tests.array_libraries import Array
+from tests.cpu import test_kernel_math as kernel_math
 
 SOURCE = Path(__file__).with_name("visible.cpp")
 LANES, TILE = 32, 96  # as visible.cpp has them
@@ -42,6 +43,7 @@ class Question(NamedTuple):
     left: int
     right: int
     chunk: int
+    chunk_offset: int
     first: int
     queries: int
     tile: int
@@ -57,7 +59,8 @@ class Question(NamedTuple):
         if self.right >= 0:
             sees &= j <= p + self.right
         if self.chunk > 0:
-            sees &= j // self.chunk == p // self.chunk
+            shift = self.chunk_offset
+            sees &= (j + shift) // self.chunk == (p + shift) // self.chunk
         return sees
 
 
@@ -112,12 +115,12 @@ def tiles(length: int, keys: int) -> list[tuple[int, int]]:
 def test_one_query_and_many_agree_on_a_dense_sweep(ask: Ask) -> None:
     bounds = [(-1, -1), (-1, 0), (0, 0), (5, -1), (3, 4), (40, 0), (0, 70), (200, 200)]
     questions = [
-        Question(seqlen_kv, offset, left, right, chunk, first, queries, tile, keys)
+        Question(seqlen_kv, offset, left, right, *chunk, first, queries, tile, keys)
         for seqlen_kv, offset, (left, right), chunk, (first, queries) in itertools.product(
             [1, 31, 70],
             [-100, -40, -33, -32, -1, 0, 1, 20, 69, 90],
             bounds,
-            [0, 1, 7, 32, 100],
+            [(0, 0), (1, 0), (7, 0), (32, 0), (100, 0), (7, 6), (32, 9)],
             [(0, 32), (0, 1), (8, 5), (64, 31)],
         )
         for tile, keys in tiles(seqlen_kv, 24)
@@ -137,9 +140,9 @@ def test_bounds_near_the_largest_length(ask: Ask) -> None:
                     block = (first, min(LANES, seqlen_q - first), begin)
                     keys = min(TILE, seqlen_kv - begin)
                     questions += [
-                        Question(seqlen_kv, offset, left, right, chunk, *block, keys)
+                        Question(seqlen_kv, offset, left, right, *chunk, *block, keys)
                         for left, right in [(-1, -1), (-1, 0), (5, 3), (LARGEST,) * 2, (2**30, 9)]
-                        for chunk in [0, 1, 10, 2**30, LARGEST]
+                        for chunk in [(0, 0), (1, 0), (10, 3), (2**30, 9), (LARGEST, LARGEST - 1)]
                     ]
     check(ask, questions)
 
@@ -147,11 +150,11 @@ def test_bounds_near_the_largest_length(ask: Ask) -> None:
 def test_tiles_of_a_block(ask: Ask) -> None:
     """next_tile() walks over the tiles that some query sees, and over no other."""
     rules = [
-        (500, offset, left, right, chunk, first, queries)
+        (500, offset, left, right, *chunk, first, queries)
         for offset, (left, right), chunk, (first, queries) in itertools.product(
             [-250, -20, 0, 130, 470],
             [(-1, -1), (-1, 0), (10, 0), (100, 150)],
-            [0, 50, 192],
+            [(0, 0), (50, 0), (192, 100)],
             [(0, 32), (100, 20), (230, 1)],
         )
     ]
@@ -159,6 +162,6 @@ def test_tiles_of_a_block(ask: Ask) -> None:
     questions = [Question(*rule, tile, keys) for rule in rules for tile, keys in places]
     found = ask(questions)["next"].reshape(len(rules), len(places))
     for n, rule in enumerate(rules):
-        seen = [tile for tile, keys in places if Question(*rule, tile, keys).shown(rule[6]).any()]
+        seen = [tile for tile, keys in places if Question(*rule, tile, keys).shown(rule[7]).any()]
         expected = [min((s for s in seen if s >= tile), default=500) for tile, _ in places]
         assert found[n].tolist() == expected, rule

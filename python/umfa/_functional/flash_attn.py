@@ -45,6 +45,7 @@ def flash_attn_func(
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
+    attention_chunk_offset: int = 0,
 ) -> Attention:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
 
@@ -92,6 +93,10 @@ def flash_attn_func(
         Read where it is, never expanded; goes together with everything else.
     attention_chunk : int
         If above 0, a query sees only keys of its own chunk of that many positions (flash-attn 3).
+    attention_chunk_offset : int
+        Moves the chunks: position ``p`` is in chunk ``(p + attention_chunk_offset) //
+        attention_chunk``. For keys whose first one is not at position 0 of the text, as in a cache
+        that drops old rows (Llama 4).
     learnable_sink, s_aux : tensor, shape (nheads,), optional
         One more logit for each head's softmax, without a value: flash-attn 4's name, and that of
         transformers and vLLM. float32, float16 or bfloat16.
@@ -173,6 +178,7 @@ def flash_attn_func(
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
+        attention_chunk_offset=attention_chunk_offset,
         backend=backend,
     )
 
@@ -199,6 +205,7 @@ def flash_attn_qkvpacked_func(
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
+    attention_chunk_offset: int = 0,
 ) -> Attention:
     """`flash_attn_func` on query, key and value stacked in one tensor.
 
@@ -232,6 +239,7 @@ def flash_attn_qkvpacked_func(
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
+        attention_chunk_offset=attention_chunk_offset,
         backend=backend,
     )
 
@@ -259,6 +267,7 @@ def flash_attn_kvpacked_func(
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
+    attention_chunk_offset: int = 0,
 ) -> Attention:
     """`flash_attn_func` on key and value stacked in one tensor.
 
@@ -293,5 +302,6 @@ def flash_attn_kvpacked_func(
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
+        attention_chunk_offset=attention_chunk_offset,
         backend=backend,
     )

@@ -53,6 +53,7 @@ def flash_attn_with_kvcache(
     s_aux: Any = None,
     qv: Any = None,
     causal_alignment: str = "bottom_right",
+    attention_chunk_offset: int = 0,
 ) -> Attention:
     """Attention of a few new queries over a cache of keys and values, which may be extended first.
 
@@ -150,6 +151,7 @@ def flash_attn_with_kvcache(
         s_aux=s_aux,
         qv=qv,
         causal_alignment=causal_alignment,
+        attention_chunk_offset=attention_chunk_offset,
         backend=backend,
     )
 

@@ -38,6 +38,7 @@ def fused_rope_attention(
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
+    attention_chunk_offset: int = 0,
 ) -> Attention:
     """`flash_attn_func` on queries and keys that are rotated on their way into the kernel.
 
@@ -93,5 +94,6 @@ def fused_rope_attention(
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
+        attention_chunk_offset=attention_chunk_offset,
         backend=backend,
     )

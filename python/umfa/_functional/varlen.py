@@ -55,6 +55,7 @@ def flash_attn_varlen_func(
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
+    attention_chunk_offset: int = 0,
 ) -> Attention:
     """`flash_attn_func` on sequences of different lengths, packed one after the other.
 
@@ -133,6 +134,7 @@ def flash_attn_varlen_func(
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
+        attention_chunk_offset=attention_chunk_offset,
         backend=backend,
     )
 
@@ -161,6 +163,7 @@ def flash_attn_varlen_qkvpacked_func(
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
+    attention_chunk_offset: int = 0,
 ) -> Attention:
     """`flash_attn_varlen_func` on query, key and value stacked in one tensor.
 
@@ -199,6 +202,7 @@ def flash_attn_varlen_qkvpacked_func(
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
+        attention_chunk_offset=attention_chunk_offset,
         backend=backend,
     )
 
@@ -230,6 +234,7 @@ def flash_attn_varlen_kvpacked_func(
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
+    attention_chunk_offset: int = 0,
 ) -> Attention:
     """`flash_attn_varlen_func` on key and value stacked in one tensor.
 
@@ -268,6 +273,7 @@ def flash_attn_varlen_kvpacked_func(
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
+        attention_chunk_offset=attention_chunk_offset,
         backend=backend,
     )
 
