@@ -1,6 +1,7 @@
 // New rows of keys and values, copied into the caches behind those in use before anything is read.
 #include <metal_stdlib>
 
+#include "shared/constants.h"
 #include "shared/indices.h"
 #include "shared/operand.h"
 #include "shared/params.h"
@@ -39,11 +40,9 @@ template <typename T>
     device const T* new_key [[buffer(UMFA_APPEND_NEW_KEY)]],
     device const T* new_value [[buffer(UMFA_APPEND_NEW_VALUE)]],
     device const SequenceParams* sequences [[buffer(UMFA_APPEND_SEQUENCES)]],
-    device const int* page_table [[buffer(UMFA_APPEND_PAGES), function_constant(has_pages)]],
-    device const uchar* rotary_cos
-    [[buffer(UMFA_APPEND_ROTARY_COS), function_constant(has_rotary)]],
-    device const uchar* rotary_sin
-    [[buffer(UMFA_APPEND_ROTARY_SIN), function_constant(has_rotary)]],
+    device const int* page_table UMFA_BUFFER_IF(UMFA_APPEND_PAGES, has_pages),
+    device const uchar* rotary_cos UMFA_BUFFER_IF(UMFA_APPEND_ROTARY_COS, has_rotary),
+    device const uchar* rotary_sin UMFA_BUFFER_IF(UMFA_APPEND_ROTARY_SIN, has_rotary),
     constant AppendParams& params [[buffer(UMFA_APPEND_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint3 threads [[threads_per_threadgroup]],
     uint3 thread_position [[thread_position_in_threadgroup]]) {

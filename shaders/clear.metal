@@ -1,6 +1,7 @@
 // Rows of the results that belong to no sequence: between packed ones, and past those in use.
 #include <metal_stdlib>
 
+#include "shared/constants.h"
 #include "shared/indices.h"
 #include "shared/params.h"
 #include "shared/scores.h"
@@ -11,7 +12,7 @@ using namespace umfa;
 /// One threadgroup writes a few rows of one head.
 template <typename T>
 [[kernel]] void umfa_clear(device T* out [[buffer(UMFA_CLEAR_OUT)]],
-                           device float* lse [[buffer(UMFA_CLEAR_LSE), function_constant(has_lse)]],
+                           device float* lse UMFA_BUFFER_IF(UMFA_CLEAR_LSE, has_lse),
                            device const UnusedRows* unused [[buffer(UMFA_CLEAR_ROWS)]],
                            constant ClearParams& params [[buffer(UMFA_CLEAR_PARAMS)]],
                            uint3 group [[threadgroup_position_in_grid]],

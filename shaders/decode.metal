@@ -14,9 +14,11 @@
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
+#include "shared/constants.h"
 #include "shared/decode_shapes.h"
 #include "shared/dropout.h"
 #include "shared/fragment.h"
+#include "shared/indices.h"
 #include "shared/operand.h"
 #include "shared/params.h"
 #include "shared/rotary.h"
@@ -27,9 +29,6 @@
 #include "shared/visible.h"
 
 using namespace metal;
-
-// Several threadgroups share a row's keys: what this one finds is only a part.
-constant bool is_split [[function_constant(UMFA_CONSTANT_IS_SPLIT)]];
 
 using namespace umfa;
 
@@ -186,22 +185,18 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     device const T* query [[buffer(UMFA_DECODE_QUERY)]],
     device const T* key [[buffer(UMFA_DECODE_KEY)]],
     device const T* value [[buffer(UMFA_DECODE_VALUE)]], device T* out [[buffer(UMFA_DECODE_OUT)]],
-    device float* lse [[buffer(UMFA_DECODE_LSE), function_constant(has_lse)]],
-    device const uchar* mask [[buffer(UMFA_DECODE_MASK), function_constant(has_mask)]],
-    device const float* slopes [[buffer(UMFA_DECODE_SLOPES), function_constant(has_alibi)]],
-    device const uchar* sinks [[buffer(UMFA_DECODE_SINKS), function_constant(has_sinks)]],
-    device const SequenceParams* sequences
-    [[buffer(UMFA_DECODE_SEQUENCES), function_constant(has_sequences)]],
-    device const SequenceTask* tasks
-    [[buffer(UMFA_DECODE_TASKS), function_constant(has_sequences)]],
-    device const int* page_table [[buffer(UMFA_DECODE_PAGES), function_constant(has_pages)]],
-    device const uchar* rotary_cos
-    [[buffer(UMFA_DECODE_ROTARY_COS), function_constant(has_rotary)]],
-    device const uchar* rotary_sin
-    [[buffer(UMFA_DECODE_ROTARY_SIN), function_constant(has_rotary)]],
+    device float* lse UMFA_BUFFER_IF(UMFA_DECODE_LSE, has_lse),
+    device const uchar* mask UMFA_BUFFER_IF(UMFA_DECODE_MASK, has_mask),
+    device const float* slopes UMFA_BUFFER_IF(UMFA_DECODE_SLOPES, has_alibi),
+    device const uchar* sinks UMFA_BUFFER_IF(UMFA_DECODE_SINKS, has_sinks),
+    device const SequenceParams* sequences UMFA_BUFFER_IF(UMFA_DECODE_SEQUENCES, has_sequences),
+    device const SequenceTask* tasks UMFA_BUFFER_IF(UMFA_DECODE_TASKS, has_sequences),
+    device const int* page_table UMFA_BUFFER_IF(UMFA_DECODE_PAGES, has_pages),
+    device const uchar* rotary_cos UMFA_BUFFER_IF(UMFA_DECODE_ROTARY_COS, has_rotary),
+    device const uchar* rotary_sin UMFA_BUFFER_IF(UMFA_DECODE_ROTARY_SIN, has_rotary),
+    device float* partial_out UMFA_BUFFER_IF(UMFA_DECODE_PARTIAL_OUT, is_split),
+    device float2* partial_state UMFA_BUFFER_IF(UMFA_DECODE_PARTIAL_STATE, is_split),
     constant DecodeParams& decode_params [[buffer(UMFA_DECODE_PARAMS)]],
-    device float* partial_out [[buffer(UMFA_DECODE_PARTIAL_OUT), function_constant(is_split)]],
-    device float2* partial_state [[buffer(UMFA_DECODE_PARTIAL_STATE), function_constant(is_split)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
     constexpr int DF = D / 8, DVF = DV / 8;  // fragments
@@ -388,11 +383,10 @@ template <typename T, int SIMDGROUPS, int PER_LANE>
     device const float* partial_out [[buffer(UMFA_MERGE_PARTIAL_OUT)]],
     device const float2* partial_state [[buffer(UMFA_MERGE_PARTIAL_STATE)]],
     device T* out [[buffer(UMFA_MERGE_OUT)]],
-    device float* lse [[buffer(UMFA_MERGE_LSE), function_constant(has_lse)]],
-    device const uchar* sinks [[buffer(UMFA_MERGE_SINKS), function_constant(has_sinks)]],
-    device const SequenceParams* sequences
-    [[buffer(UMFA_MERGE_SEQUENCES), function_constant(has_sequences)]],
-    device const SequenceTask* tasks [[buffer(UMFA_MERGE_TASKS), function_constant(has_sequences)]],
+    device float* lse UMFA_BUFFER_IF(UMFA_MERGE_LSE, has_lse),
+    device const uchar* sinks UMFA_BUFFER_IF(UMFA_MERGE_SINKS, has_sinks),
+    device const SequenceParams* sequences UMFA_BUFFER_IF(UMFA_MERGE_SEQUENCES, has_sequences),
+    device const SequenceTask* tasks UMFA_BUFFER_IF(UMFA_MERGE_TASKS, has_sequences),
     constant MergeParams& params [[buffer(UMFA_MERGE_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {

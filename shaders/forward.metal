@@ -12,9 +12,11 @@
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
+#include "shared/constants.h"
 #include "shared/dropout.h"
 #include "shared/forward_shapes.h"
 #include "shared/fragment.h"
+#include "shared/indices.h"
 #include "shared/operand.h"
 #include "shared/params.h"
 #include "shared/rotary.h"
@@ -26,9 +28,6 @@
 #include "shared/visible.h"
 
 using namespace metal;
-
-// Queries have a second part, which meets the values: scores are q.k + qv.v.
-constant bool has_qv [[function_constant(UMFA_CONSTANT_HAS_QV)]];
 
 using namespace umfa;
 
@@ -115,20 +114,16 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     device const T* key [[buffer(UMFA_FORWARD_KEY)]],
     device const T* value [[buffer(UMFA_FORWARD_VALUE)]],
     device T* out [[buffer(UMFA_FORWARD_OUT)]],
-    device float* lse [[buffer(UMFA_FORWARD_LSE), function_constant(has_lse)]],
-    device const uchar* mask [[buffer(UMFA_FORWARD_MASK), function_constant(has_mask)]],
-    device const float* slopes [[buffer(UMFA_FORWARD_SLOPES), function_constant(has_alibi)]],
-    device const uchar* sinks [[buffer(UMFA_FORWARD_SINKS), function_constant(has_sinks)]],
-    device const SequenceParams* sequences
-    [[buffer(UMFA_FORWARD_SEQUENCES), function_constant(has_sequences)]],
-    device const SequenceTask* tasks
-    [[buffer(UMFA_FORWARD_TASKS), function_constant(has_sequences)]],
-    device const int* page_table [[buffer(UMFA_FORWARD_PAGES), function_constant(has_pages)]],
-    device const uchar* rotary_cos
-    [[buffer(UMFA_FORWARD_ROTARY_COS), function_constant(has_rotary)]],
-    device const uchar* rotary_sin
-    [[buffer(UMFA_FORWARD_ROTARY_SIN), function_constant(has_rotary)]],
-    device const T* query_v [[buffer(UMFA_FORWARD_QV), function_constant(has_qv)]],
+    device float* lse UMFA_BUFFER_IF(UMFA_FORWARD_LSE, has_lse),
+    device const uchar* mask UMFA_BUFFER_IF(UMFA_FORWARD_MASK, has_mask),
+    device const float* slopes UMFA_BUFFER_IF(UMFA_FORWARD_SLOPES, has_alibi),
+    device const uchar* sinks UMFA_BUFFER_IF(UMFA_FORWARD_SINKS, has_sinks),
+    device const SequenceParams* sequences UMFA_BUFFER_IF(UMFA_FORWARD_SEQUENCES, has_sequences),
+    device const SequenceTask* tasks UMFA_BUFFER_IF(UMFA_FORWARD_TASKS, has_sequences),
+    device const int* page_table UMFA_BUFFER_IF(UMFA_FORWARD_PAGES, has_pages),
+    device const uchar* rotary_cos UMFA_BUFFER_IF(UMFA_FORWARD_ROTARY_COS, has_rotary),
+    device const uchar* rotary_sin UMFA_BUFFER_IF(UMFA_FORWARD_ROTARY_SIN, has_rotary),
+    device const T* query_v UMFA_BUFFER_IF(UMFA_FORWARD_QV, has_qv),
     constant ForwardParams& params [[buffer(UMFA_FORWARD_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {

@@ -3,13 +3,11 @@
 
 #include <metal_stdlib>
 
-#include "shared/indices.h"
+#include "shared/constants.h"
 #include "shared/params.h"
 #include "shared/philox.h"
 
 using namespace metal;
-
-constant bool has_dropout [[function_constant(UMFA_CONSTANT_HAS_DROPOUT)]];
 
 namespace umfa {
 

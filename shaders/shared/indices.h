@@ -1,7 +1,5 @@
-// Buffer and function constant indices of the kernels, for the shaders and the planner. Each kernel
-// has a layout of buffers of its own, without gaps: Metal has 31 of them.
-//
-// Macros, since Metal's attributes and the host's switch statements both take them.
+// Buffer indices of the kernels, for the shaders and the planner. Each kernel has a layout of its
+// own, without gaps: Metal has 31 buffers a kernel.
 #pragma once
 
 // Buffers of forward.metal.
@@ -36,7 +34,7 @@
 #define UMFA_DECODE_PAGES 10
 #define UMFA_DECODE_ROTARY_COS 11
 #define UMFA_DECODE_ROTARY_SIN 12
-#define UMFA_DECODE_PARTIAL_OUT 13  // split-KV: what each split found
+#define UMFA_DECODE_PARTIAL_OUT 13    // split-KV: what each split found
 #define UMFA_DECODE_PARTIAL_STATE 14  // and its (reference, sum)
 #define UMFA_DECODE_PARAMS 15
 #define UMFA_DECODE_BUFFERS 16
@@ -70,32 +68,3 @@
 #define UMFA_CLEAR_ROWS 2
 #define UMFA_CLEAR_PARAMS 3
 #define UMFA_CLEAR_BUFFERS 4
-
-#define UMFA_CONSTANT_HAS_LSE 0
-#define UMFA_CONSTANT_MASK_KIND 1
-#define UMFA_CONSTANT_HAS_MASK 2
-#define UMFA_CONSTANT_HAS_ALIBI 3
-#define UMFA_CONSTANT_HAS_SOFTCAP 4
-#define UMFA_CONSTANT_SCALE_LAST 5
-#define UMFA_CONSTANT_UNIT_CHANNELS 6
-#define UMFA_CONSTANT_WIDE_LOADS 7
-#define UMFA_CONSTANT_IS_SPLIT 8
-#define UMFA_CONSTANT_HAS_CHUNK 9
-#define UMFA_CONSTANT_HAS_SEQUENCES 10
-#define UMFA_CONSTANT_HAS_PAGES 11
-#define UMFA_CONSTANT_HAS_SINKS 12
-#define UMFA_CONSTANT_SINK_KIND 13
-#define UMFA_CONSTANT_HAS_ROTARY 14
-#define UMFA_CONSTANT_ROTATES_KEYS 15
-#define UMFA_CONSTANT_ROTARY_INTERLEAVED 16
-#define UMFA_CONSTANT_ROTARY_KIND 17
-#define UMFA_CONSTANT_HAS_DROPOUT 18
-#define UMFA_CONSTANT_HAS_QV 19
-#define UMFA_CONSTANT_WIDE_ROTARY 20
-
-// Values of mask_kind; those of floats of sink_kind and rotary_kind too.
-#define UMFA_MASK_NONE 0
-#define UMFA_MASK_BOOL 1
-#define UMFA_MASK_F32 2
-#define UMFA_MASK_F16 3
-#define UMFA_MASK_BF16 4

@@ -4,16 +4,11 @@
 
 #include <metal_stdlib>
 
-#include "shared/indices.h"
+#include "shared/constants.h"
 #include "shared/params.h"
 #include "shared/sequence.h"
 
 using namespace metal;
-
-constant bool unit_channels
-    [[function_constant(UMFA_CONSTANT_UNIT_CHANNELS)]];  // every channel stride is 1
-// Rows of K and V start on 16 bytes and their channels come in whole 16 bytes.
-constant bool wide_loads [[function_constant(UMFA_CONSTANT_WIDE_LOADS)]];
 
 namespace umfa {
 

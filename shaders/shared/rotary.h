@@ -4,23 +4,12 @@
 
 #include <metal_stdlib>
 
-#include "shared/indices.h"
+#include "shared/constants.h"
 #include "shared/operand.h"
 #include "shared/params.h"
 #include "shared/scores.h"
 
 using namespace metal;
-
-// Queries are rotated; by the kernel that appends, new keys.
-constant bool has_rotary [[function_constant(UMFA_CONSTANT_HAS_ROTARY)]];
-// Keys too, each time they are staged.
-constant bool rotates_keys [[function_constant(UMFA_CONSTANT_ROTATES_KEYS)]];
-// Channels 2 i and 2 i + 1 are a pair; else i and i + channels / 2.
-constant bool rotary_interleaved [[function_constant(UMFA_CONSTANT_ROTARY_INTERLEAVED)]];
-constant int rotary_kind [[function_constant(UMFA_CONSTANT_ROTARY_KIND)]];
-// Keys are rotated 32 bytes at a time: their rows allow wide_loads, the angles are float32 with rows
-// on 16 bytes, and the rotated channels come in whole 32 bytes of keys.
-constant bool wide_rotary [[function_constant(UMFA_CONSTANT_WIDE_ROTARY)]];
 
 namespace umfa {
 

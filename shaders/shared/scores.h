@@ -4,23 +4,11 @@
 
 #include <metal_stdlib>
 
-#include "shared/indices.h"
+#include "shared/constants.h"
 #include "shared/params.h"
 #include "shared/visible.h"
 
 using namespace metal;
-
-constant bool has_lse [[function_constant(UMFA_CONSTANT_HAS_LSE)]];
-constant int mask_kind [[function_constant(UMFA_CONSTANT_MASK_KIND)]];
-constant bool has_mask [[function_constant(UMFA_CONSTANT_HAS_MASK)]];
-constant bool has_alibi [[function_constant(UMFA_CONSTANT_HAS_ALIBI)]];
-constant bool has_softcap [[function_constant(UMFA_CONSTANT_HAS_SOFTCAP)]];
-// Scores are q.k alone, and the scale lies between 1e-30 and 1: it can wait for the exponent, where
-// it costs nothing.
-constant bool scale_last [[function_constant(UMFA_CONSTANT_SCALE_LAST)]];
-
-constant bool has_sinks [[function_constant(UMFA_CONSTANT_HAS_SINKS)]];
-constant int sink_kind [[function_constant(UMFA_CONSTANT_SINK_KIND)]];
 
 namespace umfa {
 

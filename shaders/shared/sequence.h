@@ -4,17 +4,11 @@
 
 #include <metal_stdlib>
 
-#include "shared/indices.h"
+#include "shared/constants.h"
 #include "shared/params.h"
 #include "shared/visible.h"
 
 using namespace metal;
-
-// Sequences lie where a buffer says, and threadgroups find what they do in a list of tasks.
-constant bool has_sequences [[function_constant(UMFA_CONSTANT_HAS_SEQUENCES)]];
-// Key j of a sequence is row j % page_size of the page that the table has at j / page_size.
-constant bool has_pages [[function_constant(UMFA_CONSTANT_HAS_PAGES)]];
-constant bool has_chunk [[function_constant(UMFA_CONSTANT_HAS_CHUNK)]];
 
 namespace umfa {
 

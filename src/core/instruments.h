@@ -49,6 +49,10 @@ namespace umfa::metal {
 UMFA_CORE_API std::string_view shader_text(std::string_view file);
 /// "#define NAME VALUE" lines that specialise a launch's shader, to stand in front of its text.
 UMFA_CORE_API std::string kernel_defines(const KernelLaunch& launch);
+/// "#define" lines that give the kernel its constants, for a launcher that has no function constants.
+/// They stand in front of the others. The kernel then has every buffer of its layout, whether or not
+/// the launch binds it: any memory may be bound to those that it leaves out.
+UMFA_CORE_API std::string constant_defines(const KernelLaunch& launch);
 /// What the GPU would do for the problem, which a GPU of that family (7 to 10) and so many cores could
 /// run; throws `Error` if there is no kernel for it, or if it takes several plans.
 UMFA_CORE_API LaunchPlan plan(const Problem& problem, int family, int cores);

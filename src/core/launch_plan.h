@@ -16,11 +16,12 @@ struct Size3 {
     uint32_t x = 1, y = 1, z = 1;
 };
 
-/// A function constant. Its type is the one that the shader declares.
+/// A constant of shared/constants.h with its value.
 struct Constant {
     enum class Type : uint8_t { boolean, int32 };
-    uint16_t index = 0;
+    uint16_t index = 0;  // as a function constant
     Type type = Type::boolean;
+    const char* name = nullptr;
     int32_t value = 0;
 };
 

@@ -12,6 +12,17 @@ std::string kernel_defines(const KernelLaunch& launch) {
     return text;
 }
 
+std::string constant_defines(const KernelLaunch& launch) {
+    std::string text = "#define UMFA_INLINE_CONSTANTS 1\n";
+    for (const Constant& constant : launch.constants) {
+        const bool is_flag = constant.type == Constant::Type::boolean;
+        text += std::string("#define UMFA_VALUE_") + constant.name + " " +
+                (is_flag ? (constant.value ? "true" : "false") : std::to_string(constant.value)) +
+                "\n";
+    }
+    return text;
+}
+
 std::string kernel_text(const KernelLaunch& launch) {
     const std::string_view shader = shader_text(launch.source);
     if (shader.empty()) return {};

@@ -1,4 +1,5 @@
-// The Metal text of one kernel.
+// The Metal text of one kernel. Its constants reach it as function constants, which our own executor
+// sets, or as text.
 #pragma once
 
 #include <string>

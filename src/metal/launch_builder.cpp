@@ -1,9 +1,6 @@
 #include "metal/launch_builder.h"
 
-#include <algorithm>
 #include <string_view>
-
-#include "core/error.h"
 
 namespace umfa::metal {
 
@@ -30,14 +27,8 @@ LaunchBuilder& LaunchBuilder::macro(const char* name, std::string text) {
     return *this;
 }
 
-LaunchBuilder& LaunchBuilder::constant(uint16_t index, bool value) {
-    const auto found =
-        std::find_if(launch_.constants.begin(), launch_.constants.end(),
-                     [&](const Constant& constant) { return constant.index == index; });
-    if (found == launch_.constants.end())
-        fail(ErrorKind::internal, problem_.function, "no such function constant",
-             std::to_string(index), "one of shared/indices.h");
-    found->value = value ? 1 : 0;
+LaunchBuilder& LaunchBuilder::constant(constant::Index index, bool value) {
+    launch_.constants[index].value = value ? 1 : 0;
     return *this;
 }
 

@@ -57,7 +57,7 @@ uint32_t add_data(LaunchPlan& plan, const std::vector<T>& values) {
 
 class LaunchBuilder {
 public:
-    /// Starts with the function constants that the problem asks for. `source`: the file under
+    /// Starts with the constants that the problem asks for. `source`: the file under
     /// shaders/ with the kernel, `buffer_count`: of its layout.
     LaunchBuilder(LaunchPlan& plan, const Problem& problem, std::string kernel, const char* source,
                   uint32_t buffer_count);
@@ -75,7 +75,7 @@ public:
     LaunchBuilder& shape(T... values) {
         return macro("UMFA_SHAPE", list_of(values...));
     }
-    LaunchBuilder& constant(uint16_t index, bool value);
+    LaunchBuilder& constant(constant::Index index, bool value);
 
     /// Binds those of the tensors that the problem has.
     LaunchBuilder& tensors(std::span<const Slot> slots);

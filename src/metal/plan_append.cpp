@@ -47,7 +47,7 @@ void plan_append(LaunchPlan& plan, const Problem& problem, std::optional<uint32_
     LaunchBuilder(plan, problem, std::string("append_") + type.name, "append.metal",
                   UMFA_APPEND_BUFFERS)
         .stores(type)
-        .constant(UMFA_CONSTANT_UNIT_CHANNELS, unit_channels)
+        .constant(constant::unit_channels, unit_channels)
         .tensors(layout)
         .new_data(UMFA_APPEND_SEQUENCES, sequence_params(problem))
         .data(UMFA_APPEND_PAGES, pages)

@@ -224,7 +224,7 @@ void plan_merge(LaunchPlan& plan, const Problem& problem, const Capabilities& gp
     merge.macro("UMFA_MERGES", "1")
         .stores(type)
         .shape(simdgroups.count, channels / 32)
-        .constant(UMFA_CONSTANT_IS_SPLIT, true)
+        .constant(constant::is_split, true)
         .tensors(merge_layout)
         .scratch(UMFA_MERGE_PARTIAL_OUT, 0)
         .scratch(UMFA_MERGE_PARTIAL_STATE, 1)
@@ -282,9 +282,9 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
     plan.scratch_bytes = {static_cast<uint64_t>(parts * problem.head_dim_v) * sizeof(float),
                           static_cast<uint64_t>(parts) * 2 * sizeof(float)};
     decode
-        .constant(UMFA_CONSTANT_IS_SPLIT, true)
+        .constant(constant::is_split, true)
         // The merge divides, so the sinks are its.
-        .constant(UMFA_CONSTANT_HAS_SINKS, false)
+        .constant(constant::has_sinks, false)
         .scratch(UMFA_DECODE_PARTIAL_OUT, 0)
         .scratch(UMFA_DECODE_PARTIAL_STATE, 1)
         .add();

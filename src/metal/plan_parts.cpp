@@ -1,6 +1,6 @@
 #include "metal/plan_parts.h"
 
-#include "shared/indices.h"
+#include <type_traits>
 
 namespace umfa::metal {
 namespace {
@@ -158,14 +158,15 @@ bool wide_loads(const Problem& problem) {
            rows_are_wide(problem.value, problem.head_dim_v);
 }
 
+#define UMFA_ELEMENT(INDEX, TYPE, NAME) \
+    {INDEX, std::is_same_v<TYPE, bool> ? Constant::Type::boolean : Constant::Type::int32, #NAME, 0},
 std::vector<Constant> constants_of(const Problem& problem) {
-    std::vector<Constant> constants;
-    const auto flag = [&](uint16_t index, bool value) {
-        constants.push_back({index, Constant::Type::boolean, value ? 1 : 0});
+    std::vector<Constant> constants = {UMFA_CONSTANTS(UMFA_ELEMENT)};
+    const auto flag = [&](constant::Index index, bool value) {
+        constants[index].value = value ? 1 : 0;
     };
-    const auto kind = [&](uint16_t index, const TensorView* view) {
-        constants.push_back(
-            {index, Constant::Type::int32, view ? kind_of(view->dtype) : UMFA_MASK_NONE});
+    const auto kind = [&](constant::Index index, const TensorView* view) {
+        constants[index].value = view ? kind_of(view->dtype) : UMFA_MASK_NONE;
     };
     const bool scale_last = problem.softcap == 0 && !problem.alibi && !problem.mask &&
                             problem.score_scale() >= 1e-30 && problem.score_scale() <= 1;
@@ -173,27 +174,26 @@ std::vector<Constant> constants_of(const Problem& problem) {
         problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
         problem.value.stride_channel == 1 && problem.out->stride_channel == 1 &&
         (!problem.qv || problem.qv->stride_channel == 1);
-    flag(UMFA_CONSTANT_HAS_LSE, problem.lse.has_value());
-    kind(UMFA_CONSTANT_MASK_KIND, problem.mask ? &problem.mask->view : nullptr);
-    flag(UMFA_CONSTANT_HAS_MASK, problem.mask.has_value());
-    flag(UMFA_CONSTANT_HAS_ALIBI, problem.alibi.has_value());
-    flag(UMFA_CONSTANT_HAS_SOFTCAP, problem.softcap > 0);
-    flag(UMFA_CONSTANT_SCALE_LAST, scale_last);
-    flag(UMFA_CONSTANT_UNIT_CHANNELS, unit_channels);
-    flag(UMFA_CONSTANT_WIDE_LOADS, wide_loads(problem));
-    flag(UMFA_CONSTANT_IS_SPLIT, false);
-    flag(UMFA_CONSTANT_HAS_CHUNK, problem.visible.chunk > 0);
-    flag(UMFA_CONSTANT_HAS_SEQUENCES, problem.sequences.given);
-    flag(UMFA_CONSTANT_HAS_PAGES, problem.page_size > 0);
-    flag(UMFA_CONSTANT_HAS_SINKS, problem.sinks.has_value());
-    kind(UMFA_CONSTANT_SINK_KIND, problem.sinks ? &problem.sinks->logits : nullptr);
-    flag(UMFA_CONSTANT_HAS_ROTARY, problem.rotary.has_value());
-    flag(UMFA_CONSTANT_ROTATES_KEYS, problem.rotary && problem.rotary->keys);
-    flag(UMFA_CONSTANT_ROTARY_INTERLEAVED, problem.rotary && problem.rotary->interleaved);
-    kind(UMFA_CONSTANT_ROTARY_KIND, problem.rotary ? &problem.rotary->cos : nullptr);
-    flag(UMFA_CONSTANT_WIDE_ROTARY, wide_rotary(problem));
-    flag(UMFA_CONSTANT_HAS_DROPOUT, problem.dropout.has_value());
-    flag(UMFA_CONSTANT_HAS_QV, problem.qv.has_value());
+    flag(constant::has_lse, problem.lse.has_value());
+    kind(constant::mask_kind, problem.mask ? &problem.mask->view : nullptr);
+    flag(constant::has_mask, problem.mask.has_value());
+    flag(constant::has_alibi, problem.alibi.has_value());
+    flag(constant::has_softcap, problem.softcap > 0);
+    flag(constant::scale_last, scale_last);
+    flag(constant::unit_channels, unit_channels);
+    flag(constant::wide_loads, wide_loads(problem));
+    flag(constant::has_chunk, problem.visible.chunk > 0);
+    flag(constant::has_sequences, problem.sequences.given);
+    flag(constant::has_pages, problem.page_size > 0);
+    flag(constant::has_sinks, problem.sinks.has_value());
+    kind(constant::sink_kind, problem.sinks ? &problem.sinks->logits : nullptr);
+    flag(constant::has_rotary, problem.rotary.has_value());
+    flag(constant::rotates_keys, problem.rotary && problem.rotary->keys);
+    flag(constant::rotary_interleaved, problem.rotary && problem.rotary->interleaved);
+    kind(constant::rotary_kind, problem.rotary ? &problem.rotary->cos : nullptr);
+    flag(constant::wide_rotary, wide_rotary(problem));
+    flag(constant::has_dropout, problem.dropout.has_value());
+    flag(constant::has_qv, problem.qv.has_value());
     return constants;
 }
 

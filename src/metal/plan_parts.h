@@ -6,6 +6,7 @@
 #include "core/launch_plan.h"
 #include "core/problem.h"
 #include "metal/capabilities.h"
+#include "shared/constants.h"
 #include "shared/params.h"
 
 namespace umfa::metal {
@@ -32,7 +33,14 @@ ForwardParams forward_params(const Problem& problem);
 /// Whether the kernel may read K and V 16 bytes at a time.
 bool wide_loads(const Problem& problem);
 
-/// The function constants of all headers.
+/// Indices of the constants, in whose order constants_of has them.
+namespace constant {
+#define UMFA_ENUMERATOR(INDEX, TYPE, NAME) NAME = INDEX,
+enum Index : uint16_t { UMFA_CONSTANTS(UMFA_ENUMERATOR) };
+#undef UMFA_ENUMERATOR
+}  // namespace constant
+
+/// All constants of shared/constants.h.
 std::vector<Constant> constants_of(const Problem& problem);
 
 }  // namespace umfa::metal

@@ -39,6 +39,7 @@ nb::dict launch_dict(const KernelLaunch& launch) {
     result["macros"] = macros;
     result["defines"] = kernel_defines(launch);
     result["constants"] = constants;
+    result["constant_defines"] = constant_defines(launch);
     result["buffers"] = buffers;
     result["buffer_count"] = launch.buffer_count;
     result["params_index"] = launch.params_index;

@@ -42,6 +42,9 @@ class Settings:
     family: int = 7
     cores: int = 8
     schedule_seed: int = 0
+    function_constants: bool = True
+    """Else kernels are launched as PyTorch and MLX launch them: constants are text, and parameters,
+    tables and what a call leaves out are buffers like any other."""
     options: Options = field(default_factory=Options)
 
 
@@ -209,13 +212,18 @@ def bound(launch: dict[str, Any], pieces: dict[str, list[Any]]) -> dict[int, tup
 
 
 def _play(launch: dict[str, Any], pieces: dict[str, list[Any]]) -> Counters:
+    # As umfa gives it to Metal, so that both share the cache.
+    text = launch["defines"] + embed.flatten(launch["source"])
+    buffers = bound(launch, pieces)
+    if not settings.function_constants:
+        text = launch["constant_defines"] + text
+        buffers = {index: _in_memory(*buffers.get(index, (bytes(16), 0)))
+                   for index in range(launch["buffer_count"])}  # fmt: skip
     library = Library(
-        # As umfa gives it to Metal, so that both share the cache.
-        launch["defines"] + embed.flatten(launch["source"]),
-        constants=launch["constants"],
+        text,
+        constants=launch["constants"] if settings.function_constants else None,
         options=settings.options,
     )
-    buffers = bound(launch, pieces)
     return library.dispatch(
         launch["kernel"],
         threadgroups=launch["grid"],
@@ -224,3 +232,7 @@ def _play(launch: dict[str, Any], pieces: dict[str, list[Any]]) -> Counters:
         buffer_offsets={index: first for index, (_, first) in buffers.items()},
         schedule_seed=settings.schedule_seed,
     )
+
+
+def _in_memory(memory: Any, first: int) -> tuple[Array, int]:
+    return np.frombuffer(memory, np.uint8).copy() if isinstance(memory, bytes) else memory, first

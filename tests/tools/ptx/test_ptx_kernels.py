@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,36 @@ def test_every_kernel_compiles() -> None:
         assert f".maxntid {launch['threadgroup'][0]}" in ptx.text
         bound = {index for index, *_ in launch["buffers"]} | {launch["params_index"]}
         assert bound <= set(entry.buffers)
+
+
+# One launch of each kind of kernel.
+KINDS = [
+    Case(seqlen_q=100),
+    Case(seqlen_q=100, dtype="float32"),
+    Case(seqlen_q=1, seqlen_k=100),
+    Case(seqlen_q=1, seqlen_k=20000, heads=8, heads_k=2, new_rows=1, rotary="halves"),
+    Case(seqlens_q=(1, 0), seqlens_k=(300, 9)),
+]
+
+
+def opcodes(text: str) -> Counter[str]:
+    """How often each instruction stands in PTX."""
+    return Counter(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.]*)\s", text, re.MULTILINE))
+
+
+def test_constants_may_be_text() -> None:
+    """The same instructions, and every buffer of the layout."""
+    launches = launches_of(KINDS)
+    kinds = {launch["kernel"].split("_d")[0].split("_f")[0] for launch in launches}
+    assert kinds == {"append", "clear", "decode", "decode_merge", "forward"}
+    inline = [launch | {"defines": launch["constant_defines"] + launch["defines"], "constants": {}}
+              for launch in launches]  # fmt: skip
+    both = zip(launches, compile_all(launches), compile_all(inline), strict=True)
+    for launch, usual, text in both:
+        name = launch["kernel"]
+        assert text.kernels[name].buffers == tuple(range(launch["buffer_count"]))
+        assert text.shared == usual.shared
+        assert opcodes(text.text) == opcodes(usual.text)
 
 
 def test_threadgroup_memory_is_what_the_plan_says() -> None:

@@ -1,0 +1,66 @@
+// The constants that specialise a kernel for a problem, and how they reach it.
+//
+// umfa's own executor gives them as Metal function constants: one compiled text serves all problems.
+// PyTorch's compile_shader and MLX's metal_kernel have none. For these the planner writes
+// UMFA_INLINE_CONSTANTS and a value for each constant as #define lines in front of the text
+// (src/metal/kernel_text.h).
+#pragma once
+
+// X(INDEX, TYPE, NAME)
+#define UMFA_CONSTANTS(X)                                                                   \
+    X(0, bool, has_lse)                                                                     \
+    X(1, int, mask_kind) /* one of UMFA_MASK_ below; so are the other kinds */              \
+    X(2, bool, has_mask)                                                                    \
+    X(3, bool, has_alibi)                                                                   \
+    X(4, bool, has_softcap)                                                                 \
+    /* Scores are q.k alone, and the scale lies between 1e-30 and 1: it can wait for the */ \
+    /* exponent, where it costs nothing. */                                                 \
+    X(5, bool, scale_last)                                                                  \
+    X(6, bool, unit_channels) /* every channel stride is 1 */                               \
+    /* Rows of K and V start on 16 bytes and their channels come in whole 16 bytes. */      \
+    X(7, bool, wide_loads)                                                                  \
+    /* Several threadgroups share a row's keys: what one finds is only a part. */           \
+    X(8, bool, is_split)                                                                    \
+    X(9, bool, has_chunk)                                                                   \
+    /* Sequences lie where a buffer says, and threadgroups find what they do in a list */   \
+    /* of tasks. */                                                                         \
+    X(10, bool, has_sequences)                                                              \
+    /* Key j of a sequence is row j % page_size of the page that the table has at */        \
+    /* j / page_size. */                                                                    \
+    X(11, bool, has_pages)                                                                  \
+    X(12, bool, has_sinks)                                                                  \
+    X(13, int, sink_kind)                                                                   \
+    X(14, bool, has_rotary)   /* queries are rotated; by append.metal, new keys */          \
+    X(15, bool, rotates_keys) /* each time they are staged */                               \
+    /* Channels 2 i and 2 i + 1 are a pair; else i and i + channels / 2. */                 \
+    X(16, bool, rotary_interleaved)                                                         \
+    X(17, int, rotary_kind)                                                                 \
+    X(18, bool, has_dropout)                                                                \
+    /* Queries have a second part, which meets the values: scores are q.k + qv.v. */        \
+    X(19, bool, has_qv)                                                                     \
+    /* Keys are rotated 32 bytes at a time: their rows allow wide_loads, the angles are */  \
+    /* float32 with rows on 16 bytes, and the rotated channels come in whole 32 bytes. */   \
+    X(20, bool, wide_rotary)
+
+// Values of mask_kind; those of floats of sink_kind and rotary_kind too.
+#define UMFA_MASK_NONE 0
+#define UMFA_MASK_BOOL 1
+#define UMFA_MASK_F32 2
+#define UMFA_MASK_F16 3
+#define UMFA_MASK_BF16 4
+
+#ifdef __METAL_VERSION__
+
+// UMFA_BUFFER_IF: a buffer that a kernel has only where a constant is true. An inline constant does
+// not take it out of the signature: the caller then binds any memory there.
+#ifdef UMFA_INLINE_CONSTANTS
+#define UMFA_CONSTANT(INDEX, TYPE, NAME) constant constexpr TYPE NAME = UMFA_VALUE_##NAME;
+#define UMFA_BUFFER_IF(INDEX, NAME) [[buffer(INDEX)]]
+#else
+#define UMFA_CONSTANT(INDEX, TYPE, NAME) constant TYPE NAME [[function_constant(INDEX)]];
+#define UMFA_BUFFER_IF(INDEX, NAME) [[buffer(INDEX), function_constant(NAME)]]
+#endif
+UMFA_CONSTANTS(UMFA_CONSTANT)
+#undef UMFA_CONSTANT
+
+#endif
