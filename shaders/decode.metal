@@ -25,6 +25,7 @@
 #include "shared/scores.h"
 #include "shared/sequence.h"
 #include "shared/softmax.h"
+#include "shared/threadgroup_memory.h"
 #include "shared/values.h"
 #include "shared/visible.h"
 
@@ -200,14 +201,13 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
     constexpr int DF = D / 8, DVF = DV / 8;  // fragments
-    constexpr int THREADS = 32 * SIMDGROUPS, FLAGS = flag_words(QF * DVF);
-    threadgroup float2 merged_out[SIMDGROUPS / 2 * QF * DVF * 32];
-    threadgroup float2 merged_state[SIMDGROUPS / 2 * QF * 32];
+    constexpr int THREADS = 32 * SIMDGROUPS, FLAGS = decode_flags(DV, QF);
+    threadgroup float2 merged_out[decode_merged_out(DV, QF, SIMDGROUPS)];
+    threadgroup float2 merged_state[decode_merged_state(QF, SIMDGROUPS)];
     threadgroup uint flags[2 * FLAGS * THREADS];
     threadgroup int first_run[SIMDGROUPS];
-    // Q stays in registers where it leaves room for O; else in threadgroup memory, in lane order.
-    constexpr bool Q_STAYS = D * sizeof(M) <= 512;
-    threadgroup float2 parked_q[Q_STAYS ? 1 : QF * DF * 32];
+    constexpr bool Q_STAYS = decode_q_stays(D, sizeof(M));
+    threadgroup float2 parked_q[decode_parked_q(D, QF, sizeof(M))];  // in lane order
 
     constant ForwardParams& params = decode_params.forward;
     const LaneMap at = lane_map(lane);
@@ -390,7 +390,7 @@ template <typename T, int SIMDGROUPS, int PER_LANE>
     constant MergeParams& params [[buffer(UMFA_MERGE_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-    threadgroup float parts[SIMDGROUPS * PER_LANE * 32];
+    threadgroup float parts[merge_parts(SIMDGROUPS, PER_LANE)];
     threadgroup float sums[SIMDGROUPS];
 
     const int head = group.y;

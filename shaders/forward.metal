@@ -23,6 +23,7 @@
 #include "shared/scores.h"
 #include "shared/sequence.h"
 #include "shared/softmax.h"
+#include "shared/threadgroup_memory.h"
 #include "shared/tile.h"
 #include "shared/values.h"
 #include "shared/visible.h"
@@ -130,13 +131,13 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     constexpr int THREADS = 32 * SIMDGROUPS, BQ = 8 * QF * SIMDGROUPS / SPLIT;
     constexpr int KF = BK / 8, DF = D / SPLIT / 8, DVF = DV / SPLIT / 8;  // fragments
     constexpr int K_ROW = tile_row<M>(D), V_ROW = tile_row<M>(DV);
-    threadgroup uint4 k_words[tile_words<M>(BK, D)];
-    threadgroup uint4 v_words[ONE_TILE ? 1 : tile_words<M>(BK, DV)];
-    threadgroup float2 parts[SPLIT > 1 ? SIMDGROUPS * QF * KF * 32 : 1];
-    constexpr int FLAGS = flag_words(QF * DVF);
+    constexpr int FLAGS = forward_flags(DV, QF, SPLIT);
+    threadgroup uint4 k_words[tile_words(BK, D, sizeof(M))];
+    threadgroup uint4 v_words[forward_v_words(BK, DV, ONE_TILE, sizeof(M))];
+    threadgroup float2 parts[forward_parts(BK, QF, SIMDGROUPS, SPLIT)];
     threadgroup uint votes[SIMDGROUPS];
     threadgroup uint flags[2 * FLAGS * THREADS];
-    threadgroup int first_tile[4];  // one, in whole 16 bytes
+    threadgroup int first_tile[forward_first_tile()];
     threadgroup M* k_tile = reinterpret_cast<threadgroup M*>(k_words);
     threadgroup M* v_tile = ONE_TILE ? k_tile : reinterpret_cast<threadgroup M*>(v_words);
 

@@ -4,20 +4,14 @@
 #include "shared/fragment.h"
 #include "shared/operand.h"
 #include "shared/rotary.h"
+#include "shared/threadgroup_memory.h"
 
 namespace umfa {
 
-/// Elements from one row of a tile to the next: 16 bytes of padding, so that the rows of a fragment
-/// lie in different banks.
+/// tile_row of a tile of M.
 template <typename M>
 constexpr int tile_row(int columns) {
-    return columns + 16 / int(sizeof(M));
-}
-
-/// Words of 16 bytes that a tile takes; declared in these, it is aligned for them.
-template <typename M>
-constexpr int tile_words(int rows, int columns) {
-    return rows * tile_row<M>(columns) * int(sizeof(M)) / 16;
+    return tile_row(columns, sizeof(M));
 }
 
 // 16 bytes of T as M, in threadgroup memory.

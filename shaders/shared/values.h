@@ -17,6 +17,7 @@
 #include "shared/dropout.h"
 #include "shared/fragment.h"
 #include "shared/scores.h"
+#include "shared/threadgroup_memory.h"
 
 namespace umfa {
 
@@ -77,9 +78,6 @@ inline void set_seen(thread Fragment<float>* scores) {
 #pragma clang loop unroll(full)
     for (int j = 0; j < KF; ++j) set_pair(scores[j], seen_scores(pair_of(scores[j])));
 }
-
-/// Words that hold two bits for each of `fragments`.
-constexpr int flag_words(int fragments) { return (fragments + 15) / 16; }
 
 /// Stores which elements of O are not 0: two bits for each fragment, in words that lie THREADS apart.
 template <int THREADS, int QF, int DVF>

@@ -60,8 +60,8 @@ LaunchBuilder& LaunchBuilder::simdgroups(int count) {
     return *this;
 }
 
-LaunchBuilder& LaunchBuilder::threadgroup_bytes(uint32_t bytes) {
-    launch_.threadgroup_bytes = bytes;
+LaunchBuilder& LaunchBuilder::threadgroup_bytes(int bytes) {
+    launch_.threadgroup_bytes = static_cast<uint32_t>(bytes);
     return *this;
 }
 

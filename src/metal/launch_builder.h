@@ -96,7 +96,7 @@ public:
     }
     LaunchBuilder& grid(int64_t x, int64_t y, int64_t z = 1);
     LaunchBuilder& simdgroups(int count);
-    LaunchBuilder& threadgroup_bytes(uint32_t bytes);
+    LaunchBuilder& threadgroup_bytes(int bytes);
 
     /// Adds the launch to the plan, behind those that are there.
     void add();

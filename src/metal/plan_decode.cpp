@@ -5,6 +5,7 @@
 #include "metal/launch_builder.h"
 #include "shared/decode_shapes.h"
 #include "shared/indices.h"
+#include "shared/threadgroup_memory.h"
 
 namespace umfa::metal {
 namespace {
@@ -159,17 +160,6 @@ std::vector<SequenceTask> merge_tasks(const std::vector<SequenceParams>& sequenc
     return tasks;
 }
 
-/// Static threadgroup memory of the kernel: as decode.metal declares it.
-uint32_t threadgroup_bytes(const Shape& shape, int operand_bytes) {
-    // O and state of half of the simdgroups, and Q where it is large.
-    const int q_bytes = shape.d * operand_bytes <= 512 ? 8 : shape.qf * shape.d / 8 * 32 * 8;
-    // Plus, for values.h, two words of flags for each 16 fragments of O and a first key each simdgroup.
-    const int words = (shape.qf * shape.dv / 8 + 15) / 16;
-    const int guards = 4 * (2 * words * 32 + 1) * shape.simdgroups;
-    return static_cast<uint32_t>(shape.simdgroups / 2 * shape.qf * (shape.dv / 8 + 1) * 32 * 8 +
-                                 q_bytes + guards);
-}
-
 DecodeParams decode_params(const Problem& problem, const Split& split) {
     DecodeParams params{};
     params.forward = forward_params(problem);
@@ -195,7 +185,8 @@ LaunchBuilder decode_launch(LaunchPlan& plan, const Problem& problem, const Capa
         .tensors(layout)
         .params(UMFA_DECODE_PARAMS, decode_params(problem, split))
         .simdgroups(shape.simdgroups)
-        .threadgroup_bytes(threadgroup_bytes(shape, type.operand_bytes));
+        .threadgroup_bytes(
+            decode_bytes(shape.d, shape.dv, shape.qf, shape.simdgroups, type.operand_bytes));
     return builder;
 }
 
@@ -231,8 +222,7 @@ void plan_merge(LaunchPlan& plan, const Problem& problem, const Capabilities& gp
         .params(UMFA_MERGE_PARAMS, merge_params(problem, split))
         .grid(problem.seqlen_q, problem.nheads_q, problem.batch)
         .simdgroups(simdgroups.count)
-        .threadgroup_bytes(
-            static_cast<uint32_t>(simdgroups.count * (channels + 1) * sizeof(float)));
+        .threadgroup_bytes(merge_bytes(simdgroups.count, channels / 32));
     if (problem.sequences.given) {
         const std::vector<SequenceTask> tasks = merge_tasks(places.sequences, chosen);
         merge.data(UMFA_MERGE_SEQUENCES, places.data)

@@ -7,6 +7,7 @@
 #include "metal/plan_sequences.h"
 #include "shared/forward_shapes.h"
 #include "shared/indices.h"
+#include "shared/threadgroup_memory.h"
 
 namespace umfa::metal {
 namespace {
@@ -42,17 +43,6 @@ const Shape* first_fit(const Shape (&shapes)[N], const Problem& problem, int fam
             shape.first_family <= family && family <= shape.last_family)
             return &shape;
     return nullptr;
-}
-
-/// Static threadgroup memory of the kernel: as forward.metal declares it.
-uint32_t threadgroup_bytes(const Shape& shape, int operand_bytes) {
-    const int k_tile = shape.bk * (shape.d * operand_bytes + 16);
-    const int v_tile = shape.one_tile ? 16 : shape.bk * (shape.dv * operand_bytes + 16);
-    const int parts = shape.split > 1 ? shape.simdgroups * shape.qf * shape.bk / 8 * 32 * 8 : 8;
-    // For values.h: a vote each simdgroup, two words of flags for each 16 fragments of O, a first tile.
-    const int words = (shape.qf * shape.dv / shape.split / 8 + 15) / 16;
-    const int guards = 4 * ((1 + 2 * words * 32) * shape.simdgroups + 4);
-    return static_cast<uint32_t>(k_tile + v_tile + parts + guards);
 }
 
 /// One threadgroup for each block of queries of each sequence.
@@ -91,7 +81,8 @@ void plan_tiles(LaunchPlan& plan, const Problem& problem, const Capabilities& gp
         .params(UMFA_FORWARD_PARAMS, forward_params(problem))
         .grid((problem.seqlen_q + block_q - 1) / block_q, problem.nheads_q, problem.batch)
         .simdgroups(shape.simdgroups)
-        .threadgroup_bytes(threadgroup_bytes(shape, type.operand_bytes));
+        .threadgroup_bytes(forward_bytes(shape.d, shape.dv, shape.bk, shape.qf, shape.simdgroups,
+                                         shape.split, shape.one_tile, type.operand_bytes));
     if (problem.sequences.given) {
         const std::vector<SequenceTask> tasks = tasks_of(problem, chosen, block_q);
         builder.new_data(UMFA_FORWARD_SEQUENCES, sequence_params(problem))
