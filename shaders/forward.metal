@@ -74,7 +74,7 @@ inline void add_parts(thread Fragment<float> (&s)[QF][KF], threadgroup float2* p
 
 /// O += P V, from the rows of V as they lie in threadgroup memory.
 template <int ROW, int QF, int KF, int DVF, typename M>
-inline void add_values(thread Fragment<float> (&o)[QF][DVF], thread Fragment<M> (&p)[QF][KF],
+inline void accumulate(thread Fragment<float> (&o)[QF][DVF], thread Fragment<M> (&p)[QF][KF],
                        threadgroup const M* rows) {
 #pragma clang loop unroll(full)
     for (int j = 0; j < KF; ++j) {
@@ -106,8 +106,140 @@ inline bool any_spoiled(thread Fragment<float> (&o)[QF][DVF], thread const Score
     return any != 0u;
 }
 
+/// Queries of a simdgroup and their second part, as fragments, and what the scores of their rows
+/// need. `query`: the first of the sequence and head.
+template <int QF, int DF, int DVF, typename M, typename T>
+UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][DF], thread Fragment<M> (&qv)[QF][DVF],
+                              thread ScoreRow (&rows)[QF], device const T* query,
+                              device const T* query_v, device const float* slopes,
+                              constant ForwardParams& params, thread const Rotary& rotary,
+                              thread const SequenceParams& sequence, int batch, int head,
+                              int my_row, int part, LaneMap at) {
+    const int seqlen_q = sequence.seqlen_q;
+#pragma clang loop unroll(full)
+    for (int f = 0; f < QF; ++f) {
+        const int row = my_row + f * 8 + at.row;
+        rows[f] = score_row(params, slopes, batch, head, row, sequence.offset);
+        const int position = sequence.position_q + row * params.rotary.advance;
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DF; ++d) {
+            const int column = (part * DF + d) * 8 + at.column;
+            set(q[f][d],
+                query_element<M>(query, params.query, rotary, position, row, seqlen_q, column,
+                                 params.head_dim),
+                query_element<M>(query, params.query, rotary, position, row, seqlen_q, column + 1,
+                                 params.head_dim));
+        }
+        if (has_qv) {
+            device const T* of_head = query_v + sequence.query_batch * params.qv.batch +
+                                      sequence.query_row * params.qv.row + head * params.qv.head;
+#pragma clang loop unroll(full)
+            for (int d = 0; d < DVF; ++d) {
+                const int column = (part * DVF + d) * 8 + at.column;
+                set(qv[f][d],
+                    element<M>(of_head, params.qv, row, seqlen_q, column, params.head_dim_v),
+                    element<M>(of_head, params.qv, row, seqlen_q, column + 1, params.head_dim_v));
+            }
+        }
+    }
+}
+
+/// Scores of one row in a tile with all that depends on positions, and `lowest` for hidden keys.
+/// `mixed`: the tile holds keys that some row must not see.
+template <int KF>
+UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[KF], thread const ScoreRow& row, int k0,
+                           bool mixed, int pass, Visible<int> range, constant ForwardParams& params,
+                           device const uchar* mask, LaneMap at) {
+    const bool counting = counts(pass);
+#pragma clang loop unroll(full)
+    for (int j = 0; j < KF; ++j) {
+        const int column = k0 + j * 8 + at.column;
+        const float2 x = pair_of(s[j]);
+        set(s[j], biased(x.x, row, column, params), biased(x.y, row, column + 1, params));
+    }
+    if (mixed || counting) {  // few tiles need this, so the branch is cheap
+        const int begin = visible_begin(range, row.row), end = visible_end(range, row.row);
+#pragma clang loop unroll(full)
+        for (int j = 0; j < KF; ++j) {
+            const int column = k0 + j * 8 + at.column;
+            const float2 x = pair_of(s[j]);
+            set(s[j], column < begin || column >= end ? lowest : x.x,
+                column + 1 < begin || column + 1 >= end ? lowest : x.y);
+        }
+        if (!has_mask && counting) set_seen<KF>(s);
+    }
+    if (has_mask) {
+#pragma clang loop unroll(full)
+        for (int j = 0; j < KF; ++j) {
+            const int column = k0 + j * 8 + at.column;
+            const float2 x = pair_of(s[j]);
+            set(s[j], masked(x.x, row, column, params, mask),
+                masked(x.y, row, column + 1, params, mask));
+        }
+        if (counting) set_seen<KF>(s);
+    }
+}
+
+/// Weights P of one row in a tile. The row's O follows where the reference moves.
+template <int KF, int DVF, typename M>
+UMFA_INLINE void softmax_tile(thread Fragment<M> (&p)[KF], thread Fragment<float> (&o)[DVF],
+                              thread SoftmaxRow& softmax, thread Fragment<float> (&s)[KF],
+                              int batch, int head, int row, int k0, int pass, float unit,
+                              constant ForwardParams& params, LaneMap at) {
+    float top = lowest;
+#pragma clang loop unroll(full)
+    for (int j = 0; j < KF; ++j) {
+        const float2 x = pair_of(s[j]);
+        top = max(top, max(x.x, x.y));
+    }
+    if (must_follow(softmax, top, unit)) {
+        const float factor = follow(softmax, top, unit);
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DVF; ++d) set_pair(o[d], pair_of(o[d]) * factor);
+    }
+    const float relative_to = base(softmax);
+    Philox words;
+#pragma clang loop unroll(full)
+    for (int j = 0; j < KF; ++j) {
+        const float2 x = pair_of(s[j]);
+        float p0 = weight(x.x, unit, relative_to);
+        float p1 = weight(x.y, unit, relative_to);
+        softmax.sum += p0 + p1;
+        if (has_dropout) {
+            const int column = k0 + j * 8 + at.column;
+            if (KF == 1 || j % 2 == 0) words = words_of(params.dropout, batch, head, row, column);
+            drop(p0, p1, words, KF == 1 ? column / 8 % 2 != 0 : j % 2 != 0,
+                 threshold_of(params.dropout, pass));
+        }
+        set(p[j], M(p0), M(p1));
+    }
+}
+
+/// A row of O, divided by its sum, and its log-sum-exp. `out`: the first row of the sequence and head.
+template <int DVF, typename T>
+UMFA_INLINE void store_row(device T* out, device float* lse, device const uchar* sinks,
+                           thread Fragment<float> (&o)[DVF], thread SoftmaxRow& softmax, int row,
+                           constant ForwardParams& params, thread const SequenceParams& sequence,
+                           int head, int part, LaneMap at) {
+    const float inverse = finish(softmax, sinks, head * params.sink, params.dropout.factor);
+#pragma clang loop unroll(full)
+    for (int d = 0; d < DVF; ++d) {
+        const int column = (part * DVF + d) * 8 + at.column;
+        const float2 x = pair_of(o[d]) * inverse;
+        device T* to = out + row * params.out.row + column * channel_stride(params.out);
+        if (column < params.head_dim_v) to[0] = T(x.x);
+        if (column + 1 < params.head_dim_v) to[channel_stride(params.out)] = T(x.y);
+    }
+    if (has_lse && part == 0 && at.column == 0)
+        lse[sequence.query_batch * params.lse.batch + head * params.lse.head +
+            (sequence.query_row + row) * params.lse.row] =
+            log_sum_exp(softmax.reference, softmax.sum);
+}
+
 }  // namespace umfa
 
+/// Long, since threadgroup memory is declared in kernels alone and a tile's scores and staging share
+/// their barriers.
 template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS, int SPLIT,
           bool ONE_TILE>
 [[kernel]] void umfa_forward(
@@ -167,32 +299,8 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     Fragment<float> o[QF][DVF];
     SoftmaxRow softmax[QF];
     ScoreRow rows[QF];
-#pragma clang loop unroll(full)
-    for (int f = 0; f < QF; ++f) {
-        const int row = my_row + f * 8 + at.row;
-        rows[f] = score_row(params, slopes, batch, head, row, sequence.offset);
-        const int position = sequence.position_q + row * params.rotary.advance;
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DF; ++d) {
-            const int column = (part * DF + d) * 8 + at.column;
-            set(q[f][d],
-                query_element<M>(query, params.query, rotary, position, row, seqlen_q, column,
-                                 params.head_dim),
-                query_element<M>(query, params.query, rotary, position, row, seqlen_q, column + 1,
-                                 params.head_dim));
-        }
-        if (has_qv) {
-            device const T* of_head = query_v + sequence.query_batch * params.qv.batch +
-                                      sequence.query_row * params.qv.row + head * params.qv.head;
-#pragma clang loop unroll(full)
-            for (int d = 0; d < DVF; ++d) {
-                const int column = (part * DVF + d) * 8 + at.column;
-                set(qv[f][d],
-                    element<M>(of_head, params.qv, row, seqlen_q, column, params.head_dim_v),
-                    element<M>(of_head, params.qv, row, seqlen_q, column + 1, params.head_dim_v));
-            }
-        }
-    }
+    load_queries(q, qv, rows, query, query_v, slopes, params, rotary, sequence, batch, head, my_row,
+                 part, at);
 
     // Visible ranges grow with the query: the first and last rows bound the threadgroup, and the
     // first and last of a simdgroup tell whether a tile is hidden, whole or mixed for it.
@@ -261,69 +369,15 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             }
             if (!sees) continue;
 
-            const bool counting = counts(pass), mixed = all_begin > k0 || all_end < k0 + BK;
+            const bool mixed = all_begin > k0 || all_end < k0 + BK;
             Fragment<M> p[QF][KF];
 #pragma clang loop unroll(full)
             for (int f = 0; f < QF; ++f) {
-#pragma clang loop unroll(full)
-                for (int j = 0; j < KF; ++j) {
-                    const int column = k0 + j * 8 + at.column;
-                    const float2 x = pair_of(s[f][j]);
-                    set(s[f][j], biased(x.x, rows[f], column, params),
-                        biased(x.y, rows[f], column + 1, params));
-                }
-                if (mixed || counting) {  // few tiles need this, so the branch is cheap
-                    const int begin = visible_begin(range, rows[f].row);
-                    const int end = visible_end(range, rows[f].row);
-#pragma clang loop unroll(full)
-                    for (int j = 0; j < KF; ++j) {
-                        const int column = k0 + j * 8 + at.column;
-                        const float2 x = pair_of(s[f][j]);
-                        set(s[f][j], column < begin || column >= end ? lowest : x.x,
-                            column + 1 < begin || column + 1 >= end ? lowest : x.y);
-                    }
-                    if (!has_mask && counting) set_seen<KF>(s[f]);
-                }
-                if (has_mask) {
-#pragma clang loop unroll(full)
-                    for (int j = 0; j < KF; ++j) {
-                        const int column = k0 + j * 8 + at.column;
-                        const float2 x = pair_of(s[f][j]);
-                        set(s[f][j], masked(x.x, rows[f], column, params, mask),
-                            masked(x.y, rows[f], column + 1, params, mask));
-                    }
-                    if (counting) set_seen<KF>(s[f]);
-                }
-                float top = lowest;
-#pragma clang loop unroll(full)
-                for (int j = 0; j < KF; ++j) {
-                    const float2 x = pair_of(s[f][j]);
-                    top = max(top, max(x.x, x.y));
-                }
-                if (must_follow(softmax[f], top, unit)) {
-                    const float factor = follow(softmax[f], top, unit);
-#pragma clang loop unroll(full)
-                    for (int d = 0; d < DVF; ++d) set_pair(o[f][d], pair_of(o[f][d]) * factor);
-                }
-                const float relative_to = base(softmax[f]);
-                Philox words;
-#pragma clang loop unroll(full)
-                for (int j = 0; j < KF; ++j) {
-                    const float2 x = pair_of(s[f][j]);
-                    float p0 = weight(x.x, unit, relative_to);
-                    float p1 = weight(x.y, unit, relative_to);
-                    softmax[f].sum += p0 + p1;
-                    if (has_dropout) {
-                        const int column = k0 + j * 8 + at.column;
-                        if (KF == 1 || j % 2 == 0)
-                            words = words_of(params.dropout, batch, head, rows[f].row, column);
-                        drop(p0, p1, words, KF == 1 ? column / 8 % 2 != 0 : j % 2 != 0,
-                             threshold_of(params.dropout, pass));
-                    }
-                    set(p[f][j], M(p0), M(p1));
-                }
+                mask_tile(s[f], rows[f], k0, mixed, pass, range, params, mask, at);
+                softmax_tile(p[f], o[f], softmax[f], s[f], batch, head, rows[f].row, k0, pass, unit,
+                             params, at);
             }
-            add_values<V_ROW>(o, p, v_tile + part * DVF * 8);
+            accumulate<V_ROW>(o, p, v_tile + part * DVF * 8);
         }
         if (pass == 3 || pass < 0) break;
         if (pass > 0)
@@ -337,22 +391,10 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
-        const int row = rows[f].row;
         softmax[f].sum = total(softmax[f]);
-        if (row >= seqlen_q) continue;
-        const float inverse = finish(softmax[f], sinks, head * params.sink, params.dropout.factor);
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) {
-            const int column = (part * DVF + d) * 8 + at.column;
-            const float2 x = pair_of(o[f][d]) * inverse;
-            device T* to = out + row * params.out.row + column * channel_stride(params.out);
-            if (column < params.head_dim_v) to[0] = T(x.x);
-            if (column + 1 < params.head_dim_v) to[channel_stride(params.out)] = T(x.y);
-        }
-        if (has_lse && part == 0 && at.column == 0)
-            lse[sequence.query_batch * params.lse.batch + head * params.lse.head +
-                (sequence.query_row + row) * params.lse.row] =
-                log_sum_exp(softmax[f].reference, softmax[f].sum);
+        if (rows[f].row < seqlen_q)
+            store_row(out, lse, sinks, o[f], softmax[f], rows[f].row, params, sequence, head, part,
+                      at);
     }
 }
 
