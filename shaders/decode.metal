@@ -82,6 +82,80 @@ inline int first_key_of(int first_visible) {
     return has_dropout ? first_visible / 8 * 8 : first_visible;
 }
 
+/// Scores of 8 keys. B(channel, key) of K takes two keys a lane.
+template <int QF, int DF, int Q_FRAGMENTS, typename M>
+UMFA_INLINE void score_tile(thread Fragment<float> (&s)[QF],
+                            thread Fragment<M> (&q)[QF][Q_FRAGMENTS],
+                            threadgroup const float2* parked_q, thread const M (&k0_row)[DF],
+                            thread const M (&k1_row)[DF], uint lane) {
+    constexpr bool Q_STAYS = Q_FRAGMENTS == DF;
+#pragma clang loop unroll(full)
+    for (int f = 0; f < QF; ++f) set(s[f], 0.0f, 0.0f);
+#pragma clang loop unroll(full)
+    for (int d = 0; d < DF; ++d) {
+        Fragment<M> b;
+        set(b, k0_row[d], k1_row[d]);
+#pragma clang loop unroll(full)
+        for (int f = 0; f < QF; ++f) {
+            if (!Q_STAYS) {
+                const float2 parked = parked_q[(f * DF + d) * 32 + lane];
+                set(q[f][0], M(parked.x), M(parked.y));
+            }
+            simdgroup_multiply_accumulate(s[f], q[f][Q_STAYS ? d : 0], b, s[f]);
+        }
+    }
+}
+
+/// A lane's scores of one row with all that depends on positions, and `lowest` for hidden keys.
+/// `mixed`: among the keys are some that some row must not see.
+template <bool GUARDED>
+UMFA_INLINE float2 mask_tile(float2 x, thread const ScoreRow& row, int column, bool mixed, int end,
+                             int pass, Visible<int> range, constant ForwardParams& params,
+                             device const uchar* mask) {
+    x.x = biased(x.x, row, column, params);
+    x.y = biased(x.y, row, column + 1, params);
+    if (mixed) {
+        const int from = visible_begin(range, row.row), to = min(visible_end(range, row.row), end);
+        if (column < from || column >= to) x.x = lowest;
+        if (column + 1 < from || column + 1 >= to) x.y = lowest;
+    }
+    if (has_mask) {
+        x.x = masked(x.x, row, column, params, mask);
+        x.y = masked(x.y, row, column + 1, params, mask);
+    }
+    return GUARDED && counts(pass) ? seen_scores(x) : x;
+}
+
+/// A lane's weights of one row, before dropout. The row's O follows where the reference moves.
+template <int DVF>
+UMFA_INLINE float2 softmax_tile(thread Fragment<float> (&o)[DVF], thread SoftmaxRow& softmax,
+                                float2 x, float unit) {
+    const float top = max(x.x, x.y);
+    if (must_follow(softmax, top, unit)) {
+        const float factor = follow(softmax, top, unit);
+#pragma clang loop unroll(full)
+        for (int d = 0; d < DVF; ++d) set_pair(o[d], pair_of(o[d]) * factor);
+    }
+    const float relative_to = base(softmax);
+    const float p0 = weight(x.x, unit, relative_to), p1 = weight(x.y, unit, relative_to);
+    softmax.sum += p0 + p1;
+    return float2(p0, p1);
+}
+
+/// O += P V of 8 keys. B(key, channel) of V takes one key a lane.
+template <bool GUARDED, int QF, int DVF, int ELEMENTS, typename M>
+UMFA_INLINE void accumulate(thread Fragment<float> (&o)[QF][DVF], thread Fragment<M> (&p)[QF],
+                            thread const M (&v_row)[ELEMENTS], int pass) {
+#pragma clang loop unroll(full)
+    for (int d = 0; d < DVF; ++d) {
+        Fragment<M> b;
+        const M v0 = v_row[2 * d], v1 = v_row[2 * d + 1];
+        set(b, GUARDED ? guarded(v0, pass) : v0, GUARDED ? guarded(v1, pass) : v1);
+#pragma clang loop unroll(full)
+        for (int f = 0; f < QF; ++f) simdgroup_multiply_accumulate(o[f][d], p[f], b, o[f][d]);
+    }
+}
+
 /// Attends to a simdgroup's runs of keys: every SIMDGROUPS-th run from `first` to `end`. GUARDED is
 /// for passes 1 to 3 of values.h. They have a body of their own, so that they do not slow down pass 0.
 template <bool GUARDED, int D, int SIMDGROUPS, typename T, typename M, int QF, int DVF,
@@ -94,7 +168,6 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
                         thread const Pages& pages, Visible<int> range, int last_query, int batch,
                         int first, int end, LaneMap at, uint lane, int pass) {
     constexpr int DF = D / 8;
-    constexpr bool Q_STAYS = Q_FRAGMENTS == DF;
     const int all_begin = visible_begin(range, last_query), all_end = visible_end(range, 0);
     const float unit = scale_last ? params.score_scale : 1.0f;
 #pragma clang loop unroll(full)
@@ -104,7 +177,6 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
         for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
     }
     for (int k0 = first; k0 < end; k0 += 8 * SIMDGROUPS) {
-        // B(channel, key) of K takes two keys a lane, B(key, channel) of V one.
         M k0_row[DF], k1_row[DF], v_row[2 * DVF];
         load_chunks<DF, 8>(k0_row, key, params.key, pages, k0 + at.column, end, at.row,
                            params.head_dim);
@@ -114,21 +186,7 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
                                 params.head_dim_v);
 
         Fragment<float> s[QF];
-#pragma clang loop unroll(full)
-        for (int f = 0; f < QF; ++f) set(s[f], 0.0f, 0.0f);
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DF; ++d) {
-            Fragment<M> b;
-            set(b, k0_row[d], k1_row[d]);
-#pragma clang loop unroll(full)
-            for (int f = 0; f < QF; ++f) {
-                if (!Q_STAYS) {
-                    const float2 parked = parked_q[(f * DF + d) * 32 + lane];
-                    set(q[f][0], M(parked.x), M(parked.y));
-                }
-                simdgroup_multiply_accumulate(s[f], q[f][Q_STAYS ? d : 0], b, s[f]);
-            }
-        }
+        score_tile(s, q, parked_q, k0_row, k1_row, lane);
 
         // A split may end inside a run, so its own end bounds what is seen too.
         const bool mixed = all_begin > k0 || min(all_end, end) < k0 + 8;
@@ -136,30 +194,10 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
 #pragma clang loop unroll(full)
         for (int f = 0; f < QF; ++f) {
             const int column = k0 + at.column;
-            float2 x = pair_of(s[f]);
-            x.x = biased(x.x, rows[f], column, params);
-            x.y = biased(x.y, rows[f], column + 1, params);
-            if (mixed) {
-                const int from = visible_begin(range, rows[f].row);
-                const int to = min(visible_end(range, rows[f].row), end);
-                if (column < from || column >= to) x.x = lowest;
-                if (column + 1 < from || column + 1 >= to) x.y = lowest;
-            }
-            if (has_mask) {
-                x.x = masked(x.x, rows[f], column, params, mask);
-                x.y = masked(x.y, rows[f], column + 1, params, mask);
-            }
-            if (GUARDED && counts(pass)) x = seen_scores(x);
-            const float top = max(x.x, x.y);
-            if (must_follow(softmax[f], top, unit)) {
-                const float factor = follow(softmax[f], top, unit);
-#pragma clang loop unroll(full)
-                for (int d = 0; d < DVF; ++d) set_pair(o[f][d], pair_of(o[f][d]) * factor);
-            }
-            const float relative_to = base(softmax[f]);
-            float p0 = weight(x.x, unit, relative_to);
-            float p1 = weight(x.y, unit, relative_to);
-            softmax[f].sum += p0 + p1;
+            const float2 x = mask_tile<GUARDED>(pair_of(s[f]), rows[f], column, mixed, end, pass,
+                                                range, params, mask);
+            const float2 weights = softmax_tile(o[f], softmax[f], x, unit);
+            float p0 = weights.x, p1 = weights.y;
             if (has_dropout) {
                 const Philox words = words_of(params.dropout, batch, heads[f], rows[f].row, column);
                 drop(p0, p1, words, k0 / 8 % 2 != 0,
@@ -168,19 +206,133 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
             set(p[f], M(p0), M(p1));
         }
 
+        accumulate<GUARDED>(o, p, v_row, pass);
+    }
+}
+
+/// The queries of a block of rows as fragments, or where O leaves them no room, each simdgroup's
+/// share in threadgroup memory; and what the scores of their rows need.
+template <int D, int SIMDGROUPS, int QF, int Q_FRAGMENTS, typename M, typename T>
+UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][Q_FRAGMENTS],
+                              threadgroup float2* parked_q, thread ScoreRow (&rows)[QF],
+                              thread int (&heads)[QF], device const T* query,
+                              device const float* slopes, constant ForwardParams& params,
+                              thread const Rotary& rotary, thread const SequenceParams& sequence,
+                              int batch, int head_kv, int first_row, uint simdgroup, uint lane,
+                              LaneMap at) {
+    constexpr int DF = D / 8;
+    constexpr bool Q_STAYS = Q_FRAGMENTS == DF;
+    const int seqlen_q = sequence.seqlen_q, row_count = params.group * seqlen_q;
 #pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) {
-            Fragment<M> b;
-            const M v0 = v_row[2 * d], v1 = v_row[2 * d + 1];
-            set(b, GUARDED ? guarded(v0, pass) : v0, GUARDED ? guarded(v1, pass) : v1);
+    for (int f = 0; f < QF; ++f) {
+        // Row n is query n % seqlen_q of the group's head n / seqlen_q. Those past the end repeat
+        // the last one and are not stored.
+        const int n = min(first_row + f * 8 + at.row, row_count - 1);
+        heads[f] = head_kv * params.group + n / seqlen_q;
+        rows[f] = score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.offset);
+        const int position = sequence.position_q + rows[f].row * params.rotary.advance;
+        device const T* of_head = query + sequence.query_batch * params.query.batch +
+                                  sequence.query_row * params.query.row +
+                                  heads[f] * params.query.head;
 #pragma clang loop unroll(full)
-            for (int f = 0; f < QF; ++f) simdgroup_multiply_accumulate(o[f][d], p[f], b, o[f][d]);
+        for (int d = 0; d < DF; ++d) {
+            if (!Q_STAYS && d % SIMDGROUPS != int(simdgroup)) continue;
+            const M first =
+                query_element<M>(of_head, params.query, rotary, position, rows[f].row, seqlen_q,
+                                 key_channel<T, D>(d, at.column), params.head_dim);
+            const M second =
+                query_element<M>(of_head, params.query, rotary, position, rows[f].row, seqlen_q,
+                                 key_channel<T, D>(d, at.column + 1), params.head_dim);
+            if (Q_STAYS)
+                set(q[f][Q_STAYS ? d : 0], first, second);
+            else
+                parked_q[(f * DF + d) * 32 + lane] = float2(float(first), float(second));
         }
     }
 }
 
+/// The upper half of the simdgroups hands O and softmax state over to the lower half, until one is
+/// left.
+template <int SIMDGROUPS, int QF, int DVF>
+UMFA_INLINE void merge_simdgroups(thread Fragment<float> (&o)[QF][DVF],
+                                  thread SoftmaxRow (&softmax)[QF], threadgroup float2* merged_out,
+                                  threadgroup float2* merged_state, uint simdgroup, uint lane) {
+    constexpr int HALVINGS = (SIMDGROUPS > 1) + (SIMDGROUPS > 2) + (SIMDGROUPS > 4);
+#pragma clang loop unroll(full)
+    for (int halving = 0; halving < HALVINGS; ++halving) {
+        const int half_count = SIMDGROUPS >> (halving + 1);
+        const int slot = simdgroup % half_count;
+        threadgroup float2* their_out = merged_out + slot * (QF * DVF * 32) + lane;
+        threadgroup float2* their_state = merged_state + slot * (QF * 32) + lane;
+        if (int(simdgroup) >= half_count && int(simdgroup) < 2 * half_count) {
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f) {
+                their_state[f * 32] = float2(softmax[f].reference, softmax[f].sum);
+#pragma clang loop unroll(full)
+                for (int d = 0; d < DVF; ++d) their_out[(f * DVF + d) * 32] = pair_of(o[f][d]);
+            }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (int(simdgroup) < half_count) {
+#pragma clang loop unroll(full)
+            for (int f = 0; f < QF; ++f) {
+                const float2 state = their_state[f * 32];
+                float mine, theirs;
+                merge(softmax[f], state.x, state.y, mine, theirs);
+#pragma clang loop unroll(full)
+                for (int d = 0; d < DVF; ++d) {
+                    const float2 other = their_out[(f * DVF + d) * 32];
+                    set_pair(o[f][d], pair_of(o[f][d]) * mine + other * theirs);
+                }
+            }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+}
+
+/// What a split found of a row: O as it is, and the softmax state.
+template <typename T, int DV, int DVF>
+UMFA_INLINE void store_part(device float* partial_out, device float2* partial_state, int64_t to,
+                            thread Fragment<float> (&o)[DVF], thread const SoftmaxRow& softmax,
+                            int columns, LaneMap at) {
+    device float* part = partial_out + to * columns;
+#pragma clang loop unroll(full)
+    for (int d = 0; d < DVF; ++d) {
+        const int first = value_channel<T, DV>(d, at.column);
+        const int second = value_channel<T, DV>(d, at.column + 1);
+        const float2 x = pair_of(o[d]);
+        if (first < columns) part[first] = x.x;
+        if (second < columns) part[second] = x.y;
+    }
+    if (at.column == 0) partial_state[to] = float2(softmax.reference, softmax.sum);
+}
+
+/// A row of O, divided by its sum, and its log-sum-exp.
+template <int DV, int DVF, typename T>
+UMFA_INLINE void store_row(device T* out, device float* lse, device const uchar* sinks,
+                           thread Fragment<float> (&o)[DVF], thread SoftmaxRow& softmax, int head,
+                           int row, thread const SequenceParams& sequence,
+                           constant ForwardParams& params, LaneMap at) {
+    const float inverse = finish(softmax, sinks, head * params.sink, params.dropout.factor);
+    device T* to = out + sequence.query_batch * params.out.batch + head * params.out.head +
+                   (sequence.query_row + row) * params.out.row;
+#pragma clang loop unroll(full)
+    for (int d = 0; d < DVF; ++d) {
+        const int first = value_channel<T, DV>(d, at.column);
+        const int second = value_channel<T, DV>(d, at.column + 1);
+        const float2 x = pair_of(o[d]) * inverse;
+        if (first < params.head_dim_v) to[first * channel_stride(params.out)] = T(x.x);
+        if (second < params.head_dim_v) to[second * channel_stride(params.out)] = T(x.y);
+    }
+    if (has_lse && at.column == 0)
+        lse[sequence.query_batch * params.lse.batch + head * params.lse.head +
+            (sequence.query_row + row) * params.lse.row] =
+            log_sum_exp(softmax.reference, softmax.sum);
+}
+
 }  // namespace umfa
 
+/// Long, since threadgroup memory is declared in kernels alone.
 template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 [[kernel]] void umfa_decode(
     device const T* query [[buffer(UMFA_DECODE_QUERY)]],
@@ -237,34 +389,8 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     SoftmaxRow softmax[QF];
     ScoreRow rows[QF];
     int heads[QF];
-#pragma clang loop unroll(full)
-    for (int f = 0; f < QF; ++f) {
-        // Row n is query n % seqlen_q of the group's head n / seqlen_q. Those past the end repeat
-        // the last one and are not stored.
-        const int n = min(first_row + f * 8 + at.row, row_count - 1);
-        heads[f] = head_kv * params.group + n / seqlen_q;
-        rows[f] =
-            score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.offset);
-        const int position = sequence.position_q + rows[f].row * params.rotary.advance;
-        device const T* of_head = query + sequence.query_batch * params.query.batch +
-                                  sequence.query_row * params.query.row +
-                                  heads[f] * params.query.head;
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DF; ++d) {
-            if (!Q_STAYS && d % SIMDGROUPS != int(simdgroup)) continue;
-            const M first =
-                query_element<M>(of_head, params.query, rotary, position, rows[f].row, seqlen_q,
-                                 key_channel<T, D>(d, at.column), params.head_dim);
-            const M second =
-                query_element<M>(of_head, params.query, rotary, position, rows[f].row, seqlen_q,
-                                 key_channel<T, D>(d, at.column + 1), params.head_dim);
-            if (Q_STAYS)
-                set(q[f][Q_STAYS ? d : 0], first, second);
-            else
-                parked_q[(f * DF + d) * 32 + lane] = float2(float(first), float(second));
-        }
-    }
-
+    load_queries<D, SIMDGROUPS>(q, parked_q, rows, heads, query, slopes, params, rotary, sequence,
+                                batch, head_kv, first_row, simdgroup, lane, at);
     if (!Q_STAYS) threadgroup_barrier(mem_flags::mem_threadgroup);
 
     const Visible<int> range = visible_of(params, sequence);
@@ -299,40 +425,9 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
         spoil<THREADS>(o, flags + thread_index, flags + FLAGS * THREADS + thread_index);
     }
 
-    // The upper half of the simdgroups hands over to the lower half, until one is left.
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) softmax[f].sum = total(softmax[f]);
-    constexpr int HALVINGS = (SIMDGROUPS > 1) + (SIMDGROUPS > 2) + (SIMDGROUPS > 4);
-#pragma clang loop unroll(full)
-    for (int halving = 0; halving < HALVINGS; ++halving) {
-        const int half_count = SIMDGROUPS >> (halving + 1);
-        const int slot = simdgroup % half_count;
-        threadgroup float2* their_out = merged_out + slot * (QF * DVF * 32) + lane;
-        threadgroup float2* their_state = merged_state + slot * (QF * 32) + lane;
-        if (int(simdgroup) >= half_count && int(simdgroup) < 2 * half_count) {
-#pragma clang loop unroll(full)
-            for (int f = 0; f < QF; ++f) {
-                their_state[f * 32] = float2(softmax[f].reference, softmax[f].sum);
-#pragma clang loop unroll(full)
-                for (int d = 0; d < DVF; ++d) their_out[(f * DVF + d) * 32] = pair_of(o[f][d]);
-            }
-        }
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (int(simdgroup) < half_count) {
-#pragma clang loop unroll(full)
-            for (int f = 0; f < QF; ++f) {
-                const float2 state = their_state[f * 32];
-                float mine, theirs;
-                merge(softmax[f], state.x, state.y, mine, theirs);
-#pragma clang loop unroll(full)
-                for (int d = 0; d < DVF; ++d) {
-                    const float2 other = their_out[(f * DVF + d) * 32];
-                    set_pair(o[f][d], pair_of(o[f][d]) * mine + other * theirs);
-                }
-            }
-        }
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
+    merge_simdgroups<SIMDGROUPS>(o, softmax, merged_out, merged_state, simdgroup, lane);
     if (simdgroup != 0) return;
 
 #pragma clang loop unroll(full)
@@ -345,34 +440,11 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             if (has_sequences)
                 to = sequence.part + int64_t(heads[f] * seqlen_q + row) * sequence.splits;
             to += split;
-            device float* part = partial_out + to * params.head_dim_v;
-#pragma clang loop unroll(full)
-            for (int d = 0; d < DVF; ++d) {
-                const int first = value_channel<T, DV>(d, at.column);
-                const int second = value_channel<T, DV>(d, at.column + 1);
-                const float2 x = pair_of(o[f][d]);
-                if (first < params.head_dim_v) part[first] = x.x;
-                if (second < params.head_dim_v) part[second] = x.y;
-            }
-            if (at.column == 0) partial_state[to] = float2(softmax[f].reference, softmax[f].sum);
+            store_part<T, DV>(partial_out, partial_state, to, o[f], softmax[f], params.head_dim_v,
+                              at);
             continue;
         }
-        const float inverse =
-            finish(softmax[f], sinks, heads[f] * params.sink, params.dropout.factor);
-        device T* to = out + sequence.query_batch * params.out.batch + heads[f] * params.out.head +
-                       (sequence.query_row + row) * params.out.row;
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) {
-            const int first = value_channel<T, DV>(d, at.column);
-            const int second = value_channel<T, DV>(d, at.column + 1);
-            const float2 x = pair_of(o[f][d]) * inverse;
-            if (first < params.head_dim_v) to[first * channel_stride(params.out)] = T(x.x);
-            if (second < params.head_dim_v) to[second * channel_stride(params.out)] = T(x.y);
-        }
-        if (has_lse && at.column == 0)
-            lse[sequence.query_batch * params.lse.batch + heads[f] * params.lse.head +
-                (sequence.query_row + row) * params.lse.row] =
-                log_sum_exp(softmax[f].reference, softmax[f].sum);
+        store_row<DV>(out, lse, sinks, o[f], softmax[f], heads[f], row, sequence, params, at);
     }
 }
 

@@ -29,8 +29,9 @@ inline SequenceParams sequence_at(constant ForwardParams& params,
 
 inline Visible<int> visible_of(constant ForwardParams& params,
                                thread const SequenceParams& sequence) {
-    const Visible<int> range = {sequence.seqlen_kv, sequence.offset, params.left, params.right,
-                                has_chunk ? params.chunk : 0, params.chunk_offset};
+    const Visible<int> range = {
+        sequence.seqlen_kv,           sequence.offset,    params.left, params.right,
+        has_chunk ? params.chunk : 0, params.chunk_offset};
     return range;
 }
 
