@@ -133,10 +133,10 @@ def test_keys_and_values_are_read_once_for_a_group(
     once = 2 * 1500 * 64 * 2
     assert decode.buffer_bytes_read[1] == decode.buffer_bytes_read[2] == once
     rows = 2 * group * seqlen_q
-    splits = decode.buffer_bytes_written[9] // (rows * 8)
-    assert decode.buffer_bytes_written[8] == rows * splits * 64 * 4
-    assert merge.buffer_bytes_read[8] == rows * splits * 64 * 4
-    assert merge.buffer_bytes_written[3] == rows * 64 * 2
+    splits = decode.buffer_bytes_written[14] // (rows * 8)
+    assert decode.buffer_bytes_written[13] == rows * splits * 64 * 4
+    assert merge.buffer_bytes_read[0] == rows * splits * 64 * 4
+    assert merge.buffer_bytes_written[2] == rows * 64 * 2
 
 
 def test_no_barrier_inside_the_loop(attend: Attend) -> None:

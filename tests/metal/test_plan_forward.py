@@ -561,7 +561,7 @@ def test_large_head_dims(head_dim: int, head_dim_v: int, expected: list[int]) ->
     assert shape(only_launch(shape=(1, 50, 2, head_dim), head_dim_v=head_dim_v))[:2] == expected
 
 
-def test_every_buffer_index_is_bound_once() -> None:
+def test_no_buffer_index_is_bound_twice_in_a_call_that_has_everything() -> None:
     """Of the launches of a call that has everything."""
     others = {
         **LENGTHS, **new_rows(20), **rotary(), "qv": np.zeros((2, 50, 4, 64), np.float16),

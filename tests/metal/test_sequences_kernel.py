@@ -407,6 +407,6 @@ def test_unused_rows_cost_their_own_bytes() -> None:
     with emulated.counting() as counters:
         varlen(q, k, v, [0, 60], [0, 50])
     clear, forward = counters
-    assert clear.buffer_bytes_written[3] == 40 * 4 * 64 * 2
-    assert clear.buffer_bytes_written[4] == 40 * 4 * 4
+    assert clear.buffer_bytes_written[0] == 40 * 4 * 64 * 2
+    assert clear.buffer_bytes_written[1] == 40 * 4 * 4
     assert forward.buffer_bytes_written[3] == 60 * 4 * 64 * 2
