@@ -67,7 +67,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Who computes; see `Attend`. Tests marked ``cpu_only`` never meet the others.
 
     Each test on the emulator has a schedule of its own, the same in every run. "metal-permuted" has
-    another map of lanes to matrix elements too, and meets the acceptance set only.
+    another map of lanes to matrix elements too, and meets the acceptance set only, with -m slow:
+    test_any_machine of the kernels' own tests has that map in every run.
     """
     if request.param == "metal" and not mac.IS_MAC:
         # Builds the host: only for tests that need it.
@@ -106,7 +107,8 @@ _HOST_FRAMEWORKS = {"numpy", "torch"}
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Drop pairs that make no sense, CPU-only tests on other backends, and what is slow.
 
-    Slow tests run only where the expression after -m speaks of them: "-m metal" leaves them out.
+    Tests marked slow or nightly run only where the expression after -m speaks of them: "-m metal"
+    leaves them out.
 
     The emulator takes NumPy arrays. The host takes those of all frameworks in the same way, by
     DLPack: one beside NumPy shows it.
@@ -138,7 +140,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         elif not mac.EMULATOR_RUNS:
             item.add_marker(pytest.mark.skip(reason=mac.EMULATOR_REASON))
-        elif item.get_closest_marker("slow_emulated"):
+        elif item.get_closest_marker("slow_emulated") or backend == "metal-permuted":
             item.add_marker(pytest.mark.slow)
         elif backend == "metal":
             name = getattr(item, "originalname", "")
@@ -147,8 +149,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if need_gpu and (reason := mac.missing_gpu()):
         for item in need_gpu:
             item.add_marker(pytest.mark.skip(reason=reason))
-    if "slow" not in config.option.markexpr:
-        dropped += [item for item in items if item.get_closest_marker("slow")]
+    for tier in ("slow", "nightly"):
+        if tier not in config.option.markexpr:
+            dropped += [item for item in items if item.get_closest_marker(tier)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         gone = set(dropped)

@@ -82,6 +82,9 @@ def test_rows_past_the_window_are_empty(attend: Attend) -> None:
     assert_close(result.out[0, 4:, 0], array[2][0, :4, 0], BASE["float32"])
 
 
+# Ten calls each. test_hidden_values.py, and test_the_future_does_not_leak in the forward kernel's
+# tests, check the same on the emulated GPU in every run.
+@pytest.mark.slow_emulated
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf], ids=str)
 @pytest.mark.parametrize("where", ["key", "value", "key and value"])
 @pytest.mark.parametrize("dtype", DTYPES)

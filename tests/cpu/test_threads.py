@@ -121,6 +121,7 @@ print("done")
         pytest.skip("no /proc")
 
 
+@pytest.mark.slow_emulated
 def test_many_python_threads_at_once(attend_numpy: Attend) -> None:
     """Different problems at the same time, each with the bits it has alone."""
     problems = [
@@ -144,6 +145,7 @@ def test_many_python_threads_at_once(attend_numpy: Attend) -> None:
         list(pool.map(work, range(8)))
 
 
+@pytest.mark.cpu_only  # no other backend has these threads
 def test_threads_come_and_go_while_others_compute(attend_numpy: Attend) -> None:
     """set_num_threads during a call must neither break the call nor wait forever."""
     arrays = cases.inputs(CASE)

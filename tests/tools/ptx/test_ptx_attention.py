@@ -32,7 +32,7 @@ def _warps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulated, "settings", Settings())
 
 
-@pytest.mark.parametrize("family", [7, 9])
+@pytest.mark.parametrize("family", [pytest.param(7, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_float64(case: Case, family: int) -> None:
     emulated.settings.family = family

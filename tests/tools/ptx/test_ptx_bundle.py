@@ -67,6 +67,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cupy.Memory.made.clear()
 
 
+@pytest.mark.slow  # the bundle of these cases takes most of a minute to compile
 @pytest.mark.usefixtures("without_gpu")
 def test_every_played_case_agrees_with_float64(folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
@@ -77,6 +78,7 @@ def test_every_played_case_agrees_with_float64(folder: Path, tmp_path: Path) -> 
     assert any(len(d["launches"]) == 2 for d in described(folder))  # a decode and its merge
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_gpu")
 def test_a_wrong_kernel_is_found(folder: Path, tmp_path: Path) -> None:
     """Parameters that say one key fewer: the check must not pass."""

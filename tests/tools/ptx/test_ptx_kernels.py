@@ -54,6 +54,7 @@ def kernels() -> list[tuple[Launch, Ptx]]:
     return list(zip(launches, compile_all(launches), strict=True))
 
 
+@pytest.mark.slow  # compiles every kernel that the planner can name
 def test_every_kernel_compiles() -> None:
     names = [launch["kernel"] for launch, _ in kernels()]
     assert {n.split("_")[0] for n in names} == {"forward", "decode", "append"}
@@ -96,6 +97,7 @@ def test_constants_may_be_text() -> None:
         assert opcodes(text.text) == opcodes(usual.text)
 
 
+@pytest.mark.slow
 def test_threadgroup_memory_is_what_the_plan_says() -> None:
     """But for variables of one element, which stand where a shape needs none, and fall away."""
     for launch, ptx in kernels():
@@ -165,6 +167,7 @@ def test_function_constants_fold() -> None:
     assert count(capped, r"div\.rn\.f32") > count(plain, r"div\.rn\.f32")  # tanh's
 
 
+@pytest.mark.slow
 def test_nothing_is_left_in_local_memory() -> None:
     """Arrays of fragments became registers: none is indexed at run time."""
     for launch, ptx in kernels():
