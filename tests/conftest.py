@@ -153,7 +153,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if tier not in config.option.markexpr:
             dropped += [item for item in items if item.get_closest_marker(tier)]
     if dropped:
-        config.hook.pytest_deselected(items=dropped)
+        config.hook.pytest_deselected(items=list(dict.fromkeys(dropped)))
         gone = set(dropped)
         items[:] = [item for item in items if item not in gone]
 
