@@ -115,9 +115,9 @@ UMFA_INLINE float2 mask_tile(float2 x, thread const ScoreRow& row, int column, b
     x.x = biased(x.x, row, column, params);
     x.y = biased(x.y, row, column + 1, params);
     if (mixed) {
-        const int from = visible_begin(range, row.row), to = min(visible_end(range, row.row), end);
-        if (column < from || column >= to) x.x = lowest;
-        if (column + 1 < from || column + 1 >= to) x.y = lowest;
+        const VisibleRow seen = visible_row(range, row.row, column, 2);
+        if (column >= end || !sees(seen, 0)) x.x = lowest;
+        if (column + 1 >= end || !sees(seen, 1)) x.y = lowest;
     }
     if (has_mask) {
         x.x = masked(x.x, row, column, params, mask);
@@ -168,7 +168,7 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
                         thread const Pages& pages, Visible<int> range, int last_query, int batch,
                         int first, int end, LaneMap at, uint lane, int pass) {
     constexpr int DF = D / 8;
-    const int all_begin = visible_begin(range, last_query), all_end = visible_end(range, 0);
+    const SeenBounds<int> bounds = seen_bounds(range, 0, last_query);
     const float unit = scale_last ? params.score_scale : 1.0f;
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
@@ -189,7 +189,7 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
         score_tile(s, q, parked_q, k0_row, k1_row, lane);
 
         // A split may end inside a run, so its own end bounds what is seen too.
-        const bool mixed = all_begin > k0 || min(all_end, end) < k0 + 8;
+        const bool mixed = end < k0 + 8 || !covers(bounds, k0, 8);
         Fragment<M> p[QF];
 #pragma clang loop unroll(full)
         for (int f = 0; f < QF; ++f) {
@@ -229,7 +229,7 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][Q_FRAGMENTS],
         // the last one and are not stored.
         const int n = min(first_row + f * 8 + at.row, row_count - 1);
         heads[f] = head_kv * params.group + n / seqlen_q;
-        rows[f] = score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.offset);
+        rows[f] = score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.visible.offset);
         const int position = sequence.position_q + rows[f].row * params.rotary.advance;
         device const T* of_head = query + sequence.query_batch * params.query.batch +
                                   sequence.query_row * params.query.row +
@@ -393,17 +393,16 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
                                 batch, head_kv, first_row, simdgroup, lane, at);
     if (!Q_STAYS) threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    const Visible<int> range = visible_of(params, sequence);
+    const Visible<int> range = visible_of(sequence);
     const int last_query = seqlen_q - 1;
-    const int all_begin = visible_begin(range, last_query), all_end = visible_end(range, 0);
     int first = decode_params.first_key, last = decode_params.last_key;
     if (has_sequences) {
-        first = first_key_of(visible_begin(range, 0));
-        last = visible_end(range, last_query);
+        first = first_key_of(span_begin(range, 0));
+        last = span_end(range, last_query);
     }
     const int begin = first + split * decode_params.keys_per_split;
     const int end = min(begin + decode_params.keys_per_split, last);
-    const bool hides = has_mask || all_begin > begin || all_end < end;
+    const bool hides = has_mask || !covers(seen_bounds(range, 0, last_query), begin, end - begin);
     // Each simdgroup decides for itself whether it must guard.
     if (lane == 0) first_run[simdgroup] = begin + int(simdgroup) * 8;
     simdgroup_barrier(mem_flags::mem_threadgroup);

@@ -119,7 +119,7 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][DF], thread Fragment<M
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
         const int row = my_row + f * 8 + at.row;
-        rows[f] = score_row(params, slopes, batch, head, row, sequence.offset);
+        rows[f] = score_row(params, slopes, batch, head, row, sequence.visible.offset);
         const int position = sequence.position_q + row * params.rotary.advance;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {
@@ -158,13 +158,12 @@ UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[KF], thread const ScoreRo
         set(s[j], biased(x.x, row, column, params), biased(x.y, row, column + 1, params));
     }
     if (mixed || counting) {  // few tiles need this, so the branch is cheap
-        const int begin = visible_begin(range, row.row), end = visible_end(range, row.row);
+        const VisibleRow seen = visible_row(range, row.row, k0, 8 * KF);
 #pragma clang loop unroll(full)
         for (int j = 0; j < KF; ++j) {
-            const int column = k0 + j * 8 + at.column;
+            const int column = j * 8 + at.column;
             const float2 x = pair_of(s[j]);
-            set(s[j], column < begin || column >= end ? lowest : x.x,
-                column + 1 < begin || column + 1 >= end ? lowest : x.y);
+            set(s[j], sees(seen, column) ? x.x : lowest, sees(seen, column + 1) ? x.y : lowest);
         }
         if (!has_mask && counting) set_seen<KF>(s);
     }
@@ -282,7 +281,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         first_row = tasks[group.x].first_row;
     }
     const SequenceParams sequence = sequence_at(params, sequences, batch);
-    const int seqlen_q = sequence.seqlen_q, seqlen_kv = sequence.seqlen_kv;
+    const int seqlen_q = sequence.seqlen_q, seqlen_kv = sequence.visible.seqlen_kv;
     const int my_row = first_row + simdgroup / SPLIT * 8 * QF;
     const int part = simdgroup % SPLIT;
 
@@ -302,18 +301,16 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     load_queries(q, qv, rows, query, query_v, slopes, params, rotary, sequence, batch, head, my_row,
                  part, at);
 
-    // Visible ranges grow with the query: the first and last rows bound the threadgroup, and the
-    // first and last of a simdgroup tell whether a tile is hidden, whole or mixed for it.
-    const Visible<int> range = visible_of(params, sequence);
+    // The threadgroup's rows say which tiles it reads, a simdgroup's whether a tile is hidden, whole
+    // or mixed for it.
+    const Visible<int> range = visible_of(sequence);
     const int last_row = min(first_row + BQ, seqlen_q) - 1;
-    const int tiles_begin = visible_begin(range, first_row) / BK * BK;
-    const int tiles_end = visible_end(range, last_row);
-    const int my_last = min(my_row + 8 * QF, seqlen_q) - 1;
-    const int some_begin = visible_begin(range, my_row), some_end = visible_end(range, my_last);
-    const int all_begin = visible_begin(range, my_last), all_end = visible_end(range, my_row);
+    const int tiles_begin = next_tile(range, first_row, last_row, 0, BK);
+    const int tiles_end = span_end(range, last_row);
+    const SeenBounds<int> mine = seen_bounds(range, my_row, min(my_row + 8 * QF, seqlen_q) - 1);
     const int staged_end = min((tiles_end + BK - 1) / BK * BK, seqlen_kv);
-    const bool hides = has_mask || visible_begin(range, last_row) > tiles_begin ||
-                       visible_end(range, first_row) < staged_end;
+    const bool hides = has_mask || !covers(seen_bounds(range, first_row, last_row), tiles_begin,
+                                           staged_end - tiles_begin);
     const float unit = scale_last ? params.score_scale : 1.0f;
 
     // The first tile of later passes is kept in threadgroup memory. In a register it stays live through
@@ -329,7 +326,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 #pragma clang loop unroll(full)
             for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
         }
-        for (int k0 = from; k0 < tiles_end; k0 += BK) {
+        for (int k0 = from; k0 < tiles_end; k0 = tile_after(range, first_row, last_row, k0, BK)) {
             threadgroup_barrier(mem_flags::mem_threadgroup);
             if (rotates_keys)
                 stage_rotated<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
@@ -341,7 +338,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
                 stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
                                           params.head_dim_v, thread_index);
             threadgroup_barrier(mem_flags::mem_threadgroup);
-            const bool sees = my_row < seqlen_q && some_end > k0 && some_begin < k0 + BK;
+            const bool sees = my_row < seqlen_q && touches(mine, k0, BK);
             // In pass 0 with SPLIT 1 no barrier follows in this tile, so the simdgroup may skip it.
             if (SPLIT == 1 && !sees && pass <= 0) continue;
 
@@ -369,7 +366,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             }
             if (!sees) continue;
 
-            const bool mixed = all_begin > k0 || all_end < k0 + BK;
+            const bool mixed = !covers(mine, k0, BK);
             Fragment<M> p[QF][KF];
 #pragma clang loop unroll(full)
             for (int f = 0; f < QF; ++f) {

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #endif
 
+#include "shared/visible.h"
+
 namespace umfa {
 
 /// Strides of one operand in elements.
@@ -37,14 +39,13 @@ struct ForwardParams {
     OperandStrides qv;
     RotaryParams rotary;
     DropoutParams dropout;
-    int32_t chunk, chunk_offset;   // Visible<int>
-    int32_t page_size, reserved;   // rows of a page of keys
-    int32_t seqlen_q, seqlen_kv;   // of the longest sequences
+    int32_t seqlen_q;              // of the longest sequence
+    int32_t page_size;             // rows of a page of keys
     int32_t head_dim, head_dim_v;  // what the tensors have; the kernel's D may be larger
     int32_t group;                 // query heads per key head
-    int32_t offset, left, right;   // Visible<int>
     float score_scale;             // log2(e) is in it, unless softcap is on
     float softcap;                 // softcap * log2(e)
+    Visible<int32_t> visible;      // where there are no sequences
 };
 
 /// Where one sequence of the batch lies, in rows of the tensors.
@@ -53,11 +54,10 @@ struct SequenceParams {
     int64_t kv_batch, kv_row;        // its first key; unused with pages
     int64_t pages;                   // its first page in the table
     int64_t part;                    // split-KV: the first of its partial results
-    int32_t seqlen_q, seqlen_kv;
-    int32_t offset;      // Visible<int>
+    int32_t seqlen_q;
     int32_t splits;      // split-KV
     int32_t position_q;  // of its first query, for rotary angles
-    int32_t reserved;
+    Visible<int32_t> visible;
 };
 
 /// What one threadgroup does, for each head: sequences differ in length, and a grid over the longest

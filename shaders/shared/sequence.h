@@ -21,18 +21,16 @@ inline SequenceParams sequence_at(constant ForwardParams& params,
     SequenceParams found = {};
     found.query_batch = found.kv_batch = index;
     found.seqlen_q = params.seqlen_q;
-    found.seqlen_kv = params.seqlen_kv;
-    found.offset = params.offset;
-    found.position_q = params.offset;
+    found.visible = params.visible;
+    found.position_q = params.visible.offset;
     return found;
 }
 
-inline Visible<int> visible_of(constant ForwardParams& params,
-                               thread const SequenceParams& sequence) {
-    const Visible<int> range = {
-        sequence.seqlen_kv,           sequence.offset,    params.left, params.right,
-        has_chunk ? params.chunk : 0, params.chunk_offset};
-    return range;
+/// What the sequence's queries see.
+inline Visible<int> visible_of(thread const SequenceParams& sequence) {
+    Visible<int> visible = sequence.visible;
+    if (!has_chunk) visible.chunk = 0;
+    return visible;
 }
 
 /// Pages of one sequence.

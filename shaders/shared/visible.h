@@ -5,7 +5,9 @@
 //   next_tile     which tiles of keys a block of queries reads
 //   seen_by_some  keys of a tile outside which no query of the block sees any
 //   seen_by_all   keys of a tile that each query of the block sees
-//   sees          whether a query sees a key
+//   visible_row, sees   whether a query sees a key
+// or, with fewer operations a tile, seen_bounds, touches and covers; span_begin and span_end bound
+// the keys where no tile is left out.
 // Kernels rely on no more than that: inside seen_by_some and outside seen_by_all, only `sees`
 // tells. So another rule, also one under which a query sees several ranges of keys, is added here
 // alone.
@@ -104,6 +106,42 @@ UMFA_INLINE KeyRange seen_by_all(Visible<Int> v, Int first, Int last, Int first_
             clamp_key(visible_end(v, first) - first_key, keys)};
 }
 
+/// What a block of queries sees, for kernels that ask about one tile after the other.
+template <typename Int>
+struct SeenBounds {
+    Int some_begin, some_end, all_begin, all_end;
+};
+
+template <typename Int>
+UMFA_INLINE SeenBounds<Int> seen_bounds(Visible<Int> v, Int first, Int last) {
+    return {visible_begin(v, first), visible_end(v, last), visible_begin(v, last),
+            visible_end(v, first)};
+}
+
+/// Whether some query of the block may see one of the keys [first_key, first_key + keys).
+template <typename Int>
+UMFA_INLINE bool touches(SeenBounds<Int> bounds, Int first_key, Int keys) {
+    return bounds.some_end > first_key && bounds.some_begin < first_key + keys;
+}
+
+/// Whether each query of the block sees all of the keys.
+template <typename Int>
+UMFA_INLINE bool covers(SeenBounds<Int> bounds, Int first_key, Int keys) {
+    return bounds.all_begin <= first_key && bounds.all_end >= first_key + keys;
+}
+
+/// Key before which queries from `first` on see none.
+template <typename Int>
+UMFA_INLINE Int span_begin(Visible<Int> v, Int first) {
+    return visible_begin(v, first);
+}
+
+/// Key from which on queries up to `last` see none.
+template <typename Int>
+UMFA_INLINE Int span_end(Visible<Int> v, Int last) {
+    return visible_end(v, last);
+}
+
 /// Beginning of the first tile, at `from` or behind it, that the queries [first, last] have to
 /// read; seqlen_kv when there is none. Tiles begin at multiples of `size`, and so does `from`.
 template <typename Int>
@@ -111,6 +149,13 @@ UMFA_INLINE Int next_tile(Visible<Int> v, Int first, Int last, Int from, Int siz
     const Int begin = visible_begin(v, first), end = visible_end(v, last);
     const Int start = begin > from ? begin / size * size : from;
     return begin < end && start < end ? start : v.seqlen_kv;
+}
+
+/// Beginning of the tile that the queries [first, last] read after the one at `tile`. They see one
+/// range of keys: the next tile, or none.
+template <typename Int>
+UMFA_INLINE Int tile_after(Visible<Int>, Int, Int, Int tile, Int size) {
+    return tile + size;
 }
 
 // ---- single keys of a tile ---------------------------------------------------------------------
@@ -126,7 +171,16 @@ UMFA_INLINE VisibleRow visible_row(Visible<Int> v, Int i, Int first_key, Int key
             clamp_key(visible_end(v, i) - first_key, keys)};
 }
 
+/// Whether the query sees a key of the tile.
+UMFA_INLINE bool sees(VisibleRow row, int key) { return key >= row.begin && key < row.end; }
+
 #ifndef __METAL_VERSION__  // the CPU's vectors
+
+/// The same for the GPU, whose integers have 32 bits.
+inline Visible<int32_t> narrowed(Visible<int64_t> v) {
+    return {int32_t(v.seqlen_kv), int32_t(v.offset), int32_t(v.left),
+            int32_t(v.right),     int32_t(v.chunk),  int32_t(v.chunk_offset)};
+}
 
 /// Whether the query sees each of the keys, a vector of int: all bits are set where it does.
 template <typename Vector>

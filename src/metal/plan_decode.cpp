@@ -83,9 +83,9 @@ Range keys_of(const Problem& problem, int64_t b) {
     const SequenceRows rows = problem.sequence(b);
     if (rows.seqlen_q == 0) return {};
     const Visible<int64_t> visible = problem.visible_of(rows);
-    int64_t first = visible_begin(visible, int64_t{0});
+    int64_t first = span_begin(visible, int64_t{0});
     if (problem.dropout) first = first / 8 * 8;  // as decode.metal's first_key_of
-    return {first, std::max(first, visible_end(visible, rows.seqlen_q - 1))};
+    return {first, std::max(first, span_end(visible, rows.seqlen_q - 1))};
 }
 
 /// How the keys are split.

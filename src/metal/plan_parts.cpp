@@ -137,17 +137,12 @@ ForwardParams forward_params(const Problem& problem) {
     if (problem.qv) params.qv = strides_of(*problem.qv);
     params.rotary = rotary_params(problem);
     params.dropout = dropout_params(problem);
-    params.chunk = static_cast<int32_t>(problem.visible.chunk);
-    params.chunk_offset = static_cast<int32_t>(problem.visible.chunk_offset);
     params.page_size = static_cast<int32_t>(problem.page_size);
     params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
-    params.seqlen_kv = static_cast<int32_t>(problem.seqlen_kv);
     params.head_dim = static_cast<int32_t>(problem.head_dim);
     params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
     params.group = static_cast<int32_t>(problem.nheads_q / problem.nheads_kv);
-    params.offset = static_cast<int32_t>(problem.visible.offset);
-    params.left = static_cast<int32_t>(problem.visible.left);
-    params.right = static_cast<int32_t>(problem.visible.right);
+    params.visible = narrowed(problem.visible);
     params.score_scale = static_cast<float>(problem.score_scale());
     params.softcap = static_cast<float>(problem.softcap_log2());
     return params;

@@ -222,16 +222,20 @@ def test_each_buffer_index_is_bound_once() -> None:
     }  # fmt: skip
 
 
+def tail_of(params: bytes) -> tuple[float, ...]:
+    """The numbers of ForwardParams, up to `right` of its Visible: what comes after is shorter."""
+    return struct.unpack_from("<5i2f4i", params, len(params) - 56)
+
+
 def test_parameters_fit_set_bytes_and_hold_the_problem() -> None:
     launch = only_launch(
         shape=(2, 100, 8, 40), seqlen_kv=70, nheads_kv=2, head_dim_v=24, window_size=(5, 7)
     )
     params = launch["params"]
     assert len(params) < 4096
-    # The tail of ForwardParams: eight int32 and two floats.
-    *integers, scale, softcap = struct.unpack("<8i2f", params[-40:])
-    assert integers[:5] == [100, 70, 40, 24, 4]
-    assert integers[5:] == [70 - 100, 5, 7]
+    *integers, scale, softcap, seqlen_kv, offset, left, right = tail_of(params)
+    assert integers == [100, 0, 40, 24, 4]
+    assert (seqlen_kv, offset, left, right) == (70, 70 - 100, 5, 7)
     assert scale == np.float32(40**-0.5 * np.log2(np.e))
     assert softcap == 0
 
@@ -422,8 +426,7 @@ def test_causal_alignment(alignment: str, offset: int) -> None:
     launch = only_launch(
         shape=(1, 50, 4, 64), seqlen_kv=70, causal=True, causal_alignment=alignment
     )
-    integers = struct.unpack("<8i2f", launch["params"][-40:])
-    assert integers[5:8] == (offset, -1, 0)
+    assert tail_of(launch["params"])[8:] == (offset, -1, 0)
 
 
 # ---- sequences -----------------------------------------------------------------------------------
@@ -440,6 +443,9 @@ def data_of(made: dict[str, Any], launch: dict[str, Any], name: str) -> bytes:
     return made["data"][piece_of(launch, name)]
 
 
+SEQUENCE = "<6q5i20x"  # SequenceParams, without the end of its Visible
+
+
 def test_sequences_are_data_of_the_plan() -> None:
     others = {
         "seqused_k": np.array([70, 3]),
@@ -448,10 +454,11 @@ def test_sequences_are_data_of_the_plan() -> None:
     }
     made = plan(shape=(2, 50, 4, 64), seqlen_kv=80, others=others)
     (launch,) = made["launches"]
-    found = list(struct.iter_unpack("<6q6i", data_of(made, launch, "SEQUENCES")))
+    # seqlen_q, splits, position_q; seqlen_kv, offset
+    found = list(struct.iter_unpack(SEQUENCE, data_of(made, launch, "SEQUENCES")))
     assert found == [
-        (0, 0, 1, 20, 0, 0, 50, 50, 0, 0, 70, 0),
-        (1, 0, 0, 0, 0, 0, 50, 3, -47, 0, 3, 0),
+        (0, 0, 1, 20, 0, 0, 50, 0, 70, 50, 0),
+        (1, 0, 0, 0, 0, 0, 50, 0, 3, 3, -47),
     ]
     tasks = [task[:2] for task in struct.iter_unpack("<4i", data_of(made, launch, "TASKS"))]
     rows = shape_rows(launch)
@@ -477,7 +484,7 @@ def test_pages_are_one_table_for_all_launches() -> None:
         pages = struct.unpack("<6i", data_of(made, launch, "PAGES"))
         assert pages == (4, 1, 0, 3, 3, 0)  # of those in use
     assert len(made["data"]) == 5
-    places = list(struct.iter_unpack("<6q6i", data_of(made, decode, "SEQUENCES")))
+    places = list(struct.iter_unpack(SEQUENCE, data_of(made, decode, "SEQUENCES")))
     assert [place[4] for place in places] == [0, 3]
 
 
