@@ -23,6 +23,7 @@ FEATURES = [
     "causal", "window", "softcap", "alibi", "bool mask", "float mask", "gqa", "value head dim",
     "sinks", "chunk", "varlen", "paged", "append", "rotary", "rope", "dropout", "qv", "num_splits",
     "float16", "bfloat16", "lse", "few queries", "top left",
+    "prefix",
 ]  # fmt: skip
 APART = [
     {"bool mask", "float mask"},
@@ -37,6 +38,9 @@ APART = [
 PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if set(pair) not in APART]
 # umfa rotates in float32, and rounding to the dtype may then fall on the other side.
 ROTATED_LSE = {"float32": 3e-5, "float16": 1e-3, "bfloat16": 8e-3}
+
+
+PER_CALL = {"alibi_slopes", "causal_alignment", "prefix_lens"}  # other words for the reference
 
 
 def drawn_features(pair: tuple[str, str], rng: np.random.Generator) -> set[str]:
@@ -127,6 +131,9 @@ def drawn(features: set[str], rng: np.random.Generator, most: int) -> Problem:
         options["dropout_offset"] = integer(0, 5)
     if "top left" in features:
         options["causal_alignment"] = "top_left"
+    if "prefix" in features:
+        kind = np.int64 if rng.random() < 0.5 else np.int32
+        options["prefix_lens"] = rng.integers(0, 120, batch).astype(kind)
     if rng.random() < 0.3:
         options["softmax_scale"] = float(rng.uniform(-0.4, 0.4))
     (dtype,) = {"float16", "bfloat16"} & features or {"float32"}
@@ -302,9 +309,7 @@ def check(first: str, second: str, seed: int, backend: str = "cpu") -> None:
     features, batch = problem.features, len(problem.lengths_q)
     with_cache = {"append", "paged", "num_splits"} & features
     way = varlen if "varlen" in features else cached if with_cache else dense
-    options = {
-        k: x for k, x in problem.options.items() if k not in ("alibi_slopes", "causal_alignment")
-    }
+    options = {k: x for k, x in problem.options.items() if k not in PER_CALL}
     if "top left" in features:
         options["alignment"] = "upper_left"
     turned = {"rotary", "rope"} & features
@@ -328,6 +333,7 @@ def check(first: str, second: str, seed: int, backend: str = "cpu") -> None:
                 mask=None if masks is None else masks[b, :, : len(query), : len(key)],
                 qv=None if found.qv is None else found.qv[b][None],
                 first_index=b,
+                prefix_len=int(problem.options.get("prefix_lens", [0] * batch)[b]),
                 **options,
             )
             assert_close(found.out[b].astype(np.float64), out[0], tolerance, f"out {b}")

@@ -34,6 +34,7 @@ def attention(
     mask: ArrayLike | None = None,
     attention_chunk: int = 0,
     attention_chunk_offset: int = 0,
+    prefix_len: int = 0,
     learnable_sink: ArrayLike | None = None,
     qv: ArrayLike | None = None,
     dropout_p: float = 0.0,
@@ -86,6 +87,8 @@ def attention(
     attention_chunk : int
         If above 0, row `i` sees only keys with ``j // attention_chunk == p_i // attention_chunk``,
         where `attention_chunk_offset` is added to `j` and `p_i` first.
+    prefix_len : int
+        Every row also sees the keys ``j < prefix_len``, unless the mask hides them.
     learnable_sink : array (heads,), optional
         A logit of its own in each head's softmax, neither scaled nor capped, without a value.
     qv : array (batch, seqlen_q, heads, head_dim_v), optional
@@ -147,6 +150,7 @@ def attention(
             if slopes[b, h] != 0.0:
                 distance = np.abs(positions[:, None] - np.arange(seqlen_k)[None, :])
                 scores -= slopes[b, h] * distance
+            sees[:, :prefix_len] = True
             if bias is not None:
                 scores = scores + bias[b, h, rows]
             if shown is not None:

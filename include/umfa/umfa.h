@@ -118,12 +118,14 @@ typedef struct umfa_attention_options {
     /* position of the first key within its chunk: chunks begin where position + offset is a
        multiple of attention_chunk */
     int64_t attention_chunk_offset;
+    /* (batch,): each query also sees the first so many keys (prefix-LM) */
+    const DLTensor* prefix_lens;
 } umfa_attention_options;
 
 #define UMFA_ATTENTION_OPTIONS_INIT \
     {sizeof(umfa_attention_options), UMFA_LAYOUT_BSHD, UMFA_BACKEND_AUTO, 0, 0, -1, -1, 0, \
      0, NULL, NULL, 0, NULL, NULL, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -1, \
-     -1, NULL, NULL, NULL, NULL, 1, 0}
+     -1, NULL, NULL, NULL, NULL, 1, 0, NULL}
 /* ---- end ---- */
 
 /* out = softmax(query key^T * softmax_scale) value, per head; query head h reads key head

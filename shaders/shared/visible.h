@@ -30,7 +30,7 @@ namespace umfa {
 /// Query i sees the keys j with  i + offset - left <= j <= i + offset + right.
 /// A negative left or right is unbounded on that side. With a chunk > 0 only the keys of its own
 /// chunk: those whose position, with chunk_offset added, has the same quotient by it, rounded down,
-/// as i + offset. 0 <= chunk_offset < chunk.
+/// as i + offset. 0 <= chunk_offset < chunk. Every query also sees the keys j < prefix <= seqlen_kv.
 template <typename Int>
 struct Visible {
     Int seqlen_kv;
@@ -39,6 +39,7 @@ struct Visible {
     Int right;
     Int chunk;
     Int chunk_offset;
+    Int prefix;
 };
 
 // ---- the bounds of one query -------------------------------------------------------------------
@@ -51,7 +52,7 @@ UMFA_INLINE Int place_in_chunk(Visible<Int> v, Int center) {
     return place >= room ? place - room : place + v.chunk_offset;
 }
 
-/// First visible key of query i, in [0, seqlen_kv].
+/// First key that query i sees behind the prefix or in it, by the other rules, in [0, seqlen_kv].
 template <typename Int>
 UMFA_INLINE Int visible_begin(Visible<Int> v, Int i) {
     const Int center = i + v.offset;
@@ -65,7 +66,7 @@ UMFA_INLINE Int visible_begin(Visible<Int> v, Int i) {
     return begin < v.seqlen_kv ? begin : v.seqlen_kv;
 }
 
-/// One past the last visible key of query i, in [0, seqlen_kv]. Empty when end <= begin.
+/// One past the last such key, in [0, seqlen_kv]. There is none when end <= begin.
 template <typename Int>
 UMFA_INLINE Int visible_end(Visible<Int> v, Int i) {
     const Int center = i + v.offset;
@@ -79,7 +80,8 @@ UMFA_INLINE Int visible_end(Visible<Int> v, Int i) {
 }
 
 // ---- a block of queries and a tile of keys -----------------------------------------------------
-// Neither bound decreases from one query to the next: the first and last query bound a block.
+// Neither bound decreases from one query to the next: the first and last query bound a block. The
+// prefix is the same for all queries.
 
 /// Keys [begin, end) of a tile, counted from its first key. Empty when end <= begin.
 struct KeyRange {
@@ -95,109 +97,122 @@ UMFA_INLINE int clamp_key(Int key, Int keys) {
 /// [first, last] sees.
 template <typename Int>
 UMFA_INLINE KeyRange seen_by_some(Visible<Int> v, Int first, Int last, Int first_key, Int keys) {
-    return {clamp_key(visible_begin(v, first) - first_key, keys),
-            clamp_key(visible_end(v, last) - first_key, keys)};
+    const int prefix = clamp_key(v.prefix - first_key, keys);
+    const int begin = clamp_key(visible_begin(v, first) - first_key, keys);
+    const int end = clamp_key(visible_end(v, last) - first_key, keys);
+    if (begin >= end) return {0, prefix};
+    return {prefix > 0 ? 0 : begin, end > prefix ? end : prefix};
 }
 
-/// Keys of the tile that each query of [first, last] sees.
+/// Keys of the tile that each query of [first, last] sees: where they are two ranges, the longer one.
 template <typename Int>
 UMFA_INLINE KeyRange seen_by_all(Visible<Int> v, Int first, Int last, Int first_key, Int keys) {
-    return {clamp_key(visible_begin(v, last) - first_key, keys),
-            clamp_key(visible_end(v, first) - first_key, keys)};
+    const int prefix = clamp_key(v.prefix - first_key, keys);
+    const int begin = clamp_key(visible_begin(v, last) - first_key, keys);
+    const int end = clamp_key(visible_end(v, first) - first_key, keys);
+    if (begin >= end) return {0, prefix};
+    if (begin <= prefix) return {prefix > 0 ? 0 : begin, end > prefix ? end : prefix};
+    return prefix > end - begin ? KeyRange{0, prefix} : KeyRange{begin, end};
 }
 
 /// What a block of queries sees, for kernels that ask about one tile after the other.
 template <typename Int>
 struct SeenBounds {
-    Int some_begin, some_end, all_begin, all_end;
+    Int some_begin, some_end, all_begin, all_end, prefix;
 };
 
 template <typename Int>
 UMFA_INLINE SeenBounds<Int> seen_bounds(Visible<Int> v, Int first, Int last) {
     return {visible_begin(v, first), visible_end(v, last), visible_begin(v, last),
-            visible_end(v, first)};
+            visible_end(v, first), v.prefix};
 }
 
 /// Whether some query of the block may see one of the keys [first_key, first_key + keys).
 template <typename Int>
 UMFA_INLINE bool touches(SeenBounds<Int> bounds, Int first_key, Int keys) {
-    return bounds.some_end > first_key && bounds.some_begin < first_key + keys;
+    return first_key < bounds.prefix ||
+           (bounds.some_end > first_key && bounds.some_begin < first_key + keys);
 }
 
 /// Whether each query of the block sees all of the keys.
 template <typename Int>
 UMFA_INLINE bool covers(SeenBounds<Int> bounds, Int first_key, Int keys) {
-    return bounds.all_begin <= first_key && bounds.all_end >= first_key + keys;
+    const Int end = first_key + keys, begin = first_key < bounds.prefix ? bounds.prefix : first_key;
+    return end <= bounds.prefix || (bounds.all_begin <= begin && bounds.all_end >= end);
 }
 
 /// Key before which queries from `first` on see none.
 template <typename Int>
 UMFA_INLINE Int span_begin(Visible<Int> v, Int first) {
-    return visible_begin(v, first);
+    return v.prefix > 0 ? 0 : visible_begin(v, first);
 }
 
 /// Key from which on queries up to `last` see none.
 template <typename Int>
 UMFA_INLINE Int span_end(Visible<Int> v, Int last) {
-    return visible_end(v, last);
+    const Int end = visible_end(v, last);
+    return end > v.prefix ? end : v.prefix;
 }
 
 /// Beginning of the first tile, at `from` or behind it, that the queries [first, last] have to
 /// read; seqlen_kv when there is none. Tiles begin at multiples of `size`, and so does `from`.
 template <typename Int>
 UMFA_INLINE Int next_tile(Visible<Int> v, Int first, Int last, Int from, Int size) {
+    if (from < v.prefix) return from;
     const Int begin = visible_begin(v, first), end = visible_end(v, last);
     const Int start = begin > from ? begin / size * size : from;
     return begin < end && start < end ? start : v.seqlen_kv;
 }
 
-/// Beginning of the tile that the queries [first, last] read after the one at `tile`. They see one
-/// range of keys: the next tile, or none.
+/// next_tile() behind the tile at `tile`, which they read. Without a prefix that is the next one.
 template <typename Int>
-UMFA_INLINE Int tile_after(Visible<Int>, Int, Int, Int tile, Int size) {
-    return tile + size;
+UMFA_INLINE Int tile_after(Visible<Int> v, Int first, Int last, Int tile, Int size) {
+    return v.prefix > 0 ? next_tile(v, first, last, tile + size, size) : tile + size;
 }
 
 // ---- single keys of a tile ---------------------------------------------------------------------
 
 /// The keys of a tile that one query sees.
 struct VisibleRow {
-    int begin, end;
+    int begin, end, prefix;
 };
 
 template <typename Int>
 UMFA_INLINE VisibleRow visible_row(Visible<Int> v, Int i, Int first_key, Int keys) {
     return {clamp_key(visible_begin(v, i) - first_key, keys),
-            clamp_key(visible_end(v, i) - first_key, keys)};
+            clamp_key(visible_end(v, i) - first_key, keys), clamp_key(v.prefix - first_key, keys)};
 }
 
 /// Whether the query sees a key of the tile.
-UMFA_INLINE bool sees(VisibleRow row, int key) { return key >= row.begin && key < row.end; }
+UMFA_INLINE bool sees(VisibleRow row, int key) {
+    return (key >= row.begin && key < row.end) || key < row.prefix;
+}
 
 #ifndef __METAL_VERSION__  // the CPU's vectors
 
 /// The same for the GPU, whose integers have 32 bits.
 inline Visible<int32_t> narrowed(Visible<int64_t> v) {
-    return {int32_t(v.seqlen_kv), int32_t(v.offset), int32_t(v.left),
-            int32_t(v.right),     int32_t(v.chunk),  int32_t(v.chunk_offset)};
+    return {int32_t(v.seqlen_kv), int32_t(v.offset),       int32_t(v.left),  int32_t(v.right),
+            int32_t(v.chunk),     int32_t(v.chunk_offset), int32_t(v.prefix)};
 }
 
 /// Whether the query sees each of the keys, a vector of int: all bits are set where it does.
 template <typename Vector>
 UMFA_INLINE Vector sees(VisibleRow row, Vector keys) {
-    return (keys >= row.begin) & (keys < row.end);
+    return ((keys >= row.begin) & (keys < row.end)) | (keys < row.prefix);
 }
 
 /// The keys of a tile that each of N consecutive queries sees.
 template <int N>
 struct VisibleRows {
-    int begin[N], end[N];
+    int begin[N], end[N], prefix;
 };
 
 /// visible_row() of the queries from `first` on.
 template <int N>
 UMFA_INLINE void set_visible_rows(Visible<int64_t> v, int64_t first, int64_t first_key,
                                   int64_t keys, VisibleRows<N>& rows) {
+    rows.prefix = clamp_key(v.prefix - first_key, keys);
     if (v.chunk > 0) {  // a division for each query
         for (int j = 0; j < N; ++j) {
             const VisibleRow row = visible_row(v, first + j, first_key, keys);
@@ -229,7 +244,7 @@ UMFA_INLINE Vector sees(const VisibleRows<N>& rows, int lane, int key) {
     __builtin_memcpy(&begin, rows.begin + lane, sizeof begin);
     __builtin_memcpy(&end, rows.end + lane, sizeof end);
     const Vector keys = Vector{} + key;
-    return (keys >= begin) & (keys < end);
+    return ((keys >= begin) & (keys < end)) | (keys < rows.prefix);
 }
 
 #endif

@@ -270,7 +270,11 @@ private:
                        size_at(key(), row()), problem_.append ? problem_.append->rows : 0});
         problem_.page_size = request_.block_table ? size_at(key(), row()) : 0;
         problem_.seqlen_q = problem_.seqlen_kv = 0;
-        for (const SequenceRows& rows : problem_.sequences.rows) {
+        for (SequenceRows& rows : problem_.sequences.rows) {
+            if (!problem_.append)  // rotary angles of all keys count from the first
+                rows.position_q = request_.causal_alignment == Alignment::top_left
+                                      ? 0
+                                      : rows.seqlen_kv - rows.seqlen_q;
             problem_.seqlen_q = std::max(problem_.seqlen_q, rows.seqlen_q);
             problem_.seqlen_kv = std::max(problem_.seqlen_kv, rows.seqlen_kv);
         }
@@ -417,6 +421,7 @@ SequenceRows Problem::sequence(int64_t b) const {
 Visible<int64_t> Problem::visible_of(const SequenceRows& rows) const {
     Visible<int64_t> own = visible;
     own.seqlen_kv = rows.seqlen_kv;
+    own.prefix = rows.prefix;
     own.offset = top_left ? 0 : rows.seqlen_kv - rows.seqlen_q;
     return own;
 }

@@ -136,7 +136,7 @@ Sequences read_sequences(const AttentionRequest& tables, const SequenceShapes& s
     const Reader read{names.name};
     Sequences found;
     found.given = true;
-    std::vector<int64_t> q_offsets, k_offsets, used_q, used_k, index, leftpad;
+    std::vector<int64_t> q_offsets, k_offsets, used_q, used_k, index, leftpad, prefix;
     int64_t batch = shapes.query_batch;
     if (tables.cu_seqlens_q) {
         read.offsets(*tables.cu_seqlens_q, names[Field::cu_seqlens_q], shapes.query_rows,
@@ -204,6 +204,11 @@ Sequences read_sequences(const AttentionRequest& tables, const SequenceShapes& s
                   "the keys in use", leftpad);
     }
 
+    if (tables.prefix_lens)
+        read.read(
+            *tables.prefix_lens, names[Field::prefix_lens], batch, 0,
+            [](int64_t) { return int64_t{INT32_MAX}; }, "a number of keys", prefix);
+
     for (int64_t b = 0; b < batch; ++b) {
         const size_t i = static_cast<size_t>(b);
         SequenceRows rows;
@@ -217,6 +222,7 @@ Sequences read_sequences(const AttentionRequest& tables, const SequenceShapes& s
         const int64_t skipped = tables.cache_leftpad ? leftpad[i] : 0;
         rows.kv_row += skipped;
         rows.seqlen_kv = end_of(b) - skipped;
+        if (tables.prefix_lens) rows.prefix = std::min(prefix[i], rows.seqlen_kv);
         rows.position_q = end_of(b) - shapes.appended;
         found.rows.push_back(rows);
     }

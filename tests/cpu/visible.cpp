@@ -20,7 +20,7 @@ constexpr int lanes = 32, most_keys = 96, width = 8;
 typedef int Vector __attribute__((vector_size(4 * width)));
 
 struct Question {
-    int64_t seqlen_kv, offset, left, right, chunk, chunk_offset;
+    int64_t seqlen_kv, offset, left, right, chunk, chunk_offset, prefix;
     int64_t first, queries;  // of a block; rows past it are computed, as kernels do
     int64_t tile, keys;
 };
@@ -35,7 +35,8 @@ template <class Int>
 void block(const Question& q, Answer& answer) {
     const Visible<Int> v{static_cast<Int>(q.seqlen_kv), static_cast<Int>(q.offset),
                          static_cast<Int>(q.left),      static_cast<Int>(q.right),
-                         static_cast<Int>(q.chunk),     static_cast<Int>(q.chunk_offset)};
+                         static_cast<Int>(q.chunk),     static_cast<Int>(q.chunk_offset),
+                         static_cast<Int>(q.prefix)};
     const Int first = static_cast<Int>(q.first), last = static_cast<Int>(q.first + q.queries - 1);
     const Int tile = static_cast<Int>(q.tile), keys = static_cast<Int>(q.keys);
     const KeyRange some = seen_by_some(v, first, last, tile, keys);
@@ -50,7 +51,8 @@ void block(const Question& q, Answer& answer) {
 }
 
 void rows(const Question& q, Answer& answer) {
-    const Visible<int64_t> v{q.seqlen_kv, q.offset, q.left, q.right, q.chunk, q.chunk_offset};
+    const Visible<int64_t> v{q.seqlen_kv, q.offset,       q.left,  q.right,
+                             q.chunk,     q.chunk_offset, q.prefix};
     VisibleRows<lanes> together;
     set_visible_rows(v, q.first, q.tile, q.keys, together);
     Vector number;

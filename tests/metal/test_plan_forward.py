@@ -457,8 +457,8 @@ def test_sequences_are_data_of_the_plan() -> None:
     # seqlen_q, splits, position_q; seqlen_kv, offset
     found = list(struct.iter_unpack(SEQUENCE, data_of(made, launch, "SEQUENCES")))
     assert found == [
-        (0, 0, 1, 20, 0, 0, 50, 0, 70, 50, 0),
-        (1, 0, 0, 0, 0, 0, 50, 0, 3, 3, -47),
+        (0, 0, 1, 20, 0, 0, 50, 0, 0, 50, 0),
+        (1, 0, 0, 0, 0, 0, 50, 0, -47, 3, -47),
     ]
     tasks = [task[:2] for task in struct.iter_unpack("<4i", data_of(made, launch, "TASKS"))]
     rows = shape_rows(launch)

@@ -46,6 +46,7 @@ def flash_attn_func(
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
+    prefix_lens: Any = None,
 ) -> Attention:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
 
@@ -97,6 +98,10 @@ def flash_attn_func(
         Moves the chunks: position ``p`` is in chunk ``(p + attention_chunk_offset) //
         attention_chunk``. For keys whose first one is not at position 0 of the text, as in a cache
         that drops old rows (Llama 4).
+    prefix_lens : int32 or int64 tensor, shape (batch,), optional
+        Every query of index ``b`` also sees the keys ``j < prefix_lens[b]`` (prefix-LM, as in
+        PaliGemma) that `causal`, `window_size` or `attention_chunk` hide. `attn_mask` still hides
+        keys.
     learnable_sink, s_aux : tensor, shape (nheads,), optional
         One more logit for each head's softmax, without a value: flash-attn 4's name, and that of
         transformers and vLLM. float32, float16 or bfloat16.
@@ -179,6 +184,7 @@ def flash_attn_func(
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
+        prefix_lens=prefix_lens,
         backend=backend,
     )
 
@@ -206,6 +212,7 @@ def flash_attn_qkvpacked_func(
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
+    prefix_lens: Any = None,
 ) -> Attention:
     """`flash_attn_func` on query, key and value stacked in one tensor.
 
@@ -240,6 +247,7 @@ def flash_attn_qkvpacked_func(
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
+        prefix_lens=prefix_lens,
         backend=backend,
     )
 
@@ -268,6 +276,7 @@ def flash_attn_kvpacked_func(
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
+    prefix_lens: Any = None,
 ) -> Attention:
     """`flash_attn_func` on key and value stacked in one tensor.
 
@@ -303,5 +312,6 @@ def flash_attn_kvpacked_func(
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
+        prefix_lens=prefix_lens,
         backend=backend,
     )

@@ -54,6 +54,7 @@ def flash_attn_with_kvcache(
     qv: Any = None,
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
+    prefix_lens: Any = None,
 ) -> Attention:
     """Attention of a few new queries over a cache of keys and values, which may be extended first.
 
@@ -152,6 +153,7 @@ def flash_attn_with_kvcache(
         qv=qv,
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
+        prefix_lens=prefix_lens,
         backend=backend,
     )
 

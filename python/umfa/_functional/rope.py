@@ -39,6 +39,7 @@ def fused_rope_attention(
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
+    prefix_lens: Any = None,
 ) -> Attention:
     """`flash_attn_func` on queries and keys that are rotated on their way into the kernel.
 
@@ -95,5 +96,6 @@ def fused_rope_attention(
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
+        prefix_lens=prefix_lens,
         backend=backend,
     )

@@ -56,6 +56,7 @@ def flash_attn_varlen_func(
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
+    prefix_lens: Any = None,
 ) -> Attention:
     """`flash_attn_func` on sequences of different lengths, packed one after the other.
 
@@ -135,6 +136,7 @@ def flash_attn_varlen_func(
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
+        prefix_lens=prefix_lens,
         backend=backend,
     )
 
@@ -164,6 +166,7 @@ def flash_attn_varlen_qkvpacked_func(
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
+    prefix_lens: Any = None,
 ) -> Attention:
     """`flash_attn_varlen_func` on query, key and value stacked in one tensor.
 
@@ -203,6 +206,7 @@ def flash_attn_varlen_qkvpacked_func(
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
+        prefix_lens=prefix_lens,
         backend=backend,
     )
 
@@ -235,6 +239,7 @@ def flash_attn_varlen_kvpacked_func(
     dropout_offset: int = 0,
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
+    prefix_lens: Any = None,
 ) -> Attention:
     """`flash_attn_varlen_func` on key and value stacked in one tensor.
 
@@ -274,6 +279,7 @@ def flash_attn_varlen_kvpacked_func(
         dropout_offset=dropout_offset,
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
+        prefix_lens=prefix_lens,
         backend=backend,
     )
 

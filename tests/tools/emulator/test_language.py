@@ -464,7 +464,7 @@ def test_project_header_shared_with_the_host() -> None:
         HEADER
         + """#include "shared/visible.h"
         kernel void f(device int* out [[buffer(0)]], uint t [[thread_position_in_grid]]) {
-            umfa::Visible<int> v = {40, 8, 4, 0, 0, 0};
+            umfa::Visible<int> v = {40, 8, 4, 0, 0, 0, 0};
             const int i = int(t), tile = next_tile(v, i, i, 0, 8);
             const umfa::KeyRange some = seen_by_some(v, i, i, tile, 16);
             const umfa::KeyRange all = seen_by_all(v, i, i, tile, 16);
