@@ -56,8 +56,9 @@ std::string dlpack_device_text(const DLDevice& device) {
 
 const char* expected_dtype(std::string_view argument) {
     static constexpr std::string_view tables[] = {
-        "cu_seqlens_q",  "cu_seqlens_k",    "seqused_q",     "seqused_k",
-        "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table"};
+#define UMFA_TABLE(name, text) #name,
+#include "core/options.def"
+        "cache_seqlens", "cu_seqlens", "page_table"};  // other spellings of some
     if (std::find(std::begin(tables), std::end(tables), argument) != std::end(tables))
         return "int32 or int64";
     return argument == "attn_mask" ? "bool, float32, float16 or bfloat16"

@@ -40,6 +40,7 @@ enum class Field : uint8_t {
 #define UMFA_FLAG(name, value, text) name,
 #define UMFA_CHOICE(name, type, value, text) name,
 #define UMFA_WINDOW(name, text) name,
+#define UMFA_OUTPUT(name) name,
 #define UMFA_RESULT_FLAG(name, value) name,
 #include "core/options.def"
     count
@@ -86,8 +87,9 @@ struct AttentionRequest : AttentionOptions {
 #define UMFA_OPERAND(name) std::optional<TensorView> name;
 #define UMFA_INPUT(name, autocast, text) std::optional<TensorView> name;
 #define UMFA_TABLE(name, text) std::optional<TensorView> name;
+#define UMFA_OUTPUT(name) std::optional<TensorView> name;
 #include "core/options.def"
-    std::optional<TensorView> out, lse;  // absent while only can_run is asked
+    std::optional<TensorView> lse;  // like out absent while only can_run is asked
 
     /// Whether a tensor says where sequences lie.
     bool has_tables() const {
@@ -109,6 +111,7 @@ inline constexpr TensorField tensor_fields[] = {
 #define UMFA_OPERAND(name) {Field::name, &AttentionRequest::name, false, true},
 #define UMFA_INPUT(name, autocast, text) {Field::name, &AttentionRequest::name, false, autocast},
 #define UMFA_TABLE(name, text) {Field::name, &AttentionRequest::name, true, false},
+#define UMFA_OUTPUT(name) {Field::name, &AttentionRequest::name, false, false},
 #include "core/options.def"
 };
 

@@ -19,7 +19,7 @@ struct SequenceRows {
     int64_t kv_batch = 0, kv_row = 0;        // its first key; unused with pages
     int64_t seqlen_q = 0, seqlen_kv = 0;
     int64_t position_q = 0;  // of its first query, counted in the cache: where rotary angles start
-    int64_t prefix = 0;  // keys that all its queries see
+    int64_t prefix = 0;      // keys that all its queries see
 };
 
 /// The shapes that the tables speak about, in rows and batch indices.

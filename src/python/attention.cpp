@@ -54,17 +54,21 @@ nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
     const std::string& function = options.function->name;
 
     // The façade allocates in the caller's framework, now that the shapes are known to be right.
-    nb::object out = allocate(shape_tuple(problem.out_shape()), name_of(problem.query.view.dtype));
-    nb::object lse = nb::none();
-    Output out_array = import_output(out[0], function, "out"), lse_array;
-    problem.set_out(out_array.view);
+    nb::object out = nb::none(), lse = nb::none();
+    Output out_array, lse_array;
+    if (!problem.out) {
+        out = allocate(shape_tuple(problem.out_shape()), name_of(problem.query.view.dtype));
+        out_array = import_output(out[0], function, "out");
+        problem.set_out(out_array.view);
+        out = out[1];
+    }
     if (options.values.return_lse || options.values.return_attn_probs) {
         lse = allocate(shape_tuple(problem.lse_shape()), name_of(DType::f32));
         lse_array = import_output(lse[0], function, "softmax_lse");
         problem.set_lse(lse_array.view);
     }
     without_gil([&] { forward(backend, problem); });
-    return nb::make_tuple(out[1], lse.is_none() ? nb::object(lse) : nb::object(lse[1]));
+    return nb::make_tuple(out, lse.is_none() ? nb::object(lse) : nb::object(lse[1]));
 }
 
 std::pair<bool, std::string> attention_can_run(const Options& options, const nb::tuple& tensors) {
@@ -90,10 +94,10 @@ void bind_attention(nb::module_& m) {
     m.def("attention_forward", &attention_forward, "options"_a, "tensors"_a, "allocate"_a,
           nb::sig("def attention_forward(options: Options, tensors: tuple[object, ...], "
                   "allocate: collections.abc.Callable[[tuple[int, ...], str], "
-                  "tuple[object, object]]) -> tuple[object, object | None]"),
+                  "tuple[object, object]]) -> tuple[object | None, object | None]"),
           "Computes attention on DLPack tensors, in the order of options.names.\n\n"
           "`allocate(shape, dtype)` returns (DLPack tensor to write, what to hand back).\n"
-          "Returns (out, lse or None) as allocate handed them back.");
+          "Returns (out, lse or None) as allocate handed them back; out is None if it was given.");
     m.def("attention_can_run", &attention_can_run, "options"_a, "tensors"_a,
           nb::sig("def attention_can_run(options: Options, tensors: tuple[object, ...]) "
                   "-> tuple[bool, str]"),

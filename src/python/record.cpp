@@ -171,6 +171,7 @@ nb::tuple names_where(const Options& options, Predicate&& holds) {
 }
 
 bool is_written(const Options& options, const TensorField& tensor) {
+    if (tensor.field == Field::out) return true;
     const bool appends = options.has(Field::new_key) || options.has(Field::new_value);
     return appends && (tensor.field == Field::key || tensor.field == Field::value);
 }
@@ -180,6 +181,11 @@ Options replace(const Options& options, const nb::kwargs& arguments) {
     for (const auto& [key, value] : arguments) {
         const std::string name = nb::cast<std::string>(key);
         const auto found = fields().find(name);
+        if (found != fields().end() && found->second == Field::out && value.is_none()) {
+            std::erase_if(changed.given,
+                          [](uint8_t i) { return tensor_fields[i].field == Field::out; });
+            continue;
+        }
         if (found == fields().end() ||
             !set_value(changed.values, found->second, {options.function->name, name}, value))
             unknown("Options", name);
@@ -280,7 +286,7 @@ void bind_record(nb::module_& m) {
                      [](const Options& o) { return o.values.return_attn_probs; })
         .def("replace", &replace, "values"_a,
              nb::sig("def replace(self, **values: object) -> Options"),
-             "The same with other values of options that are no tensors.");
+             "The same with other values of options that are no tensors; out=None leaves it out.");
 
     nb::class_<Attention>(m, "Attention",
                           "The arguments of one attention call; unknown names raise TypeError.")
@@ -290,6 +296,7 @@ void bind_record(nb::module_& m) {
 #define UMFA_OPERAND(name) ", " #name ": object"
 #define UMFA_INPUT(name, autocast, text) ", " #name ": object | None = None"
 #define UMFA_TABLE(name, text) ", " #name ": object | None = None"
+#define UMFA_OUTPUT(name) ", " #name ": object | None = None"
 #define UMFA_NUMBER(name, value, text) ", " #name ": float | None = None"
 #define UMFA_MAYBE_NUMBER(name, text) ", " #name ": float | None = None"
 #define UMFA_COUNT(name, value, text) ", " #name ": int = ..."

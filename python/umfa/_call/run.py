@@ -144,9 +144,8 @@ def _compute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> t
         return framework.allocate(first, shape, dtype, call.backend)
 
     out, lse = _ext.attention_forward(call.options, exported(framework, call, tensors), allocate)
-    if lse is None:
-        return (framework.finish(out),)
-    return framework.finish(out), framework.finish(lse)
+    result = tensors["out"] if out is None else framework.finish(out)
+    return (result,) if lse is None else (result, framework.finish(lse))
 
 
 def exported(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:

@@ -42,13 +42,14 @@ def weights_of(framework: Framework, call: Prepared, tensors: dict[str, Any]) ->
     rows = list(_sequences(tensors, query, value))
     most_q = max((q.stop - q.start for _, q, _ in rows), default=0)
     most_k = max((k.stop - k.start for _, _, k in rows), default=0)
-    dropped = call.options.replace(return_attn_probs=False)
+    dropped = call.options.replace(return_attn_probs=False, out=None)
     plain = dropped.replace(dropout_p=0.0)
     # In float32, so that no weight is too small to show its sign.
     own = (query_name, key_name)
     asked = {
         name: framework.cast(tensor, "float32") if name in own else tensor
         for name, tensor in tensors.items()
+        if name != "out"
     }
     found = np.zeros((len(rows), query.shape[-2], most_q, most_k), np.float32)
     for first in range(0, most_k, COLUMNS):

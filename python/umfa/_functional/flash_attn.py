@@ -47,6 +47,7 @@ def flash_attn_func(
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
+    out: Any = None,
 ) -> Attention:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
 
@@ -98,6 +99,9 @@ def flash_attn_func(
         Moves the chunks: position ``p`` is in chunk ``(p + attention_chunk_offset) //
         attention_chunk``. For keys whose first one is not at position 0 of the text, as in a cache
         that drops old rows (Llama 4).
+    out : tensor, shape (batch, seqlen_q, nheads, head_dim_v), optional
+        Where to write the result, which is then this tensor: of the dtype of `q`, any strides, and
+        in no memory that is read. For torch and numpy, whose arrays can be written.
     prefix_lens : int32 or int64 tensor, shape (batch,), optional
         Every query of index ``b`` also sees the keys ``j < prefix_lens[b]`` (prefix-LM, as in
         PaliGemma) that `causal`, `window_size` or `attention_chunk` hide. `attn_mask` still hides
@@ -185,6 +189,7 @@ def flash_attn_func(
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
+        out=out,
         backend=backend,
     )
 
@@ -213,6 +218,7 @@ def flash_attn_qkvpacked_func(
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
+    out: Any = None,
 ) -> Attention:
     """`flash_attn_func` on query, key and value stacked in one tensor.
 
@@ -248,6 +254,7 @@ def flash_attn_qkvpacked_func(
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
+        out=out,
         backend=backend,
     )
 
@@ -277,6 +284,7 @@ def flash_attn_kvpacked_func(
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
+    out: Any = None,
 ) -> Attention:
     """`flash_attn_func` on key and value stacked in one tensor.
 
@@ -313,5 +321,6 @@ def flash_attn_kvpacked_func(
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
+        out=out,
         backend=backend,
     )

@@ -55,6 +55,7 @@ def flash_attn_with_kvcache(
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
+    out: Any = None,
 ) -> Attention:
     """Attention of a few new queries over a cache of keys and values, which may be extended first.
 
@@ -154,6 +155,7 @@ def flash_attn_with_kvcache(
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
+        out=out,
         backend=backend,
     )
 

@@ -40,6 +40,7 @@ def fused_rope_attention(
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
+    out: Any = None,
 ) -> Attention:
     """`flash_attn_func` on queries and keys that are rotated on their way into the kernel.
 
@@ -97,5 +98,6 @@ def fused_rope_attention(
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
+        out=out,
         backend=backend,
     )

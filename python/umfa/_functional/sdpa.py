@@ -33,6 +33,7 @@ def scaled_dot_product_attention(
     backend: str = "auto",
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
+    out: Any = None,
 ) -> Attention:
     """Exact attention with the arguments of ``torch.nn.functional.scaled_dot_product_attention``.
 
@@ -68,11 +69,14 @@ def scaled_dot_product_attention(
         Which backend runs the call; see `flash_attn_func`.
     dropout_seed, dropout_offset : int, optional
         What is dropped; see `flash_attn_func`.
+    out : tensor, shape (..., nheads, seqlen_q, head_dim_v), optional
+        Where to write the result; see `flash_attn_func`.
 
     Returns
     -------
     tensor, shape (..., nheads, seqlen_q, head_dim_v)
-        Contiguous, in the dtype and framework of `query`. A query that attends to no key gets 0.
+        `out`, or else a contiguous tensor, in the dtype and framework of `query`. A query that
+        attends to no key gets 0.
 
     Raises
     ------
@@ -107,6 +111,7 @@ def scaled_dot_product_attention(
         grouped=enable_gqa,
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
+        out=out,
         backend=backend,
     )
 

@@ -57,6 +57,7 @@ def flash_attn_varlen_func(
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
+    out: Any = None,
 ) -> Attention:
     """`flash_attn_func` on sequences of different lengths, packed one after the other.
 
@@ -137,6 +138,7 @@ def flash_attn_varlen_func(
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
+        out=out,
         backend=backend,
     )
 
@@ -167,6 +169,7 @@ def flash_attn_varlen_qkvpacked_func(
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
+    out: Any = None,
 ) -> Attention:
     """`flash_attn_varlen_func` on query, key and value stacked in one tensor.
 
@@ -207,6 +210,7 @@ def flash_attn_varlen_qkvpacked_func(
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
+        out=out,
         backend=backend,
     )
 
@@ -240,6 +244,7 @@ def flash_attn_varlen_kvpacked_func(
     causal_alignment: str = "bottom_right",
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
+    out: Any = None,
 ) -> Attention:
     """`flash_attn_varlen_func` on key and value stacked in one tensor.
 
@@ -280,6 +285,7 @@ def flash_attn_varlen_kvpacked_func(
         causal_alignment=causal_alignment,
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
+        out=out,
         backend=backend,
     )
 

@@ -105,6 +105,25 @@ def test_slices_of_one_tensor_share_a_buffer(double: Double, recorder: Recorder)
     assert recorder.addresses()[OUT] == out.ctypes.data
 
 
+def test_a_fused_projection_is_read_and_written_in_place(
+    double: Double, recorder: Recorder
+) -> None:
+    """FLUX's single blocks: query, key and value lie beside the MLP's channels, and so does out."""
+    inner, mlp = 2 * 16, 96
+    projected = np.zeros((1, 20, 3 * inner + mlp), np.float32)
+    joined = np.zeros((1, 20, inner + mlp), np.float32)
+    parts = [projected[..., i * inner : (i + 1) * inner].reshape(1, 20, 2, 16) for i in range(3)]
+    out = joined[..., :inner].reshape(1, 20, 2, 16)
+    before = umfa.stats()
+    assert umfa.flash_attn_func(*parts, out=out, backend="metal") is out
+    after = umfa.stats()
+    found = recorder.addresses()
+    assert [found[i] - projected.ctypes.data for i in (QUERY, KEY, VALUE)] == [0, 128, 256]
+    assert found[OUT] == joined.ctypes.data
+    assert after.tensors_in_place - before.tensors_in_place == 4
+    assert after.tensors_copied == before.tensors_copied
+
+
 def test_negative_strides_begin_at_their_first_element(double: Double, recorder: Recorder) -> None:
     q = np.zeros((1, 2000, 2, 16), np.float32)[:, ::-1]
     umfa.flash_attn_func(q, q, q, backend="metal")
