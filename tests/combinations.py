@@ -23,7 +23,7 @@ FEATURES = [
     "causal", "window", "softcap", "alibi", "bool mask", "float mask", "gqa", "value head dim",
     "sinks", "chunk", "varlen", "paged", "append", "rotary", "rope", "dropout", "qv", "num_splits",
     "float16", "bfloat16", "lse", "few queries", "top left",
-    "prefix",
+    "prefix", "batch invariant",
 ]  # fmt: skip
 APART = [
     {"bool mask", "float mask"},
@@ -40,7 +40,12 @@ PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if set(pair) not i
 ROTATED_LSE = {"float32": 3e-5, "float16": 1e-3, "bfloat16": 8e-3}
 
 
-PER_CALL = {"alibi_slopes", "causal_alignment", "prefix_lens"}  # other words for the reference
+PER_CALL = {
+    "alibi_slopes",
+    "causal_alignment",
+    "prefix_lens",
+    "batch_invariant",
+}  # other words for the reference
 
 
 def drawn_features(pair: tuple[str, str], rng: np.random.Generator) -> set[str]:
@@ -131,6 +136,8 @@ def drawn(features: set[str], rng: np.random.Generator, most: int) -> Problem:
         options["dropout_offset"] = integer(0, 5)
     if "top left" in features:
         options["causal_alignment"] = "top_left"
+    if "batch invariant" in features:
+        options["batch_invariant"] = True
     if "prefix" in features:
         kind = np.int64 if rng.random() < 0.5 else np.int32
         options["prefix_lens"] = rng.integers(0, 120, batch).astype(kind)

@@ -120,12 +120,15 @@ typedef struct umfa_attention_options {
     int64_t attention_chunk_offset;
     /* (batch,): each query also sees the first so many keys (prefix-LM) */
     const DLTensor* prefix_lens;
+    /* the same bits for a query whatever batch, split or number of queries it is computed with
+       */
+    int32_t batch_invariant;
 } umfa_attention_options;
 
 #define UMFA_ATTENTION_OPTIONS_INIT \
     {sizeof(umfa_attention_options), UMFA_LAYOUT_BSHD, UMFA_BACKEND_AUTO, 0, 0, -1, -1, 0, \
      0, NULL, NULL, 0, NULL, NULL, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -1, \
-     -1, NULL, NULL, NULL, NULL, 1, 0, NULL}
+     -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0}
 /* ---- end ---- */
 
 /* out = softmax(query key^T * softmax_scale) value, per head; query head h reads key head

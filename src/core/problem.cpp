@@ -324,6 +324,7 @@ private:
                          std::to_string(request_.num_splits),
                          "0 (the backend's choice) to " + std::to_string(max_seqlen));
         problem_.num_splits = request_.num_splits;
+        problem_.batch_invariant = request_.batch_invariant;
     }
 
     void check_window(const char* side, int64_t width) const {

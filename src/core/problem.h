@@ -131,8 +131,9 @@ struct UMFA_CORE_API Problem {
     double softmax_scale = 1;
     Visible<int64_t> visible{0, 0, -1, -1, 0, 0, 0};  // of the longest, without a prefix
     bool causal = false, top_left = false;
-    double softcap = 0;      // 0: off
-    int64_t num_splits = 0;  // as in the request
+    double softcap = 0;            // 0: off
+    int64_t num_splits = 0;        // as in the request
+    bool batch_invariant = false;  // one way for few and for many queries
 
     std::optional<Alibi> alibi;
     std::optional<DenseMask> mask;

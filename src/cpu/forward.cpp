@@ -217,7 +217,9 @@ void run_forward(const Problem& problem) {
     std::vector<int64_t> decode, prefill;
     for (int64_t b = 0; b < problem.batch; ++b) {
         const Sequence& sequence = sequences[static_cast<size_t>(b)];
-        if (sequence.seqlen_q > 0) (is_decode(sequence, set.lanes) ? decode : prefill).push_back(b);
+        // Each row of a panel is computed by itself; decoding splits the keys, which rounds otherwise.
+        const bool few = !problem.batch_invariant && is_decode(sequence, set.lanes);
+        if (sequence.seqlen_q > 0) (few ? decode : prefill).push_back(b);
     }
     if (!decode.empty()) run_decode(problem, args, own.decode, decode);
     if (!prefill.empty()) run_prefill(problem, args, sequences, own.forward, prefill, set.lanes);

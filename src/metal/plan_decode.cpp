@@ -237,6 +237,8 @@ void plan_merge(LaunchPlan& plan, const Problem& problem, const Capabilities& gp
 bool is_decode(const Problem& problem, int64_t seqlen_q) {
     // Keys are rotated, and values meet queries, where they are staged.
     if ((problem.rotary && problem.rotary->keys) || problem.qv) return false;
+    // Rows of the full-length kernel are computed by themselves; splits of the keys round otherwise.
+    if (problem.batch_invariant) return false;
     return seqlen_q <= max_queries && shape_of(problem, rows_of(problem, seqlen_q));
 }
 

@@ -90,8 +90,8 @@ def test_frameworks(name: str) -> None:
 
 
 def test_fused_projection_needs_no_copy() -> None:
-    """FLUX's single blocks: one product gives query, key, value and the MLP's channels, another takes
-    the result of attention and those of the MLP, side by side."""
+    """FLUX's single blocks: one product gives query, key, value and the MLP's channels; another
+    takes the results of attention and of the MLP, side by side."""
     torch = libraries.load("torch").module
     heads, dim, mlp = 4, 16, 96
     inner = heads * dim

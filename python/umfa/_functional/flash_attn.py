@@ -48,6 +48,7 @@ def flash_attn_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    batch_invariant: bool = False,
 ) -> Attention:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
 
@@ -99,6 +100,11 @@ def flash_attn_func(
         Moves the chunks: position ``p`` is in chunk ``(p + attention_chunk_offset) //
         attention_chunk``. For keys whose first one is not at position 0 of the text, as in a cache
         that drops old rows (Llama 4).
+    batch_invariant : bool
+        Give each query the same bits whatever other queries and batch indices are computed with it,
+        and whether it is decoded or part of a prompt. Prompts are as fast as without. Decoding takes
+        the kernel for many queries, whose keys are not split: on the CPU 10 to 19 times as long
+        (docs/performance.md).
     out : tensor, shape (batch, seqlen_q, nheads, head_dim_v), optional
         Where to write the result, which is then this tensor: of the dtype of `q`, any strides, and
         in no memory that is read. For torch and numpy, whose arrays can be written.
@@ -190,6 +196,7 @@ def flash_attn_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
 
@@ -219,6 +226,7 @@ def flash_attn_qkvpacked_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` on query, key and value stacked in one tensor.
 
@@ -255,6 +263,7 @@ def flash_attn_qkvpacked_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
 
@@ -285,6 +294,7 @@ def flash_attn_kvpacked_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` on key and value stacked in one tensor.
 
@@ -322,5 +332,6 @@ def flash_attn_kvpacked_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        batch_invariant=batch_invariant,
         backend=backend,
     )

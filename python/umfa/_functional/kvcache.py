@@ -56,6 +56,7 @@ def flash_attn_with_kvcache(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    batch_invariant: bool = False,
 ) -> Attention:
     """Attention of a few new queries over a cache of keys and values, which may be extended first.
 
@@ -156,6 +157,7 @@ def flash_attn_with_kvcache(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
 

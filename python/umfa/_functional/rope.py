@@ -41,6 +41,7 @@ def fused_rope_attention(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` on queries and keys that are rotated on their way into the kernel.
 
@@ -99,5 +100,6 @@ def fused_rope_attention(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        batch_invariant=batch_invariant,
         backend=backend,
     )

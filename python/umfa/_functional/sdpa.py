@@ -34,6 +34,7 @@ def scaled_dot_product_attention(
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
     out: Any = None,
+    batch_invariant: bool = False,
 ) -> Attention:
     """Exact attention with the arguments of ``torch.nn.functional.scaled_dot_product_attention``.
 
@@ -71,6 +72,8 @@ def scaled_dot_product_attention(
         What is dropped; see `flash_attn_func`.
     out : tensor, shape (..., nheads, seqlen_q, head_dim_v), optional
         Where to write the result; see `flash_attn_func`.
+    batch_invariant : bool
+        See `flash_attn_func`.
 
     Returns
     -------
@@ -112,6 +115,7 @@ def scaled_dot_product_attention(
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
         out=out,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
 

@@ -58,6 +58,7 @@ def flash_attn_varlen_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` on sequences of different lengths, packed one after the other.
 
@@ -139,6 +140,7 @@ def flash_attn_varlen_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
 
@@ -170,6 +172,7 @@ def flash_attn_varlen_qkvpacked_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_varlen_func` on query, key and value stacked in one tensor.
 
@@ -211,6 +214,7 @@ def flash_attn_varlen_qkvpacked_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
 
@@ -245,6 +249,7 @@ def flash_attn_varlen_kvpacked_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_varlen_func` on key and value stacked in one tensor.
 
@@ -286,6 +291,7 @@ def flash_attn_varlen_kvpacked_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        batch_invariant=batch_invariant,
         backend=backend,
     )
 
