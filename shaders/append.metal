@@ -50,7 +50,7 @@ template <typename T>
     const int rows = min(params.rows_per_threadgroup, params.rows - first_row);
     const int first = thread_position.x;
     const SequenceParams sequence = sequences[batch];
-    const int first_key = sequence.visible.seqlen_kv - params.rows;  // of the new ones
+    const int first_key = sequence.visibility.seqlen_kv - params.rows;  // of the new ones
     const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
     new_key += batch * params.new_key.batch + head * params.new_key.head;
     new_value += batch * params.new_value.batch + head * params.new_value.head;

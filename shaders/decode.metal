@@ -127,14 +127,14 @@ UMFA_INLINE float2 mask_tile(float2 x, thread const ScoreRow& row, int column, b
 }
 
 /// A lane's weights of one row, before dropout. The row's O follows where the reference moves.
-template <int DVF>
-UMFA_INLINE float2 softmax_tile(thread Fragment<float> (&o)[DVF], thread SoftmaxRow& softmax,
-                                float2 x, float unit) {
+template <int QF, int DVF>
+UMFA_INLINE float2 softmax_tile(thread Fragment<float> (&o)[QF][DVF], int f,
+                                thread SoftmaxRow& softmax, float2 x, float unit) {
     const float top = max(x.x, x.y);
     if (must_follow(softmax, top, unit)) {
         const float factor = follow(softmax, top, unit);
 #pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) set_pair(o[d], pair_of(o[d]) * factor);
+        for (int d = 0; d < DVF; ++d) set_pair(o[f][d], pair_of(o[f][d]) * factor);
     }
     const float relative_to = base(softmax);
     const float p0 = weight(x.x, unit, relative_to), p1 = weight(x.y, unit, relative_to);
@@ -196,7 +196,7 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
             const int column = k0 + at.column;
             const float2 x = mask_tile<GUARDED>(pair_of(s[f]), rows[f], column, mixed, end, pass,
                                                 range, params, mask);
-            const float2 weights = softmax_tile(o[f], softmax[f], x, unit);
+            const float2 weights = softmax_tile(o, f, softmax[f], x, unit);
             float p0 = weights.x, p1 = weights.y;
             if (has_dropout) {
                 const Philox words = words_of(params.dropout, batch, heads[f], rows[f].row, column);
@@ -229,7 +229,8 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][Q_FRAGMENTS],
         // the last one and are not stored.
         const int n = min(first_row + f * 8 + at.row, row_count - 1);
         heads[f] = head_kv * params.group + n / seqlen_q;
-        rows[f] = score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.visible.offset);
+        rows[f] =
+            score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.visibility.offset);
         const int position = sequence.position_q + rows[f].row * params.rotary.advance;
         device const T* of_head = query + sequence.query_batch * params.query.batch +
                                   sequence.query_row * params.query.row +
@@ -291,16 +292,16 @@ UMFA_INLINE void merge_simdgroups(thread Fragment<float> (&o)[QF][DVF],
 }
 
 /// What a split found of a row: O as it is, and the softmax state.
-template <typename T, int DV, int DVF>
+template <typename T, int DV, int QF, int DVF>
 UMFA_INLINE void store_part(device float* partial_out, device float2* partial_state, int64_t to,
-                            thread Fragment<float> (&o)[DVF], thread const SoftmaxRow& softmax,
-                            int columns, LaneMap at) {
+                            thread Fragment<float> (&o)[QF][DVF], int f,
+                            thread const SoftmaxRow& softmax, int columns, LaneMap at) {
     device float* part = partial_out + to * columns;
 #pragma clang loop unroll(full)
     for (int d = 0; d < DVF; ++d) {
         const int first = value_channel<T, DV>(d, at.column);
         const int second = value_channel<T, DV>(d, at.column + 1);
-        const float2 x = pair_of(o[d]);
+        const float2 x = pair_of(o[f][d]);
         if (first < columns) part[first] = x.x;
         if (second < columns) part[second] = x.y;
     }
@@ -308,10 +309,10 @@ UMFA_INLINE void store_part(device float* partial_out, device float2* partial_st
 }
 
 /// A row of O, divided by its sum, and its log-sum-exp.
-template <int DV, int DVF, typename T>
+template <int DV, int QF, int DVF, typename T>
 UMFA_INLINE void store_row(device T* out, device float* lse, device const uchar* sinks,
-                           thread Fragment<float> (&o)[DVF], thread SoftmaxRow& softmax, int head,
-                           int row, thread const SequenceParams& sequence,
+                           thread Fragment<float> (&o)[QF][DVF], int f, thread SoftmaxRow& softmax,
+                           int head, int row, thread const SequenceParams& sequence,
                            constant ForwardParams& params, LaneMap at) {
     const float inverse = finish(softmax, sinks, head * params.sink, params.dropout.factor);
     device T* to = out + sequence.query_batch * params.out.batch + head * params.out.head +
@@ -320,7 +321,7 @@ UMFA_INLINE void store_row(device T* out, device float* lse, device const uchar*
     for (int d = 0; d < DVF; ++d) {
         const int first = value_channel<T, DV>(d, at.column);
         const int second = value_channel<T, DV>(d, at.column + 1);
-        const float2 x = pair_of(o[d]) * inverse;
+        const float2 x = pair_of(o[f][d]) * inverse;
         if (first < params.head_dim_v) to[first * channel_stride(params.out)] = T(x.x);
         if (second < params.head_dim_v) to[second * channel_stride(params.out)] = T(x.y);
     }
@@ -439,11 +440,11 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
             if (has_sequences)
                 to = sequence.part + int64_t(heads[f] * seqlen_q + row) * sequence.splits;
             to += split;
-            store_part<T, DV>(partial_out, partial_state, to, o[f], softmax[f], params.head_dim_v,
+            store_part<T, DV>(partial_out, partial_state, to, o, f, softmax[f], params.head_dim_v,
                               at);
             continue;
         }
-        store_row<DV>(out, lse, sinks, o[f], softmax[f], heads[f], row, sequence, params, at);
+        store_row<DV>(out, lse, sinks, o, f, softmax[f], heads[f], row, sequence, params, at);
     }
 }
 

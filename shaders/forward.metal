@@ -119,7 +119,7 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][DF], thread Fragment<M
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
         const int row = my_row + f * 8 + at.row;
-        rows[f] = score_row(params, slopes, batch, head, row, sequence.visible.offset);
+        rows[f] = score_row(params, slopes, batch, head, row, sequence.visibility.offset);
         const int position = sequence.position_q + row * params.rotary.advance;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {
@@ -146,61 +146,61 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][DF], thread Fragment<M
 
 /// Scores of one row in a tile with all that depends on positions, and `lowest` for hidden keys.
 /// `mixed`: the tile holds keys that some row must not see.
-template <int KF>
-UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[KF], thread const ScoreRow& row, int k0,
-                           bool mixed, int pass, Visible<int> range, constant ForwardParams& params,
-                           device const uchar* mask, LaneMap at) {
+template <int QF, int KF>
+UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[QF][KF], int f, thread const ScoreRow& row,
+                           int k0, bool mixed, int pass, Visible<int> range,
+                           constant ForwardParams& params, device const uchar* mask, LaneMap at) {
     const bool counting = counts(pass);
 #pragma clang loop unroll(full)
     for (int j = 0; j < KF; ++j) {
         const int column = k0 + j * 8 + at.column;
-        const float2 x = pair_of(s[j]);
-        set(s[j], biased(x.x, row, column, params), biased(x.y, row, column + 1, params));
+        const float2 x = pair_of(s[f][j]);
+        set(s[f][j], biased(x.x, row, column, params), biased(x.y, row, column + 1, params));
     }
     if (mixed || counting) {  // few tiles need this, so the branch is cheap
         const VisibleRow seen = visible_row(range, row.row, k0, 8 * KF);
 #pragma clang loop unroll(full)
         for (int j = 0; j < KF; ++j) {
             const int column = j * 8 + at.column;
-            const float2 x = pair_of(s[j]);
-            set(s[j], sees(seen, column) ? x.x : lowest, sees(seen, column + 1) ? x.y : lowest);
+            const float2 x = pair_of(s[f][j]);
+            set(s[f][j], sees(seen, column) ? x.x : lowest, sees(seen, column + 1) ? x.y : lowest);
         }
-        if (!has_mask && counting) set_seen<KF>(s);
+        if (!has_mask && counting) set_seen(s, f);
     }
     if (has_mask) {
 #pragma clang loop unroll(full)
         for (int j = 0; j < KF; ++j) {
             const int column = k0 + j * 8 + at.column;
-            const float2 x = pair_of(s[j]);
-            set(s[j], masked(x.x, row, column, params, mask),
+            const float2 x = pair_of(s[f][j]);
+            set(s[f][j], masked(x.x, row, column, params, mask),
                 masked(x.y, row, column + 1, params, mask));
         }
-        if (counting) set_seen<KF>(s);
+        if (counting) set_seen(s, f);
     }
 }
 
 /// Weights P of one row in a tile. The row's O follows where the reference moves.
-template <int KF, int DVF, typename M>
-UMFA_INLINE void softmax_tile(thread Fragment<M> (&p)[KF], thread Fragment<float> (&o)[DVF],
-                              thread SoftmaxRow& softmax, thread Fragment<float> (&s)[KF],
-                              int batch, int head, int row, int k0, int pass, float unit,
+template <int QF, int KF, int DVF, typename M>
+UMFA_INLINE void softmax_tile(thread Fragment<M> (&p)[QF][KF], thread Fragment<float> (&o)[QF][DVF],
+                              thread SoftmaxRow& softmax, thread Fragment<float> (&s)[QF][KF],
+                              int f, int batch, int head, int row, int k0, int pass, float unit,
                               constant ForwardParams& params, LaneMap at) {
     float top = lowest;
 #pragma clang loop unroll(full)
     for (int j = 0; j < KF; ++j) {
-        const float2 x = pair_of(s[j]);
+        const float2 x = pair_of(s[f][j]);
         top = max(top, max(x.x, x.y));
     }
     if (must_follow(softmax, top, unit)) {
         const float factor = follow(softmax, top, unit);
 #pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) set_pair(o[d], pair_of(o[d]) * factor);
+        for (int d = 0; d < DVF; ++d) set_pair(o[f][d], pair_of(o[f][d]) * factor);
     }
     const float relative_to = base(softmax);
     Philox words;
 #pragma clang loop unroll(full)
     for (int j = 0; j < KF; ++j) {
-        const float2 x = pair_of(s[j]);
+        const float2 x = pair_of(s[f][j]);
         float p0 = weight(x.x, unit, relative_to);
         float p1 = weight(x.y, unit, relative_to);
         softmax.sum += p0 + p1;
@@ -210,21 +210,21 @@ UMFA_INLINE void softmax_tile(thread Fragment<M> (&p)[KF], thread Fragment<float
             drop(p0, p1, words, KF == 1 ? column / 8 % 2 != 0 : j % 2 != 0,
                  threshold_of(params.dropout, pass));
         }
-        set(p[j], M(p0), M(p1));
+        set(p[f][j], M(p0), M(p1));
     }
 }
 
 /// A row of O, divided by its sum, and its log-sum-exp. `out`: the first row of the sequence and head.
-template <int DVF, typename T>
+template <int QF, int DVF, typename T>
 UMFA_INLINE void store_row(device T* out, device float* lse, device const uchar* sinks,
-                           thread Fragment<float> (&o)[DVF], thread SoftmaxRow& softmax, int row,
-                           constant ForwardParams& params, thread const SequenceParams& sequence,
-                           int head, int part, LaneMap at) {
+                           thread Fragment<float> (&o)[QF][DVF], int f, thread SoftmaxRow& softmax,
+                           int row, constant ForwardParams& params,
+                           thread const SequenceParams& sequence, int head, int part, LaneMap at) {
     const float inverse = finish(softmax, sinks, head * params.sink, params.dropout.factor);
 #pragma clang loop unroll(full)
     for (int d = 0; d < DVF; ++d) {
         const int column = (part * DVF + d) * 8 + at.column;
-        const float2 x = pair_of(o[d]) * inverse;
+        const float2 x = pair_of(o[f][d]) * inverse;
         device T* to = out + row * params.out.row + column * channel_stride(params.out);
         if (column < params.head_dim_v) to[0] = T(x.x);
         if (column + 1 < params.head_dim_v) to[channel_stride(params.out)] = T(x.y);
@@ -281,7 +281,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         first_row = tasks[group.x].first_row;
     }
     const SequenceParams sequence = sequence_at(params, sequences, batch);
-    const int seqlen_q = sequence.seqlen_q, seqlen_kv = sequence.visible.seqlen_kv;
+    const int seqlen_q = sequence.seqlen_q, seqlen_kv = sequence.visibility.seqlen_kv;
     const int my_row = first_row + simdgroup / SPLIT * 8 * QF;
     const int part = simdgroup % SPLIT;
 
@@ -370,8 +370,8 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             Fragment<M> p[QF][KF];
 #pragma clang loop unroll(full)
             for (int f = 0; f < QF; ++f) {
-                mask_tile(s[f], rows[f], k0, mixed, pass, range, params, mask, at);
-                softmax_tile(p[f], o[f], softmax[f], s[f], batch, head, rows[f].row, k0, pass, unit,
+                mask_tile(s, f, rows[f], k0, mixed, pass, range, params, mask, at);
+                softmax_tile(p, o, softmax[f], s, f, batch, head, rows[f].row, k0, pass, unit,
                              params, at);
             }
             accumulate<V_ROW>(o, p, v_tile + part * DVF * 8);
@@ -390,7 +390,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     for (int f = 0; f < QF; ++f) {
         softmax[f].sum = total(softmax[f]);
         if (rows[f].row < seqlen_q)
-            store_row(out, lse, sinks, o[f], softmax[f], rows[f].row, params, sequence, head, part,
+            store_row(out, lse, sinks, o, f, softmax[f], rows[f].row, params, sequence, head, part,
                       at);
     }
 }

@@ -45,7 +45,7 @@ struct ForwardParams {
     int32_t group;                 // query heads per key head
     float score_scale;             // log2(e) is in it, unless softcap is on
     float softcap;                 // softcap * log2(e)
-    Visible<int32_t> visible;      // where there are no sequences
+    Visible<int32_t> visibility;   // where there are no sequences
 };
 
 /// Where one sequence of the batch lies, in rows of the tensors.
@@ -57,7 +57,7 @@ struct SequenceParams {
     int32_t seqlen_q;
     int32_t splits;      // split-KV
     int32_t position_q;  // of its first query, for rotary angles
-    Visible<int32_t> visible;
+    Visible<int32_t> visibility;
 };
 
 /// What one threadgroup does, for each head: sequences differ in length, and a grid over the longest

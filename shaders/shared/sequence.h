@@ -21,16 +21,17 @@ inline SequenceParams sequence_at(constant ForwardParams& params,
     SequenceParams found = {};
     found.query_batch = found.kv_batch = index;
     found.seqlen_q = params.seqlen_q;
-    found.visible = params.visible;
-    found.position_q = params.visible.offset;
+    const Visible<int> visibility = params.visibility;
+    found.visibility = visibility;
+    found.position_q = params.visibility.offset;
     return found;
 }
 
 /// What the sequence's queries see.
 inline Visible<int> visible_of(thread const SequenceParams& sequence) {
-    Visible<int> visible = sequence.visible;
-    if (!has_chunk) visible.chunk = 0;
-    return visible;
+    Visible<int> found = sequence.visibility;
+    if (!has_chunk) found.chunk = 0;
+    return found;
 }
 
 /// Pages of one sequence.

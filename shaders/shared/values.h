@@ -72,11 +72,11 @@ inline float2 seen_scores(float2 scores) {
     return float2(scores.x > lowest ? 0.0f : lowest, scores.y > lowest ? 0.0f : lowest);
 }
 
-/// The same for a row's scores in a tile.
-template <int KF>
-inline void set_seen(thread Fragment<float>* scores) {
+/// The same for the scores of row f in a tile.
+template <int QF, int KF>
+inline void set_seen(thread Fragment<float> (&scores)[QF][KF], int f) {
 #pragma clang loop unroll(full)
-    for (int j = 0; j < KF; ++j) set_pair(scores[j], seen_scores(pair_of(scores[j])));
+    for (int j = 0; j < KF; ++j) set_pair(scores[f][j], seen_scores(pair_of(scores[f][j])));
 }
 
 /// Stores which elements of O are not 0: two bits for each fragment, in words that lie THREADS apart.

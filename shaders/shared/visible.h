@@ -164,10 +164,10 @@ UMFA_INLINE Int next_tile(Visible<Int> v, Int first, Int last, Int from, Int siz
     return begin < end && start < end ? start : v.seqlen_kv;
 }
 
-/// next_tile() behind the tile at `tile`, which they read. Without a prefix that is the next one.
+/// next_tile() behind the tile at `start`, which they read. Without a prefix that is the next one.
 template <typename Int>
-UMFA_INLINE Int tile_after(Visible<Int> v, Int first, Int last, Int tile, Int size) {
-    return v.prefix > 0 ? next_tile(v, first, last, tile + size, size) : tile + size;
+UMFA_INLINE Int tile_after(Visible<Int> v, Int first, Int last, Int start, Int size) {
+    return v.prefix > 0 ? next_tile(v, first, last, start + size, size) : start + size;
 }
 
 // ---- single keys of a tile ---------------------------------------------------------------------

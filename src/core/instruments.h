@@ -10,7 +10,10 @@
 
 #include "core/export.h"
 #include "core/launch_plan.h"
-#include "core/problem.h"
+
+namespace umfa {
+struct Problem;
+}
 
 namespace umfa::cpu {
 

@@ -142,7 +142,7 @@ ForwardParams forward_params(const Problem& problem) {
     params.head_dim = static_cast<int32_t>(problem.head_dim);
     params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
     params.group = static_cast<int32_t>(problem.nheads_q / problem.nheads_kv);
-    params.visible = narrowed(problem.visible);
+    params.visibility = narrowed(problem.visible);
     params.score_scale = static_cast<float>(problem.score_scale());
     params.softcap = static_cast<float>(problem.softcap_log2());
     return params;

@@ -34,7 +34,7 @@ std::vector<SequenceParams> sequence_params(const Problem& problem) {
         params.kv_row = rows.kv_row;
         params.pages = b * problem.sequences.pages_per_sequence;
         params.seqlen_q = static_cast<int32_t>(rows.seqlen_q);
-        params.visible = narrowed(problem.visible_of(rows));
+        params.visibility = narrowed(problem.visible_of(rows));
         params.position_q = static_cast<int32_t>(rows.position_q);
         all.push_back(params);
     }

@@ -2,6 +2,7 @@
 #include <nanobind/stl/string.h>
 
 #include "core/instruments.h"
+#include "core/problem.h"
 #include "python/record.h"
 
 namespace umfa::python {

@@ -61,7 +61,8 @@ KINDS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "complex64": (lambda x: x.to(torch.complex64), TypeError, "{} has the wrong dtype; got {}; "),
     "Wrapper": (
         Wrapper, UNSUPPORTED,
-        "{} is a tensor subclass without memory of its own; got test_layouts.{}; expected a plain ",
+        "{} is a tensor subclass without memory of its own; "
+        "got tests.frameworks.test_layouts.{}; expected a plain ",
     ),
 }  # fmt: skip
 

@@ -287,7 +287,9 @@ def test_signature_is_that_of_torch() -> None:
     tail = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
     tensors = dict.fromkeys(["query", "key", "value"], inspect.Parameter.empty)
     assert list(by_position(function).items()) == list((tensors | tail).items())
-    assert by_keyword(function) == ["scale", "enable_gqa", "backend", *DROPOUT]
+    assert by_keyword(function) == [
+        "scale", "enable_gqa", "backend", *DROPOUT, "out", "batch_invariant",
+    ]  # fmt: skip
     assert inspect.signature(function).parameters["enable_gqa"].default is False
     assert inspect.signature(function).parameters["scale"].default is None
 

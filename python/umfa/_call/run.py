@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import _ext
 from .._errors import message
 from .._frameworks import Framework, framework_of
@@ -112,7 +114,10 @@ def ready(call: Prepared, tensors: dict[str, Any]) -> Framework:
 
 
 def _on_host(function: str, name: str, table: Any) -> Any:
-    """A table of integers, of whatever framework: the host reads it before anything runs."""
+    """A table of integers, a list or of whatever framework: the host reads it before anything
+    runs."""
+    if type(table) in (list, tuple):
+        table = np.asarray(table)
     given = {name: table}
     framework = framework_of(function, given)
     return framework.to_host(given[name], function, name)

@@ -165,6 +165,8 @@ def flash_attn_with_kvcache(
 def _lengths(cache_seqlens: Any, q: Any) -> Any:
     if cache_seqlens is None or hasattr(cache_seqlens, "__dlpack__"):
         return cache_seqlens
+    if type(cache_seqlens) in (list, tuple):
+        return cache_seqlens
     if type(cache_seqlens) is not int and is_buffer(cache_seqlens):
         return cache_seqlens
     length = integer(_KVCACHE.name, "cache_seqlens", cache_seqlens, "a number of rows, or a tensor")

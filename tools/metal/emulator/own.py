@@ -19,7 +19,7 @@ from .words import MACROS
 KNOWN_CONDITIONS = frozenset(
     (
         *("__METAL__", "__METAL_VERSION__", "UMFA_METAL_EMULATOR"),
-        *("UMFA_KERNEL", "UMFA_MERGES", "UMFA_SHAPE", "UMFA_M"),
+        *("UMFA_KERNEL", "UMFA_MERGES", "UMFA_SHAPE", "UMFA_M", "UMFA_INLINE_CONSTANTS"),
     )
 )
 _MACRO = "'{}' is a macro of Metal, and here the name of a {} [predeclared-macro]"
@@ -31,6 +31,14 @@ def sources(folder: Path) -> list[Path]:
     return [*sorted(folder.glob("*.metal")), *sorted(folder.rglob("*.h"))]
 
 
+def _inline_constants(path: Path) -> tuple[tuple[str, str], ...]:
+    """What a launcher without function constants puts in front of a library."""
+    header = path.parent / "shared" / "constants.h"
+    text = header.read_text() if header.exists() else ""
+    names = re.findall(r"\bX\(\d+, \w+, (\w+)\)", text)
+    return (("UMFA_INLINE_CONSTANTS", "1"), *((f"UMFA_VALUE_{name}", "1") for name in names))
+
+
 def _variants(path: Path) -> list[tuple[bool, tuple[tuple[str, str], ...]]]:
     """Whether the emulator is there, and the macros, of every text that is made of a library."""
     one = (("UMFA_KERNEL", '"one"'), ("UMFA_T", "half"), ("UMFA_M", "half"))
@@ -38,9 +46,11 @@ def _variants(path: Path) -> list[tuple[bool, tuple[tuple[str, str], ...]]]:
         "forward": (("UMFA_SHAPE", "64, 64, 32, 2, 4, 1, false"),),
         "decode": (("UMFA_SHAPE", "64, 64, 1, 4"),),
     }
-    found = [(True, ()), (False, ()), (False, one + shape.get(path.stem, ()))]
+    one += shape.get(path.stem, ())
+    found = [(True, ()), (False, ()), (False, one), (False, one + _inline_constants(path))]
     if path.stem == "decode":
-        found.append((False, (*one, ("UMFA_MERGES", "1"), ("UMFA_SHAPE", "8, 4"))))
+        merge = tuple(x for x in one if x[0] != "UMFA_SHAPE")
+        found.append((False, (*merge, ("UMFA_MERGES", "1"), ("UMFA_SHAPE", "8, 4"))))
     return found
 
 

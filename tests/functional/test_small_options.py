@@ -1,0 +1,103 @@
+"""Ways to write an option that mean the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import umfa
+from tests import array_libraries as libraries
+from tests.array_libraries import Array
+from tests.cases import normal
+
+pytestmark = pytest.mark.cpu_only
+
+Q, K, V = (normal((2, n, 2, 8), seed=i) for i, n in enumerate((7, 12, 12)))
+
+
+def attend(**options: Any) -> Array:
+    return umfa.flash_attn_func(Q, K, V, **options)
+
+
+def numbers(name: str, value: float | int | bool) -> list[Any]:
+    """The value as tensors without dimensions of every framework."""
+    found: list[Any] = [np.asarray(value), np.asarray(value)[()]]
+    for library in ("torch", "jax", "mlx"):
+        try:
+            framework = libraries.load(library)
+        except pytest.skip.Exception:
+            continue
+        found.append(framework.tensor(np.asarray(value)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("softmax_scale", 0.5), ("softcap", 4.0), ("causal", True), ("attention_chunk", 3)],
+)
+def test_numbers_may_be_tensors_without_dimensions(name: str, value: Any) -> None:
+    expected = attend(**{name: value})
+    assert expected.tobytes() != attend().tobytes()
+    narrow = {float: np.float32, bool: np.bool_, int: np.int32}[type(value)]
+    for given in numbers(name, narrow(value)):
+        assert attend(**{name: given}).tobytes() == expected.tobytes(), type(given)
+
+
+def test_a_number_that_requires_grad_is_refused() -> None:
+    torch = libraries.load("torch").module
+    scale = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(umfa.UnsupportedError, match="softmax_scale requires grad, which would be"):
+        attend(softmax_scale=scale)
+    with pytest.raises(TypeError, match="softmax_scale is not a number; got tensor"):
+        attend(softmax_scale=torch.tensor(0.5, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("given", "pair"),
+    [
+        (None, (-1, -1)), ((None, None), (-1, -1)), ((None, 0), (-1, 0)), ([2, None], (2, -1)),
+        ([2, 1], (2, 1)), (np.array([2, 1]), (2, 1)), (np.array([2, -1], np.int8), (2, -1)),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_windows(given: Any, pair: tuple[int, int]) -> None:
+    assert attend(window_size=given).tobytes() == attend(window_size=pair).tobytes()
+
+
+@pytest.mark.parametrize("library", ["torch", "jax", "mlx"])
+def test_windows_of_frameworks(library: str) -> None:
+    window = libraries.load(library).tensor(np.array([2, 1], np.int32))
+    assert attend(window_size=window).tobytes() == attend(window_size=(2, 1)).tobytes()
+
+
+def test_none_is_the_default() -> None:
+    assert attend(softcap=None, causal=None, window_size=None).tobytes() == attend().tobytes()
+    with pytest.raises(TypeError, match="is_causal is not a bool; got None"):
+        umfa.scaled_dot_product_attention(Q, Q, Q, is_causal=None)
+
+
+def test_tables_may_be_lists() -> None:
+    tensors = [x.reshape(-1, 2, 8) for x in (Q, K, V)]
+    expected = umfa.flash_attn_varlen_func(
+        *tensors, np.array([0, 5, 14]), np.array([0, 9, 24]), 9, 15
+    )
+    found = umfa.flash_attn_varlen_func(*tensors, [0, 5, 14], (0, 9, 24), 9, 15)
+    assert found.tobytes() == expected.tobytes()
+    found = umfa.flash_attn_with_kvcache(Q, K, V, cache_seqlens=[12, 3])
+    expected = umfa.flash_attn_with_kvcache(Q, K, V, cache_seqlens=np.array([12, 3]))
+    assert found.tobytes() == expected.tobytes()
+    with pytest.raises(TypeError, match="cu_seqlens_q has the wrong dtype; got float64"):
+        umfa.flash_attn_varlen_func(*tensors, [0.0, 14.0], [0, 24], 14, 24)
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 3])
+def test_the_error_names_what_the_caller_wrote(num_splits: int) -> None:
+    sink = np.zeros(3, np.float32)
+    with pytest.raises(ValueError, match="s_aux has the wrong shape"):
+        attend(s_aux=sink)
+    with pytest.raises(ValueError, match="learnable_sink and s_aux exclude each other; got both"):
+        attend(s_aux=sink, learnable_sink=sink)
+    with pytest.raises(ValueError, match="cache_seqlens"):
+        umfa.flash_attn_with_kvcache(Q, K, V, cache_seqlens=[13, 1], num_splits=num_splits)
