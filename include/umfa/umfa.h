@@ -170,6 +170,24 @@ UMFA_API umfa_status umfa_attention_forward_encode(void* metal_command_buffer,
                                                    DLTensor* lse,
                                                    const umfa_attention_options* options);
 
+/* Merges results of attention over parts of the keys into that over all of them.
+ *
+ * out_partial: float32, float16 or bfloat16, (parts, batch, seqlen_q, nheads, head_dim) or
+ *   (parts, total_q, nheads, head_dim), any strides; head_dim 1 to 512.
+ * lse_partial: float32, out_partial's shape without head_dim: the natural log-sum-exp of each part.
+ *   A part with -infinity saw no key, and its result does not count.
+ * out: written; out_partial's shape without the parts; float32, float16 or bfloat16.
+ * lse: written; float32, out's shape without head_dim.
+ * backend: umfa_backend.
+ * Where no part saw a key, out is 0 and lse -infinity. */
+UMFA_API umfa_status umfa_attention_combine(const DLTensor* out_partial,
+                                            const DLTensor* lse_partial, DLTensor* out,
+                                            DLTensor* lse, int32_t backend);
+
+/* Whether umfa_attention_combine would accept these arguments, as umfa_attention_can_run. */
+UMFA_API umfa_status umfa_attention_combine_can_run(const DLTensor* out_partial,
+                                                    const DLTensor* lse_partial, int32_t backend);
+
 /* The message of the last failing call on this thread, "[function] what; got ...; expected ...".
  * Never NULL; valid until the next failing call on this thread. */
 UMFA_API const char* umfa_last_error(void);

@@ -87,6 +87,17 @@ struct AppendParams {
     int32_t reserved;
 };
 
+/// Strides of partial results, or of their merge, in elements.
+struct PartStrides {
+    int64_t part, batch, row, head, channel;
+};
+
+/// Merge of the results of parts of the keys. Rows are (row, head), counted together.
+struct CombineParams {
+    PartStrides out_partial, lse_partial, out, lse;
+    int32_t parts, rows, heads, head_dim;
+};
+
 /// Split-KV decode: the keys that any query sees, [first_key, last_key), in `splits` equal pieces.
 struct DecodeParams {
     ForwardParams forward;

@@ -77,6 +77,11 @@ int checked_enum(int32_t value, int32_t last, const char* name, const char* func
     return value;
 }
 
+const char* checked_backend(int32_t value, const char* name, const char* function) {
+    static constexpr const char* names[] = {"auto", "cpu", "metal"};
+    return names[checked_enum(value, 2, name, function)];
+}
+
 /// The public functions in each layout; they outlive every call.
 struct Names {
     explicit Names(const char* function) : bshd(function), bhsd(function) {
@@ -86,7 +91,7 @@ struct Names {
 };
 
 struct Call {
-    Problem problem;
+    AttentionRequest request;
     const char* backend;
 };
 
@@ -126,22 +131,39 @@ void read_fields(const umfa_attention_options& options, AttentionRequest& reques
 
 /// The arguments that every attention function shares. `names` outlive the problem.
 Call read_call(const Names& names, const DLTensor* query, const DLTensor* key,
-               const DLTensor* value, DLTensor* out, DLTensor* lse, bool writes,
                const umfa_attention_options* options_or_null) {
     const char* called = names.bshd.name.c_str();
     const umfa_attention_options options = read_options(options_or_null, called);
-    static constexpr const char* backend_names[] = {"auto", "cpu", "metal"};
     const Function& function =
         checked_enum(options.layout, 1, "options->layout", called) == 0 ? names.bshd : names.bhsd;
     AttentionRequest request(function);
     request.query = checked_view(query, function, "query");
     request.key = checked_view(key, function, "key");
-    request.value = checked_view(value, function, "value");
-    if (writes) request.out = checked_view(out, function, "out");
-    if (lse) request.lse = checked_view(lse, function, "lse");
     read_fields(options, request);
-    return {Problem::make(request),
-            backend_names[checked_enum(options.backend, 2, "options->backend", called)]};
+    return {request, checked_backend(options.backend, "options->backend", called)};
+}
+
+/// Adds what is written.
+void read_results(const DLTensor* out, const DLTensor* lse, AttentionRequest& request) {
+    request.out = checked_view(out, *request.function, "out");
+    if (lse) request.lse = checked_view(lse, *request.function, "lse");
+}
+
+/// `function` outlives the problem.
+CombineProblem read_combination(const Function& function, const DLTensor* out_partial,
+                                const DLTensor* lse_partial, const DLTensor* out,
+                                const DLTensor* lse, bool writes) {
+    CombineRequest request{function.name,
+                           checked_view(out_partial, function, "out_partial"),
+                           checked_view(lse_partial, function, "lse_partial"),
+                           {},
+                           {},
+                           {}};
+    if (writes) {
+        request.out = checked_view(out, function, "out");
+        request.lse = checked_view(lse, function, "lse");
+    }
+    return CombineProblem::make(request);
 }
 
 }  // namespace
@@ -153,8 +175,11 @@ umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
                                    const umfa_attention_options* options) {
     return guarded([&] {
         static const Names names("umfa_attention_forward");
-        const Call call = read_call(names, query, key, value, out, lse, true, options);
-        forward(route(call.problem, call.backend), call.problem);
+        Call call = read_call(names, query, key, options);
+        call.request.value = checked_view(value, names.bshd, "value");
+        read_results(out, lse, call.request);
+        const Problem problem = Problem::make(call.request);
+        forward(route(problem, call.backend), problem);
     });
 }
 
@@ -162,8 +187,9 @@ umfa_status umfa_attention_can_run(const DLTensor* query, const DLTensor* key,
                                    const DLTensor* value, const umfa_attention_options* options) {
     return guarded([&] {
         static const Names names("umfa_attention_can_run");
-        const Call call = read_call(names, query, key, value, nullptr, nullptr, false, options);
-        route(call.problem, call.backend);
+        Call call = read_call(names, query, key, options);
+        call.request.value = checked_view(value, names.bshd, "value");
+        route(Problem::make(call.request), call.backend);
     });
 }
 
@@ -175,10 +201,32 @@ umfa_status umfa_attention_forward_encode(void* metal_command_buffer, const DLTe
         if (!metal_command_buffer)
             fail(ErrorKind::value, names.bshd.name, "metal_command_buffer is missing", "NULL",
                  "an id<MTLCommandBuffer> that is not committed");
-        const Call call = read_call(names, query, key, value, out, lse, true, options);
-        encode_forward(call.problem,
+        Call call = read_call(names, query, key, options);
+        call.request.value = checked_view(value, names.bshd, "value");
+        read_results(out, lse, call.request);
+        encode_forward(Problem::make(call.request),
                        std::string_view(call.backend) == "auto" ? "metal" : call.backend,
                        metal_command_buffer);
+    });
+}
+
+umfa_status umfa_attention_combine(const DLTensor* out_partial, const DLTensor* lse_partial,
+                                   DLTensor* out, DLTensor* lse, int32_t backend) {
+    return guarded([&] {
+        static const Function function("umfa_attention_combine");
+        const char* name = checked_backend(backend, "backend", function.name.c_str());
+        const CombineProblem problem =
+            read_combination(function, out_partial, lse_partial, out, lse, true);
+        combine(route(problem, name), problem);
+    });
+}
+
+umfa_status umfa_attention_combine_can_run(const DLTensor* out_partial, const DLTensor* lse_partial,
+                                           int32_t backend) {
+    return guarded([&] {
+        static const Function function("umfa_attention_combine_can_run");
+        const char* name = checked_backend(backend, "backend", function.name.c_str());
+        route(read_combination(function, out_partial, lse_partial, nullptr, nullptr, false), name);
     });
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "core/combine.h"
 #include "core/problem.h"
 
 namespace umfa {
@@ -24,6 +25,8 @@ struct Operation {
     /// Records the work in the caller's stream (an id<MTLCommandBuffer>), and neither commits it nor
     /// waits. The tensors' memory must stay until the stream has run. Null: there are no streams.
     void (*encode)(const P&, void* stream) = nullptr;
+    /// Whether "auto" may choose it before other backends for tensors in host memory; null: always.
+    bool (*worthwhile)(const P&) = nullptr;
 };
 
 struct Backend {
@@ -31,8 +34,7 @@ struct Backend {
     Verdict (*available)();   // whether it is there, on this machine and in this build
     bool (*can_see)(Device);  // whether it can read tensors on that device
     Operation<Problem> forward;
-    bool (*worthwhile)(const Problem&) =
-        nullptr;  // may "auto" choose it before others; null: always
+    Operation<CombineProblem> combine;
 
     // Of a backend whose device is not the CPU; else null.
     /// Memory that `TensorView::data` can name on the device; throws `Error` when there is none.

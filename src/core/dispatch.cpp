@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <utility>
 
 #include "core/error.h"
 #include "core/stats.h"
@@ -17,26 +18,44 @@ struct Backends {
     auto end() const { return std::end(in_order_of_preference); }
 };
 
-std::string missing_text(uint32_t missing, const Problem& problem) {
+// What routing must know of each kind of problem.
+const Operation<Problem>& operation_of(const Backend& backend, const Problem&) {
+    return backend.forward;
+}
+const Operation<CombineProblem>& operation_of(const Backend& backend, const CombineProblem&) {
+    return backend.combine;
+}
+const char* task_of(const Problem&) { return "attention"; }
+const char* task_of(const CombineProblem&) { return "combining partial results"; }
+const TensorView& first_tensor(const Problem& problem) { return problem.query.view; }
+const TensorView& first_tensor(const CombineProblem& problem) { return problem.out_partial.view; }
+
+/// What the problem needs of features that the operation lacks; empty if nothing.
+std::string missing_text(const Operation<Problem>& operation, const Problem& problem) {
+    const uint32_t missing = problem.features() & ~operation.features;
+    if (missing == 0) return {};
     const auto feature = static_cast<Feature>(missing & -missing);  // the lowest set bit
     std::string reason = std::string(name_of(feature)) + " is not implemented";
     if (feature == Feature::dropout) reason += " (dropout_p=" + text_of(problem.dropout->p) + ")";
     return reason;
 }
+std::string missing_text(const Operation<CombineProblem>&, const CombineProblem&) { return {}; }
 
-Verdict verdict_of(const Backend& backend, const Problem& problem) {
-    const Operation<Problem>& forward = backend.forward;
+template <class P>
+Verdict verdict_of(const Backend& backend, const P& problem) {
+    const Operation<P>& operation = operation_of(backend, problem);
     // What it could never do comes first: that says more than that it is not here.
-    if (!forward.run) return {false, "attention is not implemented"};
-    if (const uint32_t missing = problem.features() & ~forward.features)
-        return {false, missing_text(missing, problem)};
+    if (!operation.run) return {false, std::string(task_of(problem)) + " is not implemented"};
+    if (std::string missing = missing_text(operation, problem); !missing.empty())
+        return {false, std::move(missing)};
     Verdict verdict;
-    if (forward.can) verdict = forward.can(problem);
+    if (operation.can) verdict = operation.can(problem);
     if (!verdict.yes) return verdict;
     verdict = backend.available();
     if (!verdict.yes) return verdict;
-    if (!backend.can_see(problem.query.view.device))
-        return {false, "the tensors are on " + device_text(problem.query.view)};
+    const TensorView& tensor = first_tensor(problem);
+    if (!backend.can_see(tensor.device))
+        return {false, "the tensors are on " + device_text(tensor)};
     return verdict;
 }
 
@@ -49,16 +68,17 @@ bool known(std::string_view name) {
 constexpr const char* known_names = "'auto', 'metal' or 'cpu'";
 
 /// The backend that will run the problem, or nullptr with every candidate's reason.
-const Backend* choose(const Problem& problem, std::string_view wish, std::string& reason) {
+template <class P>
+const Backend* choose(const P& problem, std::string_view wish, std::string& reason) {
     const std::string name = backend_name(wish, problem.function);
     const Backend* possible = nullptr;  // can, though it may not be worth its start
     for (const Backend* backend : Backends{}) {
         if (name != "auto" && name != backend->name) continue;
         const Verdict verdict = verdict_of(*backend, problem);
         if (verdict.yes) {
-            const bool chosen = name != "auto" || !backend->worthwhile ||
-                                problem.query.view.device != Device::cpu ||
-                                backend->worthwhile(problem);
+            const auto worthwhile = operation_of(*backend, problem).worthwhile;
+            const bool chosen = name != "auto" || !worthwhile ||
+                                first_tensor(problem).device != Device::cpu || worthwhile(problem);
             if (chosen) return backend;
             if (!possible) possible = backend;
             continue;
@@ -67,6 +87,25 @@ const Backend* choose(const Problem& problem, std::string_view wish, std::string
         reason += std::string(backend->name) + ": " + verdict.reason;
     }
     return possible;
+}
+
+template <class P>
+Verdict asked(const P& problem, std::string_view name) {
+    std::string reason;
+    if (choose(problem, name, reason)) return {};
+    return {false, reason};
+}
+
+template <class P>
+const Backend& routed(const P& problem, std::string_view name) {
+    std::string reason;
+    if (const Backend* backend = choose(problem, name, reason)) return *backend;
+    const std::string meant = backend_name(name, problem.function);
+    const bool free = meant == "auto";
+    fail(ErrorKind::unsupported, problem.function,
+         (free ? "no backend can run this (" : "the backend cannot run this (") + reason + ")",
+         "backend '" + meant + "'" + (meant == name ? "" : " by UMFA_BACKEND"),
+         free ? "what one of the backends supports" : "'auto', or what that backend supports");
 }
 
 void count_call(const Backend& backend) {
@@ -91,21 +130,18 @@ std::string backend_name(std::string_view name, std::string_view function) {
     return wish;
 }
 
-Verdict can_run(const Problem& problem, std::string_view name) {
-    std::string reason;
-    if (choose(problem, name, reason)) return {};
-    return {false, reason};
+Verdict can_run(const Problem& problem, std::string_view name) { return asked(problem, name); }
+
+Verdict can_run(const CombineProblem& problem, std::string_view name) {
+    return asked(problem, name);
 }
 
 const Backend& route(const Problem& problem, std::string_view name) {
-    std::string reason;
-    if (const Backend* backend = choose(problem, name, reason)) return *backend;
-    const std::string meant = backend_name(name, problem.function);
-    const bool free = meant == "auto";
-    fail(ErrorKind::unsupported, problem.function,
-         (free ? "no backend can run this (" : "the backend cannot run this (") + reason + ")",
-         "backend '" + meant + "'" + (meant == name ? "" : " by UMFA_BACKEND"),
-         free ? "what one of the backends supports" : "'auto', or what that backend supports");
+    return routed(problem, name);
+}
+
+const Backend& route(const CombineProblem& problem, std::string_view name) {
+    return routed(problem, name);
 }
 
 void forward(const Backend& backend, const Problem& problem) {
@@ -114,6 +150,11 @@ void forward(const Backend& backend, const Problem& problem) {
     } else {
         for (int64_t i = 0; i < problem.slices(); ++i) backend.forward.run(problem.slice(i));
     }
+    count_call(backend);
+}
+
+void combine(const Backend& backend, const CombineProblem& problem) {
+    backend.combine.run(problem);
     count_call(backend);
 }
 

@@ -17,12 +17,15 @@ UMFA_CORE_API std::string backend_name(std::string_view name, std::string_view f
 
 /// `name`: "auto", "metal" or "cpu".
 UMFA_CORE_API Verdict can_run(const Problem& problem, std::string_view name);
+UMFA_CORE_API Verdict can_run(const CombineProblem& problem, std::string_view name);
 
 /// The backend for the problem. Throws `Error` with can_run's reason when there is none.
 UMFA_CORE_API const Backend& route(const Problem& problem, std::string_view name);
+UMFA_CORE_API const Backend& route(const CombineProblem& problem, std::string_view name);
 
-/// Runs the problem on `backend`, and counts the call.
+/// Runs the problem on `backend`, and counts the call. Requires its results attached.
 UMFA_CORE_API void forward(const Backend& backend, const Problem& problem);
+UMFA_CORE_API void combine(const Backend& backend, const CombineProblem& problem);
 
 /// Records the call in a caller's stream on the device of `name`, a backend that has streams.
 /// Throws `Error` when it has none, or cannot run the problem.

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
+#include <string_view>
 
 namespace umfa {
 
@@ -45,6 +47,13 @@ constexpr const char* name_of(DType dtype) {
         case DType::b8: return "bool";
     }
     return "unknown";
+}
+
+/// The element type of that name; nullopt if there is none.
+constexpr std::optional<DType> dtype_named(std::string_view name) {
+    for (int i = 0; i <= static_cast<int>(DType::b8); ++i)
+        if (name == name_of(static_cast<DType>(i))) return static_cast<DType>(i);
+    return {};
 }
 
 constexpr bool is_attention_dtype(DType dtype) {

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/combine.h"
 #include "core/export.h"
 #include "core/launch_plan.h"
 
@@ -59,6 +60,7 @@ UMFA_CORE_API std::string constant_defines(const KernelLaunch& launch);
 /// What the GPU would do for the problem, which a GPU of that family (7 to 10) and so many cores could
 /// run; throws `Error` if there is no kernel for it, or if it takes several plans.
 UMFA_CORE_API LaunchPlan plan(const Problem& problem, int family, int cores);
+UMFA_CORE_API LaunchPlan plan(const CombineProblem& problem, int family, int cores);
 /// The metallib of all shaders; empty where the build had no compiler of Apple's.
 UMFA_CORE_API std::string_view metallib();
 

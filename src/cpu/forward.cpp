@@ -7,6 +7,7 @@
 
 #include "core/backend.h"
 #include "core/error.h"
+#include "cpu/combine.h"
 #include "cpu/decode.h"
 #include "cpu/float_environment.h"
 #include "cpu/isa/select.h"
@@ -45,13 +46,6 @@ float float_at(const char* data, int64_t element, DType dtype) {
     if (dtype == DType::f32) return reinterpret_cast<const float*>(data)[element];
     const uint16_t bits = reinterpret_cast<const uint16_t*>(data)[element];
     return dtype == DType::f16 ? half_to_float(bits) : bfloat16_to_float(bits);
-}
-
-const DtypeKernels& kernels_for(const Kernels& set, DType dtype) {
-    const DtypeKernels& own = dtype == DType::f16    ? set.f16
-                              : dtype == DType::bf16 ? set.bf16
-                                                     : set.f32;
-    return own.forward.run ? own : kernels_for(*set.base, dtype);
 }
 
 ElementType element_of(DType dtype) {
@@ -242,6 +236,7 @@ Verdict available() {
 const Backend backend{"cpu",
                       available,
                       [](Device device) { return device == Device::cpu; },
-                      {forward_features, nullptr, run_forward}};
+                      {forward_features, nullptr, run_forward},
+                      {0, nullptr, run_combine}};
 
 }  // namespace umfa::cpu

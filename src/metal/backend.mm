@@ -5,6 +5,7 @@
 #import "metal/context.h"
 #import "metal/executor.h"
 #include "metal/host.h"
+#include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
 
 namespace umfa::metal {
@@ -26,6 +27,9 @@ bool worthwhile(const Problem& problem) {
                         static_cast<double>(problem.head_dim + problem.head_dim_v);
     return (problem.causal ? flop / 2 : flop) >= worthwhile_flop;
 }
+
+/// A merge reads each element once: on host memory the CPU needs no longer, and no launch.
+bool combine_is_worthwhile(const CombineProblem&) { return false; }
 
 void* allocate(uint64_t bytes, std::string_view function) {
     const AutoreleasePool pool;
@@ -55,8 +59,8 @@ std::string describe_device() {
 const Backend backend{"metal",
                       Context::available,
                       [](Device) { return true; },  // host memory is the GPU's too
-                      {forward_features, can_plan_forward, forward, encode_forward},
-                      worthwhile,
+                      {forward_features, can_plan_forward, forward, encode_forward, worthwhile},
+                      {0, can_plan_combine, combine, nullptr, combine_is_worthwhile},
                       allocate,
                       deallocate,
                       describe_device};

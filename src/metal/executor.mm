@@ -1,6 +1,7 @@
 #import "metal/executor.h"
 
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -8,6 +9,7 @@
 #import "metal/autorelease.h"
 #import "metal/buffers.h"
 #import "metal/context.h"
+#import "metal/plan_combine.h"
 #import "metal/plan_forward.h"
 #import "metal/text.h"
 
@@ -16,6 +18,9 @@ namespace {
 
 /// setBytes takes less than 4 KB.
 constexpr size_t max_set_bytes = 4096;
+
+/// Plans a problem for a GPU.
+using Planner = std::function<LaunchPlan(const Capabilities&)>;
 
 /// A plan, with a pipeline for each of its launches.
 struct Work {
@@ -26,19 +31,18 @@ struct Work {
 /// Plans, and builds the pipelines. How many threads a pipeline takes shows only when it is built,
 /// since it falls with the registers that Apple's compiler spends: a plan that asks for more is made
 /// again for fewer.
-Work prepare(Context& context, const Problem& problem) {
+Work prepare(Context& context, std::string_view caller, const Planner& plan) {
     Capabilities gpu = context.gpu().capabilities;
     for (;;) {
-        Work work{plan_forward(problem, gpu), {}};
+        Work work{plan(gpu), {}};
         bool fits = true;
         for (const KernelLaunch& launch : work.plan.launches) {
-            const Pipeline pipeline =
-                context.pipelines().get(context.gpu(), launch, problem.function);
+            const Pipeline pipeline = context.pipelines().get(context.gpu(), launch, caller);
             if (launch.params.size() >= max_set_bytes)
-                fail(ErrorKind::internal, problem.function, "a kernel's parameters are too many",
+                fail(ErrorKind::internal, caller, "a kernel's parameters are too many",
                      std::to_string(launch.params.size()) + " bytes", "less than 4096");
             if (pipeline.threadgroup_bytes > gpu.max_threadgroup_bytes)
-                fail(ErrorKind::unsupported, problem.function,
+                fail(ErrorKind::unsupported, caller,
                      "the kernel " + launch.kernel + " needs more threadgroup memory than there is",
                      std::to_string(pipeline.threadgroup_bytes) + " bytes",
                      "at most " + std::to_string(gpu.max_threadgroup_bytes));
@@ -46,7 +50,7 @@ Work prepare(Context& context, const Problem& problem) {
                 launch.threadgroup.x * launch.threadgroup.y * launch.threadgroup.z;
             if (threads > pipeline.max_threads) {
                 if (gpu.max_threads <= pipeline.max_threads)
-                    fail(ErrorKind::unsupported, problem.function,
+                    fail(ErrorKind::unsupported, caller,
                          "the kernel " + launch.kernel + " has no tile small enough for this GPU",
                          std::to_string(threads) + " threads",
                          "at most " + std::to_string(pipeline.max_threads));
@@ -141,33 +145,42 @@ void encode(Context& context, const Work& work, const Operands& operands, const 
     }
 }
 
-}  // namespace
-
-void forward(const Problem& problem) {
+/// Runs the plan on umfa's own queue, and waits.
+void run(std::string_view caller, const Planner& plan) {
     const AutoreleasePool pool;
-    const std::shared_ptr<Context> context = Context::current(problem.function);
-    const Work work = prepare(*context, problem);
+    const std::shared_ptr<Context> context = Context::current(caller);
+    const Work work = prepare(*context, caller, plan);
     if (work.plan.launches.empty()) return;
-    const Operands operands(work.plan, problem.function, context->gpu(), Operands::Copies::allowed);
-    const Leases scratch = take_scratch(*context, work, problem.function);
+    const Operands operands(work.plan, caller, context->gpu(), Operands::Copies::allowed);
+    const Leases scratch = take_scratch(*context, work, caller);
 
-    id<MTLCommandQueue> queue = context->queue(problem.function);
+    id<MTLCommandQueue> queue = context->queue(caller);
     // Waits while 64 of the queue's are unfinished: for as many threads, since each sees its own end.
     id<MTLCommandBuffer> commands = [queue commandBuffer];
     if (!commands)
-        fail(ErrorKind::device, problem.function, "Metal made no command buffer", "nil",
+        fail(ErrorKind::device, caller, "Metal made no command buffer", "nil",
              "a queue that takes work");
-    encode(*context, work, operands, scratch, commands, problem.function);
+    encode(*context, work, operands, scratch, commands, caller);
     [commands commit];
     ++stats().command_buffers;
     [commands waitUntilCompleted];
     if (commands.status != MTLCommandBufferStatusCompleted) {
         context->replace_queue(queue);
-        fail_command_buffer(problem.function, commands.error);
+        fail_command_buffer(caller, commands.error);
     }
     stats().gpu_nanoseconds +=
         static_cast<uint64_t>((commands.GPUEndTime - commands.GPUStartTime) * 1e9);
     operands.copy_back();
+}
+
+}  // namespace
+
+void forward(const Problem& problem) {
+    run(problem.function, [&](const Capabilities& gpu) { return plan_forward(problem, gpu); });
+}
+
+void combine(const CombineProblem& problem) {
+    run(problem.function, [&](const Capabilities& gpu) { return plan_combine(problem, gpu); });
 }
 
 void encode_forward(const Problem& problem, void* command_buffer) {
@@ -181,7 +194,8 @@ void encode_forward(const Problem& problem, void* command_buffer) {
         commands.status != MTLCommandBufferStatusEnqueued)
         fail(ErrorKind::value, problem.function, "the command buffer is already committed",
              "status " + std::to_string(commands.status), "one that takes more work");
-    const Work work = prepare(*context, problem);
+    const Work work = prepare(*context, problem.function,
+                              [&](const Capabilities& gpu) { return plan_forward(problem, gpu); });
     if (work.plan.launches.empty()) return;
     const Operands operands(work.plan, problem.function, context->gpu(), Operands::Copies::refused);
     // The command buffer retains the buffers it uses; scratch must not reach another call before.

@@ -1,6 +1,7 @@
 #include "metal/launch_builder.h"
 
 #include <string_view>
+#include <utility>
 
 namespace umfa::metal {
 
@@ -14,11 +15,17 @@ Simdgroups fit_simdgroups(int usual, int smallest, const Capabilities& gpu) {
 
 LaunchBuilder::LaunchBuilder(LaunchPlan& plan, const Problem& problem, std::string kernel,
                              const char* source, uint32_t buffer_count)
-    : plan_(plan), problem_(problem) {
+    : LaunchBuilder(plan, problem.function, constants_of(problem), std::move(kernel), source,
+                    buffer_count) {}
+
+LaunchBuilder::LaunchBuilder(LaunchPlan& plan, std::string_view function,
+                             std::vector<Constant> constants, std::string kernel,
+                             const char* source, uint32_t buffer_count)
+    : plan_(plan), function_(function) {
     launch_.macros = {{"UMFA_KERNEL", "\"" + kernel + "\""}};
     launch_.kernel = std::move(kernel);
     launch_.source = source;
-    launch_.constants = constants_of(problem);
+    launch_.constants = std::move(constants);
     launch_.buffer_count = buffer_count;
 }
 

@@ -5,6 +5,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -61,6 +62,9 @@ public:
     /// shaders/ with the kernel, `buffer_count`: of its layout.
     LaunchBuilder(LaunchPlan& plan, const Problem& problem, std::string kernel, const char* source,
                   uint32_t buffer_count);
+    /// Starts with these function constants. `function`: the caller's, for messages; outlives this.
+    LaunchBuilder(LaunchPlan& plan, std::string_view function, std::vector<Constant> constants,
+                  std::string kernel, const char* source, uint32_t buffer_count);
 
     /// For the kernel's text, beside its name.
     LaunchBuilder& macro(const char* name, std::string text);
@@ -103,7 +107,7 @@ public:
 
 private:
     LaunchPlan& plan_;
-    const Problem& problem_;
+    const std::string_view function_;
     KernelLaunch launch_;
 };
 

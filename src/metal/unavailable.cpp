@@ -1,6 +1,7 @@
 // The Metal backend of a build without Metal: its planner says what it could do, but it cannot run.
 #include "core/backend.h"
 #include "core/error.h"
+#include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
 
 namespace umfa::metal {
@@ -8,7 +9,8 @@ namespace {
 
 Verdict unavailable() { return {false, "this build of umfa has no Metal backend"}; }
 
-void refuse(const Problem& problem) {
+template <class P>
+void refuse(const P& problem) {
     fail(ErrorKind::internal, problem.function, "the Metal backend was called", "metal", "cpu");
 }
 
@@ -17,6 +19,7 @@ void refuse(const Problem& problem) {
 const Backend backend{"metal",
                       unavailable,
                       [](Device) { return true; },
-                      {forward_features, can_plan_forward, refuse}};
+                      {forward_features, can_plan_forward, refuse<Problem>},
+                      {0, can_plan_combine, refuse<CombineProblem>}};
 
 }  // namespace umfa::metal

@@ -2,49 +2,15 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <unistd.h>
 
-#include <exception>
-
-#include "core/checks.h"
 #include "core/dispatch.h"
 #include "python/record.h"
+#include "python/running.h"
 
 namespace umfa::python {
 namespace {
 
 using namespace nb::literals;
-
-/// Runs `body` with the GIL released.
-///
-/// Not nb::gil_scoped_release: when the interpreter is shutting down, CPython before 3.14 answers
-/// a daemon thread that wants the GIL back with pthread_exit(), and unwinding through a destructor
-/// or a noexcept frame ends the process with std::terminate. Such a thread waits here for the
-/// process to end instead, which is what CPython 3.14 does.
-template <class F>
-void without_gil(F&& body) {
-    PyThreadState* state = PyEval_SaveThread();
-    std::exception_ptr error;
-    try {
-        body();
-    } catch (...) {
-        error = std::current_exception();
-    }
-    try {
-        PyEval_RestoreThread(state);
-    } catch (...) {
-        for (;;) pause();
-    }
-    if (error) std::rethrow_exception(error);
-}
-
-nb::object shape_tuple(const TensorView& view) {
-    const int64_t* n = view.shape;
-    if (view.ndim == 4) return nb::make_tuple(n[0], n[1], n[2], n[3]);  // the usual one: no list
-    nb::list sizes;
-    for (int i = 0; i < view.ndim; ++i) sizes.append(n[i]);
-    return nb::tuple(sizes);
-}
 
 nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
                             nb::callable allocate) {
@@ -78,16 +44,6 @@ std::pair<bool, std::string> attention_can_run(const Options& options, const nb:
     return {verdict.yes, verdict.reason};
 }
 
-void check_tensor(const std::string& function, const std::string& name, nb::handle tensor,
-                  bool writable) {
-    const TensorView view = writable ? import_output(tensor, function, name).view
-                                     : import_input(tensor, function, name).view;
-    const Checker check{function};
-    check_float_dtype(check, view, name);
-    check_memory(check, view, name);
-    if (writable) check_distinct(check, view, name);
-}
-
 }  // namespace
 
 void bind_attention(nb::module_& m) {
@@ -102,10 +58,6 @@ void bind_attention(nb::module_& m) {
           nb::sig("def attention_can_run(options: Options, tensors: tuple[object, ...]) "
                   "-> tuple[bool, str]"),
           "The routing's verdict on the same call, and its reason.");
-    m.def("check_tensor", &check_tensor, "function"_a, "name"_a, "tensor"_a, "writable"_a = false,
-          nb::sig("def check_tensor(function: str, name: str, tensor: object, "
-                  "writable: bool = False) -> None"),
-          "Raises what a call would about this tensor alone.");
 }
 
 }  // namespace umfa::python

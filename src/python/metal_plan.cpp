@@ -83,6 +83,18 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, const
     return plan_dict(plan(problem, family, cores));
 }
 
+nb::dict metal_plan_combine(int family, int cores, nb::handle out_partial, nb::handle lse_partial,
+                            nb::handle out, nb::handle lse) {
+    const std::string function = "umfa._ext.metal_plan_combine";
+    const Input from = import_input(out_partial, function, "out_partial");
+    const Input from_lse = import_input(lse_partial, function, "lse_partial");
+    const Output to = import_output(out, function, "out");
+    const Output to_lse = import_output(lse, function, "softmax_lse");
+    return plan_dict(
+        plan(CombineProblem::make({function, from.view, from_lse.view, {}, to.view, to_lse.view}),
+             family, cores));
+}
+
 }  // namespace
 
 void bind_metal_plan(nb::module_& m) {
@@ -92,6 +104,11 @@ void bind_metal_plan(nb::module_& m) {
                   "tensors: tuple[object, ...], out: object, lse: object | None) "
                   "-> dict[str, typing.Any]"),
           "The LaunchPlan of a forward pass on an Apple GPU family (7 to 10), as plain values.");
+    m.def("metal_plan_combine", &metal_plan_combine, "family"_a, "cores"_a, "out_partial"_a,
+          "lse_partial"_a, "out"_a, "lse"_a,
+          nb::sig("def metal_plan_combine(family: int, cores: int, out_partial: object, "
+                  "lse_partial: object, out: object, lse: object) -> dict[str, typing.Any]"),
+          "Likewise of merging partial results.");
 }
 
 }  // namespace umfa::python

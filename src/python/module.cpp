@@ -77,14 +77,20 @@ NB_MODULE(_ext, m) {
         "The value as an int of 64 bits; raises what a call would about this argument.");
     bind_record(m);
     bind_attention(m);
+    bind_combine(m);
     bind_memory(m);
 
     m.def("version", [] { return umfa_version(); }, "Version of libumfa.");
     m.def("compiler", &compiler, "The compiler that built this module.");
     m.def(
         "backend_name",
-        [](const std::string& name) { return backend_name(name, "umfa._ext.backend_name"); },
-        "name"_a, "The name, or what the environment makes of 'auto'.");
+        [](nb::handle name, const std::string& function) {
+            static const std::string argument = "backend";
+            return umfa::backend_name(python::backend_name({function, argument}, name), function);
+        },
+        "name"_a.none(), "function"_a = "umfa._ext.backend_name",
+        nb::sig("def backend_name(name: object, function: str = ...) -> str"),
+        "The name, or what the environment makes of 'auto'; raises what a call would about it.");
     m.def(
         "backends",
         [] {

@@ -45,6 +45,8 @@ AttentionRequest make_request(const Options& options, const nb::tuple& tensors, 
 void bind_record(nb::module_& m);
 /// Running a call, and asking whether it could be run.
 void bind_attention(nb::module_& m);
+/// The same of merging partial results.
+void bind_combine(nb::module_& m);
 /// Memory for frameworks whose own arrays cannot be written in place.
 void bind_memory(nb::module_& m);
 /// What the benchmark measures below Python.

@@ -37,7 +37,7 @@ static void fail_at(int line, const char* text, ...) {
 static void check_fails(int line, umfa_status found, umfa_status expected, const char* text) {
     const char* message = umfa_last_error();
     if (found != expected) fail_at(line, "status %d, not %d", (int)found, (int)expected);
-    if (strncmp(message, "[umfa_attention_forward] ", 25) != 0) fail_at(line, "no prefix");
+    if (strncmp(message, "[umfa_attention_", 16) != 0) fail_at(line, "no prefix");
     if (!strstr(message, text)) fail_at(line, "the message does not say '%s'", text);
 }
 
@@ -666,6 +666,86 @@ TEST(success_keeps_the_last_error) {
     CHECK(strcmp(before, umfa_last_error()) == 0);
 }
 
+/* ---- tests: merging partial results ----------------------------------------------------------------- */
+
+enum { PARTS = 3 };
+
+/* Results of the keys in three parts, of which the second is empty. */
+static void make_parts(problem* p, tensor* out_partial, tensor* lse_partial) {
+    static const int64_t cuts[PARTS + 1] = {0, 15, 15, SEQLEN_K};
+    const int64_t part_size = (int64_t)BATCH * SEQLEN_Q * HEADS;
+    int64_t b, h, i, size[5] = {PARTS, BATCH, SEQLEN_Q, HEADS, HEAD_DIM_V};
+    int part;
+    static int64_t shape[5];
+    make(out_partial, 4, PARTS * BATCH, SEQLEN_Q, HEADS, HEAD_DIM_V);
+    make(lse_partial, 4, PARTS, BATCH, SEQLEN_Q, HEADS);
+    for (part = 0; part < PARTS; ++part) {
+        tensor key = p->key, value = p->value, out = p->out;
+        key.shape[1] = value.shape[1] = cuts[part + 1] - cuts[part];
+        key.dl.shape = key.shape;
+        value.dl.shape = value.shape;
+        key.dl.byte_offset = (uint64_t)(cuts[part] * key.strides[1]) * sizeof(float);
+        value.dl.byte_offset = (uint64_t)(cuts[part] * value.strides[1]) * sizeof(float);
+        out.dl.data = (float*)out_partial->dl.data + part * part_size * HEAD_DIM_V;
+        CHECK_OK(umfa_attention_forward(&p->query.dl, &key.dl, &value.dl, &out.dl, &p->lse.dl,
+                                        NULL));
+        for (b = 0; b < BATCH; ++b)
+            for (i = 0; i < SEQLEN_Q; ++i)
+                for (h = 0; h < HEADS; ++h)
+                    *(float*)element(&lse_partial->dl, part, b, i, h) =
+                        (float)number(&p->lse.dl, b, h, i, 0);
+    }
+    memcpy(shape, size, sizeof shape);
+    out_partial->dl.ndim = 5;
+    out_partial->dl.shape = shape;
+    out_partial->dl.strides = NULL;
+}
+
+TEST(combine) {
+    problem p;
+    tensor out_partial, lse_partial, lse;
+    int64_t b, h, i;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    make_parts(&p, &out_partial, &lse_partial);
+    make(&lse, 3, BATCH, SEQLEN_Q, HEADS, 1);
+    memset(p.out.dl.data, 0x5a, sizeof(float) * BATCH * SEQLEN_Q * HEADS * HEAD_DIM_V);
+    CHECK_OK(umfa_attention_combine_can_run(&out_partial.dl, &lse_partial.dl, UMFA_BACKEND_AUTO));
+    CHECK_OK(umfa_attention_combine(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl,
+                                    UMFA_BACKEND_CPU));
+    for (b = 0; b < BATCH; ++b)
+        for (i = 0; i < SEQLEN_Q; ++i)
+            for (h = 0; h < HEADS; ++h)
+                *(float*)element(&p.lse.dl, b, h, i, 0) = (float)number(&lse.dl, b, i, h, 0);
+    CHECK_RESULT(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, &p.lse.dl, NULL);
+}
+
+TEST(combine_that_cannot_be) {
+    problem p;
+    tensor out_partial, lse_partial, lse;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    make_parts(&p, &out_partial, &lse_partial);
+    make(&lse, 3, BATCH, SEQLEN_Q, HEADS, 1);
+#define COMBINE(a, b, c, d, e) umfa_attention_combine(a, b, c, d, e)
+    CHECK_FAILS(COMBINE(NULL, &lse_partial.dl, &p.out.dl, &lse.dl, 0), UMFA_ERROR_VALUE,
+                "out_partial is missing");
+    CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, NULL, 0), UMFA_ERROR_VALUE,
+                "lse is missing");
+    CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, &p.lse.dl, 0),
+                UMFA_ERROR_VALUE, "lse has the wrong shape");
+    CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl, 7), UMFA_ERROR_VALUE,
+                "backend is unknown; got 7");
+    lse.dl.data = p.out.dl.data;
+    CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl, 0), UMFA_ERROR_VALUE,
+                "lse overlaps out");
+    p.out.dl.data = out_partial.dl.data;
+    CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl, 0), UMFA_ERROR_VALUE,
+                "out overlaps out_partial");
+    lse_partial.shape[0] = 2;
+    CHECK_FAILS(umfa_attention_combine_can_run(&out_partial.dl, &lse_partial.dl, 0),
+                UMFA_ERROR_VALUE, "lse_partial has the wrong shape; got (2, ");
+#undef COMBINE
+}
+
 /* ---- tests: threads ------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -747,6 +827,8 @@ static const struct {
     ENTRY(out_must_not_overlap),
     ENTRY(failure_writes_nothing),
     ENTRY(success_keeps_the_last_error),
+    ENTRY(combine),
+    ENTRY(combine_that_cannot_be),
     ENTRY(last_error_belongs_to_the_thread),
     ENTRY(many_threads_at_once),
 };

@@ -158,6 +158,10 @@ def test_bad_out() -> None:
     for out, dtype, error, text in (
         (ZERO, None, ValueError, "out has the wrong shape; got (2, 1, 3, 4, 8)"),
         (ZERO[0].copy(), np.float16, TypeError, "out and out_dtype differ"),
+        (ZERO[0].astype(np.int32), None, TypeError, "out has the wrong dtype; got int32"),
+        (None, np.float64, TypeError, "out_dtype is wrong; got float64"),
+        (None, "text", TypeError, "out_dtype is wrong; got text"),
+        (ZERO[0], None, ValueError, "out overlaps out_partial"),
     ):
         with pytest.raises(error) as caught:
             umfa.flash_attn_combine(ZERO, lse, out, dtype)
@@ -171,8 +175,24 @@ def test_bad_out() -> None:
 def test_can_run_and_the_backend() -> None:
     lse = ZERO[..., 0]
     assert umfa.can_run(umfa.flash_attn_combine, ZERO, lse) == (True, "")
+    wide = np.broadcast_to(np.zeros((), np.float32), (2, 1, 2**31, 1, 1))
+    possible, reason = umfa.can_run(umfa.flash_attn_combine, wide, wide[..., 0], backend="metal")
+    assert not possible
+    assert "metal: more than 2147483647 parts, or rows" in reason
+    for backend in (None, 3):
+        with pytest.raises(TypeError, match="backend"):
+            umfa.flash_attn_combine(ZERO, lse, backend=backend)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend is unknown; got 'gpu'"):
         umfa.flash_attn_combine(ZERO, lse, backend="gpu")
+
+
+def test_torch_learns_that_out_was_written() -> None:
+    torch = array_libraries.load("torch").module
+    out = torch.ones(1, 3, 4, 8)
+    before = out._version
+    umfa.flash_attn_combine(torch.from_numpy(ZERO), torch.zeros(2, 1, 3, 4), out)
+    assert out._version > before
+    assert (out == 0).all()
 
 
 def test_gradients_are_refused() -> None:

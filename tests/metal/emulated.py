@@ -196,6 +196,18 @@ def compute(framework: Any, call: Prepared, tensors: dict[str, Array]) -> tuple[
     return out, lse
 
 
+def combine(out_partial: Array, lse_partial: Array, out: Array, lse: Array) -> None:
+    """`umfa.flash_attn_combine` on the emulated GPU, into `out` and `lse`."""
+    tensors = {"out_partial": out_partial, "lse_partial": lse_partial, "out": out, "lse": lse}
+    exported_ = [_numpy.export(array, "umfa.test", name) for name, array in tensors.items()]
+    plan = _ext.metal_plan_combine(settings.family, settings.cores, *exported_)
+    last_plan.clear()
+    last_plan.update(plan)
+    pieces = {"tensor": [tensors[name] for name, _ in plan["tensors"]]}
+    for launch in plan["launches"]:
+        counters.append(_play(launch, pieces))
+
+
 def bound(launch: dict[str, Any], pieces: dict[str, list[Any]]) -> dict[int, tuple[Any, int]]:
     """What a launch finds at each index: memory, and the byte at which it starts.
 

@@ -87,6 +87,14 @@ def call_clear(dtype: Any) -> None:
     emulated.call(query, key, key, {}, seqused_q=np.array([7, 40], np.int32))
 
 
+def call_combine(of: Any, to: Any) -> None:
+    """Plan the merge of two partial results of a row."""
+    lse = np.zeros((2, 1, 1, 1), np.float32)
+    emulated.combine(
+        np.zeros((2, 1, 1, 1, 32), of), lse, np.zeros((1, 1, 1, 32), to), lse[0].copy()
+    )
+
+
 def every_shape() -> list[Shape]:
     """Each kernel once for each variant. Raises if the planner refuses a call of these."""
     found: dict[str, Shape] = {}
@@ -104,6 +112,8 @@ def every_shape() -> list[Shape]:
                 for dtype in DTYPES.values():
                     variant = "plain"
                     call_clear(dtype)
+                    for to in DTYPES.values():
+                        call_combine(dtype, to)
                     for dims in head_dims():
                         for variant in VARIANTS:
                             call(dtype, dims, 40, (2, 2), variant)

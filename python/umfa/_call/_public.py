@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 from .._ext import Attention, Function
+from .combine import Combination
 from .run import Prepared, prepared, run, run_prepared
 
 P = ParamSpec("P")
 
-BODIES: dict[Callable[..., Any], Callable[..., Attention]] = {}
+BODIES: dict[Callable[..., Any], Callable[..., Attention | Combination]] = {}
 """Of each public function, what makes the record of its arguments: `can_run` asks about that."""
 
 

@@ -9,6 +9,7 @@ from typing import Any, overload
 
 from .._errors import UnsupportedError, message
 from ._public import BODIES
+from .combine import Combination, judge_combination
 from .run import judge
 
 
@@ -63,6 +64,9 @@ def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
         expected = f"those of {function.__name__}"
         return False, message("umfa.can_run", "the arguments do not fit", error, expected)
     try:
-        return judge(body(*rest, **kwargs))
+        record = body(*rest, **kwargs)
+        if isinstance(record, Combination):
+            return judge_combination(record)
+        return judge(record)
     except (ValueError, TypeError, UnsupportedError) as error:
         return False, str(error).replace(f"[umfa.{function.__name__}]", "[umfa.can_run]", 1)

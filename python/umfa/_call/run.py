@@ -36,14 +36,9 @@ def prepared(options: _ext.Options) -> Prepared:
     )
 
 
-def run(attention: _ext.Attention, *, autocasts: bool = True) -> Any:
-    """Computes. Returns out, or (out, lse), or (out, lse, weights or None).
-
-    `autocasts`: whether the framework's automatic mixed precision has a say.
-    """
+def run(attention: _ext.Attention) -> Any:
+    """Computes. Returns out, or (out, lse), or (out, lse, weights or None)."""
     call = prepared(attention.options)
-    if not autocasts:
-        call = call._replace(autocast=())
     tensors = attention.tensors
     framework = ready(call, tensors)
     options = call.options

@@ -58,20 +58,11 @@ class Framework(Protocol):
     def from_numpy(self, array: Any, like: Any) -> Any:
         """A tensor with the numbers of a float32 array, of `like`'s dtype and on its device."""
 
-    def permute(self, tensor: Any, order: tuple[int, ...]) -> Any:
-        """A tensor with the dimensions in another order; a view where the framework has them."""
-
     def cast(self, tensor: Any, dtype: str) -> Any:
         """A tensor of another dtype, by its name."""
 
-    def minus_top(self, x: Any) -> tuple[Any, Any]:
-        """x less its largest along the first dimension, and that; 0 where it is -inf."""
-
     def mark_written(self, tensor: Any) -> None:
         """Tells the framework that the memory of a tensor has been written."""
-
-    def copy_to(self, out: Any, tensor: Any) -> None:
-        """Writes the numbers of `tensor` into `out`, which check_writable has passed."""
 
 
 # Module of the tensor class -> class; jax tracers are jax.Array too.

@@ -78,25 +78,10 @@ def from_numpy(array: Any, like: Any) -> Any:
     return _namespace(like).asarray(array, dtype=like.dtype)
 
 
-def permute(tensor: Any, order: tuple[int, ...]) -> Any:
-    return _namespace(tensor).permute_dims(tensor, order)
-
-
 def cast(tensor: Any, dtype: str) -> Any:
     namespace = _namespace(tensor)
     return namespace.astype(tensor, getattr(namespace, dtype))
 
 
-def minus_top(x: Any) -> tuple[Any, Any]:
-    namespace = _namespace(x)
-    top = namespace.max(x, axis=0)
-    top = namespace.where(top == -namespace.inf, namespace.zeros_like(top), top)
-    return x - top, top
-
-
 def mark_written(tensor: Any) -> None:
     """Nothing to be told."""
-
-
-def copy_to(out: Any, tensor: Any) -> None:
-    out[...] = _namespace(out).astype(tensor, out.dtype)

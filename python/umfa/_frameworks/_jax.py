@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .. import _ext
@@ -83,23 +82,9 @@ def from_numpy(array: Any, like: Any) -> Any:
     return jax.device_put(array.astype(like.dtype), like.sharding)
 
 
-def permute(tensor: Any, order: tuple[int, ...]) -> Any:
-    return tensor.transpose(order)
-
-
 def cast(tensor: Any, dtype: str) -> Any:
     return tensor.astype(dtype)
 
 
-def minus_top(x: Any) -> tuple[Any, Any]:
-    top = jnp.amax(x, axis=0)
-    top = jnp.where(top == -jnp.inf, 0.0, top)
-    return x - top, top
-
-
 def mark_written(tensor: Any) -> None:
-    """Never reached: check_writable raises."""
-
-
-def copy_to(out: Any, tensor: Any) -> None:
     """Never reached: check_writable raises."""

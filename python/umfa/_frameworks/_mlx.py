@@ -106,23 +106,9 @@ def from_numpy(array: Any, like: Any) -> Any:
     return mx.array(array).astype(like.dtype)
 
 
-def permute(tensor: Any, order: tuple[int, ...]) -> Any:
-    return tensor.transpose(order)
-
-
 def cast(tensor: Any, dtype: str) -> Any:
     return tensor.astype(getattr(mx, dtype))
 
 
-def minus_top(x: Any) -> tuple[Any, Any]:
-    top = mx.max(x, axis=0)
-    top = mx.where(top == -mx.inf, 0.0, top)
-    return x - top, top
-
-
 def mark_written(tensor: Any) -> None:
-    """Never reached: check_writable raises."""
-
-
-def copy_to(out: Any, tensor: Any) -> None:
     """Never reached: check_writable raises."""

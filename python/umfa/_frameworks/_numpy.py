@@ -112,23 +112,9 @@ def from_numpy(array: Any, like: Any) -> Any:
     return array.astype(like.dtype)
 
 
-def permute(tensor: Any, order: tuple[int, ...]) -> Any:
-    return tensor.transpose(order)
-
-
 def cast(tensor: Any, dtype: str) -> Any:
     return tensor.astype(dtype)
 
 
-def minus_top(x: Any) -> tuple[Any, Any]:
-    top = np.amax(x, axis=0)
-    top = np.where(top == -np.inf, np.float32(0), top)
-    return x - top, top
-
-
 def mark_written(tensor: Any) -> None:
     """Nothing to be told."""
-
-
-def copy_to(out: Any, tensor: Any) -> None:
-    out[...] = tensor.astype(out.dtype)

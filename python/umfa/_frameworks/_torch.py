@@ -233,19 +233,5 @@ def from_numpy(array: Any, like: Any) -> Any:
     return torch.from_numpy(array).to(dtype=like.dtype, device=like.device)
 
 
-def permute(tensor: Any, order: tuple[int, ...]) -> Any:
-    return tensor.permute(order)
-
-
 def cast(tensor: Any, dtype: str) -> Any:
     return tensor.to(getattr(torch, dtype))
-
-
-def minus_top(x: Any) -> tuple[Any, Any]:
-    top = x.amax(0)
-    top = torch.where(torch.isneginf(top), 0.0, top)
-    return x - top, top
-
-
-def copy_to(out: Any, tensor: Any) -> None:
-    out.copy_(tensor)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/isa/append.h"
+#include "cpu/isa/combine_kernel.h"
 #include "cpu/isa/decode_kernel.h"
 #include "cpu/isa/forward_kernel.h"
 #include "cpu/isa/kernels.h"
@@ -11,10 +12,12 @@ namespace {
 
 /// S: the vectors; U: what the micro-kernels multiply.
 template <class S, class U>
-constexpr DtypeKernels dtype_kernels{{forward_block<S, U>, forward_scratch_floats<S, U>},
-                                     {decode_keys<S, U>, decode_merge<S, typename U::type>,
-                                      decode_scratch_floats<S, U>, decode_row_floats<S>},
-                                     append_row<S, typename U::type>};
+constexpr DtypeKernels dtype_kernels{
+    {forward_block<S, U>, forward_scratch_floats<S, U>},
+    {decode_keys<S, U>, decode_merge<S, typename U::type>, decode_scratch_floats<S, U>,
+     decode_row_floats<S>},
+    append_row<S, typename U::type>,
+    {combine_add<S, typename U::type>, combine_store<S, typename U::type>}};
 
 }  // namespace
 }  // namespace umfa::cpu

@@ -116,10 +116,20 @@ struct DecodeKernel {
 /// Appends one row to key and value of a sequence, rotated where args.rotary is on.
 using AppendRowFn = void (*)(const ForwardArgs&, int64_t batch, int64_t row);
 
+/// Weighted sums of rows. `stride`: from one channel to the next, in elements. `sum` has
+/// `channels` floats, and room up to a whole vector.
+struct CombineKernel {
+    /// sum += weight * row.
+    void (*add)(const void* row, int64_t stride, int64_t channels, float weight, float* sum);
+    /// row = sum.
+    void (*store)(const float* sum, int64_t channels, void* row, int64_t stride);
+};
+
 struct DtypeKernels {
     ForwardKernel forward;
     DecodeKernel decode;
     AppendRowFn append_row;
+    CombineKernel combine;
 };
 
 struct Kernels {

@@ -60,6 +60,13 @@ const Kernels& kernels() {
     return *now;
 }
 
+const DtypeKernels& kernels_for(const Kernels& set, DType dtype) {
+    const DtypeKernels& own = dtype == DType::f16    ? set.f16
+                              : dtype == DType::bf16 ? set.bf16
+                                                     : set.f32;
+    return own.forward.run ? own : kernels_for(*set.base, dtype);
+}
+
 std::string isa_in_use() { return kernels().name; }
 
 std::vector<std::pair<std::string, bool>> isa_list() {

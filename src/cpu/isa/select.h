@@ -1,6 +1,7 @@
 // Which instruction set's kernels run: the best one this CPU has, or the one UMFA_CPU_ISA names.
 #pragma once
 
+#include "core/dtype.h"
 #include "core/instruments.h"
 #include "cpu/isa/kernels.h"
 
@@ -8,5 +9,8 @@ namespace umfa::cpu {
 
 /// Kernels in use. Throws `Error` when UMFA_CPU_ISA names a set that cannot run here.
 const Kernels& kernels();
+
+/// Those of the set for an element type, or of a set that it builds on.
+const DtypeKernels& kernels_for(const Kernels& set, DType dtype);
 
 }  // namespace umfa::cpu

@@ -1,0 +1,82 @@
+"""Running a merge of partial results: frameworks' tensors to the core, and its results back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .. import _ext
+from .._frameworks import Framework, dtype_name, framework_of
+
+
+class Combination(NamedTuple):
+    """The arguments of one merge."""
+
+    function: str
+    out_partial: Any
+    lse_partial: Any
+    out: Any
+    out_dtype: Any
+    backend: Any
+
+
+def run_combination(call: Combination) -> tuple[Any, Any]:
+    """Computes. Returns (out, lse)."""
+    framework, tensors, out = _ready(call)
+
+    def compute(*inputs: Any) -> tuple[Any, ...]:
+        def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+            return framework.allocate(inputs[0], shape, dtype, call.backend)
+
+        arguments = _exported(framework, call, dict(zip(tensors, inputs, strict=True)), out)
+        merged, lse = _ext.combine(*arguments, allocate)
+        if out is not None:
+            return (framework.finish(lse),)
+        return framework.finish(merged), framework.finish(lse)
+
+    inputs = tensors.values()
+    if framework.call is None:
+        results = compute(*inputs)
+    else:
+        results = framework.call(compute, call.function, *inputs)
+    if out is None:
+        merged, lse = results
+        return merged, lse
+    framework.mark_written(out)
+    return out, results[0]
+
+
+def judge_combination(call: Combination) -> tuple[bool, str]:
+    """The routing's verdict on a merge, and its reason."""
+    framework, tensors, out = _ready(call)
+    return _ext.combine_can_run(*_exported(framework, call, tensors, out))
+
+
+def _ready(call: Combination) -> tuple[Framework, dict[str, Any], Any]:
+    """The tensors' framework, those that are read, and the one to write, which may be None."""
+    _ext.backend_name(call.backend, call.function)
+    tensors = {"out_partial": call.out_partial, "lse_partial": call.lse_partial}
+    if call.out is None:
+        return framework_of(call.function, tensors), tensors, None
+    tensors["out"] = call.out
+    framework = framework_of(call.function, tensors, ("out",))
+    out = tensors.pop("out")
+    framework.check_writable(out, call.function, "out")
+    return framework, tensors, out
+
+
+def _exported(
+    framework: Framework, call: Combination, tensors: dict[str, Any], out: Any
+) -> tuple[str, Any, Any, Any, str | None, str]:
+    """What `_ext` takes of a merge."""
+    out_partial, lse_partial = (
+        framework.export(tensor, call.function, name, call.backend)
+        for name, tensor in tensors.items()
+    )
+    return (
+        call.function,
+        out_partial,
+        lse_partial,
+        None if out is None else framework.export(out, call.function, "out", call.backend),
+        None if call.out_dtype is None else dtype_name(call.out_dtype),
+        call.backend,
+    )
