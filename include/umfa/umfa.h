@@ -188,6 +188,16 @@ UMFA_API umfa_status umfa_attention_combine(const DLTensor* out_partial,
 UMFA_API umfa_status umfa_attention_combine_can_run(const DLTensor* out_partial,
                                                     const DLTensor* lse_partial, int32_t backend);
 
+/* The weights of umfa_attention_forward as a matrix, for looking at small problems.
+ *
+ * query, key, options: as umfa_attention_forward takes them, without qv, block_table and new_key.
+ * weights: written; (batch, nheads, seqlen_q, seqlen_kv) whatever the layout, of the longest
+ *   sequences; query's dtype. Weights as they are before dropout, negative where it drops; 0 for
+ *   pairs of query and key that are not there. */
+UMFA_API umfa_status umfa_attention_weights(const DLTensor* query, const DLTensor* key,
+                                            DLTensor* weights,
+                                            const umfa_attention_options* options);
+
 /* The message of the last failing call on this thread, "[function] what; got ...; expected ...".
  * Never NULL; valid until the next failing call on this thread. */
 UMFA_API const char* umfa_last_error(void);

@@ -11,6 +11,7 @@
 #include "core/dispatch.h"
 #include "core/dlpack_view.h"
 #include "core/error.h"
+#include "core/weights.h"
 
 namespace {
 
@@ -227,6 +228,17 @@ umfa_status umfa_attention_combine_can_run(const DLTensor* out_partial, const DL
         static const Function function("umfa_attention_combine_can_run");
         const char* name = checked_backend(backend, "backend", function.name.c_str());
         route(read_combination(function, out_partial, lse_partial, nullptr, nullptr, false), name);
+    });
+}
+
+umfa_status umfa_attention_weights(const DLTensor* query, const DLTensor* key, DLTensor* matrix,
+                                   const umfa_attention_options* options) {
+    return guarded([&] {
+        static const Names names("umfa_attention_weights");
+        const Call call = read_call(names, query, key, options);
+        const TensorView view = checked_view(matrix, names.bshd, "weights");
+        const Problem problem = make_weights_problem(call.request);
+        weights(route(problem, call.backend), problem, view);
     });
 }
 

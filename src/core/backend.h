@@ -40,6 +40,8 @@ struct Backend {
     /// Memory that `TensorView::data` can name on the device; throws `Error` when there is none.
     void* (*allocate)(uint64_t bytes, std::string_view function) = nullptr;
     void (*deallocate)(void* memory) = nullptr;
+    /// Where the host reads and writes what `allocate` returned.
+    void* (*contents)(void* memory) = nullptr;
     /// The device in words; empty when there is none.
     std::string (*describe)() = nullptr;
 };

@@ -87,23 +87,15 @@ Problem Problem::slice(int64_t index) const {
     one.loops.clear();
     one.ndim = 4;
     one.batch_shape[0] = batch;
-    const auto move = [](TensorView& view, int64_t elements) {
-        if (view.size() == 0) return;
-        const int64_t bytes = elements * (bits_of(view.dtype) / 8);
-        if (view.device == Device::cpu)
-            view.data = static_cast<char*>(view.data) + bytes;
-        else
-            view.byte_offset += static_cast<uint64_t>(bytes);
-    };
     for (size_t i = loops.size(); i-- > 0; index /= loops[i].size) {
         const BatchLoop& loop = loops[i];
         const int64_t at = index % loop.size;
-        move(one.query.view, at * loop.query);
-        move(one.key.view, at * loop.key);
-        move(one.value.view, at * loop.value);
-        if (one.mask) move(one.mask->view, at * loop.mask);
-        if (one.out) move(one.out->view, at * loop.out);
-        if (one.lse) move(one.lse->view, at * loop.lse);
+        advance(one.query.view, at * loop.query);
+        advance(one.key.view, at * loop.key);
+        advance(one.value.view, at * loop.value);
+        if (one.mask) advance(one.mask->view, at * loop.mask);
+        if (one.out) advance(one.out->view, at * loop.out);
+        if (one.lse) advance(one.lse->view, at * loop.lse);
         if (one.dropout) one.dropout->batch_first += at * loop.index;
     }
     // What is left of each: its views end where the slice does.

@@ -32,6 +32,16 @@ struct TensorView {
     }
 };
 
+/// Lets the view start so many elements later in the same memory.
+inline void advance(TensorView& view, int64_t elements) {
+    if (view.size() == 0) return;
+    const int64_t bytes = elements * (bits_of(view.dtype) / 8);
+    if (view.device == Device::cpu)
+        view.data = static_cast<char*>(view.data) + bytes;
+    else
+        view.byte_offset += static_cast<uint64_t>(bytes);
+}
+
 /// "(2, 16, 4, 64)"
 UMFA_CORE_API std::string shape_text(const TensorView& view);
 /// "cpu", "metal:0"

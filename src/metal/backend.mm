@@ -48,6 +48,12 @@ void deallocate(void* memory) {
     (void)buffer;
 }
 
+void* contents(void* memory) {
+    const AutoreleasePool pool;
+    id<MTLBuffer> buffer = (__bridge id<MTLBuffer>)memory;
+    return buffer.contents;
+}
+
 std::string describe_device() {
     const AutoreleasePool pool;
     return describe(Context::current("umfa.backends")->gpu()) +
@@ -63,6 +69,7 @@ const Backend backend{"metal",
                       {0, can_plan_combine, combine, nullptr, combine_is_worthwhile},
                       allocate,
                       deallocate,
+                      contents,
                       describe_device};
 
 void release() { Context::release(); }

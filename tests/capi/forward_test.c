@@ -746,6 +746,88 @@ TEST(combine_that_cannot_be) {
 #undef COMBINE
 }
 
+/* ---- tests: weights --------------------------------------------------------------------------------- */
+
+static void check_weights(int line, problem* p, const umfa_attention_options* options) {
+    const int row = options->layout == UMFA_LAYOUT_BSHD ? 1 : 2;
+    const int64_t keys = p->key.shape[row], queries = p->query.shape[row];
+    const double kept = 1 - options->dropout_p;
+    tensor weights;
+    int64_t b, h, i, j, d, dropped = 0;
+    make(&weights, 4, BATCH, HEADS, queries, keys);
+    memset(weights.dl.data, 0xff, sizeof(float) * (size_t)(BATCH * HEADS * queries * keys));
+    if (umfa_attention_weights(&p->query.dl, &p->key.dl, &weights.dl, options) != UMFA_OK)
+        fail_at(line, "no weights");
+    CHECK_OK(run(p, options));
+    for (b = 0; b < BATCH; ++b)
+        for (h = 0; h < HEADS; ++h)
+            for (i = 0; i < queries; ++i) {
+                double total = 0;
+                for (j = 0; j < keys; ++j) {
+                    total += fabs(number(&weights.dl, b, h, i, j));
+                    dropped += number(&weights.dl, b, h, i, j) < 0;
+                }
+                if (!(fabs(total - 1) < 1e-5)) fail_at(line, "the weights add up to %g", total);
+                for (d = 0; d < HEAD_DIM_V; ++d) {
+                    double expected = 0;
+                    for (j = 0; j < keys; ++j) {
+                        const double weight = number(&weights.dl, b, h, i, j);
+                        if (weight > 0)
+                            expected += weight / kept *
+                                        at(&p->value.dl, options->layout, b, j, h / 3, d);
+                    }
+                    if (!(fabs(at(&p->out.dl, options->layout, b, i, h, d) - expected) < 1e-4))
+                        fail_at(line, "out is not the kept weights' sum");
+                }
+            }
+    if ((dropped > 0) != (options->dropout_p > 0)) fail_at(line, "%d dropped", (int)dropped);
+}
+
+TEST(weights_of_a_call) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    tensor mask;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    check_weights(__LINE__, &p, &options);
+    options.dropout_p = 0.3;
+    options.dropout_seed = 5;
+    check_weights(__LINE__, &p, &options);
+    options.causal = 1;
+    make(&mask, 4, BATCH, 1, SEQLEN_Q, SEQLEN_K);
+    fill(&mask.dl);
+    options.attn_mask = &mask.dl;
+    check_weights(__LINE__, &p, &options);
+    options.layout = UMFA_LAYOUT_BHSD;
+    make_problem(&p, UMFA_LAYOUT_BHSD);
+    check_weights(__LINE__, &p, &options);
+}
+
+TEST(weights_that_cannot_be) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    tensor weights;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    make(&weights, 4, BATCH, HEADS, SEQLEN_Q, SEQLEN_K);
+    options.qv = &p.query.dl;
+    CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, &weights.dl, &options),
+                UMFA_ERROR_UNSUPPORTED, "weights of a call with qv");
+    CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, NULL, NULL), UMFA_ERROR_VALUE,
+                "weights is missing");
+    CHECK_FAILS(umfa_attention_weights(&p.query.dl, NULL, &weights.dl, NULL), UMFA_ERROR_VALUE,
+                "key is missing");
+    options.qv = NULL;
+    options.new_key = options.new_value = &p.key.dl;
+    CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, &weights.dl, &options),
+                UMFA_ERROR_UNSUPPORTED, "weights of a call with new_key");
+    weights.shape[3] = 7;
+    CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, &weights.dl, NULL),
+                UMFA_ERROR_VALUE, "weights has the wrong shape; got (2, 6, 21, 7)");
+    weights.shape[3] = SEQLEN_K;
+    weights.dl.data = p.query.dl.data;
+    CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, &weights.dl, NULL),
+                UMFA_ERROR_VALUE, "weights overlaps query");
+}
+
 /* ---- tests: threads ------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -829,6 +911,8 @@ static const struct {
     ENTRY(success_keeps_the_last_error),
     ENTRY(combine),
     ENTRY(combine_that_cannot_be),
+    ENTRY(weights_of_a_call),
+    ENTRY(weights_that_cannot_be),
     ENTRY(last_error_belongs_to_the_thread),
     ENTRY(many_threads_at_once),
 };

@@ -98,7 +98,7 @@ def test_names_of_the_library_are_its_own() -> None:
     # T: functions that other libraries would collide with. Instances of the C++ standard library's
     # templates are weak, and the same everywhere.
     names = {line.split()[-1].lstrip("_") for line in listed.splitlines() if " T " in line}
-    assert {"umfa_attention_forward", "umfa_attention_combine"} <= names
+    assert {"umfa_attention_forward", "umfa_attention_combine", "umfa_attention_weights"} <= names
     assert {"umfa_last_error", "umfa_version"} <= names
     foreign = {name for name in names if not re.match(r"umfa_|Z.*4umfa|init$|fini$", name)}
     assert not foreign

@@ -100,6 +100,39 @@ def test_weights_of_packed_sequences(framework: Framework) -> None:
         assert np.count_nonzero(matrix[b]) == np.count_nonzero(own)
 
 
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_weights_of_packed_sequences_with_slopes(per_sequence: bool) -> None:
+    query, key = normal((14, 2, 8), seed=1), normal((30, 2, 8), seed=2)
+    cu_q, cu_k = offsets([5, 9]), offsets([12, 18])
+    slopes = abs(normal((2, 2) if per_sequence else (2,), seed=3))
+    *_, found = umfa.flash_attn_varlen_func(
+        query, key, key, cu_q, cu_k, 9, 18, P, window_size=(7, 3), alibi_slopes=slopes,
+        return_attn_probs=True, dropout_seed=3,
+    )  # fmt: skip
+    for b in range(2):
+        q, k = query[None, cu_q[b] : cu_q[b + 1]], key[None, cu_k[b] : cu_k[b + 1]]
+        own = slopes[b : b + 1] if per_sequence else slopes
+        expected = weights(q, k, 3, index=b, window_size=(7, 3), alibi_slopes=own)[0]
+        matrix = found[b, :, : q.shape[1], : k.shape[1]]
+        assert_close(matrix.astype(float), expected, Tolerance(1e-6, 1e-5), f"weights of {b}")
+        assert (signs(matrix) == signs(expected)).all()
+    assert (found[0, :, 5:] == 0).all()
+    assert (found[0, :, :, 12:] == 0).all()
+
+
+def test_weights_of_one_query_and_head_dims_that_values_cannot_have() -> None:
+    query, key = (
+        normal((1, 1, 2, 576), "float16", seed=1),
+        normal((1, 20, 1, 576), "float16", seed=2),
+    )
+    *_, found = umfa.flash_attn_func(
+        query, key, key[..., :512], P, return_attn_probs=True, dropout_seed=3
+    )
+    expected = weights(query, key, 3)
+    assert_close(found.astype(float), expected, Tolerance(1e-4, 1e-3), "weights")
+    assert (signs(found) == signs(expected)).all()
+
+
 def test_weights_that_cannot_be_returned() -> None:
     x = normal((1, 4, 1, 8), seed=1)
     with pytest.raises(umfa.UnsupportedError, match="weights of a call with qv"):

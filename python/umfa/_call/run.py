@@ -9,7 +9,6 @@ import numpy as np
 from .. import _ext
 from .._errors import message
 from .._frameworks import Framework, framework_of
-from . import weights
 
 
 class Prepared(NamedTuple):
@@ -47,11 +46,9 @@ def run(attention: _ext.Attention) -> Any:
     results = compute(framework, call, tensors)
     for name in call.written:
         framework.mark_written(tensors[name])
-    if not options.return_attn_probs:
-        return results[0] if len(results) == 1 else results
-    if not options.dropout_p:
+    if options.return_attn_probs and len(results) == 2:
         return (*results, None)
-    return (*results, weights.weights_of(framework, call, tensors))
+    return results[0] if len(results) == 1 else results
 
 
 def run_prepared(call: Prepared, given: tuple[Any, ...]) -> Any:
@@ -103,8 +100,6 @@ def ready(call: Prepared, tensors: dict[str, Any]) -> Framework:
                 "0 to 2**64 - 1",
             )
         )
-    if options.return_attn_probs and options.dropout_p:
-        weights.check_possible(function, call.names)
     return framework
 
 
@@ -127,6 +122,7 @@ def _seed(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> int:
 
 
 def compute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
+    """(out,), (out, lse) or (out, lse, weights)."""
     if framework.call is None:
         return _compute(framework, call, tensors)
 
@@ -143,9 +139,15 @@ def _compute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> t
     def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
         return framework.allocate(first, shape, dtype, call.backend)
 
-    out, lse = _ext.attention_forward(call.options, exported(framework, call, tensors), allocate)
+    out, lse, weights = _ext.attention_forward(
+        call.options, exported(framework, call, tensors), allocate
+    )
     result = tensors["out"] if out is None else framework.finish(out)
-    return (result,) if lse is None else (result, framework.finish(lse))
+    if lse is None:
+        return (result,)
+    if weights is None:
+        return result, framework.finish(lse)
+    return result, framework.finish(lse), framework.finish(weights)
 
 
 def exported(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:

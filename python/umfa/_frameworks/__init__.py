@@ -52,15 +52,6 @@ class Framework(Protocol):
     draw_seed: Callable[[], int] | None
     """A number below 2**63 from the framework's generator. None: it has none of its own."""
 
-    def to_numpy(self, tensor: Any) -> Any:
-        """A float32 array with the same numbers."""
-
-    def from_numpy(self, array: Any, like: Any) -> Any:
-        """A tensor with the numbers of a float32 array, of `like`'s dtype and on its device."""
-
-    def cast(self, tensor: Any, dtype: str) -> Any:
-        """A tensor of another dtype, by its name."""
-
     def mark_written(self, tensor: Any) -> None:
         """Tells the framework that the memory of a tensor has been written."""
 

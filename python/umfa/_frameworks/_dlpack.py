@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from .. import _ext
-from .._errors import UnsupportedError, message
+from .._errors import message
 
 METAL = 8  # DLPack's code of the device
 
@@ -54,33 +52,6 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
 autocast = None
 
 draw_seed = None
-
-
-def _namespace(tensor: Any) -> Any:
-    """The array API of the tensor's library."""
-    if not hasattr(tensor, "__array_namespace__"):
-        raise UnsupportedError(
-            message(
-                "umfa",
-                "tensors of this library can only be read",
-                type(tensor).__qualname__,
-                "a library that follows the array API standard",
-            )
-        )
-    return tensor.__array_namespace__()
-
-
-def to_numpy(tensor: Any) -> Any:
-    return np.asarray(np.from_dlpack(tensor), np.float32)
-
-
-def from_numpy(array: Any, like: Any) -> Any:
-    return _namespace(like).asarray(array, dtype=like.dtype)
-
-
-def cast(tensor: Any, dtype: str) -> Any:
-    namespace = _namespace(tensor)
-    return namespace.astype(tensor, getattr(namespace, dtype))
 
 
 def mark_written(tensor: Any) -> None:

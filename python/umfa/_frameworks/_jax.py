@@ -74,17 +74,5 @@ autocast = None
 draw_seed = None
 
 
-def to_numpy(tensor: Any) -> Any:
-    return np.asarray(tensor).astype(np.float32)
-
-
-def from_numpy(array: Any, like: Any) -> Any:
-    return jax.device_put(array.astype(like.dtype), like.sharding)
-
-
-def cast(tensor: Any, dtype: str) -> Any:
-    return tensor.astype(dtype)
-
-
 def mark_written(tensor: Any) -> None:
     """Never reached: check_writable raises."""

@@ -98,17 +98,5 @@ def draw_seed() -> int:
     return int(low | high << 31)
 
 
-def to_numpy(tensor: Any) -> Any:
-    return np.array(tensor.astype(mx.float32))
-
-
-def from_numpy(array: Any, like: Any) -> Any:
-    return mx.array(array).astype(like.dtype)
-
-
-def cast(tensor: Any, dtype: str) -> Any:
-    return tensor.astype(getattr(mx, dtype))
-
-
 def mark_written(tensor: Any) -> None:
     """Never reached: check_writable raises."""

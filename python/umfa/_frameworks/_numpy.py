@@ -104,17 +104,5 @@ def draw_seed() -> int:
     return int(np.random.randint(0, 2**63, dtype=np.uint64))
 
 
-def to_numpy(tensor: Any) -> Any:
-    return np.asarray(tensor, np.float32)
-
-
-def from_numpy(array: Any, like: Any) -> Any:
-    return array.astype(like.dtype)
-
-
-def cast(tensor: Any, dtype: str) -> Any:
-    return tensor.astype(dtype)
-
-
 def mark_written(tensor: Any) -> None:
     """Nothing to be told."""

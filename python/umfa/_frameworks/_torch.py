@@ -223,15 +223,3 @@ def mark_written(tensor: Any) -> None:
 
 def draw_seed() -> int:
     return int(torch.randint(2**63 - 1, (), dtype=torch.int64))
-
-
-def to_numpy(tensor: Any) -> Any:
-    return tensor.detach().float().cpu().numpy()
-
-
-def from_numpy(array: Any, like: Any) -> Any:
-    return torch.from_numpy(array).to(dtype=like.dtype, device=like.device)
-
-
-def cast(tensor: Any, dtype: str) -> Any:
-    return tensor.to(getattr(torch, dtype))

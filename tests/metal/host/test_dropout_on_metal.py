@@ -39,7 +39,7 @@ def test_batch_dimensions_count_as_one(
         return _numpy.export(out, "umfa.test", "out"), out
 
     before = umfa.stats().metal_calls
-    found, _ = _ext.attention_forward(
+    found, *_ = _ext.attention_forward(
         attention.options, plans.exported_of(attention), allocate
     )  # fmt: skip
     assert umfa.stats().metal_calls == before + 1

@@ -1,0 +1,339 @@
+#include "core/weights.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <memory>
+#include <string>
+
+#include "core/checks.h"
+#include "core/dispatch.h"
+#include "core/parts.h"
+
+namespace umfa {
+namespace {
+
+constexpr int64_t most_columns = max_head_dim_v;  // as many channels as a value can have
+
+void set_shape(TensorView& view, std::initializer_list<int64_t> shape,
+               std::initializer_list<int64_t> strides) {
+    view.ndim = static_cast<int>(shape.size());
+    std::copy(shape.begin(), shape.end(), view.shape);
+    std::copy(strides.begin(), strides.end(), view.strides);
+}
+
+/// Numbers of float32 on the device of a tensor, which the host reads and writes too.
+class Floats {
+public:
+    Floats(const Backend& backend, const TensorView& like, int64_t count,
+           std::string_view function) {
+        memory_.device = like.device;
+        memory_.device_id = like.device_id;
+        const auto size = static_cast<size_t>(std::max<int64_t>(count, 1));
+        if (like.device == Device::cpu) {
+            own_.reset(new float[size]);
+            memory_.data = host_ = own_.get();
+            return;
+        }
+        memory_.data = backend.allocate(size * sizeof(float), function);
+        host_ = static_cast<float*>(backend.contents(memory_.data));
+        deallocate_ = backend.deallocate;
+    }
+    ~Floats() {
+        if (deallocate_) deallocate_(memory_.data);
+    }
+    Floats(const Floats&) = delete;
+    Floats& operator=(const Floats&) = delete;
+
+    float* host() { return host_; }
+    /// A tensor that starts at number `first`.
+    TensorView view(int64_t first, std::initializer_list<int64_t> shape,
+                    std::initializer_list<int64_t> strides) const {
+        TensorView view = memory_;
+        set_shape(view, shape, strides);
+        advance(view, first);
+        return view;
+    }
+    /// (rows, heads, channels), one after the other.
+    TensorView compact(int64_t rows, int64_t heads, int64_t channels) const {
+        return view(0, {rows, heads, channels}, {heads * channels, channels, 1});
+    }
+
+private:
+    TensorView memory_;
+    std::unique_ptr<float[]> own_;
+    float* host_ = nullptr;
+    void (*deallocate_)(void*) = nullptr;
+};
+
+/// Copies between dtypes and strides on any device, as the merge of one part.
+class Copier {
+public:
+    /// `rows`: the most that it will copy, over all heads.
+    Copier(const Backend& backend, const Problem& problem, int64_t rows)
+        : backend_(backend),
+          function_(problem.function),
+          zero_(backend, problem.query.view, 1, function_),
+          lse_(backend, problem.query.view, rows, function_) {
+        zero_.host()[0] = 0;
+    }
+
+    /// Both are (rows, heads, channels).
+    void copy(const TensorView& from, const TensorView& to) {
+        const int64_t rows = to.shape[0], heads = to.shape[1];
+        for (int64_t first = 0; first < to.shape[2]; first += most_columns) {
+            const int64_t channels = std::min(most_columns, to.shape[2] - first);
+            CombineRequest request{function_, from, zero_.view(0, {1, rows, heads}, {0, 0, 0}),
+                                   {},        to,   {}};
+            set_shape(request.out_partial, {1, rows, heads, channels},
+                      {0, from.strides[0], from.strides[1], from.strides[2]});
+            advance(request.out_partial, first * from.strides[2]);
+            request.out->shape[2] = channels;
+            advance(*request.out, first * to.strides[2]);
+            request.lse = lse_.view(0, {rows, heads}, {heads, 1});
+            combine(backend_, CombineProblem::make(request));
+        }
+    }
+
+    void clear(const TensorView& to) {
+        copy(zero_.view(0, {to.shape[0], to.shape[1], to.shape[2]}, {0, 0, 0}), to);
+    }
+
+private:
+    const Backend& backend_;
+    const std::string_view function_;
+    Floats zero_, lse_;
+};
+
+/// Rows of one sequence, as (1, rows, heads, channels).
+TensorView rows_of(const Operand& operand, int64_t batch, int64_t row, int64_t rows, int64_t heads,
+                   int64_t channels) {
+    TensorView view = operand.view;
+    advance(view, batch * operand.stride_batch + row * operand.stride_row);
+    set_shape(view, {1, rows, heads, channels},
+              {0, operand.stride_row, operand.stride_head, operand.stride_channel});
+    return view;
+}
+
+TensorView without_batch(const TensorView& view) {
+    TensorView rows = view;
+    set_shape(rows, {view.shape[1], view.shape[2], view.shape[3]},
+              {view.strides[1], view.strides[2], view.strides[3]});
+    return rows;
+}
+
+/// The problem of sequence b alone. The tensors are (1, rows, heads, channels).
+Problem one_sequence(const Problem& problem, int64_t b, const TensorView& query,
+                     const TensorView& key, const TensorView& value, const TensorView& out) {
+    SequenceRows rows = problem.sequence(b);
+    Problem one = problem;
+    one.visible = problem.visible_of(rows);
+    rows.query_batch = rows.query_row = rows.kv_batch = rows.kv_row = 0;
+    if (one.sequences.given) one.sequences.rows = {rows};
+    one.layout = Layout::bshd;
+    one.ndim = 4;
+    one.batch = one.batch_shape[0] = 1;
+    one.loops.clear();
+    one.seqlen_q = one.query_rows = rows.seqlen_q;
+    one.seqlen_kv = rows.seqlen_kv;
+    one.head_dim_v = value.shape[3];
+    one.query = operand_of(query, Layout::bshd);
+    one.key = operand_of(key, Layout::bshd);
+    one.value = operand_of(value, Layout::bshd);
+    one.out = operand_of(out, Layout::bshd);
+    one.lse.reset();
+    one.wants_lse = false;
+    if (one.alibi) {
+        advance(one.alibi->view, b * one.alibi->stride_batch);
+        if (one.alibi->view.ndim == 2) one.alibi->view.shape[0] = 1;
+        one.alibi->stride_batch = 0;
+    }
+    if (one.mask) {
+        TensorView& view = one.mask->view;
+        advance(view, b * view.strides[0]);
+        view.shape[0] = 1;
+        view.strides[0] = 0;
+        one.mask->given = view;
+        for (int i = 0; i < 4; ++i)
+            if (view.strides[i] == 0 && view.shape[i] > 0) one.mask->given.shape[i] = 1;
+    }
+    if (one.dropout) one.dropout->batch_first += b * one.dropout->batch_step;
+    return one;
+}
+
+/// The weights of one call, sequence by sequence.
+class Weights {
+public:
+    Weights(const Backend& backend, const Problem& problem, const TensorView& matrix)
+        : backend_(backend),
+          problem_(problem),
+          matrix_(matrix),
+          copier_(
+              backend, problem,
+              std::max(problem.seqlen_q * problem.nheads_q, problem.seqlen_kv * problem.nheads_kv)),
+          query_(floats(is_float() ? 0 : problem.seqlen_q * problem.nheads_q * problem.head_dim)),
+          key_(floats(is_float() ? 0 : problem.seqlen_kv * problem.nheads_kv * problem.head_dim)),
+          seen_(floats(problem.seqlen_q * problem.nheads_q * columns())),
+          kept_(floats(problem.dropout ? problem.seqlen_q * problem.nheads_q * columns() : 0)),
+          identity_(floats(2 * problem.seqlen_kv)) {}
+
+    void run() {
+        for (int64_t b = 0; b < problem_.batch; ++b) {
+            const SequenceRows rows = problem_.sequence(b);
+            if (problem_.sequences.given)
+                copier_.clear(place(b, problem_.seqlen_q, 0, problem_.seqlen_kv));
+            if (rows.seqlen_q > 0 && rows.seqlen_kv > 0) run(b, rows);
+        }
+    }
+
+private:
+    bool is_float() const { return problem_.query.view.dtype == DType::f32; }
+    int64_t columns() const { return std::min(most_columns, problem_.seqlen_kv); }
+    Floats floats(int64_t count) const {
+        return {backend_, problem_.query.view, count, problem_.function};
+    }
+
+    /// Where the matrix has columns [first, first + width) of sequence b: (rows, heads, columns).
+    TensorView place(int64_t b, int64_t rows, int64_t first, int64_t width) const {
+        TensorView view = matrix_;
+        const int64_t* strides = matrix_.strides;
+        advance(view, b * strides[0] + first * strides[3]);
+        set_shape(view, {rows, problem_.nheads_q, width}, {strides[2], strides[1], strides[3]});
+        return view;
+    }
+
+    /// The rows in float32, so that no weight is too small to show its sign.
+    TensorView as_float(const TensorView& rows, const Floats& memory) {
+        if (is_float()) return rows;
+        const TensorView copy = memory.compact(rows.shape[1], rows.shape[2], rows.shape[3]);
+        copier_.copy(without_batch(rows), copy);
+        return with_batch(copy);
+    }
+
+    static TensorView with_batch(const TensorView& rows) {
+        TensorView view = rows;
+        set_shape(view, {1, rows.shape[0], rows.shape[1], rows.shape[2]},
+                  {0, rows.strides[0], rows.strides[1], rows.strides[2]});
+        return view;
+    }
+
+    void run(int64_t b, const SequenceRows& rows) {
+        const int64_t heads = problem_.nheads_q, keys = rows.seqlen_kv;
+        const TensorView query = as_float(rows_of(problem_.query, rows.query_batch, rows.query_row,
+                                                  rows.seqlen_q, heads, problem_.head_dim),
+                                          query_);
+        const TensorView key = as_float(rows_of(problem_.key, rows.kv_batch, rows.kv_row, keys,
+                                                problem_.nheads_kv, problem_.head_dim),
+                                        key_);
+        // Zeros around a single 1: a row starts one number before the row above it, so this is an
+        // identity of any size.
+        std::fill_n(identity_.host(), 2 * keys, 0.f);
+        identity_.host()[keys - 1] = 1;
+        for (int64_t first = 0; first < keys; first += most_columns) {
+            const int64_t width = std::min(most_columns, keys - first);
+            const TensorView value = identity_.view(
+                keys - 1 + first, {1, keys, problem_.nheads_kv, width}, {0, -1, 0, 1});
+            const TensorView found = seen_.compact(rows.seqlen_q, heads, width);
+            Problem one = one_sequence(problem_, b, query, key, value, with_batch(found));
+            if (one.dropout) {
+                const TensorView kept = kept_.compact(rows.seqlen_q, heads, width);
+                Problem dropped = one;
+                dropped.out = operand_of(with_batch(kept), Layout::bshd);
+                forward(backend_, dropped);
+                one.dropout.reset();
+            }
+            forward(backend_, one);
+            if (problem_.dropout) mark_dropped(rows.seqlen_q * heads * width);
+            copier_.copy(found, place(b, rows.seqlen_q, first, width));
+        }
+    }
+
+    /// Makes weights negative that dropout has made 0.
+    void mark_dropped(int64_t count) {
+        float* seen = seen_.host();
+        const float* kept = kept_.host();
+        for (int64_t i = 0; i < count; ++i)
+            if (kept[i] == 0 && seen[i] > 0) seen[i] = -seen[i];
+    }
+
+    const Backend& backend_;
+    const Problem& problem_;
+    const TensorView& matrix_;
+    Copier copier_;
+    Floats query_, key_, seen_, kept_, identity_;
+};
+
+/// The tensors that are read while the matrix is written.
+void check_apart(const Checker& check, const Problem& problem, const TensorView& matrix) {
+    const Function& names = *problem.names;
+    const auto apart = [&](const TensorView& view, Field field) {
+        check_overlap(check, matrix, "weights", view, names[field]);
+    };
+    apart(problem.query.view, Field::query);
+    apart(problem.key.view, Field::key);
+    if (problem.alibi) apart(problem.alibi->view, Field::alibi_slopes);
+    if (problem.mask) apart(problem.mask->given, Field::attn_mask);
+    if (problem.sinks) apart(problem.sinks->logits, Field::learnable_sink);
+    if (!problem.rotary) return;
+    apart(problem.rotary->cos, Field::rotary_cos);
+    apart(problem.rotary->sin, Field::rotary_sin);
+}
+
+void check_matrix(const Checker& check, const TensorView& matrix, const TensorView& shape) {
+    if (matrix.ndim != shape.ndim || !std::equal(matrix.shape, matrix.shape + 4, shape.shape))
+        check.value("weights has the wrong shape", shape_text(matrix), shape_text(shape));
+    if (matrix.dtype != shape.dtype)
+        check.type("weights has the wrong dtype", name_of(matrix.dtype), name_of(shape.dtype));
+    check_same_device(check, matrix, "weights", shape);
+    check_memory(check, matrix, "weights");
+    check_distinct(check, matrix, "weights");
+}
+
+[[noreturn]] void refuse(const Function& function, const std::string& what) {
+    fail(ErrorKind::unsupported, function.name,
+         "the weights of a call with " + what + " cannot be returned", "a call for its weights",
+         "out and lse of such a call, or a call without it");
+}
+
+}  // namespace
+
+void check_weights(const Problem& problem) {
+    const Function& names = *problem.names;
+    if (problem.qv) refuse(names, names[Field::qv]);
+    if (problem.page_size > 0) refuse(names, names[Field::block_table]);
+    if (problem.append) refuse(names, names[Field::new_key]);
+    if (names.broadcasts) refuse(names, "batch dimensions that broadcast");
+}
+
+Problem make_weights_problem(AttentionRequest request) {
+    const Function& names = *request.function;
+    // Before anything is said about the key in the place of a value.
+    if (request.new_key || request.new_value) refuse(names, names[Field::new_key]);
+    if (request.qv) refuse(names, names[Field::qv]);
+    if (!request.value && request.key) {
+        request.value = request.key;
+        const int last = request.value->ndim - 1;
+        if (last >= 0)
+            request.value->shape[last] =
+                std::min<int64_t>(request.value->shape[last], max_head_dim_v);
+    }
+    Problem problem = Problem::make(request);
+    check_weights(problem);
+    return problem;
+}
+
+TensorView weights_shape(const Problem& problem) {
+    TensorView shape = problem.query.view;
+    set_shape(shape, {problem.batch, problem.nheads_q, problem.seqlen_q, problem.seqlen_kv},
+              {0, 0, 0, 0});
+    return shape;
+}
+
+void weights(const Backend& backend, const Problem& problem, const TensorView& matrix) {
+    const Checker check{problem.function};
+    check_weights(problem);
+    check_matrix(check, matrix, weights_shape(problem));
+    check_apart(check, problem, matrix);
+    if (matrix.size() > 0) Weights(backend, problem, matrix).run();
+}
+
+}  // namespace umfa
