@@ -28,7 +28,8 @@ def attention(
     softmax_scale: float | None = None,
     causal: bool = False,
     alignment: Alignment = "lower_right",
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    window_offsets: bool = False,
     softcap: float = 0.0,
     alibi_slopes: ArrayLike | None = None,
     mask: ArrayLike | None = None,
@@ -79,6 +80,8 @@ def attention(
         ``offset = 0``: the first row sits on the first key (PyTorch's ``is_causal``, JAX).
     window_size : (left, right)
         Row `i` sees only keys in ``[p_i - left, p_i + right]``; -1 leaves a side unbounded.
+    window_offsets : bool
+        None leaves a side unbounded, and negative numbers, -1 among them, are what they are.
     softcap : float
         0 turns it off.
     alibi_slopes : array (heads,) or (batch, heads), optional
@@ -141,6 +144,7 @@ def attention(
                 seqlen_k,
                 causal=causal,
                 window_size=window_size,
+                window_offsets=window_offsets,
                 attention_chunk=attention_chunk,
                 attention_chunk_offset=attention_chunk_offset,
             )
@@ -262,7 +266,8 @@ def visible(
     seqlen_k: int,
     *,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    window_offsets: bool = False,
     attention_chunk: int = 0,
     attention_chunk_offset: int = 0,
 ) -> NDArray[np.bool_]:
@@ -279,15 +284,15 @@ def visible(
     bool array (rows, seqlen_k)
         True where the row attends to the key.
     """
-    left, right = window_size
+    left, right = (None if x == -1 and not window_offsets else x for x in window_size)
     if causal:
         right = 0
     p = positions[:, None]
     j = np.arange(seqlen_k)[None, :]
     sees = np.ones((len(positions), seqlen_k), dtype=bool)
-    if left >= 0:
+    if left is not None:
         sees &= j >= p - left
-    if right >= 0:
+    if right is not None:
         sees &= j <= p + right
     if attention_chunk > 0:
         shift = attention_chunk_offset

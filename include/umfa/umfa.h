@@ -123,12 +123,15 @@ typedef struct umfa_attention_options {
     /* the same bits for a query whatever batch, split or number of queries it is computed with
        */
     int32_t batch_invariant;
+    /* bounds of window_size below 0 count, -1 too: left -3 begins 3 keys right of the diagonal.
+       2147483647, or two bounds below 0: all keys (flash-attn 4) */
+    int32_t window_offsets;
 } umfa_attention_options;
 
 #define UMFA_ATTENTION_OPTIONS_INIT \
     {sizeof(umfa_attention_options), UMFA_LAYOUT_BSHD, UMFA_BACKEND_AUTO, 0, 0, -1, -1, 0, \
      0, NULL, NULL, 0, NULL, NULL, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -1, \
-     -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0}
+     -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0, 0}
 /* ---- end ---- */
 
 /* out = softmax(query key^T * softmax_scale) value, per head; query head h reads key head

@@ -27,10 +27,14 @@
 
 namespace umfa {
 
+/// A left or right that bounds nothing: the largest int. No sequence is longer.
+#define UMFA_UNBOUNDED 0x7fffffff
+
 /// Query i sees the keys j with  i + offset - left <= j <= i + offset + right.
-/// A negative left or right is unbounded on that side. With a chunk > 0 only the keys of its own
-/// chunk: those whose position, with chunk_offset added, has the same quotient by it, rounded down,
-/// as i + offset. 0 <= chunk_offset < chunk. Every query also sees the keys j < prefix <= seqlen_kv.
+/// A negative left or right moves the window's edge across i + offset. With a chunk > 0 only the keys
+/// of its own chunk: those whose position, with chunk_offset added, has the same quotient by it,
+/// rounded down, as i + offset. 0 <= chunk_offset < chunk. Every query also sees the keys
+/// j < prefix <= seqlen_kv.
 template <typename Int>
 struct Visible {
     Int seqlen_kv;
@@ -41,6 +45,19 @@ struct Visible {
     Int chunk_offset;
     Int prefix;
 };
+
+#ifndef __METAL_VERSION__
+
+/// v with this window. Where it ends before it begins no query sees a key; an end that lies before
+/// all keys lets a block of queries know it too.
+UMFA_INLINE Visible<int64_t> with_window(Visible<int64_t> v, int64_t left, int64_t right) {
+    const bool bounded = left != UMFA_UNBOUNDED && right != UMFA_UNBOUNDED;
+    v.left = left;
+    v.right = bounded && left + right < 0 ? -UMFA_UNBOUNDED : right;
+    return v;
+}
+
+#endif
 
 // ---- the bounds of one query -------------------------------------------------------------------
 
@@ -58,7 +75,10 @@ UMFA_INLINE Int visible_begin(Visible<Int> v, Int i) {
     const Int center = i + v.offset;
     Int begin = 0;
     // A window reaching left of key 0 is common: compare before subtracting, so nothing wraps.
-    if (v.left >= 0 && center > v.left) begin = center - v.left;
+    if (v.left != UMFA_UNBOUNDED && center > v.left) {
+        const bool past_end = v.left < 0 && center > v.seqlen_kv + v.left;
+        begin = past_end ? v.seqlen_kv : center - v.left;
+    }
     if (v.chunk > 0) {
         const Int place = place_in_chunk(v, center);
         if (center > place && center - place > begin) begin = center - place;
@@ -71,7 +91,8 @@ template <typename Int>
 UMFA_INLINE Int visible_end(Visible<Int> v, Int i) {
     const Int center = i + v.offset;
     Int end = v.seqlen_kv;
-    if (v.right >= 0 && v.right < v.seqlen_kv - center) end = center + v.right + 1;
+    if (v.right != UMFA_UNBOUNDED && v.right < v.seqlen_kv - center)
+        end = v.right < -center ? 0 : center + v.right + 1;
     if (v.chunk > 0) {
         const Int rest = v.chunk - place_in_chunk(v, center);
         if (rest < end - center) end = center + rest;
@@ -93,8 +114,8 @@ UMFA_INLINE int clamp_key(Int key, Int keys) {
     return static_cast<int>(key < 0 ? 0 : key > keys ? keys : key);
 }
 
-/// The smallest range with every key of the tile [first_key, first_key + keys) that some query of
-/// [first, last] sees.
+/// A range with every key of the tile [first_key, first_key + keys) that some query of [first, last]
+/// sees; the smallest one, unless a window of negative bounds meets chunks.
 template <typename Int>
 UMFA_INLINE KeyRange seen_by_some(Visible<Int> v, Int first, Int last, Int first_key, Int keys) {
     const int prefix = clamp_key(v.prefix - first_key, keys);
@@ -229,8 +250,8 @@ UMFA_INLINE void set_visible_rows(Visible<int64_t> v, int64_t first, int64_t fir
         return static_cast<int>(key < -N ? -N : key > keys ? keys : key);
     };
     const int count = static_cast<int>(keys);
-    const int begin = v.left < 0 ? -N : near(center - v.left);
-    const int end = v.right < 0 ? count : near(center + v.right + 1);
+    const int begin = v.left == UMFA_UNBOUNDED ? -N : near(center - v.left);
+    const int end = v.right == UMFA_UNBOUNDED ? count : near(center + v.right + 1);
     for (int j = 0; j < N; ++j) {
         rows.begin[j] = clamp_key(begin + j, count);
         rows.end[j] = clamp_key(end + j, count);

@@ -149,8 +149,8 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
                     (request.rotary_cos ? cos_name : sin_name) + " alone", "both or neither");
     // New keys are rotated on their way into the cache, which holds the others rotated already.
     const bool keys = !request.new_key;
-    const bool advances = keys || problem.causal || problem.visible.left >= 0 ||
-                          problem.visible.right >= 0 || problem.visible.chunk > 0;
+    const bool advances = keys || problem.causal || problem.visible.left != UMFA_UNBOUNDED ||
+                          problem.visible.right != UMFA_UNBOUNDED || problem.visible.chunk > 0;
     Rotary rotary{
         *request.rotary_cos, *request.rotary_sin, 0, request.rotary_interleaved, advances, keys};
     const int64_t appended = problem.append ? problem.append->rows : 0;

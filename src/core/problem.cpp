@@ -327,17 +327,23 @@ private:
         problem_.batch_invariant = request_.batch_invariant;
     }
 
-    void check_window(const char* side, int64_t width) const {
-        if (width < -1 || width > max_seqlen)
+    /// One bound of the window, UMFA_UNBOUNDED where there is none.
+    int64_t bound(const char* side, int64_t width) const {
+        const bool offsets = request_.window_offsets;
+        const bool both_below =
+            offsets && request_.window_size_left < 0 && request_.window_size_right < 0;
+        if (width < (offsets ? -max_seqlen : -1) || width > max_seqlen)
             check_.value(names_[Field::window_size] + " " + side + " is out of range",
                          std::to_string(width),
-                         "-1 (unbounded) or 0 to " + std::to_string(max_seqlen));
+                         offsets ? "a number of keys of at most " + std::to_string(max_seqlen)
+                                 : "-1 (unbounded) or 0 to " + std::to_string(max_seqlen));
+        return both_below || (!offsets && width == -1) ? UMFA_UNBOUNDED : width;
     }
 
     /// A causal mask is a window whose right edge is the diagonal.
     void read_visibility() {
-        check_window("left", request_.window_size_left);
-        check_window("right", request_.window_size_right);
+        const int64_t left = bound("left", request_.window_size_left);
+        const int64_t right = bound("right", request_.window_size_right);
         if (request_.attention_chunk < 0 || request_.attention_chunk > max_seqlen)
             check_.value(names_[Field::attention_chunk] + " is out of range",
                          std::to_string(request_.attention_chunk),
@@ -350,8 +356,7 @@ private:
         problem_.top_left = request_.causal_alignment == Alignment::top_left;
         problem_.visible.seqlen_kv = problem_.seqlen_kv;
         problem_.visible.offset = problem_.top_left ? 0 : problem_.seqlen_kv - problem_.seqlen_q;
-        problem_.visible.left = request_.window_size_left;
-        problem_.visible.right = problem_.causal ? 0 : request_.window_size_right;
+        problem_.visible = with_window(problem_.visible, left, problem_.causal ? 0 : right);
         problem_.visible.chunk = request_.attention_chunk;
         if (const int64_t chunk = request_.attention_chunk; chunk > 0)
             problem_.visible.chunk_offset =
@@ -457,7 +462,8 @@ uint32_t Problem::features() const {
         if (used) set |= bit(feature);
     };
     add(Feature::causal, causal);
-    add(Feature::window, visible.left >= 0 || (!causal && visible.right >= 0));
+    add(Feature::window,
+        visible.left != UMFA_UNBOUNDED || (!causal && visible.right != UMFA_UNBOUNDED));
     add(Feature::softcap, softcap > 0);
     add(Feature::alibi, alibi.has_value());
     add(Feature::lse, wants_lse);

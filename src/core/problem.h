@@ -129,7 +129,8 @@ struct UMFA_CORE_API Problem {
     std::optional<Operand> lse;  // f32, natural log; stride_channel unused
     bool wants_lse = false;
     double softmax_scale = 1;
-    Visible<int64_t> visible{0, 0, -1, -1, 0, 0, 0};  // of the longest, without a prefix
+    // Of the longest, without a prefix.
+    Visible<int64_t> visible{0, 0, UMFA_UNBOUNDED, UMFA_UNBOUNDED, 0, 0, 0};
     bool causal = false, top_left = false;
     double softcap = 0;            // 0: off
     int64_t num_splits = 0;        // as in the request

@@ -119,7 +119,9 @@ uint64_t unsigned_integer(const Argument& argument, nb::handle value) {
 }
 
 std::pair<int64_t, int64_t> window(const Argument& argument, nb::handle value) {
-    if (value.is_none()) return {-1, -1};
+    // As many keys as a sequence can have, which the core takes for none too few.
+    constexpr int64_t unbounded = INT32_MAX;
+    if (value.is_none()) return {unbounded, unbounded};
     nb::object pair = nb::borrow(value);
     if (!PyTuple_CheckExact(value.ptr()) && !PyList_CheckExact(value.ptr()) &&
         nb::hasattr(value, "tolist") && nb::hasattr(value, "shape"))
@@ -133,7 +135,7 @@ std::pair<int64_t, int64_t> window(const Argument& argument, nb::handle value) {
         const nb::object own = pair[i];
         const std::string name = argument.name + " " + which;
         return own.is_none()
-                   ? -1
+                   ? unbounded
                    : integer({argument.function, name}, own, "-1 (unbounded) or a number of keys");
     };
     const int64_t left = side("left", 0);

@@ -24,7 +24,7 @@ bool flag(const Argument& argument, nb::handle value);
 /// `expected` ends the message of a value that is no integer.
 int64_t integer(const Argument& argument, nb::handle value, const std::string& expected);
 uint64_t unsigned_integer(const Argument& argument, nb::handle value);
-/// (left, right); None is -1, unbounded.
+/// (left, right); None is INT32_MAX, unbounded.
 std::pair<int64_t, int64_t> window(const Argument& argument, nb::handle value);
 /// Index of the name that the value is.
 size_t choice(const Argument& argument, nb::handle value, const char* const* names, size_t count);

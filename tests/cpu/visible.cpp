@@ -33,8 +33,9 @@ struct Answer {
 
 template <class Int>
 void block(const Question& q, Answer& answer) {
+    const Visible<int64_t> window = with_window({}, q.left, q.right);
     const Visible<Int> v{static_cast<Int>(q.seqlen_kv), static_cast<Int>(q.offset),
-                         static_cast<Int>(q.left),      static_cast<Int>(q.right),
+                         static_cast<Int>(window.left), static_cast<Int>(window.right),
                          static_cast<Int>(q.chunk),     static_cast<Int>(q.chunk_offset),
                          static_cast<Int>(q.prefix)};
     const Int first = static_cast<Int>(q.first), last = static_cast<Int>(q.first + q.queries - 1);
@@ -51,8 +52,8 @@ void block(const Question& q, Answer& answer) {
 }
 
 void rows(const Question& q, Answer& answer) {
-    const Visible<int64_t> v{q.seqlen_kv, q.offset,       q.left,  q.right,
-                             q.chunk,     q.chunk_offset, q.prefix};
+    const Visible<int64_t> v = with_window(
+        {q.seqlen_kv, q.offset, 0, 0, q.chunk, q.chunk_offset, q.prefix}, q.left, q.right);
     VisibleRows<lanes> together;
     set_visible_rows(v, q.first, q.tile, q.keys, together);
     Vector number;
