@@ -21,8 +21,9 @@ inline device T* place_of(device T* cache, constant OperandStrides& strides,
                           int page_size, int key) {
     int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
     if (has_pages) {
-        batch = page_table[sequence.pages + key / page_size];
-        row = key % page_size;
+        const int at = int(sequence.kv_row) + key;
+        batch = page_table[sequence.pages + at / page_size];
+        row = at % page_size;
     }
     return cache + batch * strides.batch + row * strides.row;
 }
@@ -40,42 +41,43 @@ template <typename T>
     device const T* new_key [[buffer(UMFA_APPEND_NEW_KEY)]],
     device const T* new_value [[buffer(UMFA_APPEND_NEW_VALUE)]],
     device const SequenceParams* sequences [[buffer(UMFA_APPEND_SEQUENCES)]],
+    device const AppendTask* tasks [[buffer(UMFA_APPEND_TASKS)]],
     device const int* page_table UMFA_BUFFER_IF(UMFA_APPEND_PAGES, has_pages),
     device const uchar* rotary_cos UMFA_BUFFER_IF(UMFA_APPEND_ROTARY_COS, has_rotary),
     device const uchar* rotary_sin UMFA_BUFFER_IF(UMFA_APPEND_ROTARY_SIN, has_rotary),
     constant AppendParams& params [[buffer(UMFA_APPEND_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint3 threads [[threads_per_threadgroup]],
     uint3 thread_position [[thread_position_in_threadgroup]]) {
-    const int batch = group.z, head = group.y, first_row = group.x * params.rows_per_threadgroup;
-    const int rows = min(params.rows_per_threadgroup, params.rows - first_row);
-    const int first = thread_position.x;
-    const SequenceParams sequence = sequences[batch];
-    const int first_key = sequence.visibility.seqlen_kv - params.rows;  // of the new ones
+    const AppendTask task = tasks[group.x];
+    const int head = group.y, rows = task.rows, first = thread_position.x;
+    const SequenceParams sequence = sequences[task.sequence];
     const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
-    new_key += batch * params.new_key.batch + head * params.new_key.head;
-    new_value += batch * params.new_value.batch + head * params.new_value.head;
+    new_key += task.new_batch * params.new_key.batch + task.new_row * params.new_key.row +
+               head * params.new_key.head;
+    new_value += task.new_batch * params.new_value.batch + task.new_row * params.new_value.row +
+                 head * params.new_value.head;
     key += head * params.key.head;
     value += head * params.value.head;
 
     const int columns = params.head_dim, pairs = (columns + 1) / 2;
     for (int i = first; i < rows * pairs; i += threads.x) {
-        const int row = first_row + i / pairs, pair = i % pairs;
+        const int row = i / pairs, pair = i % pairs;
         const int2 at = channels_of(rotary, pair);
-        T a = element<T>(new_key, params.new_key, row, params.rows, at.x, columns);
-        T b = element<T>(new_key, params.new_key, row, params.rows, at.y, columns);
+        T a = element<T>(new_key, params.new_key, row, rows, at.x, columns);
+        T b = element<T>(new_key, params.new_key, row, rows, at.y, columns);
         if (has_rotary && 2 * pair < rotary.params.channels)
-            rotate_pair(a, b, rotary, sequence.position_q + row, pair);
+            rotate_pair(a, b, rotary, task.position + row, pair);
         device T* to =
-            place_of(key, params.key, sequence, page_table, params.page_size, first_key + row);
+            place_of(key, params.key, sequence, page_table, params.page_size, task.first_key + row);
         to[at.x * channel_stride(params.key)] = a;
         if (at.y < columns) to[at.y * channel_stride(params.key)] = b;
     }
     for (int i = first; i < rows * params.head_dim_v; i += threads.x) {
-        const int row = first_row + i / params.head_dim_v, column = i % params.head_dim_v;
-        device T* to =
-            place_of(value, params.value, sequence, page_table, params.page_size, first_key + row);
+        const int row = i / params.head_dim_v, column = i % params.head_dim_v;
+        device T* to = place_of(value, params.value, sequence, page_table, params.page_size,
+                                task.first_key + row);
         to[column * channel_stride(params.value)] =
-            element<T>(new_value, params.new_value, row, params.rows, column, params.head_dim_v);
+            element<T>(new_value, params.new_value, row, rows, column, params.head_dim_v);
     }
 }
 

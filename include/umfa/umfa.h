@@ -95,9 +95,9 @@ typedef struct umfa_attention_options {
     const DLTensor* seqused_q;
     /* (batch,): rows of each key sequence that count; of a cache, those in use */
     const DLTensor* seqused_k;
-    /* (batch,): index of key's batch that belongs to each query */
+    /* (batch,): index of key's batch, or row of block_table, that belongs to each query */
     const DLTensor* cache_batch_idx;
-    /* (batch,): first row of key that counts */
+    /* (batch,): first row of key, or of the sequence's pages, that counts */
     const DLTensor* cache_leftpad;
     /* (batch, pages of a sequence): key and value are pages, (pages, page_size, ...) */
     const DLTensor* block_table;
@@ -126,12 +126,17 @@ typedef struct umfa_attention_options {
     /* bounds of window_size below 0 count, -1 too: left -3 begins 3 keys right of the diagonal.
        2147483647, or two bounds below 0: all keys (flash-attn 4) */
     int32_t window_offsets;
+    /* (batch + 1,): new_key and new_value are packed, (total_new, nheads_kv, head_dim) */
+    const DLTensor* cu_seqlens_k_new;
+    /* (batch,): position of a sequence's first query and new key, for rotary angles; else the
+       rows in use */
+    const DLTensor* rotary_seqlens;
 } umfa_attention_options;
 
 #define UMFA_ATTENTION_OPTIONS_INIT \
     {sizeof(umfa_attention_options), UMFA_LAYOUT_BSHD, UMFA_BACKEND_AUTO, 0, 0, -1, -1, 0, \
      0, NULL, NULL, 0, NULL, NULL, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -1, \
-     -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0, 0}
+     -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0, 0, NULL, NULL}
 /* ---- end ---- */
 
 /* out = softmax(query key^T * softmax_scale) value, per head; query head h reads key head

@@ -25,8 +25,8 @@
     /* Sequences lie where a buffer says, and threadgroups find what they do in a list */   \
     /* of tasks. */                                                                         \
     X(10, bool, has_sequences)                                                              \
-    /* Key j of a sequence is row j % page_size of the page that the table has at */        \
-    /* j / page_size. */                                                                    \
+    /* Row r of a sequence is row r % page_size of the page that the table has at */        \
+    /* r / page_size. */                                                                    \
     X(11, bool, has_pages)                                                                  \
     X(12, bool, has_sinks)                                                                  \
     X(13, int, sink_kind)                                                                   \

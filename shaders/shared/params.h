@@ -51,12 +51,12 @@ struct ForwardParams {
 /// Where one sequence of the batch lies, in rows of the tensors.
 struct SequenceParams {
     int64_t query_batch, query_row;  // its first query
-    int64_t kv_batch, kv_row;        // its first key; unused with pages
+    int64_t kv_batch, kv_row;        // its first key; with pages kv_row is a row of all of them
     int64_t pages;                   // its first page in the table
     int64_t part;                    // split-KV: the first of its partial results
     int32_t seqlen_q;
     int32_t splits;      // split-KV
-    int32_t position_q;  // of its first query, for rotary angles
+    int32_t position_q;  // of its first query and new key, for rotary angles
     Visible<int32_t> visibility;
 };
 
@@ -77,11 +77,10 @@ struct ClearParams {
     int32_t head_dim_v, reserved;
 };
 
-/// New rows of keys and values: `rows` for each sequence.
+/// New rows of keys and values.
 struct AppendParams {
     OperandStrides key, value, new_key, new_value;
     RotaryParams rotary;
-    int32_t rows, rows_per_threadgroup;
     int32_t page_size;
     int32_t head_dim, head_dim_v;
     int32_t reserved;
@@ -96,6 +95,13 @@ struct PartStrides {
 struct CombineParams {
     PartStrides out_partial, lse_partial, out, lse;
     int32_t parts, rows, heads, head_dim;
+};
+
+/// Some new rows of one sequence, for each key head.
+struct AppendTask {
+    int64_t new_batch, new_row;   // the first of them, in new_key and new_value
+    int32_t sequence, first_key;  // which key of the sequence it becomes
+    int32_t rows, position;       // position of the first, for rotary angles
 };
 
 /// Split-KV decode: the keys that any query sees, [first_key, last_key), in `splits` equal pieces.

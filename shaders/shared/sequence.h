@@ -38,7 +38,7 @@ inline Visible<int> visible_of(thread const SequenceParams& sequence) {
 struct Pages {
     device const int* table;
     int size;
-    int first;  // key that is row 0 for whoever asks
+    int first;  // of its rows, the one that is row 0 for whoever asks
 };
 
 inline Pages pages_of(constant ForwardParams& params, device const int* table,
@@ -46,7 +46,7 @@ inline Pages pages_of(constant ForwardParams& params, device const int* table,
     Pages pages;
     pages.table = has_pages ? table + sequence.pages : nullptr;
     pages.size = params.page_size;
-    pages.first = 0;
+    pages.first = has_pages ? int(sequence.kv_row) : 0;
     return pages;
 }
 
@@ -65,8 +65,8 @@ template <typename T>
 inline device const T* key_row(device const T* rows, constant OperandStrides& strides,
                                thread const Pages& pages, int row) {
     if (!has_pages) return rows + row * strides.row;
-    const int key = pages.first + row, page = key / pages.size;
-    return rows + pages.table[page] * strides.batch + (key - page * pages.size) * strides.row;
+    const int at = pages.first + row, page = at / pages.size;
+    return rows + pages.table[page] * strides.batch + (at - page * pages.size) * strides.row;
 }
 
 }  // namespace umfa

@@ -37,7 +37,7 @@ template <typename M, int D, int ROWS, int THREADS, typename T>
 inline void stage(threadgroup M* staged, device const T* keys, constant OperandStrides& strides,
                   Pages pages, int first, int row_count, int columns, ushort thread_index) {
     device const T* rows = has_pages ? keys : keys + first * strides.row;
-    pages.first = first;
+    pages.first += first;
     constexpr int ROW = tile_row<M>(D);
     if (wide_loads) {
         constexpr int N = 16 / sizeof(T), STEPS = (ROWS * D / N + THREADS - 1) / THREADS;
@@ -101,7 +101,7 @@ inline void stage_rotated(threadgroup M* staged, device const T* keys,
                           constant OperandStrides& strides, Pages pages, int first, int row_count,
                           int columns, thread const Rotary& rotary, ushort thread_index) {
     device const T* rows = has_pages ? keys : keys + first * strides.row;
-    pages.first = first;
+    pages.first += first;
     if (wide_rotary) {
         constexpr int ROW = tile_row<M>(D), N = 16 / sizeof(T), RUNS = D / (2 * N);
         for (int i = thread_index; i < ROWS * RUNS; i += THREADS) {

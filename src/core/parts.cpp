@@ -114,15 +114,21 @@ Append checked_append(const Checker& check, const Problem& problem,
         Field field, cache_field;
     } pairs[] = {{k, *request.key, Field::new_key, Field::key},
                  {v, *request.value, Field::new_value, Field::value}};
+    const bool packed = request.cu_seqlens_k_new.has_value();
+    // Of packed queries the table tells how many sequences there are: read_sequences() checks it.
+    const int64_t batch = request.cu_seqlens_q && k.ndim == 4 ? k.shape[0] : problem.batch_shape[0];
+    const int ndim = packed ? 3 : 4;
     for (const auto& [view, cache, field, cache_field] : pairs) {
         const std::string &name = names[field], &cache_name = names[cache_field];
-        if (view.ndim != 4 || view.shape[0] != problem.batch_shape[0] ||
-            view.shape[1] != k.shape[1] || view.shape[2] != problem.nheads_kv ||
-            view.shape[3] != cache.shape[3])
+        const std::string channels =
+            std::to_string(problem.nheads_kv) + ", " + std::to_string(size_at(cache, 1)) + ")";
+        if (view.ndim != ndim || (!packed && view.shape[0] != batch) ||
+            size_at(view, 3) != size_at(k, 3) || size_at(view, 2) != problem.nheads_kv ||
+            size_at(view, 1) != size_at(cache, 1))
             check.value(name + " has the wrong shape", shape_text(view),
-                        "(" + std::to_string(problem.batch_shape[0]) + ", new rows, " +
-                            std::to_string(problem.nheads_kv) + ", " +
-                            std::to_string(cache.shape[3]) + ")");
+                        (packed ? "(total of the new rows, "
+                                : "(" + std::to_string(batch) + ", new rows, ") +
+                            channels);
         if (view.dtype != cache.dtype)
             check.type(name + " has the wrong dtype", name_of(view.dtype), name_of(cache.dtype));
         check_same_device(check, view, name, cache);
@@ -134,7 +140,7 @@ Append checked_append(const Checker& check, const Problem& problem,
     }
     if (!interleaved(*request.key, *request.value))
         check_overlap(check, *request.key, names[Field::key], *request.value, names[Field::value]);
-    Append append{operand_of(k, Layout::bshd), operand_of(v, Layout::bshd), k.shape[1]};
+    Append append{operand_of(k, Layout::bshd), operand_of(v, Layout::bshd)};
     append.key.stride_batch = stride_at(k, 4);
     append.value.stride_batch = stride_at(v, 4);
     return append;
@@ -153,13 +159,14 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
                           problem.visible.right != UMFA_UNBOUNDED || problem.visible.chunk > 0;
     Rotary rotary{
         *request.rotary_cos, *request.rotary_sin, 0, request.rotary_interleaved, advances, keys};
-    const int64_t appended = problem.append ? problem.append->rows : 0;
-    const auto reach = [&](int64_t queries) {
-        return std::max(appended, advances ? queries : std::min<int64_t>(queries, 1));
-    };
     int64_t positions = keys ? std::max(problem.seqlen_kv, problem.seqlen_q) : 0;
-    for (const SequenceRows& rows : problem.sequences.rows)
-        positions = std::max(positions, rows.position_q + reach(rows.seqlen_q));
+    for (const SequenceRows& rows : problem.sequences.rows) {
+        const int64_t queries = advances ? rows.seqlen_q : std::min<int64_t>(rows.seqlen_q, 1);
+        positions = std::max(positions, rows.position_q + std::max(queries, rows.new_rows));
+    }
+    if (positions > max_seqlen)
+        check.unsupported(cos_name + " would be read too far", std::to_string(positions),
+                          "at most " + std::to_string(max_seqlen) + " positions");
     if (keys && !problem.top_left && problem.seqlen_q > problem.seqlen_kv)
         check.value("seqlen_q must not exceed seqlen_kv with " + cos_name,
                     std::to_string(problem.seqlen_q) + " and " + std::to_string(problem.seqlen_kv),

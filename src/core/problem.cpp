@@ -265,9 +265,13 @@ private:
         }
         if (request_.new_key) problem_.append = checked_append(check_, problem_, request_);
         if (!request_.has_tables() && !problem_.append) return;
-        problem_.sequences = umfa::read_sequences(
-            request_, {problem_.batch_shape[0], problem_.query_rows, size_at(key(), 4),
-                       size_at(key(), row()), problem_.append ? problem_.append->rows : 0});
+        SequenceShapes shapes{problem_.batch_shape[0], problem_.query_rows, size_at(key(), 4),
+                              size_at(key(), row())};
+        if (request_.new_key) {
+            shapes.new_batch = size_at(*request_.new_key, 4);
+            shapes.new_rows = size_at(*request_.new_key, 3);
+        }
+        problem_.sequences = umfa::read_sequences(request_, shapes);
         problem_.page_size = request_.block_table ? size_at(key(), row()) : 0;
         problem_.seqlen_q = problem_.seqlen_kv = 0;
         for (SequenceRows& rows : problem_.sequences.rows) {
@@ -367,6 +371,11 @@ private:
         if (request_.alibi_slopes) problem_.alibi = checked_alibi(check_, problem_, request_);
         if (request_.rotary_cos || request_.rotary_sin)
             problem_.rotary = checked_rotary(check_, problem_, request_);
+        if (request_.rotary_seqlens && !(problem_.rotary && problem_.append))
+            check_.value(
+                names_[Field::rotary_seqlens] + " is for new keys that are rotated",
+                "a table without " + names_[problem_.append ? Field::rotary_cos : Field::new_key],
+                names_[Field::new_key] + " and " + names_[Field::rotary_cos]);
         if (request_.learnable_sink) problem_.sinks = checked_sinks(check_, problem_, request_);
         if (request_.attn_mask)
             problem_.mask = broadcast_mask(check_, problem_, *request_.attn_mask);

@@ -48,10 +48,9 @@ struct Sinks {
     TensorView logits;  // (nheads,): f32, f16 or bf16
 };
 
-/// Rows that go into key and value before attention.
+/// Rows that go into key and value before attention; `sequences` says which.
 struct Append {
     Operand key, value;
-    int64_t rows = 0;  // for each index of the batch
 };
 
 /// Rotary position embedding, Su et al. 2021. The first `channels` of a row are rotated.

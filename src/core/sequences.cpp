@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "core/error.h"
 
@@ -68,8 +69,8 @@ public:
         for (int64_t i = 0; i < table.shape[0]; ++i) {
             const int64_t value = element(table, i);
             const std::string place = name + "[" + std::to_string(i) + "]";
-            if (i == 0 && value != 0)
-                refuse(place + " is not the start", std::to_string(value), "0");
+            if (i == 0 && value < 0)
+                refuse(place + " is negative", std::to_string(value), "0 or more");
             if (i > 0 && value < values[static_cast<size_t>(i - 1)])
                 refuse(name + " is not monotone",
                        place + " = " + std::to_string(value) + " after " +
@@ -98,13 +99,14 @@ void check_apart(const Reader& read, const Sequences& found, const AttentionRequ
     std::vector<Span> spans;
     for (size_t b = 0; b < found.rows.size(); ++b) {
         const SequenceRows& rows = found.rows[b];
-        int64_t first = rows.kv_row + rows.seqlen_kv - shapes.appended;
+        int64_t first = rows.kv_row + rows.seqlen_kv - rows.new_rows;
+        if (rows.new_rows == 0) continue;
         if (!tables.block_table) {
             first += rows.kv_batch * shapes.kv_rows;
-            spans.push_back({first, first + shapes.appended, b});
+            spans.push_back({first, first + rows.new_rows, b});
             continue;
         }
-        for (const int64_t end = first + shapes.appended; first < end;) {
+        for (const int64_t end = first + rows.new_rows; first < end;) {
             const int64_t page = first / shapes.kv_rows, row = first % shapes.kv_rows;
             const int64_t count = std::min(end - first, shapes.kv_rows - row);
             const int64_t at =
@@ -129,158 +131,248 @@ void check_apart(const Reader& read, const Sequences& found, const AttentionRequ
                         "a place of its own for each new row");
 }
 
-}  // namespace
+/// The steps of read_sequences(), in their order.
+class SequenceReader {
+public:
+    SequenceReader(const AttentionRequest& tables, const SequenceShapes& shapes)
+        : tables_(tables), shapes_(shapes), names_(*tables.function), read_(names_.name) {}
 
-Sequences read_sequences(const AttentionRequest& tables, const SequenceShapes& shapes) {
-    const Function& names = *tables.function;
-    const Reader read{names.name};
-    Sequences found;
-    found.given = true;
-    std::vector<int64_t> q_offsets, k_offsets, used_q, used_k, index, leftpad, prefix;
-    int64_t batch = shapes.query_batch;
-    if (tables.cu_seqlens_q) {
-        read.offsets(*tables.cu_seqlens_q, names[Field::cu_seqlens_q], shapes.query_rows,
-                     q_offsets);
-        batch = static_cast<int64_t>(q_offsets.size()) - 1;
+    Sequences make() {
+        found_.given = true;
+        read_queries();
+        read_new_rows();
+        read_keys();
+        read_cache_indices();
+        read_starts();
+        for (int64_t b = 0; b < batch_; ++b) found_.rows.push_back(rows_of(b));
+        if (tables_.block_table) read_pages();
+        check_apart(read_, found_, tables_, shapes_);
+        check_promises();
+        return std::move(found_);
     }
-    const auto q_rows = [&](int64_t b) {
+
+private:
+    using Numbers = std::vector<int64_t>;  // one for each sequence
+
+    int64_t q_rows(int64_t b) const {
         const size_t i = static_cast<size_t>(b);
-        return tables.cu_seqlens_q ? q_offsets[i + 1] - q_offsets[i] : shapes.query_rows;
-    };
-
-    // Keys: how many rows there are for a sequence, before seqused_k cuts them down.
-    if (tables.cu_seqlens_k) {
-        read.check(*tables.cu_seqlens_k, names[Field::cu_seqlens_k], 1, batch + 1,
-                   "(" + std::to_string(batch + 1) + ",), as " + names[Field::cu_seqlens_q]);
-        read.offsets(*tables.cu_seqlens_k, names[Field::cu_seqlens_k],
-                     tables.block_table ? INT32_MAX : shapes.kv_rows, k_offsets);
+        return tables_.cu_seqlens_q ? q_offsets_[i + 1] - q_offsets_[i] : shapes_.query_rows;
     }
-    int64_t paged_rows = 0;
-    if (tables.block_table) {
-        read.check(*tables.block_table, names[Field::block_table], 2, batch,
-                   "(" + std::to_string(batch) + ", pages of a sequence)");
-        if (tables.cache_batch_idx)
-            read.refuse(names[Field::cache_batch_idx] + " and " + names[Field::block_table] +
-                            " exclude each other",
-                        "both", "one of them: a block table already says where a sequence lies");
-        if (__builtin_mul_overflow(tables.block_table->shape[1], shapes.kv_rows, &paged_rows))
-            paged_rows = INT64_MAX;
-    }
-    const auto k_rows = [&](int64_t b) {
+    int64_t new_rows(int64_t b) const {
         const size_t i = static_cast<size_t>(b);
-        if (tables.cu_seqlens_k) return k_offsets[i + 1] - k_offsets[i];
-        return tables.block_table ? paged_rows : shapes.kv_rows;
-    };
-    const std::string& name = names[Field::seqused_k];
-    if (tables.seqused_q)
-        read.read(*tables.seqused_q, names[Field::seqused_q], batch, 0, q_rows,
-                  "the sequence's rows", used_q);
-    if (tables.seqused_k)
-        read.read(*tables.seqused_k, name, batch, 0, k_rows, "the sequence's rows", used_k);
-    if (tables.cache_batch_idx)
-        read.read(
-            *tables.cache_batch_idx, names[Field::cache_batch_idx], batch, 0,
-            [&](int64_t) { return shapes.kv_batch - 1; }, "the cache's batch", index);
-    else if (!tables.cu_seqlens_k && !tables.block_table && shapes.kv_batch != batch)
-        read.refuse("batch differs: the query has " + std::to_string(batch) + ", " +
-                        names[Field::key] + " has " + std::to_string(shapes.kv_batch),
-                    std::to_string(shapes.kv_batch),
-                    std::to_string(batch) + ", or cache_batch_idx");
-    const auto end_of = [&](int64_t b) {
-        return (tables.seqused_k ? used_k[static_cast<size_t>(b)] : k_rows(b)) + shapes.appended;
-    };
-    for (int64_t b = 0; shapes.appended > 0 && b < batch; ++b)
-        if (end_of(b) > k_rows(b))
-            read.refuse(names[Field::key] + " overflows for sequence " + std::to_string(b),
-                        std::to_string(end_of(b) - shapes.appended) + " rows in use and " +
-                            std::to_string(shapes.appended) + " new ones",
-                        "at most " + std::to_string(k_rows(b)) + " in all");
-    if (tables.cache_leftpad) {
-        if (tables.block_table)
-            read.refuse(names[Field::cache_leftpad] + " and " + names[Field::block_table] +
-                            " exclude each other",
-                        "both", "one of them");
-        read.read(*tables.cache_leftpad, names[Field::cache_leftpad], batch, 0, end_of,
-                  "the keys in use", leftpad);
+        return tables_.cu_seqlens_k_new ? new_offsets_[i + 1] - new_offsets_[i] : shapes_.new_rows;
+    }
+    /// How many rows there are for a sequence, before seqused_k cuts them down.
+    int64_t k_rows(int64_t b) const {
+        const size_t i = static_cast<size_t>(b);
+        if (tables_.cu_seqlens_k) return k_offsets_[i + 1] - k_offsets_[i];
+        return tables_.block_table ? paged_rows_ : shapes_.kv_rows;
+    }
+    int64_t in_use(int64_t b) const {
+        return tables_.seqused_k ? used_k_[static_cast<size_t>(b)] : k_rows(b);
+    }
+    int64_t end_of(int64_t b) const { return in_use(b) + new_rows(b); }
+
+    /// Offsets of as many packed sequences as there are.
+    void read_offsets(const TensorView& table, Field field, int64_t total, Numbers& values) const {
+        read_.check(table, names_[field], 1, batch_ + 1,
+                    "(" + std::to_string(batch_ + 1) + ",)" +
+                        (tables_.cu_seqlens_q ? ", as " + names_[Field::cu_seqlens_q] : ""));
+        read_.offsets(table, names_[field], total, values);
     }
 
-    if (tables.prefix_lens)
-        read.read(
-            *tables.prefix_lens, names[Field::prefix_lens], batch, 0,
-            [](int64_t) { return int64_t{INT32_MAX}; }, "a number of keys", prefix);
+    void read_queries() {
+        batch_ = shapes_.query_batch;
+        if (tables_.cu_seqlens_q) {
+            read_.offsets(*tables_.cu_seqlens_q, names_[Field::cu_seqlens_q], shapes_.query_rows,
+                          q_offsets_);
+            batch_ = static_cast<int64_t>(q_offsets_.size()) - 1;
+        }
+        if (tables_.seqused_q)
+            read_.read(
+                *tables_.seqused_q, names_[Field::seqused_q], batch_, 0,
+                [&](int64_t b) { return q_rows(b); }, "the sequence's rows", used_q_);
+    }
 
-    for (int64_t b = 0; b < batch; ++b) {
+    void read_new_rows() {
+        if (tables_.cu_seqlens_k_new) {
+            const std::string& name = names_[Field::cu_seqlens_k_new];
+            if (!tables_.new_key)
+                read_.refuse(name + " is for new keys", "no " + names_[Field::new_key],
+                             names_[Field::new_key] + " and " + names_[Field::new_value]);
+            read_offsets(*tables_.cu_seqlens_k_new, Field::cu_seqlens_k_new, shapes_.new_rows,
+                         new_offsets_);
+        } else if (tables_.new_key && shapes_.new_batch != batch_) {
+            read_.refuse(
+                names_[Field::new_key] + " has the wrong shape", shape_text(*tables_.new_key),
+                "a batch of " + std::to_string(batch_) + ", as " + names_[Field::cu_seqlens_q]);
+        }
+    }
+
+    void read_keys() {
+        if (tables_.cu_seqlens_k)
+            read_offsets(*tables_.cu_seqlens_k, Field::cu_seqlens_k,
+                         tables_.block_table ? INT32_MAX : shapes_.kv_rows, k_offsets_);
+        if (tables_.block_table) {
+            const bool chosen = tables_.cache_batch_idx.has_value();
+            read_.check(
+                *tables_.block_table, names_[Field::block_table], 2, chosen ? -1 : batch_,
+                "(" + (chosen ? "batch" : std::to_string(batch_)) + ", pages of a sequence)");
+            constexpr int64_t most = INT64_MAX / 2;  // leaves room for new rows
+            if (__builtin_mul_overflow(tables_.block_table->shape[1], shapes_.kv_rows,
+                                       &paged_rows_))
+                paged_rows_ = most;
+            paged_rows_ = std::min(paged_rows_, most);
+        }
+        if (tables_.seqused_k)
+            read_.read(
+                *tables_.seqused_k, names_[Field::seqused_k], batch_, 0,
+                [&](int64_t b) { return k_rows(b); }, "the sequence's rows", used_k_);
+    }
+
+    /// Which index of the cache, or row of the block table, belongs to which query.
+    void read_cache_indices() {
+        const bool packed = tables_.cu_seqlens_k && !tables_.block_table;
+        if (tables_.cache_batch_idx) {
+            const std::string& name = names_[Field::cache_batch_idx];
+            if (packed)
+                read_.refuse(name + " and " + names_[Field::cu_seqlens_k] + " exclude each other",
+                             "both", "one of them: packed keys have no batch");
+            const int64_t batch =
+                tables_.block_table ? tables_.block_table->shape[0] : shapes_.kv_batch;
+            read_.read(
+                *tables_.cache_batch_idx, name, batch_, 0, [&](int64_t) { return batch - 1; },
+                tables_.block_table ? "a row of " + names_[Field::block_table]
+                                    : "the cache's batch",
+                index_);
+        } else if (!packed && !tables_.block_table && shapes_.kv_batch != batch_) {
+            read_.refuse("batch differs: the query has " + std::to_string(batch_) + ", " +
+                             names_[Field::key] + " has " + std::to_string(shapes_.kv_batch),
+                         std::to_string(shapes_.kv_batch),
+                         std::to_string(batch_) + ", or cache_batch_idx");
+        }
+    }
+
+    /// Room for the new rows, and where keys and angles begin; keys that all queries see.
+    void read_starts() {
+        for (int64_t b = 0; b < batch_; ++b)
+            if (new_rows(b) > 0 && end_of(b) > k_rows(b))
+                read_.refuse(names_[Field::key] + " overflows for sequence " + std::to_string(b),
+                             std::to_string(in_use(b)) + " rows in use and " +
+                                 std::to_string(new_rows(b)) + " new ones",
+                             "at most " + std::to_string(k_rows(b)) + " in all");
+        if (tables_.cache_leftpad)
+            read_.read(
+                *tables_.cache_leftpad, names_[Field::cache_leftpad], batch_, 0,
+                [&](int64_t b) { return end_of(b); }, "the keys in use", leftpad_);
+        if (tables_.rotary_seqlens)
+            read_.read(
+                *tables_.rotary_seqlens, names_[Field::rotary_seqlens], batch_, 0,
+                [](int64_t) { return INT32_MAX; }, "a position", positions_);
+        if (tables_.prefix_lens)
+            read_.read(
+                *tables_.prefix_lens, names_[Field::prefix_lens], batch_, 0,
+                [](int64_t) { return INT32_MAX; }, "a number of keys", prefix_);
+    }
+
+    SequenceRows rows_of(int64_t b) const {
         const size_t i = static_cast<size_t>(b);
         SequenceRows rows;
-        rows.query_batch = tables.cu_seqlens_q ? 0 : b;
-        rows.query_row = tables.cu_seqlens_q ? q_offsets[i] : 0;
-        rows.seqlen_q = tables.seqused_q ? used_q[i] : q_rows(b);
-        if (tables.cu_seqlens_k && !tables.block_table)
-            rows.kv_row = k_offsets[i];
-        else if (!tables.block_table)
-            rows.kv_batch = tables.cache_batch_idx ? index[i] : b;
-        const int64_t skipped = tables.cache_leftpad ? leftpad[i] : 0;
+        rows.query_batch = tables_.cu_seqlens_q ? 0 : b;
+        rows.query_row = tables_.cu_seqlens_q ? q_offsets_[i] : 0;
+        rows.seqlen_q = tables_.seqused_q ? used_q_[i] : q_rows(b);
+        if (tables_.cu_seqlens_k && !tables_.block_table)
+            rows.kv_row = k_offsets_[i];
+        else if (!tables_.block_table)
+            rows.kv_batch = tables_.cache_batch_idx ? index_[i] : b;
+        const int64_t skipped = tables_.cache_leftpad ? leftpad_[i] : 0;
         rows.kv_row += skipped;
         rows.seqlen_kv = end_of(b) - skipped;
-        if (tables.prefix_lens) rows.prefix = std::min(prefix[i], rows.seqlen_kv);
-        rows.position_q = end_of(b) - shapes.appended;
-        found.rows.push_back(rows);
+        if (tables_.prefix_lens) rows.prefix = std::min(prefix_[i], rows.seqlen_kv);
+        rows.position_q = tables_.rotary_seqlens ? positions_[i] : in_use(b);
+        rows.new_batch = tables_.cu_seqlens_k_new ? 0 : b;
+        rows.new_row = tables_.cu_seqlens_k_new ? new_offsets_[i] : 0;
+        rows.new_rows = new_rows(b);
+        return rows;
     }
 
-    if (tables.block_table) {
-        if (shapes.kv_rows < 1)
-            read.refuse(names[Field::key] + " has pages without rows",
-                        "page size " + std::to_string(shapes.kv_rows), "at least 1");
-        // What lies past a sequence's last page is never read, and may hold anything.
+    /// What the table says of rows before the first that counts or is written, and of those past the
+    /// end, is never read, and may be anything.
+    void read_pages() {
+        const int64_t size = shapes_.kv_rows;
+        if (size < 1)
+            read_.refuse(names_[Field::key] + " has pages without rows",
+                         "page size " + std::to_string(size), "at least 1");
         const auto pages_of = [&](const SequenceRows& rows) {
-            return rows.seqlen_kv / shapes.kv_rows + (rows.seqlen_kv % shapes.kv_rows != 0);
+            const int64_t end = rows.kv_row + rows.seqlen_kv;
+            return end / size + (end % size != 0);
         };
-        for (const SequenceRows& rows : found.rows) {
-            if (rows.seqlen_kv > INT32_MAX)
-                read.refuse("a sequence of " + names[Field::key] + " is too long",
-                            std::to_string(rows.seqlen_kv), "at most " + std::to_string(INT32_MAX));
-            found.pages_per_sequence = std::max(found.pages_per_sequence, pages_of(rows));
+        for (const SequenceRows& rows : found_.rows) {
+            if (rows.kv_row + rows.seqlen_kv > INT32_MAX)
+                read_.refuse("a sequence of " + names_[Field::key] + " is too long",
+                             std::to_string(rows.kv_row + rows.seqlen_kv),
+                             "at most " + std::to_string(INT32_MAX));
+            found_.pages_per_sequence = std::max(found_.pages_per_sequence, pages_of(rows));
         }
-        found.pages.resize(static_cast<size_t>(batch * found.pages_per_sequence));
-        for (int64_t b = 0; b < batch; ++b) {
-            const int64_t rows = found.rows[static_cast<size_t>(b)].seqlen_kv;
-            const int64_t used = pages_of(found.rows[static_cast<size_t>(b)]);
-            if (used > tables.block_table->shape[1])
-                read.refuse(names[Field::block_table] + " has too few pages for sequence " +
-                                std::to_string(b),
-                            std::to_string(tables.block_table->shape[1]) + " pages of " +
-                                std::to_string(shapes.kv_rows) + " rows",
-                            "pages for " + std::to_string(rows) + " rows");
-            for (int64_t p = 0; p < used; ++p) {
-                const int64_t page = Reader::element(*tables.block_table, b, p);
-                if (page < 0 || page >= shapes.kv_batch)
-                    read.refuse(names[Field::block_table] + "[" + std::to_string(b) + "][" +
-                                    std::to_string(p) + "] is no page of the cache",
-                                std::to_string(page),
-                                "0 to " + std::to_string(shapes.kv_batch - 1));
-                found.pages[static_cast<size_t>(b * found.pages_per_sequence + p)] =
-                    static_cast<int32_t>(page);
-            }
+        found_.pages.resize(static_cast<size_t>(batch_ * found_.pages_per_sequence));
+        for (int64_t b = 0; b < batch_; ++b) {
+            const SequenceRows& rows = found_.rows[static_cast<size_t>(b)];
+            const int64_t used = pages_of(rows);
+            // Padding may reach into the new rows.
+            const int64_t first =
+                rows.kv_row + std::min(int64_t{0}, rows.seqlen_kv - rows.new_rows);
+            if (used > tables_.block_table->shape[1])
+                read_.refuse(names_[Field::block_table] + " has too few pages for sequence " +
+                                 std::to_string(b),
+                             std::to_string(tables_.block_table->shape[1]) + " pages of " +
+                                 std::to_string(size) + " rows",
+                             "pages for " + std::to_string(rows.kv_row + rows.seqlen_kv) + " rows");
+            for (int64_t p = first / size; p < used; ++p)
+                found_.pages[static_cast<size_t>(b * found_.pages_per_sequence + p)] = page(b, p);
         }
     }
 
-    if (shapes.appended > 0) check_apart(read, found, tables, shapes);
+    int32_t page(int64_t b, int64_t p) const {
+        const int64_t row = tables_.cache_batch_idx ? index_[static_cast<size_t>(b)] : b;
+        const int64_t found = Reader::element(*tables_.block_table, row, p);
+        if (found < 0 || found >= shapes_.kv_batch)
+            read_.refuse(names_[Field::block_table] + "[" + std::to_string(row) + "][" +
+                             std::to_string(p) + "] is no page of the cache",
+                         std::to_string(found), "0 to " + std::to_string(shapes_.kv_batch - 1));
+        return static_cast<int32_t>(found);
+    }
 
-    const auto promise = [&](const std::optional<int64_t>& most, const std::string& side,
-                             auto&& length) {
-        if (!most) return;
-        for (const SequenceRows& rows : found.rows)
-            if (length(rows) > *most)
-                read.refuse(side + " is too small", std::to_string(*most),
-                            "at least " + std::to_string(length(rows)) +
-                                ", the length of sequence " +
-                                std::to_string(&rows - found.rows.data()));
-    };
-    promise(tables.max_seqlen_q, names[Field::max_seqlen_q],
-            [](const SequenceRows& r) { return r.seqlen_q; });
-    promise(tables.max_seqlen_k, names[Field::max_seqlen_k],
-            [](const SequenceRows& r) { return r.seqlen_kv; });
-    return found;
+    void check_promises() const {
+        const auto check = [&](const std::optional<int64_t>& most, const std::string& side,
+                               auto&& length) {
+            if (!most) return;
+            for (const SequenceRows& rows : found_.rows)
+                if (length(rows) > *most)
+                    read_.refuse(side + " is too small", std::to_string(*most),
+                                 "at least " + std::to_string(length(rows)) +
+                                     ", the length of sequence " +
+                                     std::to_string(&rows - found_.rows.data()));
+        };
+        check(tables_.max_seqlen_q, names_[Field::max_seqlen_q],
+              [](const SequenceRows& r) { return r.seqlen_q; });
+        check(tables_.max_seqlen_k, names_[Field::max_seqlen_k],
+              [](const SequenceRows& r) { return r.seqlen_kv; });
+    }
+
+    const AttentionRequest& tables_;
+    const SequenceShapes& shapes_;
+    const Function& names_;
+    const Reader read_;
+    Sequences found_;
+    int64_t batch_ = 0, paged_rows_ = 0;
+    Numbers q_offsets_, k_offsets_, new_offsets_, used_q_, used_k_, index_, leftpad_, positions_,
+        prefix_;
+};
+
+}  // namespace
+
+Sequences read_sequences(const AttentionRequest& request, const SequenceShapes& shapes) {
+    return SequenceReader(request, shapes).make();
 }
 
 }  // namespace umfa

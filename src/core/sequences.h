@@ -16,17 +16,19 @@ namespace umfa {
 /// Rows are counted in the tensors as Problem holds them: (batch, head, position, channel).
 struct SequenceRows {
     int64_t query_batch = 0, query_row = 0;  // its first query
-    int64_t kv_batch = 0, kv_row = 0;        // its first key; unused with pages
+    int64_t kv_batch = 0, kv_row = 0;  // its first key; with pages kv_row is a row of all of them
     int64_t seqlen_q = 0, seqlen_kv = 0;
-    int64_t position_q = 0;  // of its first query, counted in the cache: where rotary angles start
-    int64_t prefix = 0;      // keys that all its queries see
+    int64_t position_q = 0;              // of its first query and new key, for rotary angles
+    int64_t prefix = 0;                  // keys that all its queries see
+    int64_t new_batch = 0, new_row = 0;  // its first new key
+    int64_t new_rows = 0;                // how many; they are the last of its seqlen_kv
 };
 
 /// The shapes that the tables speak about, in rows and batch indices.
 struct SequenceShapes {
     int64_t query_batch = 0, query_rows = 0;  // of a dense query; of a packed one 1 and its total
     int64_t kv_batch = 0, kv_rows = 0;        // with pages: number of pages, and rows of a page
-    int64_t appended = 0;                     // rows that each sequence is about to gain
+    int64_t new_batch = 0, new_rows = 0;      // of dense new keys; of packed ones 1 and their total
 };
 
 struct Sequences {

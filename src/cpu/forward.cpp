@@ -88,9 +88,18 @@ std::vector<Sequence> sequences_of(const Problem& problem) {
         const int32_t* pages = problem.page_size > 0 ? problem.sequences.pages.data() +
                                                            b * problem.sequences.pages_per_sequence
                                                      : nullptr;
-        sequences[static_cast<size_t>(b)] = {
-            rows.query_batch, rows.query_row,           rows.kv_batch,   rows.kv_row, rows.seqlen_q,
-            rows.seqlen_kv,   problem.visible_of(rows), rows.position_q, pages};
+        sequences[static_cast<size_t>(b)] = {rows.query_batch,
+                                             rows.query_row,
+                                             rows.kv_batch,
+                                             rows.kv_row,
+                                             rows.seqlen_q,
+                                             rows.seqlen_kv,
+                                             problem.visible_of(rows),
+                                             rows.position_q,
+                                             pages,
+                                             rows.new_batch,
+                                             rows.new_row,
+                                             rows.new_rows};
     }
     return sequences;
 }
@@ -111,7 +120,7 @@ ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequenc
     if (problem.mask) args.mask = mask_of(*problem.mask);
     if (problem.rotary) args.rotary = rotary_of(*problem.rotary);
     if (const auto& added = problem.append)
-        args.append = {rows_of(added->key), rows_of(added->value), added->rows, problem.nheads_kv};
+        args.append = {rows_of(added->key), rows_of(added->value), problem.nheads_kv};
     args.dropout.kept = 1;
     if (const auto& dropout = problem.dropout)
         args.dropout = {dropout->key, dropout->threshold, static_cast<float>(1 - dropout->p),
@@ -156,11 +165,16 @@ void clear_unused(const Problem& problem, const ForwardArgs& args) {
 
 /// Writes the new rows of key and value behind those in use.
 void append(const Problem& problem, const ForwardArgs& args, AppendRowFn append_row) {
-    const int64_t rows = args.append.rows;
-    const double floats = static_cast<double>(problem.batch * rows * problem.nheads_kv) *
+    std::vector<int64_t> ends;  // of each sequence's rows, in the order of tasks
+    int64_t rows = 0;
+    for (int64_t b = 0; b < problem.batch; ++b) ends.push_back(rows += args.sequences[b].new_rows);
+    const double floats = static_cast<double>(rows * problem.nheads_kv) *
                           static_cast<double>(problem.head_dim + problem.head_dim_v);
-    parallel_for(problem.batch * rows, threads_worth(floats),
-                 [&](int64_t task) { append_row(args, task / rows, task % rows); });
+    parallel_for(rows, threads_worth(floats), [&](int64_t task) {
+        const auto end = std::upper_bound(ends.begin(), ends.end(), task);
+        const int64_t b = end - ends.begin();
+        append_row(args, b, task - (*end - args.sequences[b].new_rows));
+    });
 }
 
 /// Runs the prefill kernel, a task for each block of queries and head. num_splits has no effect:

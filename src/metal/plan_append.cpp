@@ -1,5 +1,7 @@
 #include "metal/plan_append.h"
 
+#include <algorithm>
+
 #include "metal/launch_builder.h"
 #include "shared/indices.h"
 
@@ -26,19 +28,33 @@ AppendParams append_params(const Problem& problem) {
     params.new_key = strides_of(append.key);
     params.new_value = strides_of(append.value);
     params.rotary = rotary_params(problem);
-    params.rows = static_cast<int32_t>(append.rows);
-    params.rows_per_threadgroup = static_cast<int32_t>(rows_per_threadgroup);
     params.page_size = static_cast<int32_t>(problem.page_size);
     params.head_dim = static_cast<int32_t>(problem.head_dim);
     params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
     return params;
 }
 
+std::vector<AppendTask> append_tasks(const Problem& problem) {
+    std::vector<AppendTask> tasks;
+    for (int64_t b = 0; b < problem.batch; ++b) {
+        const SequenceRows sequence = problem.sequence(b);
+        const int64_t first_key = sequence.seqlen_kv - sequence.new_rows;
+        for (int64_t row = 0; row < sequence.new_rows; row += rows_per_threadgroup)
+            tasks.push_back(
+                {sequence.new_batch, sequence.new_row + row, static_cast<int32_t>(b),
+                 static_cast<int32_t>(first_key + row),
+                 static_cast<int32_t>(std::min(rows_per_threadgroup, sequence.new_rows - row)),
+                 static_cast<int32_t>(sequence.position_q + row)});
+    }
+    return tasks;
+}
+
 }  // namespace
 
 void plan_append(LaunchPlan& plan, const Problem& problem, std::optional<uint32_t> pages) {
     const Append& append = *problem.append;
-    if (problem.batch == 0 || problem.nheads_kv == 0 || append.rows == 0) return;
+    const std::vector<AppendTask> tasks = append_tasks(problem);
+    if (tasks.empty() || problem.nheads_kv == 0) return;
     // The new rows have channel strides of their own.
     const bool unit_channels = problem.key.stride_channel == 1 &&
                                problem.value.stride_channel == 1 &&
@@ -50,10 +66,10 @@ void plan_append(LaunchPlan& plan, const Problem& problem, std::optional<uint32_
         .constant(constant::unit_channels, unit_channels)
         .tensors(layout)
         .new_data(UMFA_APPEND_SEQUENCES, sequence_params(problem))
+        .new_data(UMFA_APPEND_TASKS, tasks)
         .data(UMFA_APPEND_PAGES, pages)
         .params(UMFA_APPEND_PARAMS, append_params(problem))
-        .grid((append.rows + rows_per_threadgroup - 1) / rows_per_threadgroup, problem.nheads_kv,
-              problem.batch)
+        .grid(static_cast<int64_t>(tasks.size()), problem.nheads_kv)
         .simdgroups(4)
         .add();
 }

@@ -119,8 +119,8 @@ def offset_cases() -> Iterator[Bad]:
             (i32(0, 8, 7, 20), f"{name}[2] = 7 after 8", f"{name} is not monotone"),
             (i32(0, 8, 8, total + 1), str(total + 1), f"{name}[3] is past the end"),
             (i32(0, 8, 8, 2**31 - 1), str(2**31 - 1), f"{name}[3] is past the end"),
-            (i32(1, 8, 8, 20), "got 1", f"{name}[0] is not the start"),
-            (i32(-1, 8, 8, 20), "got -1", f"{name}[0] is not the start"),
+            (i32(-1, 8, 8, 20), "got -1", f"{name}[0] is negative"),
+            (i32(9, 8, 8, 20), f"{name}[1] = 8 after 9", f"{name} is not monotone"),
             (i32(0, -8, 8, 20), "= -8 after 0", f"{name} is not monotone"),
         ):
             for dtype in (np.int32, np.int64):
@@ -234,9 +234,17 @@ def page_cases() -> Iterator[Bad]:
         table = np.zeros(dims, np.int32)
         what = "block_table has the wrong shape"
         yield Bad("paged", {"block_table": table}, ValueError, str(dims), what)
-    for name in ("cache_batch_idx", "cache_leftpad"):
-        what = f"{name} and block_table exclude each other"
-        yield Bad("paged", {name: i32(0, 1, 2)}, ValueError, "both", what)
+    chosen = {"cache_batch_idx": i32(2, 0, 3), "cache_seqlens": i32(0, 1, 0)}
+    what = "cache_batch_idx[2] is out of range"
+    yield Bad("paged", chosen, ValueError, "0 to 2, a row of block_table", what)
+    twice = {"cache_batch_idx": i32(2, 0, 2), "cache_seqlens": i32(3, 1, 2)}
+    yield Bad(
+        "paged", twice, ValueError, "row 3 of page 3",
+        "sequences 2 and 0 would write the same row of k_cache",
+    )  # fmt: skip
+    padded = {"cache_leftpad": i32(0, 10, 5), "cache_seqlens": i32(0, 8, 2)}
+    what = "cache_leftpad[2] is out of range"
+    yield Bad("paged", padded, ValueError, "0 to 4, the keys in use", what)
     pages = {
         name: np.zeros((7, 0, HEADS_K, HEAD_DIM), np.float32) for name in ("k_cache", "v_cache")
     }

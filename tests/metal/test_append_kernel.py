@@ -261,4 +261,4 @@ def test_each_row_is_read_and_written_once() -> None:
     assert append.buffer_bytes_read[2] == append.buffer_bytes_read[3] == size
     assert append.buffer_bytes_written[0] == append.buffer_bytes_written[1] == size
     assert append.threadgroup_barriers == 0
-    assert emulated.last_plan["launches"][0]["grid"] == (4, HEADS_K, 2)
+    assert emulated.last_plan["launches"][0]["grid"] == (8, HEADS_K, 1)

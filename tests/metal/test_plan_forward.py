@@ -508,7 +508,7 @@ def test_appending_comes_first() -> None:
     append, clear, forward, decode = made["launches"]
     kernels = [x["kernel"].split("_")[0] for x in made["launches"]]
     assert kernels == ["append", "clear", "forward", "decode"]
-    assert append["grid"] == (3, 4, 2)
+    assert append["grid"] == (6, 4, 1)  # 8 rows each
     assert tensors_of(made, append) == {
         "key", "value", "new_key", "new_value", "rotary_cos", "rotary_sin",
     }  # fmt: skip

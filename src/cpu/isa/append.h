@@ -15,10 +15,10 @@ void append_row(const ForwardArgs& args, int64_t batch, int64_t row) {
     using storage = typename T::storage;
     const Sequence& sequence = args.sequences[batch];
     const Append& append = args.append;
-    const int64_t at = sequence.seqlen_kv - append.rows + row;
+    const int64_t at = sequence.seqlen_kv - sequence.new_rows + row;
     const auto from = [&](const Rows& rows, int64_t head) {
-        return static_cast<const storage*>(rows.data) + batch * rows.stride_batch +
-               head * rows.stride_head + row * rows.stride_row;
+        return static_cast<const storage*>(rows.data) + sequence.new_batch * rows.stride_batch +
+               head * rows.stride_head + (sequence.new_row + row) * rows.stride_row;
     };
     const auto copy = [](const storage* src, int64_t stride, int64_t channels, storage* dst,
                          int64_t dst_stride) {

@@ -20,11 +20,13 @@ struct Rows {
 /// One sequence of the batch: where its rows begin, and which keys its queries see.
 struct Sequence {
     int64_t query_batch, query_row;  // its first row in query, out and lse
-    int64_t kv_batch, kv_row;        // its first key; unused with pages
+    int64_t kv_batch, kv_row;        // its first key; with pages kv_row is a row of all of them
     int64_t seqlen_q, seqlen_kv;
     Visible<int64_t> visible;
-    int64_t position_q;    // of its first query, for rotary angles
-    const int32_t* pages;  // batch index of every page_size keys; null: they follow each other
+    int64_t position_q;    // of its first query and new key, for rotary angles
+    const int32_t* pages;  // batch index of every page_size rows; null: they follow each other
+    int64_t new_batch, new_row;  // its first new key
+    int64_t new_rows;            // how many; they are the last of its seqlen_kv
 };
 
 /// Element type of a mask or of another table; none: there is no table.
@@ -48,10 +50,10 @@ struct Mask {
     ElementType element;
 };
 
-/// New rows of key and value: the last `rows` of the seqlen_kv of each sequence.
+/// New rows of key and value.
 struct Append {
     Rows key, value;
-    int64_t rows, heads;
+    int64_t heads;
 };
 
 /// Dropout as in shared/philox.h. Index b of the batch is `batch_first` + b * `batch_step` there.

@@ -25,9 +25,9 @@ inline storage* key_row(const Rows& rows, const Sequence& sequence, int64_t page
                         int64_t key) {
     int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
     if (sequence.pages) {
-        const int64_t page = key / page_size;
+        const int64_t page = row / page_size;
         batch = sequence.pages[page];
-        row = key - page * page_size;
+        row -= page * page_size;
     }
     return static_cast<storage*>(rows.data) + batch * rows.stride_batch + head * rows.stride_head +
            row * rows.stride_row;
