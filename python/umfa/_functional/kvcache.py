@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from .._call import public
-from .._errors import message
-from .._ext import Attention, Function, integer
-from .._frameworks import is_buffer, shape_of
+from .._ext import Attention, Function
+from .._frameworks import shape_of
+from ._cache import check_rotary, lengths
 from ._types import WindowSize
 
 _KVCACHE = Function(
@@ -78,9 +76,11 @@ def flash_attn_with_kvcache(
     cache_seqlens : int, or int32 or int64 tensor, shape (batch,), optional
         Rows in use; all of them if None.
     cache_batch_idx : int32 or int64 tensor, shape (batch,), optional
-        Which index of the cache belongs to which query; not with `block_table`.
+        Which index of the cache belongs to which query. With `block_table` which of its rows, as in
+        flash-attn 3: sequence ``b`` has the pages of ``block_table[cache_batch_idx[b]]``.
     cache_leftpad : int32 or int64 tensor, shape (batch,), optional
-        First row that counts; not with `block_table`.
+        First row that counts. With `block_table` a row of the sequence's pages, as in flash-attn 3;
+        pages that end before it are not read.
     block_table : int32 or int64 tensor, shape (batch, pages of a sequence), optional
         Page ``block_table[b, j // page_size]`` holds key ``j`` of sequence ``b``.
     rotary_interleaved : bool
@@ -113,15 +113,7 @@ def flash_attn_with_kvcache(
     umfa.UnsupportedError
         As in `flash_attn_func`; `k` and `v` of a framework whose arrays cannot be written.
     """
-    if k is None and v is None and (rotary_cos is not None or rotary_sin is not None):
-        raise ValueError(
-            message(
-                _KVCACHE.name,
-                "rotary_cos and rotary_sin are for new keys",
-                "no k and v",
-                "k and v, or queries and keys that are rotated already",
-            )
-        )
+    check_rotary(_KVCACHE, (k, v), (rotary_cos, rotary_sin))
     if cache_seqlens is None and attn_mask is not None:
         # The same mask fits as does when the length is given.
         rows = shape_of(k_cache) or ()
@@ -134,7 +126,7 @@ def flash_attn_with_kvcache(
         value=v_cache,
         new_key=k,
         new_value=v,
-        seqused_k=_lengths(cache_seqlens, q),
+        seqused_k=lengths(_KVCACHE, cache_seqlens, q),
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         cache_batch_idx=cache_batch_idx,
@@ -160,15 +152,3 @@ def flash_attn_with_kvcache(
         batch_invariant=batch_invariant,
         backend=backend,
     )
-
-
-def _lengths(cache_seqlens: Any, q: Any) -> Any:
-    if cache_seqlens is None or hasattr(cache_seqlens, "__dlpack__"):
-        return cache_seqlens
-    if type(cache_seqlens) in (list, tuple):
-        return cache_seqlens
-    if type(cache_seqlens) is not int and is_buffer(cache_seqlens):
-        return cache_seqlens
-    length = integer(_KVCACHE.name, "cache_seqlens", cache_seqlens, "a number of rows, or a tensor")
-    shape = shape_of(q) or ()
-    return np.full(shape[:1] if len(shape) == 4 else 0, length, dtype=np.int64)

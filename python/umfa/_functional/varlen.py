@@ -71,7 +71,8 @@ def flash_attn_varlen_func(
         With `block_table` as `k`.
     cu_seqlens_q : int32 or int64 tensor, shape (batch + 1,)
         Sequence ``b`` holds the rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` of `q`. Empty
-        sequences are fine. Rows of the output that belong to none are 0, their log-sum-exp -inf.
+        sequences are fine, and the first one may begin anywhere. Rows of the output that belong to
+        none are 0, their log-sum-exp -inf.
     cu_seqlens_k : int32 or int64 tensor, shape (batch + 1,)
         The same of `k` and `v`; with `block_table` only the lengths count, and None means all rows
         of the table's pages.
