@@ -18,7 +18,12 @@ BODIES: dict[Callable[..., Any], Callable[..., Attention | Combination]] = {}
 
 
 def public(
-    function: Function, *, packed: tuple[str, ...] = (), reuse: bool = False
+    function: Function,
+    *,
+    packed: tuple[str, ...] = (),
+    others: frozenset[str] = frozenset(),
+    finish: Callable[[Attention, Any], Any] | None = None,
+    reuse: bool = False,
 ) -> Callable[[Callable[P, Attention]], Callable[P, Any]]:
     """The function that runs the record which the decorated one returns.
 
@@ -26,6 +31,10 @@ def public(
     ----------
     packed
         Parameters that hold several fields of `Attention`.
+    others
+        Parameters that may be there and are no fields: hints about speed, and what is refused.
+    finish
+        Makes of the record and of `run`'s result what the function returns.
     reuse
         Whether query, key and value are the first three parameters, passed on as they are. A call
         with three tensors then looks its options up in those of earlier calls.
@@ -37,18 +46,16 @@ def public(
     """
 
     def decorate(body: Callable[P, Attention]) -> Callable[P, Any]:
-        _check_parameters(function, body, packed)
-        call = _reusing(body) if reuse else _plain(body)
+        _check_parameters(function, body, {*packed, *others})
+        call = _reusing(body) if reuse else _plain(body, finish)
         BODIES[call] = body
         return call
 
     return decorate
 
 
-def _check_parameters(
-    function: Function, body: Callable[..., Any], packed: tuple[str, ...]
-) -> None:
-    known = {*function.parameters, *packed, "backend"}
+def _check_parameters(function: Function, body: Callable[..., Any], others: set[str]) -> None:
+    known = {*function.parameters, *others, "backend"}
     unknown = [name for name in inspect.signature(body).parameters if name not in known]
     if unknown:
         raise TypeError(
@@ -57,10 +64,14 @@ def _check_parameters(
         )
 
 
-def _plain(body: Callable[P, Attention]) -> Callable[P, Any]:
+def _plain(
+    body: Callable[P, Attention], finish: Callable[[Attention, Any], Any] | None
+) -> Callable[P, Any]:
     @functools.wraps(body)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-        return run(body(*args, **kwargs))
+        attention = body(*args, **kwargs)
+        result = run(attention)
+        return result if finish is None else finish(attention, result)
 
     return call
 

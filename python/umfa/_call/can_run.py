@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, overload
@@ -69,4 +70,4 @@ def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
             return judge_combination(record)
         return judge(record)
     except (ValueError, TypeError, UnsupportedError) as error:
-        return False, str(error).replace(f"[umfa.{function.__name__}]", "[umfa.can_run]", 1)
+        return False, re.sub(r"^\[umfa\.[\w.]+\]", "[umfa.can_run]", str(error))

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from .._errors import message
-from .._ext import Function
-from .._frameworks import framework_of, shape_of
+from .._ext import Function, integer
+from .._frameworks import Framework, framework_of, shape_of
 
 
-def slices(
-    function: Function, name: str, packed: Any, count: int, dimension: int, layout: str
-) -> list[Any]:
-    """The `count` slices of `packed` along `dimension`, the third from the end."""
+def _sliceable(function: Function, name: str, packed: Any) -> tuple[Any, Framework]:
     given = {name: packed}
     framework = framework_of(function.name, given)
     packed = given[name]
@@ -25,6 +22,14 @@ def slices(
                 "a tensor with __getitem__ and shape",
             )
         )
+    return packed, framework
+
+
+def slices(
+    function: Function, name: str, packed: Any, count: int, dimension: int, layout: str
+) -> list[Any]:
+    """The `count` slices of `packed` along `dimension`, the third from the end."""
+    packed, framework = _sliceable(function, name, packed)
     shape = shape_of(packed) or ()
     try:
         if len(shape) != dimension + 3 or shape[dimension] != count:
@@ -35,3 +40,18 @@ def slices(
         # none: the reason is that they are such.
         framework.export(packed, function.name, name)
         raise
+
+
+def head_groups(function: Function, name: str, packed: Any, num_heads_q: Any) -> list[Any]:
+    """Queries, keys and values that share the dimension of heads, the second from the end."""
+    packed, _ = _sliceable(function, name, packed)
+    heads = packed.shape[-2]
+    expected = f"1 to {heads - 2}, so that as many heads of keys as of values are left"
+    queries = integer(function.name, "num_heads_q", num_heads_q, expected)
+    if not 0 < queries < heads or (heads - queries) % 2:
+        raise ValueError(
+            message(function.name, f"num_heads_q does not fit {heads} heads", queries, expected)
+        )
+    middle = (heads + queries) // 2
+    bounds = ((0, queries), (queries, middle), (middle, heads))
+    return [packed[..., first:last, :] for first, last in bounds]
