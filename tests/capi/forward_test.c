@@ -180,9 +180,12 @@ static void check_result(int line, const DLTensor* q, const DLTensor* k, const D
                                  fabs((double)(p - j));
                     if (o->attn_mask) score += masked(o->attn_mask, b, h, i, j);
                     weights[j] = exp(score);
-                    if (o->window_size_left >= 0 && j < p - o->window_size_left) weights[j] = 0;
+                    if ((o->window_offsets || o->window_size_left >= 0) &&
+                        j < p - o->window_size_left)
+                        weights[j] = 0;
                     if (o->causal ? j > p
-                                  : o->window_size_right >= 0 && j > p + o->window_size_right)
+                                  : (o->window_offsets || o->window_size_right >= 0) &&
+                                        j > p + o->window_size_right)
                         weights[j] = 0;
                     total += weights[j];
                 }
@@ -329,6 +332,57 @@ TEST(window) {
     CHECK_PROBLEM(&p, &options);
     options.causal = 1;
     CHECK_PROBLEM(&p, &options);
+}
+
+TEST(window_beside_the_diagonal) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    options.window_offsets = 1;
+    options.window_size_left = 12;
+    options.window_size_right = -3;
+    CHECK_PROBLEM(&p, &options);
+    options.window_size_left = INT32_MAX;
+    CHECK_PROBLEM(&p, &options);
+    options.window_size_right = (int64_t)1 << 31;
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "2147483648");
+    options.window_size_right = -((int64_t)1 << 31);
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "-2147483648");
+}
+
+/* Packed new rows, of which the sequences have different numbers, in a cache with room for them. */
+TEST(new_rows_of_each_sequence) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    static const int32_t used[2] = {3, 1}, starts[3] = {1, 3, 7};
+    tensor cache_k, cache_v, query, new_k, new_v, used_table, starts_table, out;
+    int b, j, d;
+    make(&query, 4, 2, 1, 1, 8);
+    make(&cache_k, 4, 2, 6, 1, 8);
+    make(&cache_v, 4, 2, 6, 1, 8);
+    make(&new_k, 3, 8, 1, 8, 1);
+    make(&new_v, 3, 8, 1, 8, 1);
+    make(&out, 4, 2, 1, 1, 8);
+    make(&used_table, 1, 2, 1, 1, 1);
+    make(&starts_table, 1, 3, 1, 1, 1);
+    used_table.dl.dtype.code = starts_table.dl.dtype.code = kDLInt;
+    used_table.dl.data = (void*)used;
+    starts_table.dl.data = (void*)starts;
+    options.new_key = &new_k.dl;
+    options.new_value = &new_v.dl;
+    options.seqused_k = &used_table.dl;
+    options.cu_seqlens_k_new = &starts_table.dl;
+    CHECK_OK(umfa_attention_forward(&query.dl, &cache_k.dl, &cache_v.dl, &out.dl, NULL, &options));
+    for (b = 0; b < 2; ++b)
+        for (j = starts[b]; j < starts[b + 1]; ++j)
+            for (d = 0; d < 8; ++d) {
+                const int to = ((b * 6) + used[b] + j - starts[b]) * 8 + d, from = j * 8 + d;
+                CHECK(((float*)cache_k.dl.data)[to] == ((float*)new_k.dl.data)[from]);
+                CHECK(((float*)cache_v.dl.data)[to] == ((float*)new_v.dl.data)[from]);
+            }
+    options.new_key = options.new_value = NULL;
+    CHECK_FAILS(
+        umfa_attention_forward(&query.dl, &cache_k.dl, &cache_v.dl, &out.dl, NULL, &options),
+        UMFA_ERROR_VALUE, "cu_seqlens_k_new is for new keys");
 }
 
 TEST(scale_softcap_and_alibi) {
@@ -893,6 +947,8 @@ static const struct {
     ENTRY(layout_bhsd),
     ENTRY(causal_both_ways),
     ENTRY(window),
+    ENTRY(window_beside_the_diagonal),
+    ENTRY(new_rows_of_each_sequence),
     ENTRY(scale_softcap_and_alibi),
     ENTRY(dense_masks),
     ENTRY(strides_and_offsets),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -16,12 +17,14 @@ import numpy as np
 import pytest
 
 import umfa
+import umfa.fa3
 from tests import array_libraries
 from tests.array_libraries import Framework
 from tests.cases import normal
 from tests.sequences import offsets, rotary_tables
 
 VARLEN, KVCACHE = "flash_attn_varlen_func", "flash_attn_with_kvcache"
+FA3 = "fa3.flash_attn_with_kvcache"
 HEADS, HEADS_K, HEAD_DIM = 4, 2, 8
 
 
@@ -73,11 +76,31 @@ def paged_varlen_arguments() -> dict[str, Any]:
     }
 
 
+def fa3_arguments() -> dict[str, Any]:
+    """Packed queries and new rows, in pages of which the first ones are not read."""
+    paged = paged_arguments()
+    return {name: paged[name] for name in ("k_cache", "v_cache", "causal")} | {
+        "q": normal((7, HEADS, HEAD_DIM), seed=1),
+        "k": normal((9, HEADS_K, HEAD_DIM), seed=4),
+        "v": normal((9, HEADS_K, HEAD_DIM), seed=5),
+        "rotary_cos": paged["rotary_cos"],
+        "rotary_sin": paged["rotary_sin"],
+        "cu_seqlens_q": i32(1, 3, 3, 7),
+        "cu_seqlens_k_new": i32(2, 3, 3, 8),
+        "rotary_seqlens": i32(4, 10, 1),
+        "cache_seqlens": i32(8, 2, 0),
+        "cache_leftpad": i32(6, 0, 0),
+        "cache_batch_idx": i32(3, 0, 1),
+        "page_table": i32(*[[0, -1], [6, 2], [3, 99], [-1, 4]]),
+    }
+
+
 GOOD: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "varlen": (VARLEN, varlen_arguments),
     "append": (KVCACHE, append_arguments),
     "paged": (KVCACHE, paged_arguments),
     "paged varlen": (VARLEN, paged_varlen_arguments),
+    "fa3": (FA3, fa3_arguments),
 }
 
 
@@ -351,9 +374,56 @@ def extra_cases() -> Iterator[Bad]:
         yield Bad(good, {"learnable_sink": 0.5}, TypeError, "0.5", "learnable_sink is not a tensor")
 
 
+def packed_new_cases() -> Iterator[Bad]:
+    """What flash-attention 3 alone has."""
+    name = "cu_seqlens_k_new"
+    for values, text, what in (
+        (i32(2, 5, 3, 8), f"{name}[2] = 3 after 5", f"{name} is not monotone"),
+        (i32(2, 3, 3, 10), "got 10", f"{name}[3] is past the end"),
+        (i32(-1, 3, 3, 8), "got -1", f"{name}[0] is negative"),
+        (i32(2, 3, 8), "(3,)", f"{name} has the wrong shape"),
+        (i32(0, 3, 3, 8), "8 rows in use and 3 new ones", "k_cache overflows for sequence 0"),
+    ):
+        yield Bad("fa3", {name: values}, ValueError, text, what)
+    none = dict.fromkeys(("k", "v", "rotary_cos", "rotary_sin"))
+    yield Bad("fa3", none, ValueError, "no k", f"{name} is for new keys")
+    what = "rotary_seqlens is for new keys that are rotated"
+    yield Bad("fa3", {**none, name: None}, ValueError, "a table without k", what)
+    angles = {"rotary_cos": None, "rotary_sin": None}
+    yield Bad("fa3", angles, ValueError, "a table without rotary_cos", what)
+    for value in (-1, 2**31 - 1):
+        starts = {"rotary_seqlens": np.array([4, value, 1], np.int64)}
+        if value < 0:
+            yield Bad("fa3", starts, ValueError, "got -1", "rotary_seqlens[1] is out of range")
+        else:
+            yield Bad("fa3", starts, ValueError, f"at least {value}", "has too few positions")
+    what = "rotary_cos would be read too far"
+    far = {"rotary_seqlens": i32(2**31 - 1, 0, 0)}
+    yield Bad("fa3", far, umfa.UnsupportedError, str(2**31 + 1), what)
+    wide = {"rotary_seqlens": i32(4, 10)}
+    yield Bad("fa3", wide, ValueError, "(2,)", "rotary_seqlens has the wrong shape")
+    yield Bad("fa3", {"max_seqlen_q": 3}, ValueError, "got 3", "max_seqlen_q is too small")
+    dense = {"k": normal((9, 1, HEADS_K, HEAD_DIM), seed=4)}
+    yield Bad("fa3", dense, ValueError, "(9, 1, 2, 8)", "k has the wrong shape")
+    rows = {x: normal((2, 1, HEADS_K, HEAD_DIM), seed=4) for x in "kv"} | {name: None}
+    yield Bad("fa3", rows, ValueError, "a batch of 3, as cu_seqlens_q", "k has the wrong shape")
+    few = {"cache_batch_idx": None}
+    yield Bad("fa3", few, ValueError, "(4, 2)", "page_table has the wrong shape")
+    table = i32(*[[0, -1], [6, 2], [3, 99], [-1, 7]])
+    what = "page_table[3][1] is no page of the cache"
+    yield Bad("fa3", {"page_table": table}, ValueError, "got 7", what)
+    # Where padding reaches into the new rows, those before its end are written.
+    padded = {
+        "cache_leftpad": i32(6, 0, 4),
+        "page_table": i32(*[[0, -1], [-1, 2], [3, 4], [-1, 4]]),
+    }
+    what = "page_table[1][0] is no page of the cache"
+    yield Bad("fa3", padded, ValueError, "got -1", what)
+
+
 CASES = [
     *offset_cases(), *length_cases(), *overflow_cases(), *page_cases(), *append_cases(),
-    *rotary_cases(), *extra_cases(),
+    *rotary_cases(), *extra_cases(), *packed_new_cases(),
 ]  # fmt: skip
 
 
@@ -374,7 +444,7 @@ def assert_refused(
 ) -> None:
     before = contents(arguments, framework)
     with pytest.raises(Exception) as caught:  # noqa: PT011  which one is asserted below
-        getattr(umfa, function)(**arguments)
+        attrgetter(function)(umfa)(**arguments)
     message = str(caught.value)
     assert type(caught.value) is error, f"{type(caught.value).__name__}: {message}"
     prefix = f"[umfa.{function}] "
@@ -385,7 +455,7 @@ def assert_refused(
     for text in texts:
         assert text in message
     assert contents(arguments, framework) == before, "an input was changed"
-    possible, reason = umfa.can_run(getattr(umfa, function), **arguments)
+    possible, reason = umfa.can_run(attrgetter(function)(umfa), **arguments)
     assert possible is False
     assert reason == message.replace(prefix, "[umfa.can_run] ", 1)
 
@@ -394,7 +464,7 @@ def assert_refused(
 @pytest.mark.parametrize("good", GOOD)
 def test_good_calls_are_good(good: str, framework: Framework) -> None:
     arguments = Bad(good, {}, ValueError, "", "").arguments(framework)
-    function = getattr(umfa, GOOD[good][0])
+    function = attrgetter(GOOD[good][0])(umfa)
     assert umfa.can_run(function, **arguments) == (True, "")
     function(**arguments)
 

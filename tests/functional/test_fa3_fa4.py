@@ -446,7 +446,7 @@ class Cache:
         assert self.table is not None
         table = np.full_like(self.table, 2**31 - 1)
         for b, at in enumerate(self.index):
-            own = slice(self.left[b] // page_size, -(-self.ends[b] // page_size))
+            own = slice(min(self.left[b], self.used[b]) // page_size, -(-self.ends[b] // page_size))
             table[at, own] = self.table[at, own]
         return table
 
@@ -466,12 +466,13 @@ class Cache:
         for b, at in enumerate(self.index):
             keys = slice(self.left[b], self.ends[b])
             for x, after in zip((k, v), self.after, strict=True):
-                assert_close(
-                    x[at, : self.ends[b]][keys].astype(np.float64),
-                    after[at, keys].astype(np.float64),
-                    BASE[self.dtype],
-                    "cache",
-                )
+                for rows in (keys, slice(self.used[b], self.ends[b])):
+                    assert_close(
+                        x[at, rows].astype(np.float64),
+                        after[at, rows].astype(np.float64),
+                        BASE[self.dtype],
+                        "cache",
+                    )
                 assert np.isnan(x[at, self.ends[b] :].astype(np.float32)).all()
             exact, exact_lse = reference.attention(
                 self.queries[b][None], k[at, None, keys], v[at, None, keys], **self.rules,
@@ -500,9 +501,10 @@ def test_caches_of_every_kind(seed: int) -> None:
     check_cache("cpu", seed, most=300)
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 40))]
-)
+SEEDS_ON_METAL = [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 40))]
+
+
+@pytest.mark.parametrize("seed", SEEDS_ON_METAL)
 def test_caches_of_every_kind_on_metal(seed: int) -> None:
     check_cache("metal-emulated", seed, most=150)
 
@@ -520,3 +522,89 @@ def check_cache(backend: str, seed: int, most: int) -> None:
         shapes = [x.shape for x in (*cache.tensors, *cache.new_tensors)]
         message = f"{cache.dtype} {shapes} {shown}"
         raise AssertionError(message) from error
+
+
+# ---- flash-attention 4 in random combination -----------------------------------------------------
+
+
+def check_varlen(backend: str, seed: int, most: int) -> None:
+    rng = np.random.default_rng([44, seed])
+
+    def integer(low: int, high: int) -> int:
+        return int(rng.integers(low, high + 1))
+
+    def flip(probability: float = 0.5) -> bool:
+        return bool(rng.random() < probability)
+
+    dtype, batch, heads_k = str(rng.choice(list(DTYPES))), integer(1, 4), integer(1, 2)
+    heads, head_dim, head_dim_v = heads_k * integer(1, 3), integer(8, 40), integer(8, 40)
+    few = flip()
+
+    def normal(*shape: int) -> Array:
+        return rng.standard_normal(shape, dtype=np.float32).astype(DTYPES[dtype])
+
+    def side(high: int, packed: bool, *channels: tuple[int, int]) -> tuple[list[Array], Any, Any]:
+        """Tensors of one side, the first row of each sequence and the rows in use."""
+        lengths = [integer(0, high) if flip(0.9) else 0 for _ in range(batch)]
+        starts = offsets([n + integer(0, 3) for n in lengths]) + integer(0, 4)
+        shape = (int(starts[-1]) + integer(0, 2),) if packed else (batch, max(lengths) + 1)
+        return [normal(*shape, *x) for x in channels], starts if packed else None, lengths
+
+    (q, qv), cu_q, used_q = side(4 if few else 80, flip(), (heads, head_dim), (heads, head_dim_v))
+    (k, v), cu_k, used_k = side(most, flip(), (heads_k, head_dim), (heads_k, head_dim_v))
+
+    def of(tensor: Array, starts: Any, used: Any, b: int) -> Array:
+        found = tensor[b] if starts is None else tensor[starts[b] :]
+        return found[None, : used[b]]
+
+    parts = [
+        [of(x, starts, used, b) for x, starts, used in (
+            (q, cu_q, used_q), (k, cu_k, used_k), (v, cu_k, used_k), (qv, cu_q, used_q))]
+        for b in range(batch)
+    ]  # fmt: skip
+    options: dict[str, Any] = {
+        "cu_seqlens_q": cu_q, "seqused_q": np.array(used_q), "seqused_k": np.array(used_k),
+        "max_seqlen_q": max(used_q) if flip() else None, "num_splits": integer(0, 4),
+    }  # fmt: skip
+    if cu_k is None and flip():
+        (k, v), options["page_table"] = paged([k, v], integer(1, 30), seed=seed)
+    else:
+        options["cu_seqlens_k"] = cu_k
+    rules: dict[str, Any] = {"causal": flip(0.3)}
+    rules["window_size"] = tuple(None if flip(0.2) else integer(-60, 60) for _ in range(2))
+    if flip(0.3):
+        rules["softcap"] = float(rng.uniform(2, 20))
+    if flip(0.3):
+        rules["learnable_sink"] = rng.standard_normal(heads).astype(np.float32)
+    if flip(0.3):
+        rules["softmax_scale"] = float(rng.uniform(0.05, 0.5))
+    has_qv = flip(0.3)
+    out, lse = call_on(
+        backend, fa4.flash_attn_varlen_func, q, k, v, qv if has_qv else None, return_lse=True,
+        **options, **rules,
+    )  # fmt: skip
+    assert out.shape == (*q.shape[:-1], head_dim_v)
+    lse = lse if has_qv else lse.swapaxes(-1, -2)  # heads last, as those of out
+    seen = np.zeros(q.shape[:-2], bool)
+    rules["window_size"] = visible_window(rules["window_size"])
+    for b, (own_q, own_k, own_v, own_qv) in enumerate(parts):
+        exact, exact_lse = reference.attention(
+            own_q, own_k, own_v, qv=own_qv if has_qv else None, window_offsets=True, **rules
+        )
+        what = f"of {b}: {dtype} {q.shape} {k.shape} {used_q} {used_k} {rules} {options.keys()}"
+        found, found_lse = (of(x, cu_q, used_q, b).astype(np.float64) for x in (out, lse))
+        assert_close(found, exact, BASE[dtype], f"out {what}")
+        assert_close(found_lse.swapaxes(1, 2), exact_lse, Tolerance(LSE.atol, 1e-6), f"lse {what}")
+        of(seen, cu_q, used_q, b)[:] = True
+    assert not out[~seen].any()
+    assert np.isneginf(lse[~seen]).all()
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_varlen_of_every_kind(seed: int) -> None:
+    check_varlen("cpu", seed, most=300)
+
+
+@pytest.mark.parametrize("seed", SEEDS_ON_METAL)
+def test_varlen_of_every_kind_on_metal(seed: int) -> None:
+    check_varlen("metal-emulated", seed, most=150)

@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 import umfa
-from umfa import _ext
+from umfa import _ext, fa3, fa4
 from umfa.cli import terminal
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -58,6 +58,18 @@ def _cached(*more: Any, pages: bool = False, **options: Any) -> Call:
     cache = [zeros(8 if pages else 2, 20, 2, 16) for _ in range(2)]
     tensors = zeros(2, 1, 4, 16), *cache, *more
     return umfa.flash_attn_with_kvcache, tensors, {"cache_seqlens": 7, **options}
+
+
+def _fa3_cached(new: tuple[Any, Any], *angles: Any, **options: Any) -> Call:
+    """Packed queries and new rows, of which the sequences have different numbers."""
+    _, (_, *cache), more = _cached(pages=True, **options)
+    rows = [np.concatenate([x, x])[:, 0] for x in new]
+    starts = np.array([0, 1, 4], np.int32)
+    more["page_table"] = more.pop("block_table")
+    more |= {"cu_seqlens_q": starts, "cu_seqlens_k_new": starts, "max_seqlen_q": 3}
+    if angles:
+        more |= {"rotary_cos": angles[0], "rotary_sin": angles[1]}
+    return fa3.flash_attn_with_kvcache, (zeros(4, 4, 16), *cache, *rows), more
 
 
 def _torch_like(*batch: int, mask: Any = None, **options: Any) -> Call:
@@ -138,6 +150,14 @@ def rows() -> list[Row]:
         Row(
             "attention over a compressed cache (`qv`, as in DeepSeek's MLA)",
             [_flash(qv=zeros(2, 9, 4, 16)), _cached(qv=zeros(2, 1, 4, 16), pages=True)],
+        ),
+        Row(
+            "flash-attn 3's and 4's functions as they are (`umfa.fa3`, `umfa.fa4`)",
+            [
+                _fa3_cached(new),
+                _fa3_cached(new, *angles, rotary_seqlens=np.array([4, 50])),
+                (fa4.flash_attn_func, _flash()[1], {"window_size": (-2, 12), "return_lse": True}),
+            ],
         ),
         Row(
             "all of these options together",
