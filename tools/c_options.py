@@ -67,13 +67,14 @@ def struct() -> str:
             f"/* {field.text} */", 96, initial_indent="    ", subsequent_indent="       "
         )
         lines.append(f"    {field.declaration};")
-    lines += ["} umfa_attention_options;", "", "#define UMFA_ATTENTION_OPTIONS_INIT \\"]
+    lines += ["} umfa_attention_options;", "", "/* clang-format off */"]
+    lines.append("#define UMFA_ATTENTION_OPTIONS_INIT \\")
     values = ["sizeof(umfa_attention_options)", "UMFA_LAYOUT_BSHD", "UMFA_BACKEND_AUTO"]
     values += [field.initial for field in fields()]
     body = textwrap.wrap("{" + ", ".join(values) + "}", 92, initial_indent="    ",
                          subsequent_indent="     ")  # fmt: skip
     lines += [f"{line} \\" for line in body[:-1]] + body[-1:]
-    return "\n".join([*lines, END])
+    return "\n".join([*lines, "/* clang-format on */", END])
 
 
 def updated() -> str:

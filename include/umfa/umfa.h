@@ -56,7 +56,7 @@ typedef struct umfa_attention_options {
     int32_t layout;     /* umfa_layout */
     int32_t backend;    /* umfa_backend */
 
-/* ---- from src/core/options.def ---- */
+    /* ---- from src/core/options.def ---- */
     /* query i sees keys j <= i + seqlen_kv - seqlen_q */
     int32_t causal;
     /* umfa_alignment: which query and key have the same position, for causal, windows, chunks,
@@ -133,10 +133,12 @@ typedef struct umfa_attention_options {
     const DLTensor* rotary_seqlens;
 } umfa_attention_options;
 
+/* clang-format off */
 #define UMFA_ATTENTION_OPTIONS_INIT \
     {sizeof(umfa_attention_options), UMFA_LAYOUT_BSHD, UMFA_BACKEND_AUTO, 0, 0, -1, -1, 0, \
      0, NULL, NULL, 0, NULL, NULL, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -1, \
      -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0, 0, NULL, NULL}
+/* clang-format on */
 /* ---- end ---- */
 
 /* out = softmax(query key^T * softmax_scale) value, per head; query head h reads key head

@@ -64,7 +64,7 @@ can_run.__signature__ = signature(flash_attn_func).replace(  # type: ignore[attr
 
 
 class BackendInfo(NamedTuple):
-    """A way to carry attention out, and whether this machine and build have it."""
+    """A backend, and whether this machine and build have it."""
 
     name: str
     available: bool
@@ -78,13 +78,13 @@ class Stats(NamedTuple):
     """What umfa has done in this process so far; see `stats`."""
 
     cpu_calls: int
-    """Calls that the CPU backend carried out."""
+    """Calls that the CPU backend ran."""
     metal_calls: int
-    """Calls that the Metal backend carried out, or recorded in a caller's command buffer."""
+    """Calls that the Metal backend ran, or recorded in a caller's command buffer."""
     tensors_in_place: int
     """Tensors that Metal calls read or wrote where they are."""
     tensors_copied: int
-    """Tensors that Metal could not map, so that a copy was made for the GPU."""
+    """Tensors that Metal could not map and that umfa copied for the GPU."""
     bytes_copied: int
     """The size of those copies."""
     pipelines: int
@@ -94,13 +94,13 @@ class Stats(NamedTuple):
     command_buffers: int
     """Command buffers that umfa committed."""
     queues_replaced: int
-    """Command queues given up because the GPU had failed."""
+    """Command queues that umfa replaced after the GPU had failed."""
     gpu_seconds: float
     """Time that the GPU spent on umfa's command buffers, by its own clock."""
 
 
 def stats() -> Stats:
-    """Counts of what umfa has done; they only grow, so take two to learn of a call.
+    """Counters since umfa was loaded. They only grow: subtract two readings to measure one call.
 
     >>> before = umfa.stats()
     >>> out = umfa.flash_attn_func(q, k, v)

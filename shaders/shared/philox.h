@@ -1,5 +1,5 @@
-// Dropout's random numbers: Philox-4x32-10 (Salmon et al. 2011), a function of where a probability
-// stands and of nothing else. So every backend, and every pass, drops the same ones.
+// Dropout's random numbers: Philox-4x32-10 (Salmon et al. 2011). A number depends only on the key
+// and on the probability's indices, so every backend and every pass drops the same probabilities.
 //
 // Included by the shaders (MSL, C++14 subset) and by the host.
 #pragma once

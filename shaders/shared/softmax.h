@@ -25,13 +25,13 @@ inline void start(thread SoftmaxRow& row) {
     row.sum = 0.0f;
 }
 
-/// Moves the reference where the largest score `top` of this lane's row asks for it. Returns the
-/// factor on everything summed so far: exactly 1 in a row that did not ask, whoever else did.
+/// Raises the row's reference if the largest score `top` exceeds it by more than `slack`. Returns
+/// the factor for the sums so far: exactly 1 for a row whose reference did not change.
 inline float follow(thread SoftmaxRow& row, float top, float unit) {
     const float largest = row_max(top);
     const float scaled = largest <= lowest ? lowest : largest * unit;
     if (!(scaled > row.reference + slack)) return 1.0f;
-    // A row that has seen nothing yet has nothing to rescale, and lowest is not to compute with.
+    // A row without a visible key has no sum to rescale, and `lowest` must not enter arithmetic.
     const float factor = row.reference <= lowest ? 0.0f : fast::exp2(row.reference - scaled);
     row.reference = scaled;
     row.sum *= factor;
@@ -43,8 +43,7 @@ inline bool must_follow(thread const SoftmaxRow& row, float top, float unit) {
     return simd_any(top * unit > row.reference + slack);
 }
 
-/// What exponents are relative to. Before anything was seen all scores are `lowest`, of which
-/// relative to 0 nothing is left.
+/// Reference of the exponents. Before any key was visible it is 0: exp2(lowest) underflows to 0.
 inline float base(thread const SoftmaxRow& row) {
     return row.reference <= lowest ? 0.0f : row.reference;
 }

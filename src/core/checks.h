@@ -1,4 +1,4 @@
-// What every tensor of a call must satisfy, whoever it is: checks that throw with the value at fault.
+// Checks that apply to every tensor of a call. They throw with the offending value.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ inline int64_t stride_at(const TensorView& view, int from_last) {
     return size_at(view, from_last) == 1 ? 0 : view.strides[view.ndim - from_last];
 }
 
-/// What must hold before anyone follows the tensor's pointer.
+/// Checks that must pass before the tensor's memory is read.
 UMFA_CORE_API void check_memory(const Checker& check, const TensorView& view,
                                 const std::string& name);
 UMFA_CORE_API void check_float_dtype(const Checker& check, const TensorView& view,

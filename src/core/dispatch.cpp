@@ -44,7 +44,7 @@ std::string missing_text(const Operation<CombineProblem>&, const CombineProblem&
 template <class P>
 Verdict verdict_of(const Backend& backend, const P& problem) {
     const Operation<P>& operation = operation_of(backend, problem);
-    // What it could never do comes first: that says more than that it is not here.
+    // Report a missing feature before a missing backend: it is the more useful reason.
     if (!operation.run) return {false, std::string(task_of(problem)) + " is not implemented"};
     if (std::string missing = missing_text(operation, problem); !missing.empty())
         return {false, std::move(missing)};
@@ -123,7 +123,7 @@ std::string backend_name(std::string_view name, std::string_view function) {
         const char* text = std::getenv("UMFA_BACKEND");
         std::string found = text && *text ? text : "auto";
         if (!known(found))
-            fail(ErrorKind::value, "umfa", "UMFA_BACKEND names no backend", "'" + found + "'",
+            fail(ErrorKind::value, "umfa", "UMFA_BACKEND is not a known backend", "'" + found + "'",
                  known_names);
         return found;
     }();
@@ -176,7 +176,7 @@ const Backend& backend_of(Device device, std::string_view function) {
         if (verdict.yes) return *backend;
         reasons = std::string(backend->name) + ": " + verdict.reason;
     }
-    fail(ErrorKind::unsupported, function, "no backend has memory there",
+    fail(ErrorKind::unsupported, function, "no backend can allocate memory on this device",
          reasons.empty() ? "no backend" : reasons, "a device that this build of umfa can use");
 }
 

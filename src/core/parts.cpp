@@ -88,7 +88,7 @@ DenseMask broadcast_mask(const Checker& check, const Problem& problem, const Ten
     if (!fits)
         check.value(name + " has the wrong shape", shape_text(mask),
                     "a shape that broadcasts to " + shape_text(full) +
-                        (sequences ? ", the longest sequences, or beyond" : ""));
+                        (sequences ? " (the longest sequences) or is longer" : ""));
     DenseMask found{mask, mask};
     found.view.ndim = 4;
     found.view.shape[1] = problem.nheads_q;

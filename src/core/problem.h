@@ -58,7 +58,7 @@ struct Rotary {
     TensorView cos, sin;  // (positions, channels / 2)
     int64_t channels = 0;
     bool interleaved = true;
-    bool advances = true;  // query i stands i behind the first; else all stand where it does
+    bool advances = true;  // query i has the first query's position + i; else all have the first's
     bool keys = false;     // key j is rotated too, by the angles of position j
 };
 
@@ -97,8 +97,8 @@ UMFA_CORE_API const char* name_of(Feature feature);
 
 // ---- problem -------------------------------------------------------------------------------------
 
-/// A batch dimension that no stride walks together with the others. The problem is carried out once
-/// for each index, which moves the operands by these strides.
+/// A batch dimension that cannot be merged with the others into one stride. The problem runs once
+/// for each index; these strides move the operands.
 struct BatchLoop {
     int64_t size = 1;
     int64_t query = 0, key = 0, value = 0, mask = 0, out = 0, lse = 0;

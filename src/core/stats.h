@@ -1,4 +1,4 @@
-// What umfa has done since it was loaded. Counts only grow; whoever wants a difference takes two.
+// What umfa has done since it was loaded. Counters only grow; callers subtract two readings.
 #pragma once
 
 #include <atomic>

@@ -1,4 +1,4 @@
-// TensorView: somebody else's tensor, as every door hands it to the core. Owns nothing.
+// TensorView: a non-owning view of the caller's tensor, as every binding passes it to the core.
 #pragma once
 
 #include <cstdint>

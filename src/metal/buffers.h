@@ -27,7 +27,7 @@ public:
     /// Where a binding to a tensor of the plan is.
     Bound bound(const Binding& binding) const;
 
-    /// Brings copied results home. After the GPU has finished.
+    /// Copies results back to the caller's memory. Call it after the GPU has finished.
     void copy_back() const;
 
 private:

@@ -1,5 +1,5 @@
-// A map whose values are expensive to make: each is made once, by the first that asks, while others
-// who want the same wait, and those who want another do not.
+// A map whose values are expensive to build. The first caller builds a value; concurrent callers of
+// the same key wait for it; callers of other keys do not wait.
 #pragma once
 
 #include <map>

@@ -6,7 +6,7 @@
 
 namespace umfa::metal {
 
-/// Lets go of the device and of all that was made on it; the next call begins anew.
+/// Releases the device and everything created on it; the next call creates them again.
 UMFA_CORE_API void release();
 
 }  // namespace umfa::metal

@@ -28,7 +28,7 @@ inline std::string text_of(NSError* error) {
            std::to_string(error.code) + ")";
 }
 
-/// Throws what a failed command buffer deserves.
+/// Throws the `Error` that describes a failed command buffer.
 [[noreturn]] void fail_command_buffer(std::string_view function, NSError* error);
 
 }  // namespace umfa::metal

@@ -1,5 +1,5 @@
-// What `python -m umfa bench` needs from below Python. The lock is held throughout: no other Python
-// thread shall run while something is timed.
+// Measurements for `python -m umfa bench`. The GIL stays held, so that no other Python thread runs
+// while something is timed.
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>

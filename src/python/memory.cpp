@@ -41,7 +41,7 @@ namespace {
 using namespace nb::literals;
 using AnyArray = nb::ndarray<nb::array_api>;
 
-/// An MTLBuffer, and how to let go of it.
+/// An MTLBuffer and its release function.
 struct MetalMemory {
     MetalMemory(const Backend& backend, size_t bytes)
         : buffer(backend.allocate(bytes, "umfa._ext.empty")), deallocate(backend.deallocate) {}

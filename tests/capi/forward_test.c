@@ -741,8 +741,8 @@ static void make_parts(problem* p, tensor* out_partial, tensor* lse_partial) {
         key.dl.byte_offset = (uint64_t)(cuts[part] * key.strides[1]) * sizeof(float);
         value.dl.byte_offset = (uint64_t)(cuts[part] * value.strides[1]) * sizeof(float);
         out.dl.data = (float*)out_partial->dl.data + part * part_size * HEAD_DIM_V;
-        CHECK_OK(umfa_attention_forward(&p->query.dl, &key.dl, &value.dl, &out.dl, &p->lse.dl,
-                                        NULL));
+        CHECK_OK(
+            umfa_attention_forward(&p->query.dl, &key.dl, &value.dl, &out.dl, &p->lse.dl, NULL));
         for (b = 0; b < BATCH; ++b)
             for (i = 0; i < SEQLEN_Q; ++i)
                 for (h = 0; h < HEADS; ++h)
@@ -827,8 +827,8 @@ static void check_weights(int line, problem* p, const umfa_attention_options* op
                     for (j = 0; j < keys; ++j) {
                         const double weight = number(&weights.dl, b, h, i, j);
                         if (weight > 0)
-                            expected += weight / kept *
-                                        at(&p->value.dl, options->layout, b, j, h / 3, d);
+                            expected +=
+                                weight / kept * at(&p->value.dl, options->layout, b, j, h / 3, d);
                     }
                     if (!(fabs(at(&p->out.dl, options->layout, b, i, h, d) - expected) < 1e-4))
                         fail_at(line, "out is not the kept weights' sum");
@@ -874,12 +874,12 @@ TEST(weights_that_cannot_be) {
     CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, &weights.dl, &options),
                 UMFA_ERROR_UNSUPPORTED, "weights of a call with new_key");
     weights.shape[3] = 7;
-    CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, &weights.dl, NULL),
-                UMFA_ERROR_VALUE, "weights has the wrong shape; got (2, 6, 21, 7)");
+    CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, &weights.dl, NULL), UMFA_ERROR_VALUE,
+                "weights has the wrong shape; got (2, 6, 21, 7)");
     weights.shape[3] = SEQLEN_K;
     weights.dl.data = p.query.dl.data;
-    CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, &weights.dl, NULL),
-                UMFA_ERROR_VALUE, "weights overlaps query");
+    CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, &weights.dl, NULL), UMFA_ERROR_VALUE,
+                "weights overlaps query");
 }
 
 /* ---- tests: threads ------------------------------------------------------------------------------ */

@@ -40,12 +40,12 @@ def can_run(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple
 def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
     """Whether a function of umfa would accept these arguments, and if not, why.
 
-    ``can_run(q, k, v, ...)`` is about `flash_attn_func`. Another function of umfa is named first,
-    before its arguments: ``can_run(umfa.scaled_dot_product_attention, query, key, value)``.
+    ``can_run(q, k, v, ...)`` checks `flash_attn_func`. To check another function of umfa, pass it
+    first: ``can_run(umfa.scaled_dot_product_attention, query, key, value)``.
 
-    Asks the same code that routes the call; computes nothing and raises nothing that the function
-    would raise about its arguments. What only shows while computing stays unseen: that memory runs
-    out, or that mlx will ask for a derivative.
+    The same code routes the call. Nothing is computed, and an error that the function would raise
+    about its arguments becomes the reason. Errors that occur only during the computation are not
+    predicted: a failed allocation, or a derivative that mlx requests later.
 
     Returns
     -------

@@ -95,7 +95,7 @@ def ready(call: Prepared, tensors: dict[str, Any]) -> Framework:
         raise ValueError(
             message(
                 function,
-                "dropout_seed is missing, and this framework has no generator to ask",
+                "dropout_seed is missing, and this framework has no global random generator",
                 None,
                 "0 to 2**64 - 1",
             )
@@ -114,7 +114,7 @@ def _on_host(function: str, name: str, table: Any) -> Any:
 
 
 def _seed(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> int:
-    """A seed of the framework's generator, which a call that is refused must not move."""
+    """Draws a seed from the framework's generator. A refused call must not advance it."""
     possible, _ = _ext.attention_can_run(call.options, exported(framework, call, tensors))
     if not possible or framework.draw_seed is None:
         return 0  # computing will say why

@@ -16,18 +16,18 @@ def flash_attn_combine(
     *,
     backend: str = "auto",
 ) -> Any:
-    """Merges results of attention over parts of the keys into that over all of them (flash-attn 3).
+    """Merges partial results over disjoint keys into the result over all keys (flash-attn 3).
 
-    For keys that lie in several places: parts of a long cache, of several calls or machines.
+    For keys in several places: parts of a long cache, several calls or several machines.
 
     Parameters
     ----------
     out_partial : tensor, shape (parts, batch, seqlen_q, nheads, head_dim)
         Or (parts, total_q, nheads, head_dim). Result of each part: float32, float16 or bfloat16.
     lse_partial : tensor, shape (parts, batch, seqlen_q, nheads)
-        Or (parts, total_q, nheads). float32: natural log-sum-exp of each part, -inf where it saw no
-        key (its result then does not count). `flash_attn_func` returns it with the last two
-        dimensions the other way round: ``lse.transpose(1, 2)``.
+        Or (parts, total_q, nheads). float32: natural log-sum-exp of each part. A part that saw no
+        key has -inf and is ignored. `flash_attn_func` returns the last two dimensions swapped: pass
+        ``lse.transpose(1, 2)``.
     out : tensor, optional
         Where to write the result, for torch and numpy (not a buffer, which is only read): of the
         result's shape, float32, float16 or bfloat16, on the device of `out_partial`, and in memory

@@ -88,12 +88,12 @@ def flash_attn_func(
     backend : {"auto", "metal", "cpu"}
         Which backend runs the call. "auto" takes the Apple GPU where there is one, for tensors that
         it owns and for work on CPU tensors that is large enough to amortise the launch (an
-        estimate, not yet measured on Apple hardware). The others insist: what such a backend cannot
-        do is refused, never done elsewhere. The environment variable ``UMFA_BACKEND`` can insist
-        for "auto". See `umfa.backends`.
+        estimate, not yet measured on Apple hardware). The others require that backend: umfa refuses
+        what it cannot do and never uses another one. The environment variable ``UMFA_BACKEND`` sets
+        the meaning of "auto". See `umfa.backends`.
     attn_mask : tensor that broadcasts to (batch, nheads, seqlen_q, seqlen_kv), optional
         bool: a query attends where it is True. float32, float16 or bfloat16: added to the scores.
-        Read where it is, never expanded; goes together with everything else.
+        Read in place and never expanded. Composes with every other option.
     attention_chunk : int
         If above 0, a query sees only keys of its own chunk of that many positions (flash-attn 3).
     attention_chunk_offset : int
@@ -141,8 +141,8 @@ def flash_attn_func(
         -inf for a query that sees no key (flash-attn 2 writes +inf there).
     S_dmask : tensor, shape (batch, nheads, seqlen_q, seqlen_kv), or None
         Only with `return_attn_probs`, and not None only with dropout: the weights before dropout,
-        negative where they were dropped. For looking at small problems, since it is as large as it
-        looks; not with `qv` or a `block_table`.
+        negative where they were dropped. Only for small problems, because it allocates the whole
+        matrix; not with `qv` or a `block_table`.
 
     Raises
     ------

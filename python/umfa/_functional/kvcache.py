@@ -70,9 +70,10 @@ def flash_attn_with_kvcache(
         are objects with the buffer protocol, which are only read. Under ``torch.autocast`` the
         caches must have its dtype (see the notes of `flash_attn_func`).
     rotary_cos, rotary_sin : tensor, shape (positions, rotary_dim / 2), optional
-        Only with `k` and `v`: rotates the new keys by the angles of their positions in the cache,
-        and the queries from position ``cache_seqlens`` on: with `causal`, a window or a chunk one
-        after the other, else all by that position's. The first ``rotary_dim`` channels turn.
+        Only with `k` and `v`. Rotates the new keys by the angles of their positions in the cache.
+        With `causal`, a window or a chunk, query ``i`` is rotated by the angles of position
+        ``cache_seqlens + i``; otherwise every query by those of ``cache_seqlens``. Rotates the
+        first ``rotary_dim`` channels.
     cache_seqlens : int, or int32 or int64 tensor, shape (batch,), optional
         Rows in use; all of them if None.
     cache_batch_idx : int32 or int64 tensor, shape (batch,), optional
@@ -86,9 +87,9 @@ def flash_attn_with_kvcache(
     rotary_interleaved : bool
         Rotates the pairs (0, 1), (2, 3), ...; if False one channel of each half.
     num_splits : int
-        Into how many parts, at most, the keys of few queries are cut, so that all threads have
-        some; 1 for none, 0 for umfa's choice. Parts are whole tiles of keys. Many queries keep the
-        threads busy without: they are never cut.
+        Largest number of parts into which the keys are split, so that all threads have work when
+        there are few queries. 1: no split; 0: umfa chooses. Parts are whole tiles of keys. Calls
+        with many queries never split the keys.
     return_softmax_lse : bool
         Also return the log-sum-exp, shape (batch, nheads, seqlen_q), float32.
     attn_mask, qv

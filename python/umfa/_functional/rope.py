@@ -43,10 +43,10 @@ def fused_rope_attention(
     out: Any = None,
     batch_invariant: bool = False,
 ) -> Attention:
-    """`flash_attn_func` on queries and keys that are rotated on their way into the kernel.
+    """`flash_attn_func` with rotary embedding: the kernel rotates q and k when it loads them.
 
-    The result is that of rotating `q` and `k` first, rounded to their dtype; no rotated copy of
-    them is made.
+    The result equals that of rotating `q` and `k` first and rounding them to their dtype, but no
+    rotated copy is allocated.
 
     Parameters
     ----------

@@ -57,7 +57,7 @@ def scaled_dot_product_attention(
         ``causal_lower_right`` of ``torch.nn.attention.bias``, which is not materialised.
     dropout_p : float
         Probability, below 1, with which each attention weight is left out; the others are divided
-        by ``1 - dropout_p``. As torch has it, whoever is not training passes 0.
+        by ``1 - dropout_p``. As in torch, pass 0 outside training.
     is_causal : bool
         Query ``i`` sees the keys ``j <= i`` (aligned at the top left, unlike `flash_attn_func`).
         Excludes `attn_mask`.
@@ -69,7 +69,7 @@ def scaled_dot_product_attention(
     backend : {"auto", "metal", "cpu"}
         Which backend runs the call; see `flash_attn_func`.
     dropout_seed, dropout_offset : int, optional
-        What is dropped; see `flash_attn_func`.
+        Seed and offset of the dropout; see `flash_attn_func`.
     out : tensor, shape (..., nheads, seqlen_q, head_dim_v), optional
         Where to write the result; see `flash_attn_func`.
     batch_invariant : bool

@@ -136,7 +136,7 @@ def rows() -> list[Row]:
             [_cached(*new), _cached(*new, *angles), _cached(*new, *angles, pages=True)],
         ),
         Row(
-            "rotary embedding of queries and keys in the kernel's load (`fused_rope_attention`)",
+            "rotary embedding of queries and keys as kernels load them (`fused_rope_attention`)",
             [(*rope, {}), (*rope, {"rotary_interleaved": False, "causal": True})],
         ),
         Row(
@@ -168,7 +168,7 @@ def rows() -> list[Row]:
             ],
         ),
         Row(
-            "results of parts of the keys merged (`flash_attn_combine`)",
+            "merging of partial results over keys (`flash_attn_combine`)",
             [(umfa.flash_attn_combine, (zeros(3, 2, 9, 4, 16), zeros(3, 2, 9, 4)), {})],
         ),
     ]
