@@ -1,7 +1,8 @@
 """umfa: exact attention on any DLPack tensor, in O(N) memory.
 
 The functions carry the names, arguments and defaults of flash-attn 2 and of torch. See
-`flash_attn_func` and `scaled_dot_product_attention`.
+`flash_attn_func` and `scaled_dot_product_attention`. The modules `umfa.fa3` and `umfa.fa4` have
+flash-attn 3's and 4's.
 """
 
 from __future__ import annotations
