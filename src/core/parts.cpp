@@ -167,10 +167,15 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
     if (positions > max_seqlen)
         check.unsupported(cos_name + " would be read too far", std::to_string(positions),
                           "at most " + std::to_string(max_seqlen) + " positions");
-    if (keys && !problem.top_left && problem.seqlen_q > problem.seqlen_kv)
-        check.value("seqlen_q must not exceed seqlen_kv with " + cos_name,
-                    std::to_string(problem.seqlen_q) + " and " + std::to_string(problem.seqlen_kv),
-                    "seqlen_q <= seqlen_kv: query i has position i + seqlen_kv - seqlen_q");
+    const auto check_lengths = [&](int64_t seqlen_q, int64_t seqlen_kv) {
+        if (keys && !problem.top_left && seqlen_q > seqlen_kv)
+            check.value("seqlen_q must not exceed seqlen_kv with " + cos_name,
+                        std::to_string(seqlen_q) + " and " + std::to_string(seqlen_kv),
+                        "seqlen_q <= seqlen_kv: query i has position i + seqlen_kv - seqlen_q");
+    };
+    check_lengths(problem.seqlen_q, problem.seqlen_kv);
+    for (const SequenceRows& rows : problem.sequences.rows)
+        check_lengths(rows.seqlen_q, rows.seqlen_kv);
     const Function& names = *request.function;
     const struct {
         const TensorView& view;

@@ -177,7 +177,7 @@ def test_any_schedule(interleaved: bool, seed: int) -> None:
 @INTERLEAVED
 @pytest.mark.parametrize("page_size", [0, 7])
 def test_sequences(page_size: int, interleaved: bool) -> None:
-    """Each counts positions by itself: its queries stand behind its keys."""
+    """Each counts positions by itself: its last query stands where its last key does."""
     lengths_q, lengths_k = [20, 0, 3, 40], [33, 5, 40, 40]
     cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
     q = normal((int(cu_q[-1]), 4, 64), "float16", seed=0)
@@ -197,13 +197,17 @@ def test_sequences(page_size: int, interleaved: bool) -> None:
     for b, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
         rows, own = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
         expected = reference.attention(
-            rotated(q[None, rows], cos, sin, np.arange(n) + m, **places),
+            rotated(q[None, rows], cos, sin, np.arange(n) + m - n, **places),
             rotated(k[None, own], cos, sin, np.arange(m), **places),
             v[None, own],
             causal=True,
         )
         assert_close(out[None, rows].astype(np.float64), expected[0], BASE["float16"])
         assert_close(lse[None, :, rows].astype(np.float64), expected[1], lse_tolerance(q), "lse")
+    # A shorter sequence of keys would have queries before the first angle.
+    longer = {**given, "cu_seqlens_q": offsets([20, 6, 3, 34])}
+    with pytest.raises(ValueError, match="seqlen_q must not exceed seqlen_kv.*got 6 and 5"):
+        emulated.call(q, keys, values, options, rotary_cos=cos, rotary_sin=sin, **longer)
 
 
 def test_each_key_is_read_once_a_tile() -> None:
