@@ -12,7 +12,6 @@ namespace umfa {
 // By bits, since comparisons with infinity may be folded away.
 constant constexpr uint exponent_bits = 0x7f800000u;
 constant constexpr uint no_key_bits = 0xff800000u;  // -inf: the part saw no key
-constant constexpr uint undefined_bits = 0x7fc00000u;
 constant constexpr float smallest = -3.4e38f;
 constant constexpr float log2_of_e = 1.44269504f;
 constant constexpr float log_of_2 = 0.693147181f;
@@ -64,7 +63,7 @@ template <typename T, typename O>
     for (int part = 0; part < params.parts; ++part) {
         const float own = lse_partial[part * params.lse_partial.part];
         if (undefined || !saw_keys(own)) continue;
-        const float weight = exp2((own - reference) * log2_of_e);
+        const float weight = fast::exp2((own - reference) * log2_of_e);
         sum += weight;
 #pragma clang loop unroll(full)
         for (int i = 0; i < PER_LANE; ++i) {
@@ -79,12 +78,12 @@ template <typename T, typename O>
     for (int i = 0; i < PER_LANE; ++i) {
         const int column = first + i * 32;
         float x = sum == 0.0f ? 0.0f : o[i] / sum;
-        if (undefined) x = as_type<float>(undefined_bits);
+        if (undefined) x = as_type<float>(0x7fc00000u);
         if (column < params.head_dim) out[column * params.out.channel] = O(x);
     }
     if (first != 0) return;
-    float x = sum == 0.0f ? as_type<float>(no_key_bits) : reference + log2(sum) * log_of_2;
-    if (undefined) x = as_type<float>(undefined_bits);
+    float x = sum == 0.0f ? as_type<float>(0xff800000u) : reference + log2(sum) * log_of_2;
+    if (undefined) x = as_type<float>(0x7fc00000u);
     lse[batch * params.lse.batch + row * params.lse.row + head * params.lse.head] = x;
 }
 

@@ -115,9 +115,11 @@ UMFA_INLINE float2 mask_tile(float2 x, thread const ScoreRow& row, int column, b
     x.x = biased(x.x, row, column, params);
     x.y = biased(x.y, row, column + 1, params);
     if (mixed) {
-        const VisibleRow seen = visible_row(range, row.row, column, 2);
-        if (column >= end || !sees(seen, 0)) x.x = lowest;
-        if (column + 1 >= end || !sees(seen, 1)) x.y = lowest;
+        VisibleRow seen = whole_row(range, row.row);
+        seen.end = min(seen.end, end);
+        seen.prefix = has_prefix ? min(seen.prefix, end) : 0;
+        if (!sees(seen, column)) x.x = lowest;
+        if (!sees(seen, column + 1)) x.y = lowest;
     }
     if (has_mask) {
         x.x = masked(x.x, row, column, params, mask);
@@ -394,7 +396,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
                                 batch, head_kv, first_row, simdgroup, lane, at);
     if (!Q_STAYS) threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    const Visible<int> range = visible_of(sequence);
+    const Visible<int> range = visible_of(params, sequence);
     const int last_query = seqlen_q - 1;
     int first = decode_params.first_key, last = decode_params.last_key;
     if (has_sequences) {

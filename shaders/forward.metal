@@ -158,10 +158,10 @@ UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[QF][KF], int f, thread co
         set(s[f][j], biased(x.x, row, column, params), biased(x.y, row, column + 1, params));
     }
     if (mixed || counting) {  // few tiles need this, so the branch is cheap
-        const VisibleRow seen = visible_row(range, row.row, k0, 8 * KF);
+        const VisibleRow seen = whole_row(range, row.row);
 #pragma clang loop unroll(full)
         for (int j = 0; j < KF; ++j) {
-            const int column = j * 8 + at.column;
+            const int column = k0 + j * 8 + at.column;
             const float2 x = pair_of(s[f][j]);
             set(s[f][j], sees(seen, column) ? x.x : lowest, sees(seen, column + 1) ? x.y : lowest);
         }
@@ -303,7 +303,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 
     // The threadgroup's rows say which tiles it reads, a simdgroup's whether a tile is hidden, whole
     // or mixed for it.
-    const Visible<int> range = visible_of(sequence);
+    const Visible<int> range = visible_of(params, sequence);
     const int last_row = min(first_row + BQ, seqlen_q) - 1;
     const int tiles_begin = next_tile(range, first_row, last_row, 0, BK);
     const int tiles_end = span_end(range, last_row);

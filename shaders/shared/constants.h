@@ -40,7 +40,8 @@
     X(19, bool, has_qv)                                                                     \
     /* Keys are rotated 32 bytes at a time: their rows allow wide_loads, the angles are */  \
     /* float32 with rows on 16 bytes, and the rotated channels come in whole 32 bytes. */   \
-    X(20, bool, wide_rotary)
+    X(20, bool, wide_rotary)                                                                \
+    X(21, bool, has_prefix) /* some sequence has keys that all its queries see */
 
 // Values of mask_kind; those of floats of sink_kind and rotary_kind too.
 #define UMFA_MASK_NONE 0

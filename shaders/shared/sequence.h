@@ -21,16 +21,24 @@ inline SequenceParams sequence_at(constant ForwardParams& params,
     SequenceParams found = {};
     found.query_batch = found.kv_batch = index;
     found.seqlen_q = params.seqlen_q;
-    const Visible<int> visibility = params.visibility;
-    found.visibility = visibility;
+    found.visibility.seqlen_kv = params.visibility.seqlen_kv;
+    found.visibility.offset = params.visibility.offset;
     found.position_q = params.visibility.offset;
     return found;
 }
 
-/// What the sequence's queries see.
-inline Visible<int> visible_of(thread const SequenceParams& sequence) {
-    Visible<int> found = sequence.visibility;
-    if (!has_chunk) found.chunk = 0;
+/// What the sequence's queries see. What is the same for the whole call comes from `params`, which
+/// may be read again where a register would have to keep it (decode with pages: half the speed
+/// otherwise, H200).
+inline Visible<int> visible_of(constant ForwardParams& params,
+                               thread const SequenceParams& sequence) {
+    const Visible<int> found = {sequence.visibility.seqlen_kv,
+                                sequence.visibility.offset,
+                                params.visibility.left,
+                                params.visibility.right,
+                                has_chunk ? params.visibility.chunk : 0,
+                                params.visibility.chunk_offset,
+                                has_prefix ? sequence.visibility.prefix : 0};
     return found;
 }
 

@@ -5,7 +5,7 @@
 //   next_tile     which tiles of keys a block of queries reads
 //   seen_by_some  keys of a tile outside which no query of the block sees any
 //   seen_by_all   keys of a tile that each query of the block sees
-//   visible_row, sees   whether a query sees a key
+//   visible_row or whole_row, sees   whether a query sees a key
 // or, with fewer operations a tile, seen_bounds, touches and covers; span_begin and span_end bound
 // the keys where no tile is left out.
 // Kernels rely on no more than that: inside seen_by_some and outside seen_by_all, only `sees`
@@ -151,15 +151,19 @@ UMFA_INLINE SeenBounds<Int> seen_bounds(Visible<Int> v, Int first, Int last) {
 /// Whether some query of the block may see one of the keys [first_key, first_key + keys).
 template <typename Int>
 UMFA_INLINE bool touches(SeenBounds<Int> bounds, Int first_key, Int keys) {
-    return first_key < bounds.prefix ||
-           (bounds.some_end > first_key && bounds.some_begin < first_key + keys);
+    if (bounds.prefix > 0 && first_key < bounds.prefix) return true;
+    return bounds.some_end > first_key && bounds.some_begin < first_key + keys;
 }
 
 /// Whether each query of the block sees all of the keys.
 template <typename Int>
 UMFA_INLINE bool covers(SeenBounds<Int> bounds, Int first_key, Int keys) {
-    const Int end = first_key + keys, begin = first_key < bounds.prefix ? bounds.prefix : first_key;
-    return end <= bounds.prefix || (bounds.all_begin <= begin && bounds.all_end >= end);
+    const Int end = first_key + keys;
+    if (bounds.prefix > 0) {
+        if (end <= bounds.prefix) return true;
+        if (first_key < bounds.prefix) first_key = bounds.prefix;
+    }
+    return bounds.all_begin <= first_key && bounds.all_end >= end;
 }
 
 /// Key before which queries from `first` on see none.
@@ -204,9 +208,16 @@ UMFA_INLINE VisibleRow visible_row(Visible<Int> v, Int i, Int first_key, Int key
             clamp_key(visible_end(v, i) - first_key, keys), clamp_key(v.prefix - first_key, keys)};
 }
 
-/// Whether the query sees a key of the tile.
+/// All keys that one query sees, counted from key 0.
+template <typename Int>
+UMFA_INLINE VisibleRow whole_row(Visible<Int> v, Int i) {
+    return {static_cast<int>(visible_begin(v, i)), static_cast<int>(visible_end(v, i)),
+            static_cast<int>(v.prefix)};
+}
+
+/// Whether the query sees a key. Without a prefix, which constants may say, nothing asks for one.
 UMFA_INLINE bool sees(VisibleRow row, int key) {
-    return (key >= row.begin && key < row.end) || key < row.prefix;
+    return (key >= row.begin && key < row.end) || (row.prefix > 0 && key < row.prefix);
 }
 
 #ifndef __METAL_VERSION__  // the CPU's vectors

@@ -26,6 +26,12 @@ bool rows_are_wide(const Operand& operand, int64_t channels) {
            operand.stride_batch % wide == 0;
 }
 
+bool has_prefix(const Problem& problem) {
+    for (const SequenceRows& rows : problem.sequences.rows)
+        if (rows.prefix > 0) return true;
+    return false;
+}
+
 /// Whether keys can be rotated 32 bytes at a time, as rotary.h has it.
 bool wide_rotary(const Problem& problem) {
     if (!problem.rotary || !problem.rotary->keys || !wide_loads(problem)) return false;
@@ -189,6 +195,7 @@ std::vector<Constant> constants_of(const Problem& problem) {
     flag(constant::wide_rotary, wide_rotary(problem));
     flag(constant::has_dropout, problem.dropout.has_value());
     flag(constant::has_qv, problem.qv.has_value());
+    flag(constant::has_prefix, has_prefix(problem));
     return constants;
 }
 

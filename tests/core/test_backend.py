@@ -119,5 +119,7 @@ def test_the_environment_names_no_backend(run_python: Any) -> None:
         CALL + "print(outcome()); print(umfa.can_run(x, x, x)); print(outcome(backend='cpu'))",
         UMFA_BACKEND="gpu",
     )
-    text = "[umfa] UMFA_BACKEND is not a known backend; got 'gpu'; expected 'auto', 'metal' or 'cpu'"
+    text = (
+        "[umfa] UMFA_BACKEND is not a known backend; got 'gpu'; expected 'auto', 'metal' or 'cpu'"
+    )
     assert process.stdout.splitlines() == [f"ValueError: {text}", str((False, text)), "done"]

@@ -156,8 +156,9 @@ def offset_cases() -> Iterator[Bad]:
     yield Bad("varlen", shape, ValueError, "(3,)", "cu_seqlens_k has the wrong shape")
     empty = {"cu_seqlens_q": i32(), "cu_seqlens_k": i32()}
     yield Bad("varlen", empty, ValueError, "(0,)", "cu_seqlens_q is empty")
-    yield Bad("varlen", {"cu_seqlens_q": ()}, TypeError, "builtins.tuple", "is not a tensor")
-    yield Bad("varlen", {"cu_seqlens_k": [0, 8]}, TypeError, "builtins.list", "is not a tensor")
+    yield Bad("varlen", {"cu_seqlens_q": ()}, TypeError, "float64", "has the wrong dtype")
+    yield Bad("varlen", {"cu_seqlens_k": [0, 8]}, ValueError, "(2,)", "has the wrong shape")
+    yield Bad("varlen", {"cu_seqlens_k": {0, 8}}, TypeError, "builtins.set", "is not a tensor")
     for side, length in (("q", 12), ("k", 15)):
         name = f"max_seqlen_{side}"
         for value in (0, -1, length - 1):
@@ -197,7 +198,8 @@ def length_cases() -> Iterator[Bad]:
         what = "cache_seqlens[0] is out of range"
         yield Bad("append", {"cache_seqlens": value}, ValueError, str(value), what)
     yield Bad("append", {"cache_seqlens": 2**64}, ValueError, str(2**64), "does not fit 64 bits")
-    for value in (1.5, "3", True, [1, 2, 3]):
+    yield Bad("append", {"cache_seqlens": [1, 2]}, ValueError, "(2,)", "has the wrong shape")
+    for value in (1.5, "3", True, {1, 2, 3}):
         what = "cache_seqlens is not an integer"
         yield Bad("append", {"cache_seqlens": value}, TypeError, repr(value), what)
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):

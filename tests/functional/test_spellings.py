@@ -116,4 +116,4 @@ def test_masks_of_sequences_that_do_not_fit(shape: tuple[int, ...], expected: st
     with pytest.raises(ValueError, match="attn_mask has the wrong shape") as caught:
         function(*tensors, attn_mask=np.ones(shape, bool))
     assert str(shape) in str(caught.value)
-    assert f"a shape that broadcasts to {expected}, the longest sequences" in str(caught.value)
+    assert f"a shape that broadcasts to {expected} (the longest sequences)" in str(caught.value)

@@ -191,9 +191,10 @@ def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
 
 
 def test_constants_follow_the_problem() -> None:
-    # Chunk, sequences, pages, sinks; rotary, dropout, qv.
+    # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix.
     rest = {9: False, 10: False, 11: False, 12: False, 13: 0}
-    rest |= {14: False, 15: False, 16: False, 17: 0, 18: False, 19: False, 20: False}
+    rest |= {14: False, 15: False, 16: False, 17: 0, 18: False, 19: False, 20: False,
+             21: False}  # fmt: skip
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
         0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True, 8: False,
@@ -204,6 +205,9 @@ def test_constants_follow_the_problem() -> None:
     }  # fmt: skip
     assert only_launch(softcap=5.0)["constants"][4] is True
     assert only_launch(softmax_scale=-1.0)["constants"][5] is False
+    for prefix in (0, 3):
+        launch = only_launch(others={"prefix_lens": np.array([prefix])})
+        assert launch["constants"][21] is (prefix > 0)
 
 
 def tensors_of(made: dict[str, Any], launch: dict[str, Any]) -> set[str]:

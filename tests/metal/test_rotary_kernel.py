@@ -206,7 +206,7 @@ def test_sequences(page_size: int, interleaved: bool) -> None:
         assert_close(lse[None, :, rows].astype(np.float64), expected[1], lse_tolerance(q), "lse")
     # A shorter sequence of keys would have queries before the first angle.
     longer = {**given, "cu_seqlens_q": offsets([20, 6, 3, 34])}
-    with pytest.raises(ValueError, match="seqlen_q must not exceed seqlen_kv.*got 6 and 5"):
+    with pytest.raises(ValueError, match=r"seqlen_q must not exceed seqlen_kv.*got 6 and 5"):
         emulated.call(q, keys, values, options, rotary_cos=cos, rotary_sin=sin, **longer)
 
 

@@ -177,8 +177,9 @@ def test_nothing_is_left_in_local_memory() -> None:
 # Registers and spilled bytes, for sm_90 and threadgroups of 128, with room for other versions: what
 # ptxas 13.0 uses is in the package's README.
 COMMON = {
-    (64, "float16"): (160, 0),
-    (64, "bfloat16"): (160, 0),
+    # Windows beside the diagonal (visible.h) spill 12 bytes: 154.1, not 155.8 TFLOP/s (H200).
+    (64, "float16"): (160, 12),
+    (64, "bfloat16"): (160, 12),
     (64, "float32"): (168, 32),
     (128, "float16"): (192, 0),
     (128, "bfloat16"): (192, 0),
