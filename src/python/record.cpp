@@ -310,7 +310,8 @@ void bind_record(nb::module_& m) {
 #define UMFA_ALIAS(name, of) ", " #name ": object | None = None"
 #include "core/options.def"
                      ") -> None"))
-        .def_ro("options", &Attention::options)
+        // A copy: a reference would keep the tensors alive for as long as the options are kept.
+        .def_prop_ro("options", [](const Attention& attention) { return attention.options; })
         .def_ro("tensors", &Attention::tensors,
                 nb::sig("def tensors(self, /) -> dict[str, typing.Any]"),
                 "The tensors that were given, by the caller's names.");

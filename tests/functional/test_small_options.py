@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -101,3 +102,12 @@ def test_the_error_names_what_the_caller_wrote(num_splits: int) -> None:
         attend(s_aux=sink, learnable_sink=sink)
     with pytest.raises(ValueError, match="cache_seqlens"):
         umfa.flash_attn_with_kvcache(Q, K, V, cache_seqlens=[13, 1], num_splits=num_splits)
+
+
+def test_options_that_are_kept_do_not_keep_the_tensors() -> None:
+    """Calls with the same options share them, for as long as the process lives."""
+    q = Q.copy()
+    alive = weakref.ref(q)
+    umfa.flash_attn_func(q, K, V, softmax_scale=0.123)
+    del q
+    assert alive() is None
