@@ -179,6 +179,7 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
         for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
     }
     for (int k0 = first; k0 < end; k0 += 8 * SIMDGROUPS) {
+        if (has_prefix && !touches(bounds, k0, 8)) continue;  // between prefix and window
         M k0_row[DF], k1_row[DF], v_row[2 * DVF];
         load_chunks<DF, 8>(k0_row, key, params.key, pages, k0 + at.column, end, at.row,
                            params.head_dim);

@@ -152,18 +152,18 @@ UMFA_INLINE SeenBounds<Int> seen_bounds(Visible<Int> v, Int first, Int last) {
 template <typename Int>
 UMFA_INLINE bool touches(SeenBounds<Int> bounds, Int first_key, Int keys) {
     if (bounds.prefix > 0 && first_key < bounds.prefix) return true;
-    return bounds.some_end > first_key && bounds.some_begin < first_key + keys;
+    return bounds.some_end > first_key && bounds.some_begin - keys < first_key;
 }
 
 /// Whether each query of the block sees all of the keys.
 template <typename Int>
 UMFA_INLINE bool covers(SeenBounds<Int> bounds, Int first_key, Int keys) {
-    const Int end = first_key + keys;
+    const bool ends = bounds.all_end - keys >= first_key;
     if (bounds.prefix > 0) {
-        if (end <= bounds.prefix) return true;
+        if (bounds.prefix - keys >= first_key) return true;
         if (first_key < bounds.prefix) first_key = bounds.prefix;
     }
-    return bounds.all_begin <= first_key && bounds.all_end >= end;
+    return ends && bounds.all_begin <= first_key;
 }
 
 /// Key before which queries from `first` on see none.
@@ -189,9 +189,11 @@ UMFA_INLINE Int next_tile(Visible<Int> v, Int first, Int last, Int from, Int siz
     return begin < end && start < end ? start : v.seqlen_kv;
 }
 
-/// next_tile() behind the tile at `start`, which they read. Without a prefix that is the next one.
+/// next_tile() behind the tile at `start`, which they read. Without a prefix that is the next one, if
+/// there are keys.
 template <typename Int>
 UMFA_INLINE Int tile_after(Visible<Int> v, Int first, Int last, Int start, Int size) {
+    if (start >= v.seqlen_kv - size) return v.seqlen_kv;
     return v.prefix > 0 ? next_tile(v, first, last, start + size, size) : start + size;
 }
 

@@ -26,9 +26,14 @@ ANSWER = np.dtype(
         ("some", "i8", 2),
         ("all", "i8", 2),
         ("next", "i8"),
+        ("after", "i8"),
+        ("span", "i8", 2),
+        ("touches", "i8"),
+        ("covers", "i8"),
         ("bounds", "i8", (LANES, 2)),
         ("by_row", "u1", (LANES, TILE)),
         ("by_lane", "u1", (LANES, TILE)),
+        ("by_key", "u1", (LANES, TILE)),
     ],
     align=True,
 )
@@ -107,6 +112,10 @@ def check(ask: Ask, questions: list[Question]) -> None:
             np.testing.assert_array_equal(found[:, : question.keys], sees, f"{way}: {question}")
             assert not found[:, question.keys :].any(), f"{way}: {question}"
         sees = sees[: question.queries]
+        by_key = answer["by_key"].astype(bool)[: question.queries, : question.keys]
+        np.testing.assert_array_equal(by_key, sees, f"by_key: {question}")
+        assert answer["touches"] >= sees.any(), question
+        assert answer["covers"] == sees.all() if question.exact else answer["covers"] <= sees.all()
         some, every = np.flatnonzero(sees.any(0)), np.flatnonzero(sees.all(0))
         for keys, (begin, end) in ((some, answer["some"]), (every, answer["all"])):
             bounds = [begin, end] if begin < end else []
@@ -118,6 +127,9 @@ def check(ask: Ask, questions: list[Question]) -> None:
                 assert bounds == ([keys[0], keys[-1] + 1] if keys.size else []), question
             elif keys.size:
                 assert begin <= keys[0] <= keys[-1] < end, question
+        if some.size:
+            begin, end = answer["span"] - question.tile
+            assert begin <= some[0] <= some[-1] < end, question
 
 
 def tiles(length: int, keys: int) -> list[tuple[int, int]]:
@@ -183,7 +195,7 @@ def test_bounds_near_the_largest_length(ask: Ask) -> None:
 
 
 def test_tiles_of_a_block(ask: Ask) -> None:
-    """next_tile() walks over the tiles that some query sees, and over no other."""
+    """next_tile() and tile_after() walk over the tiles that some query sees, and over no other."""
     rules = [
         (500, offset, left, right, *chunk, prefix, first, queries)
         for offset, (left, right), chunk, prefix, (first, queries) in itertools.product(
@@ -196,10 +208,19 @@ def test_tiles_of_a_block(ask: Ask) -> None:
     ]
     places = tiles(500, TILE)
     questions = [Question(*rule, tile, keys) for rule in rules for tile, keys in places]
-    found = ask(questions)["next"].reshape(len(rules), len(places))
+    answers = ask(questions)
+    found, after = (answers[x].reshape(len(rules), len(places)) for x in ("next", "after"))
     for n, rule in enumerate(rules):
         seen = [tile for tile, keys in places if Question(*rule, tile, keys).shown(rule[8]).any()]
         expected = [min((s for s in seen if s >= tile), default=500) for tile, _ in places]
+        later = [min((s for s in seen if s > tile), default=500) for tile in seen]
+        steps = [after[n][tile // TILE] for tile in seen]
+        if rule[6] == 0:
+            assert steps == [min(tile + TILE, 500) for tile in seen], rule
+        elif Question(*rule, 0, 0).exact:
+            assert steps == later, rule
+        else:
+            assert all(x <= y for x, y in zip(steps, later, strict=True)), rule
         if Question(*rule, 0, 0).exact:
             assert found[n].tolist() == expected, rule
         else:

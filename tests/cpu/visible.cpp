@@ -1,9 +1,10 @@
 // Answers of shaders/shared/visible.h, for test_visible.py.
 //
 // Reads `Question`s from stdin. For each it writes, as int64: some.begin, some.end, all.begin,
-// all.end, next_tile(from the tile), then for each of `lanes` queries visible_begin and visible_end;
-// then as bytes, for each query and each of `most_keys` keys of the tile, whether it is seen: first
-// as visible_row() has it, then as VisibleRows has it. Keys past the tile's are never seen.
+// all.end, next_tile(from the tile), tile_after(the tile), the span, whether the block touches and
+// covers the tile, then for each of `lanes` queries visible_begin and visible_end; then as bytes, for
+// each query and each of `most_keys` keys of the tile, whether it is seen: by visible_row(), by
+// VisibleRows, and for the block's queries by whole_row(). Keys past the tile's are never seen.
 //
 // "lanes" writes the two constants. Fails where int and int64_t differ.
 #include <cstdint>
@@ -26,9 +27,9 @@ struct Question {
 };
 
 struct Answer {
-    int64_t some[2], all[2], next;
+    int64_t some[2], all[2], next, after, span[2], touches, covers;
     int64_t bounds[lanes][2];
-    unsigned char by_row[lanes][most_keys], by_lane[lanes][most_keys];
+    unsigned char by_row[lanes][most_keys], by_lane[lanes][most_keys], by_key[lanes][most_keys];
 };
 
 template <class Int>
@@ -45,9 +46,16 @@ void block(const Question& q, Answer& answer) {
     answer.some[0] = some.begin, answer.some[1] = some.end;
     answer.all[0] = all.begin, answer.all[1] = all.end;
     answer.next = next_tile(v, first, last, tile, static_cast<Int>(most_keys));
+    answer.after = tile_after(v, first, last, tile, static_cast<Int>(most_keys));
+    answer.span[0] = span_begin(v, first), answer.span[1] = span_end(v, last);
+    const SeenBounds<Int> bounds = seen_bounds(v, first, last);
+    answer.touches = touches(bounds, tile, keys), answer.covers = covers(bounds, tile, keys);
     for (Int i = 0; i < static_cast<Int>(q.queries); ++i) {
         answer.bounds[i][0] = visible_begin(v, first + i);
         answer.bounds[i][1] = visible_end(v, first + i);
+        const VisibleRow whole = whole_row(v, first + i);
+        for (Int k = 0; k < keys; ++k)
+            answer.by_key[i][k] = sees(whole, static_cast<int>(tile + k));
     }
 }
 

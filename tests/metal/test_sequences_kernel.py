@@ -410,3 +410,19 @@ def test_unused_rows_cost_their_own_bytes() -> None:
     assert clear.buffer_bytes_written[0] == 40 * 4 * 64 * 2
     assert clear.buffer_bytes_written[1] == 40 * 4 * 4
     assert forward.buffer_bytes_written[3] == 60 * 4 * 64 * 2
+
+
+@pytest.mark.parametrize("seqlen_q", [2, 40])
+def test_tiles_between_prefix_and_window_are_not_read(seqlen_q: int) -> None:
+    """By bytes read of the keys; of 2048, some 30 and 64 are seen."""
+    q = normal((1, seqlen_q, 2, 64), "float16", seed=0)
+    k, v = (normal((1, 2048, 2, 64), "float16", seed=i) for i in (1, 2))
+    options = {"causal": True, "window_size": (64, 0), "num_splits": 1}
+    found = []
+    for prefix in (0, 30, 2048):
+        with emulated.counting() as counters:
+            emulated.call(q, k, v, options, prefix_lens=np.array([prefix]))
+        found.append(sum(c.buffer_bytes_read[1] for c in counters))
+    window, some, everything = found
+    assert window < some < 2.5 * window
+    assert some < everything / 8
