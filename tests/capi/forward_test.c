@@ -187,6 +187,14 @@ static void check_result(int line, const DLTensor* q, const DLTensor* k, const D
                                   : (o->window_offsets || o->window_size_right >= 0) &&
                                         j > p + o->window_size_right)
                         weights[j] = 0;
+                    if (o->attention_chunk > 0 &&
+                        floor((double)(j + o->attention_chunk_offset) /
+                              (double)o->attention_chunk) !=
+                            floor((double)(p + o->attention_chunk_offset) /
+                                  (double)o->attention_chunk))
+                        weights[j] = 0;
+                    if (o->prefix_lens && j < ((const int64_t*)o->prefix_lens->data)[b])
+                        weights[j] = exp(score);
                     total += weights[j];
                 }
                 for (d = 0; d < v->shape[3]; ++d) {
@@ -334,6 +342,62 @@ TEST(window) {
     CHECK_PROBLEM(&p, &options);
 }
 
+TEST(prefix_and_chunks) {
+    static int64_t lengths[BATCH] = {11, 0};
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    tensor prefix;
+    int layout;
+    make(&prefix, 1, BATCH, 1, 1, 1);
+    prefix.dl.dtype.code = kDLInt;
+    prefix.dl.dtype.bits = 64;
+    prefix.dl.data = lengths;
+    options.causal = 1;
+    for (layout = 0; layout < 2; ++layout) {
+        options.layout = layout;
+        make_problem(&p, layout);
+        options.prefix_lens = &prefix.dl;
+        CHECK_PROBLEM(&p, &options);
+        options.window_size_left = 3;
+        CHECK_PROBLEM(&p, &options);
+        options.window_size_left = -1;
+        options.attention_chunk = 7;
+        options.attention_chunk_offset = -3;
+        CHECK_PROBLEM(&p, &options);
+        options.prefix_lens = NULL;
+        CHECK_PROBLEM(&p, &options);
+        options.attention_chunk = options.attention_chunk_offset = 0;
+    }
+    options.prefix_lens = &prefix.dl;
+    lengths[1] = -1;
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "prefix_lens[1] is out of range; got -1");
+    options.prefix_lens = NULL;
+    options.attention_chunk_offset = 2;
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "attention_chunk_offset needs");
+}
+
+/* The last query has the same bits alone and with the others. */
+TEST(batch_invariant) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    const size_t row = sizeof(float) * HEADS * HEAD_DIM_V;
+    float* whole = allocate(BATCH * row);
+    problem p;
+    int b;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    options.batch_invariant = 1;
+    CHECK_PROBLEM(&p, &options);
+    for (b = 0; b < BATCH; ++b)
+        memcpy((char*)whole + (size_t)b * row,
+               (char*)p.out.dl.data + (size_t)(b * SEQLEN_Q + SEQLEN_Q - 1) * row, row);
+    p.query.dl.data = (float*)p.query.dl.data + (SEQLEN_Q - 1) * HEADS * HEAD_DIM;
+    p.query.shape[1] = p.out.shape[1] = p.lse.shape[2] = 1;
+    CHECK_OK(run(&p, &options));
+    for (b = 0; b < BATCH; ++b)
+        CHECK(memcmp((char*)whole + (size_t)b * row,
+                     (char*)p.out.dl.data + (size_t)(b * SEQLEN_Q) * row, row) == 0);
+    free(whole);
+}
+
 TEST(window_beside_the_diagonal) {
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
     problem p;
@@ -350,7 +414,7 @@ TEST(window_beside_the_diagonal) {
     CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "-2147483648");
 }
 
-/* Packed new rows, of which the sequences have different numbers, in a cache with room for them. */
+/* Packed new rows in a cache with room for them. Sequences have different numbers of them. */
 TEST(new_rows_of_each_sequence) {
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
     static const int32_t used[2] = {3, 1}, starts[3] = {1, 3, 7};
@@ -948,6 +1012,8 @@ static const struct {
     ENTRY(causal_both_ways),
     ENTRY(window),
     ENTRY(window_beside_the_diagonal),
+    ENTRY(prefix_and_chunks),
+    ENTRY(batch_invariant),
     ENTRY(new_rows_of_each_sequence),
     ENTRY(scale_softcap_and_alibi),
     ENTRY(dense_masks),
