@@ -61,7 +61,7 @@ def _cached(*more: Any, pages: bool = False, **options: Any) -> Call:
 
 
 def _fa3_cached(new: tuple[Any, Any], *angles: Any, **options: Any) -> Call:
-    """Packed queries and new rows, of which the sequences have different numbers."""
+    """Packed queries and new rows. Sequences have different numbers of both."""
     _, (_, *cache), more = _cached(pages=True, **options)
     rows = [np.concatenate([x, x])[:, 0] for x in new]
     starts = np.array([0, 1, 4], np.int32)
@@ -157,6 +157,25 @@ def rows() -> list[Row]:
                 _fa3_cached(new),
                 _fa3_cached(new, *angles, rotary_seqlens=np.array([4, 50])),
                 (fa4.flash_attn_func, _flash()[1], {"window_size": (-2, 12), "return_lse": True}),
+            ],
+        ),
+        Row(
+            "prefix-LM (`prefix_lens`), `causal_alignment`, `attention_chunk_offset`",
+            [
+                _flash(causal=True, prefix_lens=np.array([3, 0])),
+                _varlen(window_size=(5, 0), prefix_lens=np.array([2, 0, 9])),
+                _cached(causal=True, prefix_lens=np.array([3, 0])),
+                _flash(causal=True, causal_alignment="top_left"),
+                _flash(attention_chunk=8, attention_chunk_offset=3),
+            ],
+        ),
+        Row(
+            "results written where you want them (`out`), `batch_invariant`",
+            [
+                _flash(out=zeros(2, 9, 4, 16)),
+                _torch_like(2, out=zeros(2, 4, 9, 16)),
+                _cached(batch_invariant=True),
+                _flash(batch_invariant=True),
             ],
         ),
         Row(
