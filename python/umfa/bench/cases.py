@@ -48,8 +48,8 @@ class Case:
     """One row: attention of one shape, with the options of `umfa.flash_attn_func`.
 
     ``kind`` is ``"compute"`` (counted in operations), ``"decode"`` (counted in bytes of key and
-    value), ``"self"`` (umfa against umfa without the window), or ``"overhead"`` (what Python adds
-    to a call).
+    value), ``"self"`` (umfa against umfa without window and options), or ``"overhead"`` (what
+    Python adds to a call).
     """
 
     name: str
@@ -62,6 +62,7 @@ class Case:
     heads_kv: int = 0  # 0: as many as heads
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
+    batch_invariant: bool = False
     kind: Kind = "compute"
     target: Target | None = None
     long: bool = False  # only with --long, or by name
@@ -133,10 +134,12 @@ class Case:
             window=(min(self.window[0], QUICK_QUERIES // 4), self.window[1]),
         )
 
-    def unwindowed(self) -> Case:
-        """The same attention over all keys."""
-        return replace(self, causal=False, window=(-1, -1))
+    def plain(self) -> Case:
+        """Attention over all keys, without options."""
+        return replace(self, causal=False, window=(-1, -1), batch_invariant=False)
 
+
+INVARIANT: tuple[tuple[str, Dtype], ...] = (("fp32", "float32"), ("bf16", "bfloat16"))
 
 CPU: tuple[Case, ...] = (
     Case("fp32-full-1536", 1, 24, 1536, 1536, 128, target=Target(1.35, 0.80)),
@@ -174,6 +177,24 @@ CPU: tuple[Case, ...] = (
         kind="self",
         target=Target(12.0, against="umfa-full"),
         note="against umfa over all keys",
+    ),
+    *(
+        Case(
+            f"decode-invariant-{name}-b{batch}",
+            batch,
+            32,
+            1,
+            seqlen_k,
+            128,
+            dtype,
+            heads_kv=8,
+            batch_invariant=True,
+            kind="self",
+            long=True,
+            note="batch_invariant, against umfa without",
+        )
+        for name, dtype in INVARIANT
+        for batch, seqlen_k in ((1, 16384), (8, 4096))
     ),
     Case(
         "call-overhead",

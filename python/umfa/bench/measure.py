@@ -72,7 +72,7 @@ def settle(limit_s: float = 0.3) -> None:
     """Wait until no thread of this process computes any more.
 
     OpenMP's threads and others spin for a while after a call, for the next one. On as many CPUs as
-    there are threads, they would slow down whoever comes next.
+    there are threads, they would slow down the next contender.
     """
     deadline = time.perf_counter() + limit_s
     while time.perf_counter() < deadline:
@@ -211,7 +211,7 @@ def run_case(case: Case, team: Team, settings: Settings, step: Step) -> CaseResu
             result.error = reference_error(case, inputs, out)
             result.correct = result.error <= TOLERANCE[case.dtype]
         elif case.kind == "self":
-            entry.difference = reference_error(case.unwindowed(), inputs, out)
+            entry.difference = reference_error(case.plain(), inputs, out)
         else:
             entry.difference = row_difference(ours, out)
         if entry.difference is not None:
@@ -234,7 +234,7 @@ def run_case(case: Case, team: Team, settings: Settings, step: Step) -> CaseResu
         assert turn.entry.median_s is not None
         turn.entry.ratio = turn.entry.median_s / statistics.median(turns[0].samples)
         if case.kind == "self":
-            turn.entry.rate = case.unwindowed().operations / turn.entry.median_s
+            turn.entry.rate = case.plain().operations / turn.entry.median_s
     assert result.umfa.rate is not None
     result.share = result.umfa.rate / result.limit_rate
     judge(case, result, settings)

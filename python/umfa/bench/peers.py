@@ -120,6 +120,7 @@ class Umfa:
         options: dict[str, Any] = {
             "causal": case.causal,
             "window_size": case.window,
+            "batch_invariant": case.batch_invariant,
             "backend": "cpu",
         }
         possible, reason = umfa.can_run(query, key, value, **options)
@@ -132,12 +133,12 @@ class Umfa:
 
 
 class UmfaFull(Umfa):
-    """umfa without the window: what a windowed case is compared with."""
+    """umfa without window and options: what a case of the kind "self" is compared with."""
 
     name = "umfa-full"
 
     def prepare(self, case: Case, inputs: Inputs) -> Call:
-        return super().prepare(case.unwindowed(), inputs)
+        return super().prepare(case.plain(), inputs)
 
 
 class Torch:
