@@ -18,7 +18,7 @@ constant constexpr float log_of_2 = 0.693147181f;
 
 inline bool saw_keys(float lse) { return as_type<uint>(lse) != no_key_bits; }
 
-/// NaN or +inf, of which no weight follows.
+/// NaN or +inf: no weight can be computed from it.
 inline bool is_undefined(float lse) {
     return saw_keys(lse) && (as_type<uint>(lse) & exponent_bits) == exponent_bits;
 }

@@ -1,10 +1,10 @@
 """flash-attention 3's functions, with its names, order and defaults: what is imported there from
 ``flash_attn_interface``.
 
-Of dtypes, strides and head dims everything is allowed that `umfa.flash_attn_func` allows;
-``backend`` is by keyword, so that it is never in the way. `HINTS` says which arguments cannot
-change a result and are not used. ``q_descale``, ``k_descale`` and ``v_descale``, of float8
-tensors, raise `umfa.UnsupportedError` unless they are None.
+Dtypes, strides and head dims are those of `umfa.flash_attn_func`. ``backend`` is a keyword that
+flash-attention 3 does not have. `HINTS` lists the arguments that cannot change a result and are not
+used. ``q_descale``, ``k_descale`` and ``v_descale``, for float8 tensors, raise
+`umfa.UnsupportedError` unless they are None.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ __all__ = [
     "get_scheduler_metadata",
 ]
 
-_PROBS = "return_attn_probs"  # of which flash-attention 3 has only the log-sum-exp
+# flash-attention 3 returns only the log-sum-exp for it.
+_PROBS = "return_attn_probs"
 _FUNC = Function("umfa.fa3.flash_attn_func", query="q", key="k", value="v", return_lse=_PROBS)
 _VARLEN = Function(
     "umfa.fa3.flash_attn_varlen_func", query="q", key="k", value="v", return_lse=_PROBS

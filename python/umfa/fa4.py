@@ -5,9 +5,9 @@ Results are always pairs, the log-sum-exp None unless asked for. Windows may lie
 diagonal: None is unbounded, and a bound below 0 moves the window's edge across it. Two bounds
 below 0 are unbounded, as they are there.
 
-Of dtypes, strides and head dims everything is allowed that `umfa.flash_attn_func` allows;
-``backend`` is by keyword, so that it is never in the way. `HINTS` says which arguments cannot
-change a result and are not used. Programs (``score_mod``, ``mask_mod``), sparsity
+Dtypes, strides and head dims are those of `umfa.flash_attn_func`. ``backend`` is a keyword that
+flash-attention 4 does not have. `HINTS` lists the arguments that cannot change a result and are not
+used. Programs (``score_mod``, ``mask_mod``), sparsity
 (``block_sparse_tensors``, ``gather_kv_indices``) and what belongs to them raise
 `umfa.UnsupportedError` unless they are None.
 """

@@ -46,7 +46,7 @@ inline Visible<int> visible_of(constant ForwardParams& params,
 struct Pages {
     device const int* table;
     int size;
-    int first;  // of its rows, the one that is row 0 for whoever asks
+    int first;  // row of the pages that is row 0 of the sequence
 };
 
 inline Pages pages_of(constant ForwardParams& params, device const int* table,

@@ -60,7 +60,7 @@ struct UMFA_CORE_API Function {
     std::string name;  // "umfa.flash_attn_func"
     std::array<std::string, field_count> names;
     Layout layout = Layout::bshd;
-    /// bhsd only: torch's shapes. Two dimensions or more, of which the batch dimensions and nheads
+    /// bhsd only: torch's shapes. There are two dimensions or more. Batch dimensions and nheads
     /// broadcast from size 1 or from not being there.
     bool broadcasts = false;
 };

@@ -13,7 +13,7 @@ namespace umfa {
 /// Throws `Error` where the weights of the call cannot be returned.
 UMFA_CORE_API void check_weights(const Problem& problem);
 
-/// The problem of a call of which only the weights are asked, so that it needs no value. Checked as
+/// The problem of a call that computes weights only and needs no value. Checked as
 /// Problem::make() and check_weights() do.
 UMFA_CORE_API Problem make_weights_problem(AttentionRequest request);
 

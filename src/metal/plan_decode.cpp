@@ -68,7 +68,7 @@ int64_t group_of(const Problem& problem) {
 /// Rows of a key head.
 int64_t rows_of(const Problem& problem, int64_t seqlen_q) { return group_of(problem) * seqlen_q; }
 
-/// Blocks of rows, each of which a threadgroup takes.
+/// Number of blocks of rows; a threadgroup computes one block.
 int64_t blocks_of(const Problem& problem, int64_t seqlen_q, const Shape& shape) {
     return ceil_div(rows_of(problem, seqlen_q), 8 * shape.qf);
 }

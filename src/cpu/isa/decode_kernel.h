@@ -305,7 +305,7 @@ struct DecodeHead {
         }
     }
 
-    /// Rows of the tile [k0, k0 + keys), and of the next one, of which `ahead` keys are read.
+    /// Rows of the tile [k0, k0 + keys), and of the next one: `ahead` of its keys are read.
     void find(const Rows& where, int64_t k0, int64_t keys, int64_t next, int64_t ahead,
               TileRows<storage>& rows) const {
         if (!sequence.pages) {
