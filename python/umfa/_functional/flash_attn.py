@@ -103,7 +103,7 @@ def flash_attn_func(
     batch_invariant : bool
         Give each query the same bits whatever other queries and batch indices are computed with it,
         and whether it is decoded or part of a prompt. Prompts are as fast as without. Decoding uses
-        the kernel for many queries, whose keys are not split: on the CPU it takes 10 to 19 times as
+        the kernel for many queries, whose keys are not split: on the CPU it takes 10 to 14 times as
         long (docs/performance.md).
     out : tensor, shape (batch, seqlen_q, nheads, head_dim_v), optional
         Where to write the result, which is then this tensor: of the dtype of `q`, any strides, and
