@@ -58,9 +58,9 @@ def framework(request: pytest.FixtureRequest) -> Framework:
 @pytest.fixture(
     params=[
         "cpu",
-        pytest.param("metal-emulated", marks=pytest.mark.metal),
-        pytest.param("metal-permuted", marks=pytest.mark.metal),
-        pytest.param("metal", marks=[pytest.mark.metal, pytest.mark.gpu]),
+        "metal-emulated",
+        "metal-permuted",
+        pytest.param("metal", marks=pytest.mark.gpu),
     ]
 )
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -129,6 +129,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             need_gpu.append(item)
         if backend == "cpu":
             continue
+        if not item.get_closest_marker("metal"):
+            item.add_marker(pytest.mark.metal)
         frameworks_of = _HOST_FRAMEWORKS if backend == "metal" else {"numpy"}
         if (
             (not on_gpu and values.get("framework", "numpy") not in frameworks_of)

@@ -234,14 +234,15 @@ def test_windows_beside_the_diagonal(shape: tuple[int, int], dtype: str, backend
 
 
 @pytest.mark.parametrize("seqlen_q", [3, 64])
-def test_tiles_beside_an_offset_window_are_not_read(seqlen_q: int) -> None:
+@pytest.mark.parametrize("backend", ["metal-emulated"])
+def test_tiles_beside_an_offset_window_are_not_read(seqlen_q: int, backend: str) -> None:
     """Some 128 keys of 512, in whole tiles, by bytes read on the GPU."""
     q = normal((1, seqlen_q, 2, 32), seed=1)
     k, v = normal((1, 512, 2, 32), seed=2), normal((1, 512, 2, 32), seed=3)
     bytes_read = []
     for window in ((None, None), (200, -136), (-8, -8), (3, -4)):
         with emulated.counting() as counters:
-            call_on("metal-emulated", fa4.flash_attn_func, q, k, v, window_size=window)
+            call_on(backend, fa4.flash_attn_func, q, k, v, window_size=window)
         bytes_read.append(sum(c.buffer_bytes_read[1] for c in counters))  # of the keys
     everything, some, unbounded, none = bytes_read
     assert unbounded == everything
@@ -508,8 +509,9 @@ SEEDS_ON_METAL = [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in 
 
 
 @pytest.mark.parametrize("seed", SEEDS_ON_METAL)
-def test_caches_of_every_kind_on_metal(seed: int) -> None:
-    check_cache("metal-emulated", seed, most=150)
+@pytest.mark.parametrize("backend", ["metal-emulated"])
+def test_caches_of_every_kind_on_metal(seed: int, backend: str) -> None:
+    check_cache(backend, seed, most=150)
 
 
 def check_cache(backend: str, seed: int, most: int) -> None:
@@ -609,5 +611,6 @@ def test_varlen_of_every_kind(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS_ON_METAL)
-def test_varlen_of_every_kind_on_metal(seed: int) -> None:
-    check_varlen("metal-emulated", seed, most=150)
+@pytest.mark.parametrize("backend", ["metal-emulated"])
+def test_varlen_of_every_kind_on_metal(seed: int, backend: str) -> None:
+    check_varlen(backend, seed, most=150)

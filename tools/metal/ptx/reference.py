@@ -142,9 +142,7 @@ def attention(case: Case, tensors: dict[str, Any], xp: Any = np) -> tuple[Any, A
             if case.softcap:
                 scores = case.softcap * xp.tanh(scores / case.softcap)
             if case.alibi:
-                # flash-attn counts distance from the lower right, whatever the causal alignment.
-                own = xp.arange(rows.start, rows.stop)[:, None] + case.seqlen_k - case.seqlen_q
-                scores = scores - tensors["alibi_slopes"][b, h] * xp.abs(own - keys)
+                scores = scores - tensors["alibi_slopes"][b, h] * xp.abs(positions - keys)
             if mask is not None:
                 if case.mask == "bool":
                     sees = sees & mask[b, h, rows]
