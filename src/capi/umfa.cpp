@@ -144,27 +144,26 @@ Call read_call(const Names& names, const DLTensor* query, const DLTensor* key,
     return {request, checked_backend(options.backend, "options->backend", called)};
 }
 
-/// Adds what is written.
-void read_results(const DLTensor* out, const DLTensor* lse, AttentionRequest& request) {
-    request.out = checked_view(out, *request.function, "out");
-    if (lse) request.lse = checked_view(lse, *request.function, "lse");
+/// The tensors that are written. `lse` may be null.
+struct Written {
+    TensorView out;
+    std::optional<TensorView> lse;
+};
+
+Written read_written(const Function& function, const DLTensor* out, const DLTensor* lse) {
+    Written written{checked_view(out, function, "out"), {}};
+    if (lse) written.lse = checked_view(lse, function, "lse");
+    return written;
 }
 
 /// `function` outlives the problem.
 CombineProblem read_combination(const Function& function, const DLTensor* out_partial,
-                                const DLTensor* lse_partial, const DLTensor* out,
-                                const DLTensor* lse, bool writes) {
-    CombineRequest request{function.name,
-                           checked_view(out_partial, function, "out_partial"),
-                           checked_view(lse_partial, function, "lse_partial"),
-                           {},
-                           {},
-                           {}};
-    if (writes) {
-        request.out = checked_view(out, function, "out");
-        request.lse = checked_view(lse, function, "lse");
-    }
-    return CombineProblem::make(request);
+                                const DLTensor* lse_partial, const std::optional<TensorView>& out) {
+    return CombineProblem::make({function.name,
+                                 checked_view(out_partial, function, "out_partial"),
+                                 checked_view(lse_partial, function, "lse_partial"),
+                                 {},
+                                 out});
 }
 
 }  // namespace
@@ -178,9 +177,11 @@ umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
         static const Names names("umfa_attention_forward");
         Call call = read_call(names, query, key, options);
         call.request.value = checked_view(value, names.bshd, "value");
-        read_results(out, lse, call.request);
+        const Written written = read_written(*call.request.function, out, lse);
+        call.request.return_lse = written.lse.has_value();
         const Problem problem = Problem::make(call.request);
-        forward(route(problem, call.backend), problem);
+        const ForwardResults results = problem.results(written.out, written.lse);
+        forward(route(problem, call.backend), problem, results);
     });
 }
 
@@ -204,8 +205,10 @@ umfa_status umfa_attention_forward_encode(void* metal_command_buffer, const DLTe
                  "an id<MTLCommandBuffer> that is not committed");
         Call call = read_call(names, query, key, options);
         call.request.value = checked_view(value, names.bshd, "value");
-        read_results(out, lse, call.request);
-        encode_forward(Problem::make(call.request),
+        const Written written = read_written(*call.request.function, out, lse);
+        call.request.return_lse = written.lse.has_value();
+        const Problem problem = Problem::make(call.request);
+        encode_forward(problem, problem.results(written.out, written.lse),
                        std::string_view(call.backend) == "auto" ? "metal" : call.backend,
                        metal_command_buffer);
     });
@@ -216,9 +219,11 @@ umfa_status umfa_attention_combine(const DLTensor* out_partial, const DLTensor* 
     return guarded([&] {
         static const Function function("umfa_attention_combine");
         const char* name = checked_backend(backend, "backend", function.name.c_str());
-        const CombineProblem problem =
-            read_combination(function, out_partial, lse_partial, out, lse, true);
-        combine(route(problem, name), problem);
+        const TensorView to = checked_view(out, function, "out");
+        const TensorView to_lse = checked_view(lse, function, "lse");
+        const CombineProblem problem = read_combination(function, out_partial, lse_partial, to);
+        const CombineResults results = problem.results(to, to_lse);
+        combine(route(problem, name), problem, results);
     });
 }
 
@@ -227,7 +232,7 @@ umfa_status umfa_attention_combine_can_run(const DLTensor* out_partial, const DL
     return guarded([&] {
         static const Function function("umfa_attention_combine_can_run");
         const char* name = checked_backend(backend, "backend", function.name.c_str());
-        route(read_combination(function, out_partial, lse_partial, nullptr, nullptr, false), name);
+        route(read_combination(function, out_partial, lse_partial, {}), name);
     });
 }
 

@@ -16,15 +16,16 @@ struct Verdict {
     std::string reason;
 };
 
-/// How a backend does one operation, whose calls `P` describes.
+/// How a backend does one operation: `P` says what is computed, its Results where that goes.
 template <class P>
 struct Operation {
     uint32_t features = 0;               // bitwise or of `Feature`s
     Verdict (*can)(const P&) = nullptr;  // what features do not say; null: everything
-    void (*run)(const P&) = nullptr;     // null: the backend has no such operation
+    /// Null: the backend has no such operation.
+    void (*run)(const P&, const typename P::Results&) = nullptr;
     /// Records the work in the caller's stream (an id<MTLCommandBuffer>), and neither commits it nor
     /// waits. The tensors' memory must stay until the stream has run. Null: there are no streams.
-    void (*encode)(const P&, void* stream) = nullptr;
+    void (*encode)(const P&, const typename P::Results&, void* stream) = nullptr;
     /// Whether "auto" may choose it before other backends for tensors in host memory; null: always.
     bool (*worthwhile)(const P&) = nullptr;
 };

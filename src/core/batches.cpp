@@ -1,137 +1,187 @@
 // How the batch dimensions of a Problem become one, and what is left when they cannot.
 #include <algorithm>
+#include <functional>
+#include <vector>
 
 #include "core/parts.h"
 
 namespace umfa {
+namespace {
 
-/// Finds `batch` and `loops` for the operands that are there. Neighbouring batch dimensions are one
-/// where, in every operand, a step of the outer is a whole turn of the inner.
-void Problem::merge_batch() {
-    if (sequences.given) {  // each says itself which index of which tensor it is
-        batch = static_cast<int64_t>(sequences.rows.size());
-        query.stride_batch = stride_at(query.view, 4);
-        key.stride_batch = stride_at(key.view, 4);
-        value.stride_batch = stride_at(value.view, 4);
-        if (qv) qv->stride_batch = stride_at(qv->view, 4);
-        if (mask) {
-            mask->view.shape[0] = batch;
-            mask->view.strides[0] = stride_at(mask->given, 4);
-        }
-        if (out) out->stride_batch = stride_at(out->view, 4);
-        if (lse) lse->stride_batch = stride_at(lse->view, 3);
-        return;
-    }
-    if (qv) qv->stride_batch = stride_at(qv->view, 4);  // of bshd, whose batch is one dimension
-    std::vector<BatchLoop> groups;
-    batch = 1;
-    for (int i = 0; i < ndim - 3; ++i) {
-        const int from_last = ndim - i;  // in tensors with 3 dimensions behind the batch
-        BatchLoop one;
-        one.size = batch_shape[i];
-        one.index = 1;
-        for (int inner = i + 1; inner < ndim - 3; ++inner) one.index *= batch_shape[inner];
-        one.query = stride_at(query.view, from_last);
-        one.key = stride_at(key.view, from_last);
-        one.value = stride_at(value.view, from_last);
-        if (mask) one.mask = stride_at(mask->given, from_last);
-        if (out) one.out = stride_at(out->view, from_last);
-        if (lse) one.lse = stride_at(lse->view, from_last - 1);
-        batch *= one.size;
+/// The batch dimensions as one that is walked, and loops around it.
+struct Merged {
+    int64_t batch = 1;
+    BatchLoop walked;
+    std::vector<BatchLoop> loops;  // outermost first
+};
+
+/// The strides of batch dimension `i`. `results`: null while only what is read is known.
+BatchLoop dimension(const Problem& problem, const ForwardResults* results, int i) {
+    const int from_last = problem.ndim - i;  // in tensors with 3 dimensions behind the batch
+    BatchLoop one;
+    one.size = problem.batch_shape[i];
+    one.index = 1;
+    for (int inner = i + 1; inner < problem.ndim - 3; ++inner)
+        one.index *= problem.batch_shape[inner];
+    one.query = stride_at(problem.query.view, from_last);
+    one.key = stride_at(problem.key.view, from_last);
+    one.value = stride_at(problem.value.view, from_last);
+    if (problem.mask) one.mask = stride_at(problem.mask->given, from_last);
+    if (results) one.out = stride_at(results->out.view, from_last);
+    if (results && results->lse) one.lse = stride_at(results->lse->view, from_last - 1);
+    return one;
+}
+
+/// Whether in every tensor a step of `outer` is a whole turn of `inner`.
+bool is_turn(const BatchLoop& outer, const BatchLoop& inner) {
+    const auto turns = [&](int64_t BatchLoop::* stride) {
+        int64_t turn = 0;
+        return !__builtin_mul_overflow(inner.*stride, inner.size, &turn) && outer.*stride == turn;
+    };
+    return turns(&BatchLoop::query) && turns(&BatchLoop::key) && turns(&BatchLoop::value) &&
+           turns(&BatchLoop::mask) && turns(&BatchLoop::out) && turns(&BatchLoop::lse);
+}
+
+Merged merged_batch(const Problem& problem, const ForwardResults* results) {
+    Merged merged;
+    std::vector<BatchLoop>& groups = merged.loops;
+    for (int i = 0; i < problem.ndim - 3; ++i) {
+        BatchLoop one = dimension(problem, results, i);
+        merged.batch *= one.size;
         if (one.size == 1) continue;
-        const auto turns = [&](int64_t BatchLoop::* stride) {
-            int64_t turn = 0;
-            return !__builtin_mul_overflow(one.*stride, one.size, &turn) &&
-                   groups.back().*stride == turn;
-        };
-        if (!groups.empty() && turns(&BatchLoop::query) && turns(&BatchLoop::key) &&
-            turns(&BatchLoop::value) && turns(&BatchLoop::mask) && turns(&BatchLoop::out) &&
-            turns(&BatchLoop::lse)) {
+        if (!groups.empty() && is_turn(groups.back(), one)) {
             one.size *= groups.back().size;
             groups.back() = one;
         } else {
             groups.push_back(one);
         }
     }
-    // The longest is the batch that backends see: the fewest problems.
-    BatchLoop walked;
-    if (!groups.empty() && batch != 0) {
-        const auto longest = std::max_element(
-            groups.begin(), groups.end(),
-            [](const BatchLoop& a, const BatchLoop& b) { return a.size < b.size; });
-        walked = *longest;
-        groups.erase(longest);
-        batch = walked.size;
-    }
-    loops = batch == 0 ? std::vector<BatchLoop>() : std::move(groups);
-    query.stride_batch = walked.query;
-    key.stride_batch = walked.key;
-    value.stride_batch = walked.value;
-    if (out) out->stride_batch = walked.out;
-    if (lse) lse->stride_batch = walked.lse;
-    if (mask) {
-        mask->view.shape[0] = batch;
-        mask->view.strides[0] = walked.mask;
-    }
-    if (dropout) dropout->batch_step = walked.index;
+    if (merged.batch == 0) groups.clear();
+    if (groups.empty()) return merged;
+    // The longest is the batch that backends see: the fewest parts.
+    const auto longest =
+        std::max_element(groups.begin(), groups.end(),
+                         [](const BatchLoop& a, const BatchLoop& b) { return a.size < b.size; });
+    merged.walked = *longest;
+    groups.erase(longest);
+    merged.batch = merged.walked.size;
+    return merged;
 }
 
-int64_t Problem::slices() const {
-    int64_t count = 1;
-    for (const BatchLoop& loop : loops) count *= loop.size;
-    return count;
+void apply(Problem& problem, const Merged& merged) {
+    problem.batch = merged.batch;
+    problem.loops = merged.loops;
+    problem.query.stride_batch = merged.walked.query;
+    problem.key.stride_batch = merged.walked.key;
+    problem.value.stride_batch = merged.walked.value;
+    if (problem.mask) {
+        problem.mask->view.shape[0] = merged.batch;
+        problem.mask->view.strides[0] = merged.walked.mask;
+    }
+    if (problem.dropout) problem.dropout->batch_step = merged.walked.index;
 }
 
-Problem Problem::slice(int64_t index) const {
-    Problem one = *this;
-    one.loops.clear();
-    one.ndim = 4;
-    one.batch_shape[0] = batch;
-    for (size_t i = loops.size(); i-- > 0; index /= loops[i].size) {
-        const BatchLoop& loop = loops[i];
+void apply(ForwardResults& results, const Merged& merged) {
+    results.out.stride_batch = merged.walked.out;
+    if (results.lse) results.lse->stride_batch = merged.walked.lse;
+}
+
+/// Where a part lies: at these indices of the loops.
+void move_to(Problem& problem, ForwardResults& results, int64_t index) {
+    for (size_t i = problem.loops.size(); i-- > 0; index /= problem.loops[i].size) {
+        const BatchLoop& loop = problem.loops[i];
         const int64_t at = index % loop.size;
-        advance(one.query.view, at * loop.query);
-        advance(one.key.view, at * loop.key);
-        advance(one.value.view, at * loop.value);
-        if (one.mask) advance(one.mask->view, at * loop.mask);
-        if (one.out) advance(one.out->view, at * loop.out);
-        if (one.lse) advance(one.lse->view, at * loop.lse);
-        if (one.dropout) one.dropout->batch_first += at * loop.index;
+        advance(problem.query.view, at * loop.query);
+        advance(problem.key.view, at * loop.key);
+        advance(problem.value.view, at * loop.value);
+        if (problem.mask) advance(problem.mask->view, at * loop.mask);
+        if (problem.dropout) problem.dropout->batch_first += at * loop.index;
+        advance(results.out.view, at * loop.out);
+        if (results.lse) advance(results.lse->view, at * loop.lse);
     }
-    // What is left of each: its views end where the slice does.
-    const auto narrow = [&](Operand& operand, int64_t nheads, int64_t seqlen, int64_t channels) {
-        TensorView& view = operand.view;
-        const int row = 4 - row_of(layout), head = 4 - head_of(layout);
-        view.ndim = 4;
-        const auto set = [&](int i, int64_t size, int64_t stride) {
-            view.shape[i] = stride == 0 && size > 0 ? 1 : size;
-            view.strides[i] = stride;
-        };
-        set(0, batch, operand.stride_batch);
-        set(head, nheads, operand.stride_head);
-        set(row, seqlen, operand.stride_row);
-        set(3, channels, operand.stride_channel);
-    };
-    narrow(one.query, nheads_q, seqlen_q, head_dim);
-    narrow(one.key, nheads_kv, seqlen_kv, head_dim);
-    narrow(one.value, nheads_kv, seqlen_kv, head_dim_v);
-    if (one.out) narrow(*one.out, nheads_q, seqlen_q, head_dim_v);
-    if (one.lse) {
-        TensorView& view = one.lse->view;
-        view.ndim = 3;
-        const int64_t sizes[] = {batch, nheads_q, seqlen_q};
-        const int64_t strides[] = {one.lse->stride_batch, one.lse->stride_head,
-                                   one.lse->stride_row};
-        std::copy_n(sizes, 3, view.shape);
-        std::copy_n(strides, 3, view.strides);
-    }
-    if (one.mask) {
-        TensorView& given = one.mask->given;
-        given = one.mask->view;
+}
+
+void set_dimension(TensorView& view, int i, int64_t size, int64_t stride) {
+    view.shape[i] = stride == 0 && size > 0 ? 1 : size;
+    view.strides[i] = stride;
+}
+
+/// Ends the operand's view where the part does.
+void narrow(Operand& operand, const Problem& problem, int64_t nheads, int64_t seqlen,
+            int64_t channels) {
+    TensorView& view = operand.view;
+    view.ndim = 4;
+    set_dimension(view, 0, problem.batch, operand.stride_batch);
+    set_dimension(view, 4 - head_of(problem.layout), nheads, operand.stride_head);
+    set_dimension(view, 4 - row_of(problem.layout), seqlen, operand.stride_row);
+    set_dimension(view, 3, channels, operand.stride_channel);
+}
+
+void narrow_lse(Operand& lse, const Problem& problem) {
+    TensorView& view = lse.view;
+    view.ndim = 3;
+    const int64_t sizes[] = {problem.batch, problem.nheads_q, problem.seqlen_q};
+    const int64_t strides[] = {lse.stride_batch, lse.stride_head, lse.stride_row};
+    std::copy_n(sizes, 3, view.shape);
+    std::copy_n(strides, 3, view.strides);
+}
+
+void run_part(Problem problem, ForwardResults results, int64_t index,
+              const std::function<void(const Problem&, const ForwardResults&)>& run) {
+    move_to(problem, results, index);
+    problem.loops.clear();
+    problem.ndim = 4;
+    problem.batch_shape[0] = problem.batch;
+    narrow(problem.query, problem, problem.nheads_q, problem.seqlen_q, problem.head_dim);
+    narrow(problem.key, problem, problem.nheads_kv, problem.seqlen_kv, problem.head_dim);
+    narrow(problem.value, problem, problem.nheads_kv, problem.seqlen_kv, problem.head_dim_v);
+    narrow(results.out, problem, problem.nheads_q, problem.seqlen_q, problem.head_dim_v);
+    if (results.lse) narrow_lse(*results.lse, problem);
+    if (problem.mask) {
+        TensorView& given = problem.mask->given;
+        given = problem.mask->view;
         for (int i = 0; i < 4; ++i)
             if (given.strides[i] == 0 && given.shape[i] > 0) given.shape[i] = 1;
     }
-    return one;
+    run(problem, results);
+}
+
+}  // namespace
+
+void merge_batch(Problem& problem) {
+    if (problem.qv) problem.qv->stride_batch = stride_at(problem.qv->view, 4);  // of bshd
+    if (!problem.sequences.given) {
+        apply(problem, merged_batch(problem, nullptr));
+        return;
+    }
+    // Each sequence says itself which index of which tensor it is.
+    problem.batch = static_cast<int64_t>(problem.sequences.rows.size());
+    for (Operand* operand : {&problem.query, &problem.key, &problem.value})
+        operand->stride_batch = stride_at(operand->view, 4);
+    if (problem.mask) {
+        problem.mask->view.shape[0] = problem.batch;
+        problem.mask->view.strides[0] = stride_at(problem.mask->given, 4);
+    }
+}
+
+void for_each_part(const Problem& problem, const ForwardResults& results,
+                   const std::function<void(const Problem&, const ForwardResults&)>& run) {
+    if (problem.sequences.given) {
+        run(problem, results);
+        return;
+    }
+    const Merged merged = merged_batch(problem, &results);
+    ForwardResults own = results;
+    apply(own, merged);
+    if (merged.loops.empty()) {  // and so are the problem's
+        run(problem, own);
+        return;
+    }
+    Problem cut = problem;
+    apply(cut, merged);
+    int64_t parts = 1;
+    for (const BatchLoop& loop : merged.loops) parts *= loop.size;
+    for (int64_t i = 0; i < parts; ++i) run_part(cut, own, i, run);
 }
 
 }  // namespace umfa

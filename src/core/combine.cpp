@@ -94,8 +94,7 @@ CombineProblem CombineProblem::make(const CombineRequest& request) {
     problem.seqlen_q = size_at(given, 3);
     problem.nheads = size_at(given, 2);
     problem.head_dim = size_at(given, 1);
-    if (request.out) problem.set_out(*request.out);
-    if (request.lse) problem.set_lse(*request.lse);
+    if (request.out) problem.check_result(*request.out, problem.out_shape(), "out");
     return problem;
 }
 
@@ -129,15 +128,11 @@ void CombineProblem::check_result(const TensorView& view, const TensorView& shap
     check_overlap(check, view, called, lse_partial.view, "lse_partial");
 }
 
-void CombineProblem::set_out(const TensorView& view) {
-    check_result(view, out_shape(), "out");
-    out = operand_of(view, false, packed, true);
-}
-
-void CombineProblem::set_lse(const TensorView& view) {
-    check_result(view, lse_shape(), "softmax_lse");
-    if (out) check_overlap(Checker{function}, view, "softmax_lse", out->view, "out");
-    lse = operand_of(view, false, packed, false);
+CombineResults CombineProblem::results(const TensorView& out, const TensorView& lse) const {
+    check_result(out, out_shape(), "out");
+    check_result(lse, lse_shape(), "softmax_lse");
+    check_overlap(Checker{function}, lse, "softmax_lse", out, "out");
+    return {operand_of(out, false, packed, true), operand_of(lse, false, packed, false)};
 }
 
 }  // namespace umfa

@@ -15,8 +15,8 @@ namespace umfa {
 struct CombineRequest {
     std::string_view function;  // its name, for messages; outlives the CombineProblem
     TensorView out_partial, lse_partial;
-    std::optional<DType> out_dtype;      // absent: that of out, or of out_partial
-    std::optional<TensorView> out, lse;  // absent while only can_run is asked
+    std::optional<DType> out_dtype;  // absent: that of out, or of out_partial
+    std::optional<TensorView> out;   // absent while only can_run is asked
 };
 
 /// A tensor of the problem: strides in elements, 0 for dimensions that it lacks.
@@ -25,20 +25,25 @@ struct CombineOperand {
     int64_t stride_part = 0, stride_batch = 0, stride_row = 0, stride_head = 0, stride_channel = 0;
 };
 
+/// What a merge writes.
+struct CombineResults {
+    CombineOperand out, lse;
+};
+
 struct UMFA_CORE_API CombineProblem {
+    using Results = CombineResults;
+
     std::string_view function;
     int64_t parts = 0, batch = 0, seqlen_q = 0, nheads = 0, head_dim = 0;
     bool packed = false;  // the tensors have no batch dimension; batch is 1
     CombineOperand out_partial, lse_partial;
     DType out_dtype = DType::f32;
-    std::optional<CombineOperand> out, lse;
 
     /// Checks everything; throws `Error` with the offending values.
     static CombineProblem make(const CombineRequest& request);
 
-    /// Attaches the tensors to be written, with the checks of make().
-    void set_out(const TensorView& view);
-    void set_lse(const TensorView& view);
+    /// Checks the tensors to be written: those of out_shape() and lse_shape(). Throws `Error`.
+    CombineResults results(const TensorView& out, const TensorView& lse) const;
 
     /// Shape, dtype and device that they must have.
     TensorView out_shape() const;

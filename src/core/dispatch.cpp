@@ -144,27 +144,25 @@ const Backend& route(const CombineProblem& problem, std::string_view name) {
     return routed(problem, name);
 }
 
-void forward(const Backend& backend, const Problem& problem) {
-    if (problem.loops.empty()) {
-        backend.forward.run(problem);
-    } else {
-        for (int64_t i = 0; i < problem.slices(); ++i) backend.forward.run(problem.slice(i));
-    }
+void forward(const Backend& backend, const Problem& problem, const ForwardResults& results) {
+    for_each_part(problem, results, backend.forward.run);
     count_call(backend);
 }
 
-void combine(const Backend& backend, const CombineProblem& problem) {
-    backend.combine.run(problem);
+void combine(const Backend& backend, const CombineProblem& problem, const CombineResults& results) {
+    backend.combine.run(problem, results);
     count_call(backend);
 }
 
-void encode_forward(const Problem& problem, std::string_view name, void* stream) {
+void encode_forward(const Problem& problem, const ForwardResults& results, std::string_view name,
+                    void* stream) {
     const Backend& backend = route(problem, name);
     if (!backend.forward.encode)
         fail(ErrorKind::unsupported, problem.function, "this backend has no streams", backend.name,
              "'metal'");
-    for (int64_t i = 0; i < problem.slices(); ++i)
-        backend.forward.encode(problem.loops.empty() ? problem : problem.slice(i), stream);
+    for_each_part(problem, results, [&](const Problem& part, const ForwardResults& own) {
+        backend.forward.encode(part, own, stream);
+    });
     count_call(backend);
 }
 

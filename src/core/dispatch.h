@@ -23,13 +23,16 @@ UMFA_CORE_API Verdict can_run(const CombineProblem& problem, std::string_view na
 UMFA_CORE_API const Backend& route(const Problem& problem, std::string_view name);
 UMFA_CORE_API const Backend& route(const CombineProblem& problem, std::string_view name);
 
-/// Runs the problem on `backend`, and counts the call. Requires its results attached.
-UMFA_CORE_API void forward(const Backend& backend, const Problem& problem);
-UMFA_CORE_API void combine(const Backend& backend, const CombineProblem& problem);
+/// Runs the problem on `backend`, and counts the call.
+UMFA_CORE_API void forward(const Backend& backend, const Problem& problem,
+                           const ForwardResults& results);
+UMFA_CORE_API void combine(const Backend& backend, const CombineProblem& problem,
+                           const CombineResults& results);
 
 /// Records the call in a caller's stream on the device of `name`, a backend that has streams.
 /// Throws `Error` when it has none, or cannot run the problem.
-UMFA_CORE_API void encode_forward(const Problem& problem, std::string_view name, void* stream);
+UMFA_CORE_API void encode_forward(const Problem& problem, const ForwardResults& results,
+                                  std::string_view name, void* stream);
 
 /// The backend that can see `device`, for memory on it. Throws `Error` when there is none.
 UMFA_CORE_API const Backend& backend_of(Device device, std::string_view function);

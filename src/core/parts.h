@@ -10,7 +10,7 @@ namespace umfa {
 inline int row_of(Layout layout) { return layout == Layout::bshd ? 3 : 2; }
 inline int head_of(Layout layout) { return layout == Layout::bshd ? 2 : 3; }
 
-/// The strides but that of the batch, which Problem::merge_batch() finds.
+/// The strides but that of the batch, which merge_batch() finds.
 Operand operand_of(const TensorView& view, Layout layout);
 
 Alibi checked_alibi(const Checker& check, const Problem& problem, const AttentionRequest& request);
@@ -18,7 +18,7 @@ Sinks checked_sinks(const Checker& check, const Problem& problem, const Attentio
 /// Second parts of query and key; the key's is the value.
 Operand checked_qv(const Checker& check, const Problem& problem, const AttentionRequest& request);
 /// The mask as (batch, nheads, seqlen_q, seqlen_kv), with stride 0 where it broadcasts; the batch is
-/// left to Problem::merge_batch().
+/// left to merge_batch().
 DenseMask broadcast_mask(const Checker& check, const Problem& problem, const TensorView& mask);
 /// New rows of key and value, as one index of the batch after the other.
 Append checked_append(const Checker& check, const Problem& problem,
@@ -26,5 +26,8 @@ Append checked_append(const Checker& check, const Problem& problem,
 Rotary checked_rotary(const Checker& check, const Problem& problem,
                       const AttentionRequest& request);
 Dropout checked_dropout(const Checker& check, const AttentionRequest& request);
+
+/// Finds `batch` and `loops` for the tensors that are read, and their strides.
+void merge_batch(Problem& problem);
 
 }  // namespace umfa

@@ -109,10 +109,9 @@ public:
         read_numbers();
         read_visibility();
         read_parts();
-        problem_.merge_batch();
-        problem_.wants_lse = request_.return_lse || request_.lse.has_value();
-        if (request_.out) problem_.set_out(*request_.out);
-        if (request_.lse) problem_.set_lse(*request_.lse);
+        merge_batch(problem_);
+        problem_.wants_lse = request_.return_lse || request_.return_attn_probs;
+        if (request_.out) problem_.results(*request_.out);
         return std::move(problem_);
     }
 
@@ -413,19 +412,17 @@ TensorView Problem::lse_shape() const {
     return shape;
 }
 
-void Problem::set_out(const TensorView& view) {
-    check_writable(Checker{function}, *this, view, out_shape(), "out");
-    out = operand_of(view, layout);
-    merge_batch();
-}
-
-void Problem::set_lse(const TensorView& view) {
+ForwardResults Problem::results(const TensorView& out, const std::optional<TensorView>& lse) const {
     const Checker check{function};
-    check_writable(check, *this, view, lse_shape(), "softmax_lse");
-    if (out) check_overlap(check, view, "softmax_lse", out->view, "out");
-    lse = Operand{view, 0, stride_at(view, 2), view.strides[view.ndim - 1], 0};
-    wants_lse = true;
-    merge_batch();
+    check_writable(check, *this, out, out_shape(), "out");
+    ForwardResults results{operand_of(out, layout), {}};
+    results.out.stride_batch = stride_at(out, 4);
+    if (!lse) return results;
+    check_writable(check, *this, *lse, lse_shape(), "softmax_lse");
+    check_overlap(check, *lse, "softmax_lse", out, "out");
+    results.lse =
+        Operand{*lse, stride_at(*lse, 3), stride_at(*lse, 2), lse->strides[lse->ndim - 1], 0};
+    return results;
 }
 
 SequenceRows Problem::sequence(int64_t b) const {

@@ -1,8 +1,10 @@
-// Problem: one attention call, normalised and checked. Bindings fill an AttentionRequest, make()
-// checks everything once, backends only read.
+// Problem: what one attention call computes, normalised and checked. Bindings fill an
+// AttentionRequest, make() checks everything once, and nothing changes it then. What is written is a
+// separate ForwardResults.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -110,7 +112,15 @@ struct RowRange {
     int64_t batch, row, rows;
 };
 
+/// What a forward pass writes.
+struct ForwardResults {
+    Operand out;                 // same dtype as query
+    std::optional<Operand> lse;  // f32, natural log; stride_channel unused
+};
+
 struct UMFA_CORE_API Problem {
+    using Results = ForwardResults;
+
     std::string_view function;        // its name, for messages
     const Function* names = nullptr;  // the caller's spelling of the arguments; outlives this
     Layout layout = Layout::bshd;
@@ -123,9 +133,7 @@ struct UMFA_CORE_API Problem {
     int64_t query_rows = 0;               // of the tensor: seqlen_q, or of all packed sequences
     int64_t head_dim = 0, head_dim_v = 0;
     Operand query, key, value;
-    std::optional<Operand> qv;   // the part of the queries that meets the values
-    std::optional<Operand> out;  // same dtype as query
-    std::optional<Operand> lse;  // f32, natural log; stride_channel unused
+    std::optional<Operand> qv;  // the part of the queries that meets the values
     bool wants_lse = false;
     double softmax_scale = 1;
     // Of the longest, without a prefix.
@@ -147,9 +155,9 @@ struct UMFA_CORE_API Problem {
     /// Checks everything; throws `Error` with the offending values.
     static Problem make(const AttentionRequest& request);
 
-    /// Attaches the tensors to be written, with the checks of make().
-    void set_out(const TensorView& view);
-    void set_lse(const TensorView& view);
+    /// Checks the tensors to be written: those of out_shape() and, where there is one, lse_shape().
+    /// Throws `Error`.
+    ForwardResults results(const TensorView& out, const std::optional<TensorView>& lse = {}) const;
 
     /// Where sequence b lies, and what its queries see.
     SequenceRows sequence(int64_t b) const;
@@ -162,19 +170,18 @@ struct UMFA_CORE_API Problem {
     TensorView out_shape() const;
     TensorView lse_shape() const;
 
-    /// How many problems without loops this one is, and one of them. All share what make() checked.
-    int64_t slices() const;
-    Problem slice(int64_t index) const;
-
     /// Factor on q.k. Kernels use exp2, so it makes scores in units of log2; with softcap on it makes
     /// the argument of tanh, whose result softcap_log2() brings to units of log2.
     double score_scale() const;
     double softcap_log2() const;
     /// Bitwise or of `Feature`s that this problem uses.
     uint32_t features() const;
-
-    /// Finds `batch` and `loops` for the operands that are there.
-    void merge_batch();
 };
+
+/// Calls `run` for each part of the problem in which the batch is one dimension, with one stride in
+/// each tensor. Most problems are one part.
+UMFA_CORE_API void for_each_part(
+    const Problem& problem, const ForwardResults& results,
+    const std::function<void(const Problem&, const ForwardResults&)>& run);
 
 }  // namespace umfa

@@ -89,7 +89,6 @@ struct AttentionRequest : AttentionOptions {
 #define UMFA_TABLE(name, text) std::optional<TensorView> name;
 #define UMFA_OUTPUT(name) std::optional<TensorView> name;
 #include "core/options.def"
-    std::optional<TensorView> lse;  // like out absent while only can_run is asked
 
     /// Whether a tensor says where sequences lie.
     bool has_tables() const {

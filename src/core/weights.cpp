@@ -82,15 +82,17 @@ public:
         const int64_t rows = to.shape[0], heads = to.shape[1];
         for (int64_t first = 0; first < to.shape[2]; first += most_columns) {
             const int64_t channels = std::min(most_columns, to.shape[2] - first);
-            CombineRequest request{function_, from, zero_.view(0, {1, rows, heads}, {0, 0, 0}),
-                                   {},        to,   {}};
+            TensorView out = to;
+            out.shape[2] = channels;
+            advance(out, first * to.strides[2]);
+            CombineRequest request{
+                function_, from, zero_.view(0, {1, rows, heads}, {0, 0, 0}), {}, out};
             set_shape(request.out_partial, {1, rows, heads, channels},
                       {0, from.strides[0], from.strides[1], from.strides[2]});
             advance(request.out_partial, first * from.strides[2]);
-            request.out->shape[2] = channels;
-            advance(*request.out, first * to.strides[2]);
-            request.lse = lse_.view(0, {rows, heads}, {heads, 1});
-            combine(backend_, CombineProblem::make(request));
+            const CombineProblem problem = CombineProblem::make(request);
+            combine(backend_, problem,
+                    problem.results(out, lse_.view(0, {rows, heads}, {heads, 1})));
         }
     }
 
@@ -123,7 +125,7 @@ TensorView without_batch(const TensorView& view) {
 
 /// The problem of sequence b alone. The tensors are (1, rows, heads, channels).
 Problem one_sequence(const Problem& problem, int64_t b, const TensorView& query,
-                     const TensorView& key, const TensorView& value, const TensorView& out) {
+                     const TensorView& key, const TensorView& value) {
     SequenceRows rows = problem.sequence(b);
     Problem one = problem;
     one.visible = problem.visible_of(rows);
@@ -139,8 +141,6 @@ Problem one_sequence(const Problem& problem, int64_t b, const TensorView& query,
     one.query = operand_of(query, Layout::bshd);
     one.key = operand_of(key, Layout::bshd);
     one.value = operand_of(value, Layout::bshd);
-    one.out = operand_of(out, Layout::bshd);
-    one.lse.reset();
     one.wants_lse = false;
     if (one.alibi) {
         advance(one.alibi->view, b * one.alibi->stride_batch);
@@ -233,15 +233,15 @@ private:
             const TensorView value = identity_.view(
                 keys - 1 + first, {1, keys, problem_.nheads_kv, width}, {0, -1, 0, 1});
             const TensorView found = seen_.compact(rows.seqlen_q, heads, width);
-            Problem one = one_sequence(problem_, b, query, key, value, with_batch(found));
+            Problem one = one_sequence(problem_, b, query, key, value);
+            const auto compute = [&](const TensorView& out) {
+                forward(backend_, one, {operand_of(with_batch(out), Layout::bshd), {}});
+            };
             if (one.dropout) {
-                const TensorView kept = kept_.compact(rows.seqlen_q, heads, width);
-                Problem dropped = one;
-                dropped.out = operand_of(with_batch(kept), Layout::bshd);
-                forward(backend_, dropped);
+                compute(kept_.compact(rows.seqlen_q, heads, width));
                 one.dropout.reset();
             }
-            forward(backend_, one);
+            compute(found);
             if (problem_.dropout) mark_dropped(rows.seqlen_q * heads * width);
             copier_.copy(found, place(b, rows.seqlen_q, first, width));
         }

@@ -30,8 +30,9 @@ constexpr int64_t lanes = 16;  // of the widest vector
 
 /// Merges one row. Parts are weighed by exp(lse - merged lse), so no division follows, and one part
 /// alone keeps its bits.
-void merge_row(const CombineProblem& problem, const CombineKernel& from, const CombineKernel& to,
-               const Row& row, float* sum, float* weights) {
+void merge_row(const CombineProblem& problem, const CombineResults& results,
+               const CombineKernel& from, const CombineKernel& to, const Row& row, float* sum,
+               float* weights) {
     const auto* lse = reinterpret_cast<const float*>(
         element(problem.lse_partial, row.offset(problem.lse_partial)));
     const auto lse_of = [&](int64_t part) { return lse[part * problem.lse_partial.stride_part]; };
@@ -52,15 +53,15 @@ void merge_row(const CombineProblem& problem, const CombineKernel& from, const C
                  problem.out_partial.stride_channel, problem.head_dim,
                  static_cast<float>(weights[part] / total), sum);
     }
-    to.store(sum, problem.head_dim, element(*problem.out, row.offset(*problem.out)),
-             problem.out->stride_channel);
-    *reinterpret_cast<float*>(element(*problem.lse, row.offset(*problem.lse))) =
+    to.store(sum, problem.head_dim, element(results.out, row.offset(results.out)),
+             results.out.stride_channel);
+    *reinterpret_cast<float*>(element(results.lse, row.offset(results.lse))) =
         total == 0 ? -infinity : static_cast<float>(maximum + std::log(total));
 }
 
 }  // namespace
 
-void run_combine(const CombineProblem& problem) {
+void run_combine(const CombineProblem& problem, const CombineResults& results) {
     const int64_t rows = problem.batch * problem.seqlen_q * problem.nheads;
     if (rows == 0) return;
     const DefaultFloatEnvironment environment;
@@ -78,7 +79,7 @@ void run_combine(const CombineProblem& problem) {
         for (int64_t i = task * together; i < end; ++i) {
             const int64_t position = i / problem.nheads;
             merge_row(
-                problem, from, to,
+                problem, results, from, to,
                 {position / problem.seqlen_q, position % problem.seqlen_q, i % problem.nheads}, sum,
                 sum + room);
         }

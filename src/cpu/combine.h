@@ -5,6 +5,6 @@
 
 namespace umfa::cpu {
 
-void run_combine(const CombineProblem& problem);
+void run_combine(const CombineProblem& problem, const CombineResults& results);
 
 }  // namespace umfa::cpu

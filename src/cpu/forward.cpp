@@ -104,14 +104,15 @@ std::vector<Sequence> sequences_of(const Problem& problem) {
     return sequences;
 }
 
-ForwardArgs args_of(const Problem& problem, const std::vector<Sequence>& sequences) {
+ForwardArgs args_of(const Problem& problem, const ForwardResults& results,
+                    const std::vector<Sequence>& sequences) {
     ForwardArgs args{};
     args.query = rows_of(problem.query);
     args.key = rows_of(problem.key);
     args.value = rows_of(problem.value);
-    args.out = rows_of(*problem.out);
+    args.out = rows_of(results.out);
     if (problem.qv) args.qv = rows_of(*problem.qv);
-    if (problem.lse) args.lse = rows_of(*problem.lse);
+    if (results.lse) args.lse = rows_of(*results.lse);
     args.sequences = sequences.data();
     args.page_size = problem.page_size;
     args.group = problem.nheads_kv > 0 ? problem.nheads_q / problem.nheads_kv : 1;
@@ -207,12 +208,12 @@ void run_prefill(const Problem& problem, ForwardArgs& args, const std::vector<Se
     });
 }
 
-void run_forward(const Problem& problem) {
+void run_forward(const Problem& problem, const ForwardResults& results) {
     if (problem.nheads_q == 0 && !problem.append) return;
     const DefaultFloatEnvironment environment;  // before the first constant is rounded
     const Kernels& set = kernels();
     const std::vector<Sequence> sequences = sequences_of(problem);
-    ForwardArgs args = args_of(problem, sequences);
+    ForwardArgs args = args_of(problem, results, sequences);
     std::vector<float> sinks;
     if (problem.sinks) {
         sinks = sinks_of(*problem.sinks, problem.nheads_q);

@@ -6,8 +6,8 @@
 
 namespace umfa::metal {
 
-void forward(const Problem& problem);
-void encode_forward(const Problem& problem, void* command_buffer);
-void combine(const CombineProblem& problem);
+void forward(const Problem& problem, const ForwardResults& results);
+void encode_forward(const Problem& problem, const ForwardResults& results, void* command_buffer);
+void combine(const CombineProblem& problem, const CombineResults& results);
 
 }  // namespace umfa::metal

@@ -175,15 +175,17 @@ void run(std::string_view caller, const Planner& plan) {
 
 }  // namespace
 
-void forward(const Problem& problem) {
-    run(problem.function, [&](const Capabilities& gpu) { return plan_forward(problem, gpu); });
+void forward(const Problem& problem, const ForwardResults& results) {
+    run(problem.function,
+        [&](const Capabilities& gpu) { return plan_forward(problem, results, gpu); });
 }
 
-void combine(const CombineProblem& problem) {
-    run(problem.function, [&](const Capabilities& gpu) { return plan_combine(problem, gpu); });
+void combine(const CombineProblem& problem, const CombineResults& results) {
+    run(problem.function,
+        [&](const Capabilities& gpu) { return plan_combine(problem, results, gpu); });
 }
 
-void encode_forward(const Problem& problem, void* command_buffer) {
+void encode_forward(const Problem& problem, const ForwardResults& results, void* command_buffer) {
     const AutoreleasePool pool;
     const std::shared_ptr<Context> context = Context::current(problem.function);
     id<MTLCommandBuffer> commands = (__bridge id<MTLCommandBuffer>)command_buffer;
@@ -194,8 +196,9 @@ void encode_forward(const Problem& problem, void* command_buffer) {
         commands.status != MTLCommandBufferStatusEnqueued)
         fail(ErrorKind::value, problem.function, "the command buffer is already committed",
              "status " + std::to_string(commands.status), "one that takes more work");
-    const Work work = prepare(*context, problem.function,
-                              [&](const Capabilities& gpu) { return plan_forward(problem, gpu); });
+    const Work work = prepare(*context, problem.function, [&](const Capabilities& gpu) {
+        return plan_forward(problem, results, gpu);
+    });
     if (work.plan.launches.empty()) return;
     const Operands operands(work.plan, problem.function, context->gpu(), Operands::Copies::refused);
     // The command buffer retains the buffers it uses; scratch must not reach another call before.

@@ -13,11 +13,6 @@ Simdgroups fit_simdgroups(int usual, int smallest, const Capabilities& gpu) {
     return {count, count == usual ? "" : "_s" + std::to_string(count)};
 }
 
-LaunchBuilder::LaunchBuilder(LaunchPlan& plan, const Problem& problem, std::string kernel,
-                             const char* source, uint32_t buffer_count)
-    : LaunchBuilder(plan, problem.function, constants_of(problem), std::move(kernel), source,
-                    buffer_count) {}
-
 LaunchBuilder::LaunchBuilder(LaunchPlan& plan, std::string_view function,
                              std::vector<Constant> constants, std::string kernel,
                              const char* source, uint32_t buffer_count)

@@ -58,11 +58,8 @@ uint32_t add_data(LaunchPlan& plan, const std::vector<T>& values) {
 
 class LaunchBuilder {
 public:
-    /// Starts with the constants that the problem asks for. `source`: the file under
-    /// shaders/ with the kernel, `buffer_count`: of its layout.
-    LaunchBuilder(LaunchPlan& plan, const Problem& problem, std::string kernel, const char* source,
-                  uint32_t buffer_count);
-    /// Starts with these function constants. `function`: the caller's, for messages; outlives this.
+    /// Starts with these constants. `source`: the file under shaders/ with the kernel,
+    /// `buffer_count`: of its layout. `function`: the caller's, for messages; outlives this.
     LaunchBuilder(LaunchPlan& plan, std::string_view function, std::vector<Constant> constants,
                   std::string kernel, const char* source, uint32_t buffer_count);
 

@@ -1,3 +1,6 @@
+#include <utility>
+#include <vector>
+
 #include "core/error.h"
 #include "core/instruments.h"
 #include "metal/plan_combine.h"
@@ -25,19 +28,24 @@ void check_can(const Verdict& verdict, std::string_view function) {
 
 }  // namespace
 
-LaunchPlan plan(const Problem& problem, int family, int cores) {
+LaunchPlan plan(const Problem& problem, const ForwardResults& results, int family, int cores) {
     const Capabilities gpu = capabilities_of(family, cores, problem.function);
-    if (!problem.loops.empty())
-        fail(ErrorKind::unsupported, problem.function, "no single plan for this",
-             std::to_string(problem.slices()) + " plans", "batch dimensions that are one");
     check_can(can_plan_forward(problem), problem.function);
-    return plan_forward(problem, gpu);
+    std::vector<LaunchPlan> plans;
+    for_each_part(problem, results, [&](const Problem& part, const ForwardResults& own) {
+        plans.push_back(plan_forward(part, own, gpu));
+    });
+    if (plans.size() != 1)
+        fail(ErrorKind::unsupported, problem.function, "no single plan for this",
+             std::to_string(plans.size()) + " plans", "batch dimensions that are one");
+    return std::move(plans.front());
 }
 
-LaunchPlan plan(const CombineProblem& problem, int family, int cores) {
+LaunchPlan plan(const CombineProblem& problem, const CombineResults& results, int family,
+                int cores) {
     const Capabilities gpu = capabilities_of(family, cores, problem.function);
     check_can(can_plan_combine(problem), problem.function);
-    return plan_combine(problem, gpu);
+    return plan_combine(problem, results, gpu);
 }
 
 }  // namespace umfa::metal

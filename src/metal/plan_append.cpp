@@ -51,7 +51,8 @@ std::vector<AppendTask> append_tasks(const Problem& problem) {
 
 }  // namespace
 
-void plan_append(LaunchPlan& plan, const Problem& problem, std::optional<uint32_t> pages) {
+void plan_append(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                 std::optional<uint32_t> pages) {
     const Append& append = *problem.append;
     const std::vector<AppendTask> tasks = append_tasks(problem);
     if (tasks.empty() || problem.nheads_kv == 0) return;
@@ -60,8 +61,8 @@ void plan_append(LaunchPlan& plan, const Problem& problem, std::optional<uint32_
                                problem.value.stride_channel == 1 &&
                                append.key.stride_channel == 1 && append.value.stride_channel == 1;
     const ElementType type = stored_type(problem.key.view.dtype);
-    LaunchBuilder(plan, problem, std::string("append_") + type.name, "append.metal",
-                  UMFA_APPEND_BUFFERS)
+    LaunchBuilder(plan, problem.function, constants_of(problem, results),
+                  std::string("append_") + type.name, "append.metal", UMFA_APPEND_BUFFERS)
         .stores(type)
         .constant(constant::unit_channels, unit_channels)
         .tensors(layout)

@@ -6,6 +6,7 @@
 namespace umfa::metal {
 
 /// Adds the launch, where there are new rows. `pages` as add_pages gave it.
-void plan_append(LaunchPlan& plan, const Problem& problem, std::optional<uint32_t> pages);
+void plan_append(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                 std::optional<uint32_t> pages);
 
 }  // namespace umfa::metal

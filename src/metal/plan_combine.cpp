@@ -21,12 +21,12 @@ PartStrides strides_of(const CombineOperand& operand) {
             operand.stride_channel};
 }
 
-CombineParams combine_params(const CombineProblem& problem) {
+CombineParams combine_params(const CombineProblem& problem, const CombineResults& results) {
     CombineParams params{};
     params.out_partial = strides_of(problem.out_partial);
     params.lse_partial = strides_of(problem.lse_partial);
-    params.out = strides_of(*problem.out);
-    params.lse = strides_of(*problem.lse);
+    params.out = strides_of(results.out);
+    params.lse = strides_of(results.lse);
     params.parts = static_cast<int32_t>(problem.parts);
     params.rows = static_cast<int32_t>(problem.seqlen_q * problem.nheads);
     params.heads = static_cast<int32_t>(problem.nheads);
@@ -45,12 +45,13 @@ Verdict can_plan_combine(const CombineProblem& problem) {
     return {};
 }
 
-LaunchPlan plan_combine(const CombineProblem& problem, const Capabilities& gpu) {
+LaunchPlan plan_combine(const CombineProblem& problem, const CombineResults& results,
+                        const Capabilities& gpu) {
     LaunchPlan plan;
     plan.tensors = {{"out_partial", problem.out_partial.view},
                     {"lse_partial", problem.lse_partial.view},
-                    {"out", problem.out->view, false, true},
-                    {"lse", problem.lse->view, false, true}};
+                    {"out", results.out.view, false, true},
+                    {"lse", results.lse.view, false, true}};
     const int64_t rows = problem.seqlen_q * problem.nheads;
     if (rows == 0 || problem.batch == 0) return plan;
     const ElementType from = stored_type(problem.out_partial.view.dtype),
@@ -61,7 +62,7 @@ LaunchPlan plan_combine(const CombineProblem& problem, const Capabilities& gpu) 
         .stores(from)
         .macro("UMFA_O", to.storage)
         .tensors(layout)
-        .params(UMFA_COMBINE_PARAMS, combine_params(problem))
+        .params(UMFA_COMBINE_PARAMS, combine_params(problem, results))
         .grid((rows + simdgroups - 1) / simdgroups,
               (problem.head_dim + channels_per_simdgroup - 1) / channels_per_simdgroup,
               problem.batch)

@@ -13,6 +13,7 @@ namespace umfa::metal {
 UMFA_CORE_API Verdict can_plan_combine(const CombineProblem& problem);
 
 /// Requires can_plan_combine(problem).yes, and the results attached.
-UMFA_CORE_API LaunchPlan plan_combine(const CombineProblem& problem, const Capabilities& gpu);
+UMFA_CORE_API LaunchPlan plan_combine(const CombineProblem& problem, const CombineResults& results,
+                                      const Capabilities& gpu);
 
 }  // namespace umfa::metal

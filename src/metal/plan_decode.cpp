@@ -160,9 +160,10 @@ std::vector<SequenceTask> merge_tasks(const std::vector<SequenceParams>& sequenc
     return tasks;
 }
 
-DecodeParams decode_params(const Problem& problem, const Split& split) {
+DecodeParams decode_params(const Problem& problem, const ForwardResults& results,
+                           const Split& split) {
     DecodeParams params{};
-    params.forward = forward_params(problem);
+    params.forward = forward_params(problem, results);
     params.first_key = static_cast<int32_t>(keys_of(problem, 0).first);  // where there is no list
     params.last_key = static_cast<int32_t>(keys_of(problem, 0).last);
     params.keys_per_split = static_cast<int32_t>(split.keys);
@@ -172,10 +173,11 @@ DecodeParams decode_params(const Problem& problem, const Split& split) {
 }
 
 /// The launch that attends, without its grid, the places of sequences and what splits need.
-LaunchBuilder decode_launch(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
-                            const Shape& shape, const std::string& suffix, const Split& split) {
+LaunchBuilder decode_launch(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                            const Capabilities& gpu, const Shape& shape, const std::string& suffix,
+                            const Split& split) {
     const ElementType type = element_type(problem.query.view.dtype, gpu);
-    LaunchBuilder builder(plan, problem,
+    LaunchBuilder builder(plan, problem.function, constants_of(problem, results),
                           std::string("decode_") + type.name + "_d" + std::to_string(shape.d) +
                               "_v" + std::to_string(shape.dv) + "_q" + std::to_string(shape.qf) +
                               suffix,
@@ -183,17 +185,18 @@ LaunchBuilder decode_launch(LaunchPlan& plan, const Problem& problem, const Capa
     builder.computes(type)
         .shape(shape.d, shape.dv, shape.qf, shape.simdgroups)
         .tensors(layout)
-        .params(UMFA_DECODE_PARAMS, decode_params(problem, split))
+        .params(UMFA_DECODE_PARAMS, decode_params(problem, results, split))
         .simdgroups(shape.simdgroups)
         .threadgroup_bytes(
             decode_bytes(shape.d, shape.dv, shape.qf, shape.simdgroups, type.operand_bytes));
     return builder;
 }
 
-MergeParams merge_params(const Problem& problem, const Split& split) {
+MergeParams merge_params(const Problem& problem, const ForwardResults& results,
+                         const Split& split) {
     MergeParams params{};
-    params.out = strides_of(*problem.out);
-    if (problem.lse) params.lse = strides_of(*problem.lse);
+    params.out = strides_of(results.out);
+    if (results.lse) params.lse = strides_of(*results.lse);
     if (problem.sinks) params.sink = problem.sinks->logits.strides[0];
     params.heads = static_cast<int32_t>(problem.nheads_q);
     params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
@@ -203,12 +206,13 @@ MergeParams merge_params(const Problem& problem, const Split& split) {
     return params;
 }
 
-void plan_merge(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
-                const Chosen& chosen, const Split& split, const Places& places) {
+void plan_merge(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                const Capabilities& gpu, const Chosen& chosen, const Split& split,
+                const Places& places) {
     const ElementType type = stored_type(problem.query.view.dtype);
     const int channels = problem.head_dim_v <= 128 ? 128 : 256;
     const Simdgroups simdgroups = fit_simdgroups(merge_simdgroups, 1, gpu);
-    LaunchBuilder merge(plan, problem,
+    LaunchBuilder merge(plan, problem.function, constants_of(problem, results),
                         std::string("decode_merge_") + type.name + "_d" + std::to_string(channels) +
                             simdgroups.suffix,
                         "decode.metal", UMFA_MERGE_BUFFERS);
@@ -219,7 +223,7 @@ void plan_merge(LaunchPlan& plan, const Problem& problem, const Capabilities& gp
         .tensors(merge_layout)
         .scratch(UMFA_MERGE_PARTIAL_OUT, 0)
         .scratch(UMFA_MERGE_PARTIAL_STATE, 1)
-        .params(UMFA_MERGE_PARAMS, merge_params(problem, split))
+        .params(UMFA_MERGE_PARAMS, merge_params(problem, results, split))
         .grid(problem.seqlen_q, problem.nheads_q, problem.batch)
         .simdgroups(simdgroups.count)
         .threadgroup_bytes(merge_bytes(simdgroups.count, channels / 32));
@@ -242,8 +246,8 @@ bool is_decode(const Problem& problem, int64_t seqlen_q) {
     return seqlen_q <= max_queries && shape_of(problem, rows_of(problem, seqlen_q));
 }
 
-void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
-                 const Chosen& chosen, std::optional<uint32_t> pages) {
+void plan_decode(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                 const Capabilities& gpu, const Chosen& chosen, std::optional<uint32_t> pages) {
     int64_t seqlen_q = 0;  // the longest
     for (const int64_t b : chosen) seqlen_q = std::max(seqlen_q, problem.sequence(b).seqlen_q);
     Shape shape = *shape_of(problem, rows_of(problem, seqlen_q));
@@ -252,7 +256,8 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
     const Split split = split_keys(problem, gpu, chosen, shape);
     const Places places = places_of(plan, problem, chosen, split);
 
-    LaunchBuilder decode = decode_launch(plan, problem, gpu, shape, simdgroups.suffix, split);
+    LaunchBuilder decode =
+        decode_launch(plan, problem, results, gpu, shape, simdgroups.suffix, split);
     if (problem.sequences.given) {
         const std::vector<SequenceTask> tasks =
             decode_tasks(places.sequences, chosen, group_of(problem), 8 * shape.qf);
@@ -280,7 +285,7 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const Capabilities& g
         .scratch(UMFA_DECODE_PARTIAL_OUT, 0)
         .scratch(UMFA_DECODE_PARTIAL_STATE, 1)
         .add();
-    plan_merge(plan, problem, gpu, chosen, split, places);
+    plan_merge(plan, problem, results, gpu, chosen, split, places);
 }
 
 }  // namespace umfa::metal

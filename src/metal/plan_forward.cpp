@@ -55,8 +55,8 @@ std::vector<SequenceTask> tasks_of(const Problem& problem, const Chosen& chosen,
 }
 
 /// Adds the launch for the chosen indices of the batch, as plan_decode.
-void plan_tiles(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
-                const Chosen& chosen, std::optional<uint32_t> pages) {
+void plan_tiles(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                const Capabilities& gpu, const Chosen& chosen, std::optional<uint32_t> pages) {
     const ElementType type = element_type(problem.query.view.dtype, gpu);
     const int family = static_cast<int>(gpu.family);
     const Shape* usual = type.operand_bytes == 2 ? first_fit(shapes_16, problem, family)
@@ -70,7 +70,7 @@ void plan_tiles(LaunchPlan& plan, const Problem& problem, const Capabilities& gp
     shape.simdgroups = simdgroups.count;
     const int block_q = 8 * shape.qf * shape.simdgroups / shape.split;
 
-    LaunchBuilder builder(plan, problem,
+    LaunchBuilder builder(plan, problem.function, constants_of(problem, results),
                           std::string("forward_") + type.name + "_d" + std::to_string(shape.d) +
                               "_v" + std::to_string(shape.dv) + "_k" + std::to_string(shape.bk) +
                               simdgroups.suffix,
@@ -78,7 +78,7 @@ void plan_tiles(LaunchPlan& plan, const Problem& problem, const Capabilities& gp
     builder.computes(type)
         .shape(shape.d, shape.dv, shape.bk, shape.qf, shape.simdgroups, shape.split, shape.one_tile)
         .tensors(layout)
-        .params(UMFA_FORWARD_PARAMS, forward_params(problem))
+        .params(UMFA_FORWARD_PARAMS, forward_params(problem, results))
         .grid((problem.seqlen_q + block_q - 1) / block_q, problem.nheads_q, problem.batch)
         .simdgroups(shape.simdgroups)
         .threadgroup_bytes(forward_bytes(shape.d, shape.dv, shape.bk, shape.qf, shape.simdgroups,
@@ -102,22 +102,23 @@ Verdict can_plan_forward(const Problem& problem) {
     return {};
 }
 
-LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu) {
+LaunchPlan plan_forward(const Problem& problem, const ForwardResults& results,
+                        const Capabilities& gpu) {
     LaunchPlan plan;
-    plan.tensors = tensors_of(problem);
+    plan.tensors = tensors_of(problem, results);
     std::optional<uint32_t> pages;
     if (problem.batch > 0) pages = add_pages(plan, problem);
-    if (problem.append) plan_append(plan, problem, pages);
+    if (problem.append) plan_append(plan, problem, results, pages);
     if (problem.nheads_q == 0) return plan;
-    if (problem.sequences.given) plan_unused_rows(plan, problem);
+    if (problem.sequences.given) plan_unused_rows(plan, problem, results);
     // Sequences with few queries among others with many are still decoded.
     Chosen few, many;
     for (int64_t b = 0; b < problem.batch; ++b) {
         const int64_t seqlen_q = problem.sequence(b).seqlen_q;
         if (seqlen_q > 0) (is_decode(problem, seqlen_q) ? few : many).push_back(b);
     }
-    if (!many.empty()) plan_tiles(plan, problem, gpu, many, pages);
-    if (!few.empty()) plan_decode(plan, problem, gpu, few, pages);
+    if (!many.empty()) plan_tiles(plan, problem, results, gpu, many, pages);
+    if (!few.empty()) plan_decode(plan, problem, results, gpu, few, pages);
     return plan;
 }
 

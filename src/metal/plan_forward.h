@@ -19,9 +19,10 @@ constexpr uint32_t forward_features =
 /// Whether plan_forward can carry the problem out, and if not, why.
 UMFA_CORE_API Verdict can_plan_forward(const Problem& problem);
 
-/// Requires can_plan_forward(problem).yes, and out attached. Few queries go to the decode kernel
+/// Requires can_plan_forward(problem).yes. Few queries go to the decode kernel
 /// (plan_decode.h), which splits the keys; the others to the full-length one, which splits the
 /// queries.
-UMFA_CORE_API LaunchPlan plan_forward(const Problem& problem, const Capabilities& gpu);
+UMFA_CORE_API LaunchPlan plan_forward(const Problem& problem, const ForwardResults& results,
+                                      const Capabilities& gpu);
 
 }  // namespace umfa::metal

@@ -59,7 +59,7 @@ ElementType element_type(DType dtype, const Capabilities& gpu) {
 
 ElementType stored_type(DType dtype) { return element_type(dtype, {Family::apple10}); }
 
-std::vector<PlanTensor> tensors_of(const Problem& problem) {
+std::vector<PlanTensor> tensors_of(const Problem& problem, const ForwardResults& results) {
     std::vector<PlanTensor> tensors;
     const auto add = [&](const char* name, const TensorView& view) -> PlanTensor& {
         return tensors.emplace_back(PlanTensor{name, view});
@@ -85,8 +85,8 @@ std::vector<PlanTensor> tensors_of(const Problem& problem) {
         result.read = false;
         result.written = true;
     };
-    add_result("out", problem.out->view);
-    if (problem.lse) add_result("lse", problem.lse->view);
+    add_result("out", results.out.view);
+    if (results.lse) add_result("lse", results.lse->view);
     return tensors;
 }
 
@@ -121,13 +121,13 @@ DropoutParams dropout_params(const Problem& problem) {
     return params;
 }
 
-ForwardParams forward_params(const Problem& problem) {
+ForwardParams forward_params(const Problem& problem, const ForwardResults& results) {
     ForwardParams params{};
     params.query = strides_of(problem.query);
     params.key = strides_of(problem.key);
     params.value = strides_of(problem.value);
-    params.out = strides_of(*problem.out);
-    if (problem.lse) params.lse = strides_of(*problem.lse);
+    params.out = strides_of(results.out);
+    if (results.lse) params.lse = strides_of(*results.lse);
     if (problem.mask) {
         const int64_t* strides = problem.mask->view.strides;
         params.mask_batch = strides[0];
@@ -161,7 +161,7 @@ bool wide_loads(const Problem& problem) {
 
 #define UMFA_ELEMENT(INDEX, TYPE, NAME) \
     {INDEX, std::is_same_v<TYPE, bool> ? Constant::Type::boolean : Constant::Type::int32, #NAME, 0},
-std::vector<Constant> constants_of(const Problem& problem) {
+std::vector<Constant> constants_of(const Problem& problem, const ForwardResults& results) {
     std::vector<Constant> constants = {UMFA_CONSTANTS(UMFA_ELEMENT)};
     const auto flag = [&](constant::Index index, bool value) {
         constants[index].value = value ? 1 : 0;
@@ -173,9 +173,9 @@ std::vector<Constant> constants_of(const Problem& problem) {
                             problem.score_scale() >= 1e-30 && problem.score_scale() <= 1;
     const bool unit_channels =
         problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
-        problem.value.stride_channel == 1 && problem.out->stride_channel == 1 &&
+        problem.value.stride_channel == 1 && results.out.stride_channel == 1 &&
         (!problem.qv || problem.qv->stride_channel == 1);
-    flag(constant::has_lse, problem.lse.has_value());
+    flag(constant::has_lse, results.lse.has_value());
     kind(constant::mask_kind, problem.mask ? &problem.mask->view : nullptr);
     flag(constant::has_mask, problem.mask.has_value());
     flag(constant::has_alibi, problem.alibi.has_value());

@@ -22,13 +22,13 @@ ElementType element_type(DType dtype, const Capabilities& gpu);
 /// For kernels without fragments, which are the same for every GPU.
 ElementType stored_type(DType dtype);
 
-/// The problem's tensors: the plan's table.
-std::vector<PlanTensor> tensors_of(const Problem& problem);
+/// The tensors of the problem and its results: the plan's table.
+std::vector<PlanTensor> tensors_of(const Problem& problem, const ForwardResults& results);
 
 OperandStrides strides_of(const Operand& operand);
 RotaryParams rotary_params(const Problem& problem);
 DropoutParams dropout_params(const Problem& problem);
-ForwardParams forward_params(const Problem& problem);
+ForwardParams forward_params(const Problem& problem, const ForwardResults& results);
 
 /// Whether the kernel may read K and V 16 bytes at a time.
 bool wide_loads(const Problem& problem);
@@ -41,6 +41,6 @@ enum Index : uint16_t { UMFA_CONSTANTS(UMFA_ENUMERATOR) };
 }  // namespace constant
 
 /// All constants of shared/constants.h.
-std::vector<Constant> constants_of(const Problem& problem);
+std::vector<Constant> constants_of(const Problem& problem, const ForwardResults& results);
 
 }  // namespace umfa::metal

@@ -48,18 +48,18 @@ std::optional<uint32_t> add_pages(LaunchPlan& plan, const Problem& problem) {
     return add_data(plan, problem.sequences.pages);
 }
 
-void plan_unused_rows(LaunchPlan& plan, const Problem& problem) {
+void plan_unused_rows(LaunchPlan& plan, const Problem& problem, const ForwardResults& results) {
     const std::vector<UnusedRows> unused = pieces_of(problem.unused_rows());
     if (unused.empty()) return;
     ClearParams params{};
-    params.out = strides_of(*problem.out);
-    if (problem.lse) params.lse = strides_of(*problem.lse);
+    params.out = strides_of(results.out);
+    if (results.lse) params.lse = strides_of(*results.lse);
     params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
 
     constexpr Slot layout[] = {{UMFA_CLEAR_OUT, "out"}, {UMFA_CLEAR_LSE, "lse"}};
     const ElementType type = stored_type(problem.query.view.dtype);
-    LaunchBuilder(plan, problem, std::string("clear_") + type.name, "clear.metal",
-                  UMFA_CLEAR_BUFFERS)
+    LaunchBuilder(plan, problem.function, constants_of(problem, results),
+                  std::string("clear_") + type.name, "clear.metal", UMFA_CLEAR_BUFFERS)
         .stores(type)
         .tensors(layout)
         .new_data(UMFA_CLEAR_ROWS, unused)

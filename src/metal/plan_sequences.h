@@ -23,6 +23,6 @@ std::optional<uint32_t> add_pages(LaunchPlan& plan, const Problem& problem);
 
 /// Launches a kernel that writes the rows of out and lse that belong to no sequence, if there are
 /// any.
-void plan_unused_rows(LaunchPlan& plan, const Problem& problem);
+void plan_unused_rows(LaunchPlan& plan, const Problem& problem, const ForwardResults& results);
 
 }  // namespace umfa::metal

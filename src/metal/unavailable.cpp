@@ -10,7 +10,7 @@ namespace {
 Verdict unavailable() { return {false, "this build of umfa has no Metal backend"}; }
 
 template <class P>
-void refuse(const P& problem) {
+void refuse(const P& problem, const typename P::Results&) {
     fail(ErrorKind::internal, problem.function, "the Metal backend was called", "metal", "cpu");
 }
 

@@ -21,7 +21,8 @@ bool returns_weights(const Options& options) {
 nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
                             nb::callable allocate) {
     Inputs inputs;
-    Problem problem = Problem::make(make_request(options, tensors, inputs));
+    const AttentionRequest request = make_request(options, tensors, inputs);
+    const Problem problem = Problem::make(request);
     const bool wants_weights = returns_weights(options);
     if (wants_weights) check_weights(problem);
     const Backend& backend = route(problem, options.backend);
@@ -30,17 +31,19 @@ nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
     // The façade allocates in the caller's framework, now that the shapes are known to be right.
     nb::object out = nb::none(), lse = nb::none();
     Output out_array, lse_array;
-    if (!problem.out) {
+    if (!request.out) {
         out = allocate(shape_tuple(problem.out_shape()), name_of(problem.query.view.dtype));
         out_array = import_output(out[0], function, "out");
-        problem.set_out(out_array.view);
         out = out[1];
     }
-    if (options.values.return_lse || options.values.return_attn_probs) {
+    std::optional<TensorView> lse_view;
+    if (problem.wants_lse) {
         lse = allocate(shape_tuple(problem.lse_shape()), name_of(DType::f32));
         lse_array = import_output(lse[0], function, "softmax_lse");
-        problem.set_lse(lse_array.view);
+        lse_view = lse_array.view;
     }
+    const ForwardResults results =
+        problem.results(request.out ? *request.out : out_array.view, lse_view);
     nb::object matrix = nb::none();
     Output matrix_array;
     if (wants_weights) {
@@ -48,7 +51,7 @@ nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
         matrix_array = import_output(matrix[0], function, "weights");
     }
     without_gil([&] {
-        forward(backend, problem);
+        forward(backend, problem, results);
         if (wants_weights) weights(backend, problem, matrix_array.view);
     });
     const auto handed_back = [](const nb::object& allocated) {

@@ -26,8 +26,7 @@ CombineProblem make_problem(const std::string& function, nb::handle out_partial,
                             const std::optional<std::string>& out_dtype, Tensors& tensors) {
     tensors.out_partial = import_input(out_partial, function, "out_partial");
     tensors.lse_partial = import_input(lse_partial, function, "lse_partial");
-    CombineRequest request{function, tensors.out_partial.view, tensors.lse_partial.view, {}, {},
-                           {}};
+    CombineRequest request{function, tensors.out_partial.view, tensors.lse_partial.view, {}, {}};
     if (out_dtype) {
         request.out_dtype = dtype_named(*out_dtype);
         if (!request.out_dtype)
@@ -45,21 +44,19 @@ nb::tuple combine_parts(const std::string& function, nb::handle out_partial, nb:
                         nb::handle out, const std::optional<std::string>& out_dtype,
                         const std::string& backend_name, nb::callable allocate) {
     Tensors tensors;
-    CombineProblem problem =
+    const CombineProblem problem =
         make_problem(function, out_partial, lse_partial, out, out_dtype, tensors);
     const Backend& backend = route(problem, backend_name);
     nb::object merged = nb::none();
-    Output merged_array;
-    if (!problem.out) {
+    if (out.is_none()) {
         merged = allocate(shape_tuple(problem.out_shape()), name_of(problem.out_dtype));
-        merged_array = import_output(merged[0], function, "out");
-        problem.set_out(merged_array.view);
+        tensors.out = import_output(merged[0], function, "out");
         merged = merged[1];
     }
     nb::object lse = allocate(shape_tuple(problem.lse_shape()), name_of(DType::f32));
     const Output lse_array = import_output(lse[0], function, "softmax_lse");
-    problem.set_lse(lse_array.view);
-    without_gil([&] { combine(backend, problem); });
+    const CombineResults results = problem.results(tensors.out.view, lse_array.view);
+    without_gil([&] { combine(backend, problem, results); });
     return nb::make_tuple(merged, nb::object(lse[1]));
 }
 

@@ -22,12 +22,12 @@ double time_forward(const Options& options, const nb::tuple& tensors, nb::handle
         fail(ErrorKind::value, function, "calls is out of range", std::to_string(calls),
              "at least 1");
     Inputs inputs;
-    Problem problem = Problem::make(make_request(options, tensors, inputs));
+    const Problem problem = Problem::make(make_request(options, tensors, inputs));
     const Backend& backend = route(problem, options.backend);
     const Output out_array = import_output(out, function, "out");
-    problem.set_out(out_array.view);
+    const ForwardResults results = problem.results(out_array.view);
     const auto start = std::chrono::steady_clock::now();
-    for (int64_t i = 0; i < calls; ++i) forward(backend, problem);
+    for (int64_t i = 0; i < calls; ++i) forward(backend, problem, results);
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
     return taken.count() / static_cast<double>(calls);
 }

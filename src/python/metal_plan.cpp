@@ -72,15 +72,15 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, const
                             nb::handle out, nb::handle lse) {
     const std::string& function = options.function->name;
     Inputs inputs;
-    Problem problem = Problem::make(make_request(options, tensors, inputs));
+    const Problem problem = Problem::make(make_request(options, tensors, inputs));
     const Output out_array = import_output(out, function, "out");
-    problem.set_out(out_array.view);
     Output lse_array;
+    std::optional<TensorView> lse_view;
     if (!lse.is_none()) {
         lse_array = import_output(lse, function, "softmax_lse");
-        problem.set_lse(lse_array.view);
+        lse_view = lse_array.view;
     }
-    return plan_dict(plan(problem, family, cores));
+    return plan_dict(plan(problem, problem.results(out_array.view, lse_view), family, cores));
 }
 
 nb::dict metal_plan_combine(int family, int cores, nb::handle out_partial, nb::handle lse_partial,
@@ -90,9 +90,9 @@ nb::dict metal_plan_combine(int family, int cores, nb::handle out_partial, nb::h
     const Input from_lse = import_input(lse_partial, function, "lse_partial");
     const Output to = import_output(out, function, "out");
     const Output to_lse = import_output(lse, function, "softmax_lse");
-    return plan_dict(
-        plan(CombineProblem::make({function, from.view, from_lse.view, {}, to.view, to_lse.view}),
-             family, cores));
+    const CombineProblem problem =
+        CombineProblem::make({function, from.view, from_lse.view, {}, to.view});
+    return plan_dict(plan(problem, problem.results(to.view, to_lse.view), family, cores));
 }
 
 }  // namespace
