@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import umfa
 from umfa.cli import features
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 ROWS = features.rows()
 
 
@@ -54,3 +56,28 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "metal" in shown
     for text in features.absent().values():
         assert f"not here: {text}" in shown
+
+
+# What callers of some functions call an option.
+SPELLINGS = {
+    "is_causal": "causal", "cache_seqlens": "seqused_k", "page_table": "block_table",
+    "cos": "rotary_cos", "sin": "rotary_sin", "k": "new_key", "v": "new_value",
+    "s_aux": "learnable_sink",
+}  # fmt: skip
+# That every function has, of which no line would tell a reader anything.
+WITHOUT_A_LINE = {"softmax_scale", "dropout_offset", "grouped"}
+# By the table's `fa4` line: flash-attention 4 has no name for it.
+IN_ALL_CALLS_OF_FA4 = {"window_offsets"}
+HINTS = {"deterministic"}  # every result is
+
+
+def test_every_option_stands_in_a_line() -> None:
+    definitions = (ROOT / "src/core/options.def").read_text(encoding="utf-8")
+    options = set(re.findall(r"^UMFA_(?!OPERAND|ALIAS)[A-Z_]+\((\w+)", definitions, re.MULTILINE))
+    assert len(options) > 35
+    shown = set()
+    for row in ROWS:
+        for function, tensors, keywords in row.calls:
+            given = inspect.signature(function).bind(*tensors, **keywords).arguments
+            shown |= {SPELLINGS.get(name, name) for name in given if given[name] is not None}
+    assert options - shown == WITHOUT_A_LINE | IN_ALL_CALLS_OF_FA4 | HINTS

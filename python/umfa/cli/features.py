@@ -103,6 +103,7 @@ def rows() -> list[Row]:
                 _flash(alibi_slopes=slopes),
                 _flash(heads_kv=1, seqlen_q=1),
                 _flash(return_attn_probs=True),
+                _varlen(return_lse=True),
             ],
         ),
         Row(
@@ -120,7 +121,11 @@ def rows() -> list[Row]:
         ),
         Row(
             "sequences of different lengths, packed (`cu_seqlens`, `seqused`)",
-            [_varlen(), _varlen(causal=True), _varlen(seqused_k=np.array([4, 0, 9]))],
+            [
+                _varlen(),
+                _varlen(causal=True),
+                _varlen(seqused_q=np.array([4, 0, 1]), seqused_k=np.array([4, 0, 9])),
+            ],
         ),
         Row(
             "KV cache: paged with any page size, batch index, left padding",
