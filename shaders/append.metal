@@ -16,16 +16,16 @@ namespace umfa {
 
 /// Where a cache has a key of a sequence.
 template <typename T>
-inline device T* place_of(device T* cache, constant OperandStrides& strides,
-                          thread const SequenceParams& sequence, device const int* page_table,
-                          int page_size, int key) {
+inline device uchar* place_of(device uchar* cache, int kind, constant OperandStrides& strides,
+                              thread const SequenceParams& sequence, device const int* page_table,
+                              int page_size, int key) {
     int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
     if (has_pages) {
         const int at = int(sequence.kv_row) + key;
         batch = page_table[sequence.pages + at / page_size];
         row = at % page_size;
     }
-    return cache + batch * strides.batch + row * strides.row;
+    return moved<T>(cache, kind, batch * strides.batch + row * strides.row);
 }
 
 }  // namespace umfa
@@ -37,9 +37,10 @@ inline device T* place_of(device T* cache, constant OperandStrides& strides,
 /// one buffer: safe as long as no cache is read here.
 template <typename T>
 [[kernel]] void umfa_append(
-    device T* key [[buffer(UMFA_APPEND_KEY)]], device T* value [[buffer(UMFA_APPEND_VALUE)]],
-    device const T* new_key [[buffer(UMFA_APPEND_NEW_KEY)]],
-    device const T* new_value [[buffer(UMFA_APPEND_NEW_VALUE)]],
+    device uchar* key [[buffer(UMFA_APPEND_KEY)]],
+    device uchar* value [[buffer(UMFA_APPEND_VALUE)]],
+    device const uchar* new_key [[buffer(UMFA_APPEND_NEW_KEY)]],
+    device const uchar* new_value [[buffer(UMFA_APPEND_NEW_VALUE)]],
     device const SequenceParams* sequences [[buffer(UMFA_APPEND_SEQUENCES)]],
     device const AppendTask* tasks [[buffer(UMFA_APPEND_TASKS)]],
     device const int* page_table UMFA_BUFFER_IF(UMFA_APPEND_PAGES, has_pages),
@@ -52,32 +53,35 @@ template <typename T>
     const int head = group.y, rows = task.rows, first = thread_position.x;
     const SequenceParams sequence = sequences[task.sequence];
     const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
-    new_key += task.new_batch * params.new_key.batch + task.new_row * params.new_key.row +
-               head * params.new_key.head;
-    new_value += task.new_batch * params.new_value.batch + task.new_row * params.new_value.row +
-                 head * params.new_value.head;
-    key += head * params.key.head;
-    value += head * params.value.head;
+    new_key = moved<T>(new_key, new_key_kind,
+                       task.new_batch * params.new_key.batch + task.new_row * params.new_key.row +
+                           head * params.new_key.head);
+    new_value = moved<T>(new_value, new_value_kind,
+                         task.new_batch * params.new_value.batch +
+                             task.new_row * params.new_value.row + head * params.new_value.head);
+    key = moved<T>(key, key_kind, head * params.key.head);
+    value = moved<T>(value, value_kind, head * params.value.head);
 
     const int columns = params.head_dim, pairs = (columns + 1) / 2;
     for (int i = first; i < rows * pairs; i += threads.x) {
         const int row = i / pairs, pair = i % pairs;
         const int2 at = channels_of(rotary, pair);
-        T a = element<T>(new_key, params.new_key, row, rows, at.x, columns);
-        T b = element<T>(new_key, params.new_key, row, rows, at.y, columns);
+        T a = any_element<T, T>(new_key, new_key_kind, params.new_key, row, rows, at.x, columns);
+        T b = any_element<T, T>(new_key, new_key_kind, params.new_key, row, rows, at.y, columns);
         if (has_rotary && 2 * pair < rotary.params.channels)
             rotate_pair(a, b, rotary, task.position + row, pair);
-        device T* to =
-            place_of(key, params.key, sequence, page_table, params.page_size, task.first_key + row);
-        to[at.x * channel_stride(params.key)] = a;
-        if (at.y < columns) to[at.y * channel_stride(params.key)] = b;
+        device uchar* to = place_of<T>(key, key_kind, params.key, sequence, page_table,
+                                       params.page_size, task.first_key + row);
+        store_any<T>(to, key_kind, at.x * channel_stride(params.key), a);
+        if (at.y < columns) store_any<T>(to, key_kind, at.y * channel_stride(params.key), b);
     }
     for (int i = first; i < rows * params.head_dim_v; i += threads.x) {
         const int row = i / params.head_dim_v, column = i % params.head_dim_v;
-        device T* to = place_of(value, params.value, sequence, page_table, params.page_size,
-                                task.first_key + row);
-        to[column * channel_stride(params.value)] =
-            element<T>(new_value, params.new_value, row, rows, column, params.head_dim_v);
+        device uchar* to = place_of<T>(value, value_kind, params.value, sequence, page_table,
+                                       params.page_size, task.first_key + row);
+        store_any<T>(to, value_kind, column * channel_stride(params.value),
+                     any_element<T, T>(new_value, new_value_kind, params.new_value, row, rows,
+                                       column, params.head_dim_v));
     }
 }
 

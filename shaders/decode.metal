@@ -60,11 +60,10 @@ inline int value_channel(int d, int column) {
 }
 
 /// A lane's elements of one row of K or V, chunk by chunk; zeros past the last row and channel.
-template <int PER_LANE, int LANES, typename M, typename T>
+template <int CHUNK, int LANES, int PER_LANE, typename M, typename T>
 inline void load_chunks(thread M (&elements)[PER_LANE], device const T* rows,
                         constant OperandStrides& strides, thread const Pages& pages, int row,
                         int row_count, int lane, int columns) {
-    constexpr int CHUNK = chunk_of<T>(PER_LANE);
     const bool there = row < row_count;
     // Rows past the end are in no page.
     device const T* at = has_pages && !there ? rows : key_row(rows, strides, pages, row);
@@ -75,6 +74,25 @@ inline void load_chunks(thread M (&elements)[PER_LANE], device const T* rows,
 #pragma clang loop unroll(full)
         for (int e = 0; e < CHUNK; ++e) elements[i * CHUNK + e] = chunk[e];
     }
+}
+
+/// The same of a tensor of any type, in the kernel's chunks.
+template <typename T, int LANES, int PER_LANE, typename M>
+inline void load_any_chunks(thread M (&elements)[PER_LANE], device const uchar* rows, int kind,
+                            constant OperandStrides& strides, thread const Pages& pages, int row,
+                            int row_count, int lane, int columns) {
+    constexpr int CHUNK = chunk_of<T>(PER_LANE);
+    if (kind == UMFA_MASK_F16)
+        load_chunks<CHUNK, LANES>(elements,
+                                  reinterpret_cast<device const typename Narrow<T>::Half*>(rows),
+                                  strides, pages, row, row_count, lane, columns);
+    else if (kind == UMFA_MASK_BF16)
+        load_chunks<CHUNK, LANES>(elements,
+                                  reinterpret_cast<device const typename Narrow<T>::Bfloat*>(rows),
+                                  strides, pages, row, row_count, lane, columns);
+    else
+        load_chunks<CHUNK, LANES>(elements, reinterpret_cast<device const T*>(rows), strides, pages,
+                                  row, row_count, lane, columns);
 }
 
 /// Where a sequence's first run of keys begins: dropout decides about aligned ones.
@@ -165,10 +183,11 @@ template <bool GUARDED, int D, int SIMDGROUPS, typename T, typename M, int QF, i
 UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow (&softmax)[QF],
                         thread Fragment<M> (&q)[QF][Q_FRAGMENTS],
                         threadgroup const float2* parked_q, thread const ScoreRow (&rows)[QF],
-                        thread const int (&heads)[QF], device const T* key, device const T* value,
-                        device const uchar* mask, constant ForwardParams& params,
-                        thread const Pages& pages, Visible<int> range, int last_query, int batch,
-                        int first, int end, LaneMap at, uint lane, int pass) {
+                        thread const int (&heads)[QF], device const uchar* key,
+                        device const uchar* value, device const uchar* mask,
+                        constant ForwardParams& params, thread const Pages& pages,
+                        Visible<int> range, int last_query, int batch, int first, int end,
+                        LaneMap at, uint lane, int pass) {
     constexpr int DF = D / 8;
     const SeenBounds<int> bounds = seen_bounds(range, 0, last_query);
     const float unit = scale_last ? params.score_scale : 1.0f;
@@ -181,12 +200,12 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
     for (int k0 = first; k0 < end; k0 += 8 * SIMDGROUPS) {
         if (has_prefix && !touches(bounds, k0, 8)) continue;  // between prefix and window
         M k0_row[DF], k1_row[DF], v_row[2 * DVF];
-        load_chunks<DF, 8>(k0_row, key, params.key, pages, k0 + at.column, end, at.row,
-                           params.head_dim);
-        load_chunks<DF, 8>(k1_row, key, params.key, pages, k0 + at.column + 1, end, at.row,
-                           params.head_dim);
-        load_chunks<2 * DVF, 4>(v_row, value, params.value, pages, k0 + at.row, end, at.column / 2,
-                                params.head_dim_v);
+        load_any_chunks<T, 8>(k0_row, key, key_kind, params.key, pages, k0 + at.column, end, at.row,
+                              params.head_dim);
+        load_any_chunks<T, 8>(k1_row, key, key_kind, params.key, pages, k0 + at.column + 1, end,
+                              at.row, params.head_dim);
+        load_any_chunks<T, 4>(v_row, value, value_kind, params.value, pages, k0 + at.row, end,
+                              at.column / 2, params.head_dim_v);
 
         Fragment<float> s[QF];
         score_tile(s, q, parked_q, k0_row, k1_row, lane);
@@ -215,10 +234,10 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
 
 /// The queries of a block of rows as fragments, or where O leaves them no room, each simdgroup's
 /// share in threadgroup memory; and what the scores of their rows need.
-template <int D, int SIMDGROUPS, int QF, int Q_FRAGMENTS, typename M, typename T>
+template <typename T, int D, int SIMDGROUPS, int QF, int Q_FRAGMENTS, typename M>
 UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][Q_FRAGMENTS],
                               threadgroup float2* parked_q, thread ScoreRow (&rows)[QF],
-                              thread int (&heads)[QF], device const T* query,
+                              thread int (&heads)[QF], device const uchar* query,
                               device const float* slopes, constant ForwardParams& params,
                               thread const Rotary& rotary, thread const SequenceParams& sequence,
                               int batch, int head_kv, int first_row, uint simdgroup, uint lane,
@@ -235,18 +254,19 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][Q_FRAGMENTS],
         rows[f] =
             score_row(params, slopes, batch, heads[f], n % seqlen_q, sequence.visibility.offset);
         const int position = sequence.position_q + rows[f].row * params.rotary.advance;
-        device const T* of_head = query + sequence.query_batch * params.query.batch +
-                                  sequence.query_row * params.query.row +
-                                  heads[f] * params.query.head;
+        device const uchar* of_head =
+            moved<T>(query, query_kind,
+                     sequence.query_batch * params.query.batch +
+                         sequence.query_row * params.query.row + heads[f] * params.query.head);
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {
             if (!Q_STAYS && d % SIMDGROUPS != int(simdgroup)) continue;
-            const M first =
-                query_element<M>(of_head, params.query, rotary, position, rows[f].row, seqlen_q,
-                                 key_channel<T, D>(d, at.column), params.head_dim);
-            const M second =
-                query_element<M>(of_head, params.query, rotary, position, rows[f].row, seqlen_q,
-                                 key_channel<T, D>(d, at.column + 1), params.head_dim);
+            const M first = any_query_element<M, T>(
+                of_head, query_kind, params.query, rotary, position, rows[f].row, seqlen_q,
+                key_channel<T, D>(d, at.column), params.head_dim);
+            const M second = any_query_element<M, T>(
+                of_head, query_kind, params.query, rotary, position, rows[f].row, seqlen_q,
+                key_channel<T, D>(d, at.column + 1), params.head_dim);
             if (Q_STAYS)
                 set(q[f][Q_STAYS ? d : 0], first, second);
             else
@@ -312,21 +332,24 @@ UMFA_INLINE void store_part(device float* partial_out, device float2* partial_st
 }
 
 /// A row of O, divided by its sum, and its log-sum-exp.
-template <int DV, int QF, int DVF, typename T>
-UMFA_INLINE void store_row(device T* out, device float* lse, device const uchar* sinks,
+template <typename T, int DV, int QF, int DVF>
+UMFA_INLINE void store_row(device uchar* out, device float* lse, device const uchar* sinks,
                            thread Fragment<float> (&o)[QF][DVF], int f, thread SoftmaxRow& softmax,
                            int head, int row, thread const SequenceParams& sequence,
                            constant ForwardParams& params, LaneMap at) {
     const float inverse = finish(softmax, sinks, head * params.sink, params.dropout.factor);
-    device T* to = out + sequence.query_batch * params.out.batch + head * params.out.head +
-                   (sequence.query_row + row) * params.out.row;
+    device uchar* to = moved<T>(out, out_kind,
+                                sequence.query_batch * params.out.batch + head * params.out.head +
+                                    (sequence.query_row + row) * params.out.row);
 #pragma clang loop unroll(full)
     for (int d = 0; d < DVF; ++d) {
         const int first = value_channel<T, DV>(d, at.column);
         const int second = value_channel<T, DV>(d, at.column + 1);
         const float2 x = pair_of(o[f][d]) * inverse;
-        if (first < params.head_dim_v) to[first * channel_stride(params.out)] = T(x.x);
-        if (second < params.head_dim_v) to[second * channel_stride(params.out)] = T(x.y);
+        if (first < params.head_dim_v)
+            store_any<T>(to, out_kind, first * channel_stride(params.out), x.x);
+        if (second < params.head_dim_v)
+            store_any<T>(to, out_kind, second * channel_stride(params.out), x.y);
     }
     if (has_lse && at.column == 0)
         lse[sequence.query_batch * params.lse.batch + head * params.lse.head +
@@ -339,9 +362,10 @@ UMFA_INLINE void store_row(device T* out, device float* lse, device const uchar*
 /// Long, since threadgroup memory is declared in kernels alone.
 template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 [[kernel]] void umfa_decode(
-    device const T* query [[buffer(UMFA_DECODE_QUERY)]],
-    device const T* key [[buffer(UMFA_DECODE_KEY)]],
-    device const T* value [[buffer(UMFA_DECODE_VALUE)]], device T* out [[buffer(UMFA_DECODE_OUT)]],
+    device const uchar* query [[buffer(UMFA_DECODE_QUERY)]],
+    device const uchar* key [[buffer(UMFA_DECODE_KEY)]],
+    device const uchar* value [[buffer(UMFA_DECODE_VALUE)]],
+    device uchar* out [[buffer(UMFA_DECODE_OUT)]],
     device float* lse UMFA_BUFFER_IF(UMFA_DECODE_LSE, has_lse),
     device const uchar* mask UMFA_BUFFER_IF(UMFA_DECODE_MASK, has_mask),
     device const float* slopes UMFA_BUFFER_IF(UMFA_DECODE_SLOPES, has_alibi),
@@ -383,8 +407,8 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
         first_row = group.y % row_blocks * (8 * QF);
     }
 
-    key = first_key(key, params.key, sequence, head_kv);
-    value = first_key(value, params.value, sequence, head_kv);
+    key = first_key<T>(key, key_kind, params.key, sequence, head_kv);
+    value = first_key<T>(value, value_kind, params.value, sequence, head_kv);
     const Pages pages = pages_of(params, page_table, sequence);
     const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
 
@@ -393,8 +417,8 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     SoftmaxRow softmax[QF];
     ScoreRow rows[QF];
     int heads[QF];
-    load_queries<D, SIMDGROUPS>(q, parked_q, rows, heads, query, slopes, params, rotary, sequence,
-                                batch, head_kv, first_row, simdgroup, lane, at);
+    load_queries<T, D, SIMDGROUPS>(q, parked_q, rows, heads, query, slopes, params, rotary,
+                                   sequence, batch, head_kv, first_row, simdgroup, lane, at);
     if (!Q_STAYS) threadgroup_barrier(mem_flags::mem_threadgroup);
 
     const Visible<int> range = visible_of(params, sequence);
@@ -410,18 +434,18 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     // Each simdgroup decides for itself whether it must guard.
     if (lane == 0) first_run[simdgroup] = begin + int(simdgroup) * 8;
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    attend<false, D, SIMDGROUPS>(o, softmax, q, parked_q, rows, heads, key, value, mask, params,
-                                 pages, range, last_query, batch, begin + int(simdgroup) * 8, end,
-                                 at, lane, 0);
+    attend<false, D, SIMDGROUPS, T>(o, softmax, q, parked_q, rows, heads, key, value, mask, params,
+                                    pages, range, last_query, batch, begin + int(simdgroup) * 8,
+                                    end, at, lane, 0);
     bool spoils = false;
 #pragma clang loop unroll(full)
     for (int i = 0; i < QF * DVF; ++i) spoils = spoils || is_spoiled(o[i / DVF][i % DVF]);
     if (hides && simd_any(spoils)) {
         const int thread_index = simdgroup * 32 + lane;
         for (int pass = 1; pass <= 3; ++pass) {
-            attend<true, D, SIMDGROUPS>(o, softmax, q, parked_q, rows, heads, key, value, mask,
-                                        params, pages, range, last_query, batch,
-                                        first_run[simdgroup], end, at, lane, pass);
+            attend<true, D, SIMDGROUPS, T>(o, softmax, q, parked_q, rows, heads, key, value, mask,
+                                           params, pages, range, last_query, batch,
+                                           first_run[simdgroup], end, at, lane, pass);
             if (pass < 3)
                 count_spoiled<THREADS>(flags + (pass - 1) * FLAGS * THREADS + thread_index, o);
         }
@@ -447,7 +471,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
                               at);
             continue;
         }
-        store_row<DV>(out, lse, sinks, o, f, softmax[f], heads[f], row, sequence, params, at);
+        store_row<T, DV>(out, lse, sinks, o, f, softmax[f], heads[f], row, sequence, params, at);
     }
 }
 

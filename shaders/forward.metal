@@ -108,10 +108,10 @@ inline bool any_spoiled(thread Fragment<float> (&o)[QF][DVF], thread const Score
 
 /// Queries of a simdgroup and their second part, as fragments, and what the scores of their rows
 /// need. `query`: the first of the sequence and head.
-template <int QF, int DF, int DVF, typename M, typename T>
+template <typename T, int QF, int DF, int DVF, typename M>
 UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][DF], thread Fragment<M> (&qv)[QF][DVF],
-                              thread ScoreRow (&rows)[QF], device const T* query,
-                              device const T* query_v, device const float* slopes,
+                              thread ScoreRow (&rows)[QF], device const uchar* query,
+                              device const uchar* query_v, device const float* slopes,
                               constant ForwardParams& params, thread const Rotary& rotary,
                               thread const SequenceParams& sequence, int batch, int head,
                               int my_row, int part, LaneMap at) {
@@ -125,20 +125,24 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][DF], thread Fragment<M
         for (int d = 0; d < DF; ++d) {
             const int column = (part * DF + d) * 8 + at.column;
             set(q[f][d],
-                query_element<M>(query, params.query, rotary, position, row, seqlen_q, column,
-                                 params.head_dim),
-                query_element<M>(query, params.query, rotary, position, row, seqlen_q, column + 1,
-                                 params.head_dim));
+                any_query_element<M, T>(query, query_kind, params.query, rotary, position, row,
+                                        seqlen_q, column, params.head_dim),
+                any_query_element<M, T>(query, query_kind, params.query, rotary, position, row,
+                                        seqlen_q, column + 1, params.head_dim));
         }
         if (has_qv) {
-            device const T* of_head = query_v + sequence.query_batch * params.qv.batch +
-                                      sequence.query_row * params.qv.row + head * params.qv.head;
+            device const uchar* of_head =
+                moved<T>(query_v, query_kind,
+                         sequence.query_batch * params.qv.batch +
+                             sequence.query_row * params.qv.row + head * params.qv.head);
 #pragma clang loop unroll(full)
             for (int d = 0; d < DVF; ++d) {
                 const int column = (part * DVF + d) * 8 + at.column;
                 set(qv[f][d],
-                    element<M>(of_head, params.qv, row, seqlen_q, column, params.head_dim_v),
-                    element<M>(of_head, params.qv, row, seqlen_q, column + 1, params.head_dim_v));
+                    any_element<M, T>(of_head, query_kind, params.qv, row, seqlen_q, column,
+                                      params.head_dim_v),
+                    any_element<M, T>(of_head, query_kind, params.qv, row, seqlen_q, column + 1,
+                                      params.head_dim_v));
             }
         }
     }
@@ -215,8 +219,8 @@ UMFA_INLINE void softmax_tile(thread Fragment<M> (&p)[QF][KF], thread Fragment<f
 }
 
 /// A row of O, divided by its sum, and its log-sum-exp. `out`: the first row of the sequence and head.
-template <int QF, int DVF, typename T>
-UMFA_INLINE void store_row(device T* out, device float* lse, device const uchar* sinks,
+template <typename T, int QF, int DVF>
+UMFA_INLINE void store_row(device uchar* out, device float* lse, device const uchar* sinks,
                            thread Fragment<float> (&o)[QF][DVF], int f, thread SoftmaxRow& softmax,
                            int row, constant ForwardParams& params,
                            thread const SequenceParams& sequence, int head, int part, LaneMap at) {
@@ -225,9 +229,11 @@ UMFA_INLINE void store_row(device T* out, device float* lse, device const uchar*
     for (int d = 0; d < DVF; ++d) {
         const int column = (part * DVF + d) * 8 + at.column;
         const float2 x = pair_of(o[f][d]) * inverse;
-        device T* to = out + row * params.out.row + column * channel_stride(params.out);
-        if (column < params.head_dim_v) to[0] = T(x.x);
-        if (column + 1 < params.head_dim_v) to[channel_stride(params.out)] = T(x.y);
+        device uchar* to =
+            moved<T>(out, out_kind, row * params.out.row + column * channel_stride(params.out));
+        if (column < params.head_dim_v) store_any<T>(to, out_kind, 0, x.x);
+        if (column + 1 < params.head_dim_v)
+            store_any<T>(to, out_kind, channel_stride(params.out), x.y);
     }
     if (has_lse && part == 0 && at.column == 0)
         lse[sequence.query_batch * params.lse.batch + head * params.lse.head +
@@ -242,10 +248,10 @@ UMFA_INLINE void store_row(device T* out, device float* lse, device const uchar*
 template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS, int SPLIT,
           bool ONE_TILE>
 [[kernel]] void umfa_forward(
-    device const T* query [[buffer(UMFA_FORWARD_QUERY)]],
-    device const T* key [[buffer(UMFA_FORWARD_KEY)]],
-    device const T* value [[buffer(UMFA_FORWARD_VALUE)]],
-    device T* out [[buffer(UMFA_FORWARD_OUT)]],
+    device const uchar* query [[buffer(UMFA_FORWARD_QUERY)]],
+    device const uchar* key [[buffer(UMFA_FORWARD_KEY)]],
+    device const uchar* value [[buffer(UMFA_FORWARD_VALUE)]],
+    device uchar* out [[buffer(UMFA_FORWARD_OUT)]],
     device float* lse UMFA_BUFFER_IF(UMFA_FORWARD_LSE, has_lse),
     device const uchar* mask UMFA_BUFFER_IF(UMFA_FORWARD_MASK, has_mask),
     device const float* slopes UMFA_BUFFER_IF(UMFA_FORWARD_SLOPES, has_alibi),
@@ -255,7 +261,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     device const int* page_table UMFA_BUFFER_IF(UMFA_FORWARD_PAGES, has_pages),
     device const uchar* rotary_cos UMFA_BUFFER_IF(UMFA_FORWARD_ROTARY_COS, has_rotary),
     device const uchar* rotary_sin UMFA_BUFFER_IF(UMFA_FORWARD_ROTARY_SIN, has_rotary),
-    device const T* query_v UMFA_BUFFER_IF(UMFA_FORWARD_QV, has_qv),
+    device const uchar* query_v UMFA_BUFFER_IF(UMFA_FORWARD_QV, has_qv),
     constant ForwardParams& params [[buffer(UMFA_FORWARD_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -285,21 +291,23 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     const int my_row = first_row + simdgroup / SPLIT * 8 * QF;
     const int part = simdgroup % SPLIT;
 
-    query += sequence.query_batch * params.query.batch + sequence.query_row * params.query.row +
-             head * params.query.head;
-    key = first_key(key, params.key, sequence, head_kv);
-    value = first_key(value, params.value, sequence, head_kv);
+    query = moved<T>(query, query_kind,
+                     sequence.query_batch * params.query.batch +
+                         sequence.query_row * params.query.row + head * params.query.head);
+    key = first_key<T>(key, key_kind, params.key, sequence, head_kv);
+    value = first_key<T>(value, value_kind, params.value, sequence, head_kv);
     const Pages pages = pages_of(params, page_table, sequence);
     const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
-    out += sequence.query_batch * params.out.batch + sequence.query_row * params.out.row +
-           head * params.out.head;
+    out = moved<T>(out, out_kind,
+                   sequence.query_batch * params.out.batch + sequence.query_row * params.out.row +
+                       head * params.out.head);
 
     Fragment<M> q[QF][DF], qv[QF][DVF];
     Fragment<float> o[QF][DVF];
     SoftmaxRow softmax[QF];
     ScoreRow rows[QF];
-    load_queries(q, qv, rows, query, query_v, slopes, params, rotary, sequence, batch, head, my_row,
-                 part, at);
+    load_queries<T>(q, qv, rows, query, query_v, slopes, params, rotary, sequence, batch, head,
+                    my_row, part, at);
 
     // The threadgroup's rows say which tiles it reads, a simdgroup's whether a tile is hidden, whole
     // or mixed for it.
@@ -329,14 +337,15 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         for (int k0 = from; k0 < tiles_end; k0 = tile_after(range, first_row, last_row, k0, BK)) {
             threadgroup_barrier(mem_flags::mem_threadgroup);
             if (rotates_keys)
-                stage_rotated<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
-                                                 params.head_dim, rotary, thread_index);
+                stage_any_rotated<M, T, D, BK, THREADS>(k_tile, key, key_kind, params.key, pages,
+                                                        k0, seqlen_kv - k0, params.head_dim, rotary,
+                                                        thread_index);
             else
-                stage<M, D, BK, THREADS>(k_tile, key, params.key, pages, k0, seqlen_kv - k0,
-                                         params.head_dim, thread_index);
+                stage_any<M, T, D, BK, THREADS>(k_tile, key, key_kind, params.key, pages, k0,
+                                                seqlen_kv - k0, params.head_dim, thread_index);
             if (!ONE_TILE)
-                stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
-                                          params.head_dim_v, thread_index);
+                stage_any<M, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value, pages, k0,
+                                                 seqlen_kv - k0, params.head_dim_v, thread_index);
             threadgroup_barrier(mem_flags::mem_threadgroup);
             const bool sees = my_row < seqlen_q && touches(mine, k0, BK);
             // In pass 0 with SPLIT 1 no barrier follows in this tile, so the simdgroup may skip it.
@@ -348,15 +357,15 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             if (sees) add_products<K_ROW>(s, q, k_tile + part * DF * 8);
             if (ONE_TILE && has_qv) {
                 threadgroup_barrier(mem_flags::mem_threadgroup);  // K has been read
-                stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
-                                          params.head_dim_v, thread_index);
+                stage_any<M, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value, pages, k0,
+                                                 seqlen_kv - k0, params.head_dim_v, thread_index);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             }
             if (has_qv && sees) add_products<V_ROW>(s, qv, v_tile + part * DVF * 8);
             if (SPLIT > 1) add_parts<SPLIT>(s, parts, simdgroup, lane);
             if (ONE_TILE && !has_qv) {
-                stage<M, DV, BK, THREADS>(v_tile, value, params.value, pages, k0, seqlen_kv - k0,
-                                          params.head_dim_v, thread_index);
+                stage_any<M, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value, pages, k0,
+                                                 seqlen_kv - k0, params.head_dim_v, thread_index);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             }
             if (pass > 0) {
@@ -390,8 +399,8 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     for (int f = 0; f < QF; ++f) {
         softmax[f].sum = total(softmax[f]);
         if (rows[f].row < seqlen_q)
-            store_row(out, lse, sinks, o, f, softmax[f], rows[f].row, params, sequence, head, part,
-                      at);
+            store_row<T>(out, lse, sinks, o, f, softmax[f], rows[f].row, params, sequence, head,
+                         part, at);
     }
 }
 

@@ -23,11 +23,11 @@ FEATURES = [
     "causal", "window", "softcap", "alibi", "bool mask", "float mask", "gqa", "value head dim",
     "sinks", "chunk", "varlen", "paged", "append", "rotary", "rope", "dropout", "qv", "num_splits",
     "float16", "bfloat16", "lse", "few queries", "top left",
-    "prefix", "batch invariant",
+    "prefix", "batch invariant", "mixed dtypes", "out_dtype",
 ]  # fmt: skip
 APART = [
     {"bool mask", "float mask"},
-    {"float16", "bfloat16"},
+    *(set(two) for two in itertools.combinations(("float16", "bfloat16", "mixed dtypes"), 2)),
     # flash_attn_varlen_func does not append, and rotates only what is appended.
     *({"varlen", x} for x in ("append", "rotary", "num_splits")),
     # flash_attn_with_kvcache has no dropout.
@@ -45,6 +45,7 @@ PER_CALL = {
     "causal_alignment",
     "prefix_lens",
     "batch_invariant",
+    "out_dtype",
 }  # other words for the reference
 
 
@@ -67,7 +68,7 @@ class Problem:
 
     features: set[str]
     rng: np.random.Generator
-    dtype: str
+    dtypes: dict[str, str]  # of "q", "k", "v", what is appended ("k new", "v new") and "out"
     lengths_q: list[int]
     lengths_k: list[int]  # before anything is appended
     new_rows: int
@@ -80,10 +81,18 @@ class Problem:
     def __str__(self) -> str:
         shape = f"q{self.lengths_q} k{self.lengths_k}+{self.new_rows} h{self.heads}/{self.heads_k}"
         options = {k: getattr(x, "shape", x) for k, x in self.options.items()}
-        return f"{sorted(self.features)} {shape} d{self.head_dim}/{self.head_dim_v} {options}"
+        return (
+            f"{sorted(self.features)} {shape} d{self.head_dim}/{self.head_dim_v} "
+            f"{list(self.dtypes.values())} {options}"
+        )
 
-    def normal(self, *shape: int) -> Array:
-        return self.rng.standard_normal(shape, dtype=np.float32).astype(DTYPES[self.dtype])
+    def normal(self, tensor: str, *shape: int) -> Array:
+        kind = DTYPES[self.dtypes[tensor]]
+        return self.rng.standard_normal(shape, dtype=np.float32).astype(kind)
+
+    def narrowest(self, *tensors: str) -> str:
+        """The dtype among those of these tensors that rounds the most."""
+        return max((self.dtypes[x] for x in tensors), key=lambda x: BASE[x].rtol)
 
 
 def drawn(features: set[str], rng: np.random.Generator, most: int) -> Problem:
@@ -144,8 +153,14 @@ def drawn(features: set[str], rng: np.random.Generator, most: int) -> Problem:
     if rng.random() < 0.3:
         options["softmax_scale"] = float(rng.uniform(-0.4, 0.4))
     (dtype,) = {"float16", "bfloat16"} & features or {"float32"}
+    dtypes = dict.fromkeys(("q", "k", "v", "k new", "v new"), dtype)
+    if "mixed dtypes" in features:
+        dtypes = {name: str(rng.choice(list(DTYPES))) for name in dtypes}
+    dtypes["out"] = dtypes["q"]
+    if "out_dtype" in features:
+        options["out_dtype"] = dtypes["out"] = str(rng.choice(list(DTYPES)))
     return Problem(
-        features, rng, dtype, lengths_q, lengths_k, new_rows, heads, heads_k, head_dim,
+        features, rng, dtypes, lengths_q, lengths_k, new_rows, heads, heads_k, head_dim,
         head_dim_v, options,
     )  # fmt: skip
 
@@ -176,21 +191,23 @@ def drawn_mask(problem: Problem, beyond: bool) -> dict[str, Array]:
     if "bool mask" in problem.features:
         return {"attn_mask": seen}
     bias = np.where(seen, rng.standard_normal(shape), -np.inf)
-    return {"attn_mask": bias.astype(DTYPES["float32" if rng.random() < 0.5 else problem.dtype])}
+    return {
+        "attn_mask": bias.astype(DTYPES["float32" if rng.random() < 0.5 else problem.dtypes["q"]])
+    }
 
 
 def drawn_qv(problem: Problem, *shape: int) -> dict[str, Array]:
     if "qv" not in problem.features:
         return {}
-    return {"qv": problem.normal(*shape, problem.heads, problem.head_dim_v)}
+    return {"qv": problem.normal("q", *shape, problem.heads, problem.head_dim_v)}
 
 
 def dense(problem: Problem, backend: str) -> Found:
     batch, lse = len(problem.lengths_q), "lse" in problem.features
     rows, keys = problem.lengths_q[0], problem.lengths_k[0]
-    q = problem.normal(batch, rows, problem.heads, problem.head_dim)
-    k = problem.normal(batch, keys, problem.heads_k, problem.head_dim)
-    v = problem.normal(batch, keys, problem.heads_k, problem.head_dim_v)
+    q = problem.normal("q", batch, rows, problem.heads, problem.head_dim)
+    k = problem.normal("k", batch, keys, problem.heads_k, problem.head_dim)
+    v = problem.normal("v", batch, keys, problem.heads_k, problem.head_dim_v)
     more = drawn_mask(problem, beyond=False) | drawn_qv(problem, batch, rows)
     function, tensors, turned_q, turned_k = umfa.flash_attn_func, [q, k, v], q, k
     if "rope" in problem.features:
@@ -217,9 +234,9 @@ def cut(packed: Array, starts: Array) -> list[Array]:
 def varlen(problem: Problem, backend: str) -> Found:
     lse = "lse" in problem.features
     cu_q, cu_k = offsets(problem.lengths_q), offsets(problem.lengths_k, np.int64)
-    q = problem.normal(int(cu_q[-1]) + 2, problem.heads, problem.head_dim)
-    k = problem.normal(int(cu_k[-1]) + 1, problem.heads_k, problem.head_dim)
-    v = problem.normal(int(cu_k[-1]) + 1, problem.heads_k, problem.head_dim_v)
+    q = problem.normal("q", int(cu_q[-1]) + 2, problem.heads, problem.head_dim)
+    k = problem.normal("k", int(cu_k[-1]) + 1, problem.heads_k, problem.head_dim)
+    v = problem.normal("v", int(cu_k[-1]) + 1, problem.heads_k, problem.head_dim_v)
     more = drawn_mask(problem, beyond=True) | drawn_qv(problem, len(q))
     tensors = [q, k, v]
     if "paged" in problem.features:
@@ -251,9 +268,9 @@ def cached(problem: Problem, backend: str) -> Found:
     rng, batch, lse = problem.rng, len(problem.lengths_q), "lse" in problem.features
     used, new_rows = np.array(problem.lengths_k), problem.new_rows
     rows = int(used.max()) + new_rows + int(rng.integers(0, 3)) or 1
-    q = problem.normal(batch, problem.lengths_q[0], problem.heads, problem.head_dim)
-    k_cache = problem.normal(batch, rows, problem.heads_k, problem.head_dim)
-    v_cache = problem.normal(batch, rows, problem.heads_k, problem.head_dim_v)
+    q = problem.normal("q", batch, problem.lengths_q[0], problem.heads, problem.head_dim)
+    k_cache = problem.normal("k", batch, rows, problem.heads_k, problem.head_dim)
+    v_cache = problem.normal("v", batch, rows, problem.heads_k, problem.head_dim_v)
     for b in range(batch):
         k_cache[b, used[b] :] = v_cache[b, used[b] :] = np.nan
     after_k, after_v = k_cache.copy(), v_cache.copy()
@@ -266,8 +283,8 @@ def cached(problem: Problem, backend: str) -> Found:
         tensors[1:], table = paged([k_cache, v_cache], int(rng.integers(1, 40)))
         more["block_table"] = table
     if "append" in problem.features:
-        k = problem.normal(batch, new_rows, problem.heads_k, problem.head_dim)
-        v = problem.normal(batch, new_rows, problem.heads_k, problem.head_dim_v)
+        k = problem.normal("k new", batch, new_rows, problem.heads_k, problem.head_dim)
+        v = problem.normal("v new", batch, new_rows, problem.heads_k, problem.head_dim_v)
         tensors += [k, v]
         if "rotary" in problem.features:
             rotary_dim = 2 * int(rng.integers(1, problem.head_dim // 2 + 1))
@@ -281,7 +298,8 @@ def cached(problem: Problem, backend: str) -> Found:
             positions = used[:, None] + np.arange(new_rows)
             tensors += [cos, sin]
             more["rotary_interleaved"] = interleaved
-            k = rotated(k, cos, sin, positions, interleaved=interleaved)
+            # Rounded once, to the cache's dtype.
+            k = rotated(k.astype(np.float64), cos, sin, positions, interleaved=interleaved)
         for b in range(batch):
             after_k[b, used[b] : used[b] + new_rows] = k[b]
             after_v[b, used[b] : used[b] + new_rows] = v[b]
@@ -298,7 +316,7 @@ def cached(problem: Problem, backend: str) -> Found:
         assert_close(
             k_cache[b, : ends[b]].astype(np.float64),
             after_k[b, : ends[b]].astype(np.float64),
-            BASE[problem.dtype],
+            BASE[problem.dtypes["k"]],
             "k_cache",
         )
         assert v_cache[b, : ends[b]].tobytes() == after_v[b, : ends[b]].tobytes()
@@ -320,9 +338,11 @@ def check(first: str, second: str, seed: int, backend: str = "cpu") -> None:
     if "top left" in features:
         options["alignment"] = "upper_left"
     turned = {"rotary", "rope"} & features
-    lse_tolerance = Tolerance(ROTATED_LSE[problem.dtype] if turned else LSE.atol, 1e-6)
+    rotated_to = problem.narrowest("q", "k")
+    lse_tolerance = Tolerance(ROTATED_LSE[rotated_to] if turned else LSE.atol, 1e-6)
     # What is kept is larger by the share of what is not, its error too.
-    base, kept = BASE[problem.dtype], 1 - problem.options.get("dropout_p", 0.0)
+    rounded_to = problem.narrowest("q", "k", "out") if turned else problem.dtypes["out"]
+    base, kept = BASE[rounded_to], 1 - problem.options.get("dropout_p", 0.0)
     tolerance = Tolerance(base.atol / kept, base.rtol)
     try:
         found = way(problem, backend)

@@ -9,7 +9,14 @@ from typing import Any
 
 DROPOUT = ["dropout_seed", "dropout_offset"]
 _MASKS = ["backend", "attn_mask", "attention_chunk", "learnable_sink", "s_aux", "qv"]
-_LATER = ["causal_alignment", "attention_chunk_offset", "prefix_lens", "out", "batch_invariant"]
+_LATER = [
+    "causal_alignment",
+    "attention_chunk_offset",
+    "prefix_lens",
+    "out",
+    "out_dtype",
+    "batch_invariant",
+]
 CACHE = [*_MASKS, *_LATER]
 EXTRAS = [*_MASKS, "return_lse", *DROPOUT, *_LATER]
 

@@ -30,6 +30,7 @@ _TYPES = {
     "UMFA_OFFSET": "uint64_t",
     "UMFA_FLAG": "int32_t",
     "UMFA_CHOICE": "int32_t",
+    "UMFA_DTYPE": "int32_t",
     "UMFA_WINDOW": "int64_t",
 }
 _INITIAL = {"UMFA_INPUT": "NULL", "UMFA_TABLE": "NULL", "UMFA_MAYBE_COUNT": "-1"}

@@ -42,6 +42,13 @@ typedef enum umfa_alignment {
     UMFA_ALIGNMENT_TOP_LEFT = 1      /* j = i: the first of both */
 } umfa_alignment;
 
+typedef enum umfa_dtype {
+    UMFA_DTYPE_UNSPECIFIED = 0,
+    UMFA_DTYPE_FLOAT32 = 1,
+    UMFA_DTYPE_FLOAT16 = 2,
+    UMFA_DTYPE_BFLOAT16 = 3
+} umfa_dtype;
+
 typedef enum umfa_backend {
     UMFA_BACKEND_AUTO = 0, /* or what the environment variable UMFA_BACKEND names */
     UMFA_BACKEND_CPU = 1,
@@ -131,24 +138,29 @@ typedef struct umfa_attention_options {
     /* (batch,): position of a sequence's first query and new key, for rotary angles; else the
        rows in use */
     const DLTensor* rotary_seqlens;
+    /* umfa_dtype: dtype of the result; query's unless given. It says again what a given out has
+       */
+    int32_t out_dtype;
 } umfa_attention_options;
 
 /* clang-format off */
 #define UMFA_ATTENTION_OPTIONS_INIT \
     {sizeof(umfa_attention_options), UMFA_LAYOUT_BSHD, UMFA_BACKEND_AUTO, 0, 0, -1, -1, 0, \
      0, NULL, NULL, 0, NULL, NULL, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -1, \
-     -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0, 0, NULL, NULL}
+     -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0, 0, NULL, NULL, 0}
 /* clang-format on */
 /* ---- end ---- */
 
 /* out = softmax(query key^T * softmax_scale) value, per head; query head h reads key head
  * h / (nheads_q / nheads_kv).
  *
- * query, key, value: float32, float16 or bfloat16, all the same, 4-dimensional in options->layout,
+ * query, key, value: float32, float16 or bfloat16, each its own, 4-dimensional in options->layout,
  *   any strides. head_dim 1 to 576; value's, 1 to 512, may differ. With options->cu_seqlens_q query
  *   and out are packed, (total_q, nheads, head_dim), likewise key and value with cu_seqlens_k.
  *   With options->new_key and new_value key and value are written: the rows that they gain.
- * out: written; query's shape with value's head_dim, query's dtype; overlaps no input.
+ * out: written; query's shape with value's head_dim; float32, float16 or bfloat16, which
+ *   options->out_dtype may say again; overlaps no input. Where query, key, value and out do not have
+ *   one dtype, arithmetic is float32's.
  * lse: written unless NULL; float32, (batch, nheads, seqlen_q) whatever the layout, or with
  *   cu_seqlens_q (nheads, total_q): the natural logarithm of the sum of exp(score).
  * options: NULL means UMFA_ATTENTION_OPTIONS_INIT.

@@ -41,9 +41,16 @@
     /* Keys are rotated 32 bytes at a time: their rows allow wide_loads, the angles are */  \
     /* float32 with rows on 16 bytes, and the rotated channels come in whole 32 bytes. */   \
     X(20, bool, wide_rotary)                                                                \
-    X(21, bool, has_prefix) /* some sequence has keys that all its queries see */
+    X(21, bool, has_prefix) /* some sequence has keys that all its queries see */           \
+    /* What tensors hold; none: the kernel's own type. Others are for kernels of float. */  \
+    X(22, int, query_kind) /* and qv */                                                     \
+    X(23, int, key_kind)                                                                    \
+    X(24, int, value_kind)                                                                  \
+    X(25, int, out_kind)                                                                    \
+    X(26, int, new_key_kind)                                                                \
+    X(27, int, new_value_kind)
 
-// Values of mask_kind; those of floats of sink_kind and rotary_kind too.
+// Values of mask_kind; those of floats of the other kinds too.
 #define UMFA_MASK_NONE 0
 #define UMFA_MASK_BOOL 1
 #define UMFA_MASK_F32 2

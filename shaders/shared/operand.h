@@ -5,6 +5,7 @@
 #include <metal_stdlib>
 
 #include "shared/constants.h"
+#include "shared/kinds.h"
 #include "shared/params.h"
 #include "shared/sequence.h"
 
@@ -35,6 +36,20 @@ inline M element(device const T* rows, constant OperandStrides& strides, thread 
                : M(0);
 }
 
+/// The same of a tensor of any type.
+template <typename M, typename T>
+inline M any_element(device const uchar* rows, int kind, constant OperandStrides& strides, int row,
+                     int row_count, int column, int columns) {
+    if (kind == UMFA_MASK_F16)
+        return element<M>(reinterpret_cast<device const typename Narrow<T>::Half*>(rows), strides,
+                          row, row_count, column, columns);
+    if (kind == UMFA_MASK_BF16)
+        return element<M>(reinterpret_cast<device const typename Narrow<T>::Bfloat*>(rows), strides,
+                          row, row_count, column, columns);
+    return element<M>(reinterpret_cast<device const T*>(rows), strides, row, row_count, column,
+                      columns);
+}
+
 // The first or second 16-bit element of four bytes, or the 32-bit one, in the type of the fragments.
 template <typename M, typename T>
 struct Unpack;
@@ -49,6 +64,13 @@ template <>
 struct Unpack<bfloat, bfloat> {
     static bfloat get(uint bits, bool second) {
         return as_type<bfloat>(ushort(second ? bits >> 16 : bits));
+    }
+};
+template <>
+struct Unpack<float, half> {
+    static float get(uint bits, bool second) {
+        const half2 pair = as_type<half2>(bits);
+        return float(second ? pair.y : pair.x);
     }
 };
 template <>

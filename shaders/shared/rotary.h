@@ -95,4 +95,19 @@ inline M query_element(device const T* rows, constant OperandStrides& strides,
     return M(column == at.x ? first : second);
 }
 
+/// The same of queries of any type.
+template <typename M, typename T>
+inline M any_query_element(device const uchar* rows, int kind, constant OperandStrides& strides,
+                           thread const Rotary& rotary, int position, int row, int row_count,
+                           int column, int columns) {
+    if (kind == UMFA_MASK_F16)
+        return query_element<M>(reinterpret_cast<device const typename Narrow<T>::Half*>(rows),
+                                strides, rotary, position, row, row_count, column, columns);
+    if (kind == UMFA_MASK_BF16)
+        return query_element<M>(reinterpret_cast<device const typename Narrow<T>::Bfloat*>(rows),
+                                strides, rotary, position, row, row_count, column, columns);
+    return query_element<M>(reinterpret_cast<device const T*>(rows), strides, rotary, position, row,
+                            row_count, column, columns);
+}
+
 }  // namespace umfa

@@ -5,6 +5,7 @@
 #include <metal_stdlib>
 
 #include "shared/constants.h"
+#include "shared/kinds.h"
 #include "shared/params.h"
 #include "shared/visible.h"
 
@@ -60,11 +61,12 @@ inline Pages pages_of(constant ForwardParams& params, device const int* table,
 
 /// First row of a sequence's keys or values; with pages, of all pages.
 template <typename T>
-inline device const T* first_key(device const T* rows, constant OperandStrides& strides,
-                                 thread const SequenceParams& sequence, int head) {
-    rows += head * strides.head;
-    if (!has_pages) rows += sequence.kv_batch * strides.batch;
-    if (has_sequences && !has_pages) rows += sequence.kv_row * strides.row;
+inline device const uchar* first_key(device const uchar* rows, int kind,
+                                     constant OperandStrides& strides,
+                                     thread const SequenceParams& sequence, int head) {
+    rows = moved<T>(rows, kind, head * strides.head);
+    if (!has_pages) rows = moved<T>(rows, kind, sequence.kv_batch * strides.batch);
+    if (has_sequences && !has_pages) rows = moved<T>(rows, kind, sequence.kv_row * strides.row);
     return rows;
 }
 

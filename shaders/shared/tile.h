@@ -22,6 +22,19 @@ struct Store<T, T> {
     static void words(threadgroup T* to, uint4 v) { *reinterpret_cast<threadgroup uint4*>(to) = v; }
 };
 template <>
+struct Store<float, half> {
+    static uint2 pair(uint bits) {
+        const half2 x = as_type<half2>(bits);
+        return uint2(as_type<uint>(float(x.x)), as_type<uint>(float(x.y)));
+    }
+    static void words(threadgroup float* to, uint4 v) {
+        const uint2 a = pair(v.x), b = pair(v.y), c = pair(v.z), d = pair(v.w);
+        threadgroup uint4* at = reinterpret_cast<threadgroup uint4*>(to);
+        at[0] = uint4(a.x, a.y, b.x, b.y);
+        at[1] = uint4(c.x, c.y, d.x, d.y);
+    }
+};
+template <>
 struct Store<float, bfloat> {
     static void words(threadgroup float* to, uint4 v) {
         const uint4 low = v << 16, high = v & 0xffff0000u;
@@ -65,6 +78,24 @@ inline void stage(threadgroup M* staged, device const T* keys, constant OperandS
                 element<M>(rows, strides, pages, row, row_count, column, columns);
         }
     }
+}
+
+/// The same of a tensor of any type.
+template <typename M, typename T, int D, int ROWS, int THREADS>
+inline void stage_any(threadgroup M* staged, device const uchar* keys, int kind,
+                      constant OperandStrides& strides, thread const Pages& pages, int first,
+                      int row_count, int columns, ushort thread_index) {
+    if (kind == UMFA_MASK_F16)
+        stage<M, D, ROWS, THREADS>(staged,
+                                   reinterpret_cast<device const typename Narrow<T>::Half*>(keys),
+                                   strides, pages, first, row_count, columns, thread_index);
+    else if (kind == UMFA_MASK_BF16)
+        stage<M, D, ROWS, THREADS>(staged,
+                                   reinterpret_cast<device const typename Narrow<T>::Bfloat*>(keys),
+                                   strides, pages, first, row_count, columns, thread_index);
+    else
+        stage<M, D, ROWS, THREADS>(staged, reinterpret_cast<device const T*>(keys), strides, pages,
+                                   first, row_count, columns, thread_index);
 }
 
 // 16 bytes of elements as words.
@@ -130,6 +161,25 @@ inline void stage_rotated(threadgroup M* staged, device const T* keys,
         staged[row * ROW + at.x] = M(a);
         staged[row * ROW + at.y] = M(b);
     }
+}
+
+/// The same of a tensor of any type.
+template <typename M, typename T, int D, int ROWS, int THREADS>
+inline void stage_any_rotated(threadgroup M* staged, device const uchar* keys, int kind,
+                              constant OperandStrides& strides, thread const Pages& pages,
+                              int first, int row_count, int columns, thread const Rotary& rotary,
+                              ushort thread_index) {
+    if (kind == UMFA_MASK_F16)
+        stage_rotated<M, D, ROWS, THREADS>(
+            staged, reinterpret_cast<device const typename Narrow<T>::Half*>(keys), strides, pages,
+            first, row_count, columns, rotary, thread_index);
+    else if (kind == UMFA_MASK_BF16)
+        stage_rotated<M, D, ROWS, THREADS>(
+            staged, reinterpret_cast<device const typename Narrow<T>::Bfloat*>(keys), strides,
+            pages, first, row_count, columns, rotary, thread_index);
+    else
+        stage_rotated<M, D, ROWS, THREADS>(staged, reinterpret_cast<device const T*>(keys), strides,
+                                           pages, first, row_count, columns, rotary, thread_index);
 }
 
 }  // namespace umfa

@@ -83,6 +83,13 @@ const char* checked_backend(int32_t value, const char* name, const char* functio
     return names[checked_enum(value, 2, name, function)];
 }
 
+std::optional<DType> checked_dtype(int32_t value, const char* name, const char* function) {
+    static constexpr DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
+    const int number = checked_enum(value, int32_t(std::size(dtypes)), name, function);
+    if (number == 0) return {};
+    return dtypes[number - 1];
+}
+
 /// The public functions in each layout; they outlive every call.
 struct Names {
     explicit Names(const char* function) : bshd(function), bhsd(function) {
@@ -124,6 +131,8 @@ void read_fields(const umfa_attention_options& options, AttentionRequest& reques
     request.name =                                                                             \
         static_cast<type>(checked_enum(options.name, int32_t(std::size(names_of(type{}))) - 1, \
                                        "options->" #name, called.c_str()));
+#define UMFA_DTYPE(name, text) \
+    request.name = checked_dtype(options.name, "options->" #name, called.c_str());
 #define UMFA_WINDOW(name, text)                \
     request.name##_left = options.name##_left; \
     request.name##_right = options.name##_right;
@@ -178,6 +187,7 @@ umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
         Call call = read_call(names, query, key, options);
         call.request.value = checked_view(value, names.bshd, "value");
         const Written written = read_written(*call.request.function, out, lse);
+        call.request.out = written.out;  // whose dtype counts
         call.request.return_lse = written.lse.has_value();
         const Problem problem = Problem::make(call.request);
         const ForwardResults results = problem.results(written.out, written.lse);
@@ -206,6 +216,7 @@ umfa_status umfa_attention_forward_encode(void* metal_command_buffer, const DLTe
         Call call = read_call(names, query, key, options);
         call.request.value = checked_view(value, names.bshd, "value");
         const Written written = read_written(*call.request.function, out, lse);
+        call.request.out = written.out;  // whose dtype counts
         call.request.return_lse = written.lse.has_value();
         const Problem problem = Problem::make(call.request);
         encode_forward(problem, problem.results(written.out, written.lse),

@@ -57,6 +57,19 @@ void check_float_dtype(const Checker& check, const TensorView& view, const std::
     if (is_other_float(view.dtype)) check.unsupported(what, name_of(view.dtype), expected);
     check.type(what, name_of(view.dtype), expected);
 }
+DType checked_out_dtype(const Checker& check, const Named<DType>& asked,
+                        const Named<TensorView>& out, DType usual) {
+    if (asked.given && !is_attention_dtype(*asked.given))
+        check.type(asked.name + " is wrong", name_of(*asked.given), "float32, float16 or bfloat16");
+    if (!out.given) return asked.given.value_or(usual);
+    check_float_dtype(check, *out.given, out.name);
+    if (asked.given && *asked.given != out.given->dtype)
+        check.type(out.name + " and " + asked.name + " differ",
+                   std::string(name_of(out.given->dtype)) + " and " + name_of(*asked.given),
+                   "one dtype");
+    return out.given->dtype;
+}
+
 void check_same_dtype(const Checker& check, const TensorView& view, const std::string& name,
                       const TensorView& as, const std::string& as_name) {
     if (view.dtype != as.dtype)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -29,6 +30,13 @@ struct Checker {
     }
 };
 
+/// An argument that may be absent, and its name.
+template <class T>
+struct Named {
+    const std::optional<T>& given;
+    const std::string& name;
+};
+
 // Dimensions are counted from the last: 1 is the last one. One that is not there has size 1.
 inline int64_t size_at(const TensorView& view, int from_last) {
     return from_last <= view.ndim ? view.shape[view.ndim - from_last] : 1;
@@ -44,6 +52,10 @@ UMFA_CORE_API void check_memory(const Checker& check, const TensorView& view,
                                 const std::string& name);
 UMFA_CORE_API void check_float_dtype(const Checker& check, const TensorView& view,
                                      const std::string& name);
+/// Dtype of a result: that of the tensor which is given for it, else the one which is asked for,
+/// else `usual`.
+DType checked_out_dtype(const Checker& check, const Named<DType>& asked,
+                        const Named<TensorView>& out, DType usual);
 /// Same dtype, device as the tensor called `as_name`.
 void check_same_dtype(const Checker& check, const TensorView& view, const std::string& name,
                       const TensorView& as, const std::string& as_name);

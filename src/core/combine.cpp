@@ -63,19 +63,6 @@ void check_lse_partial(const Checker& check, const TensorView& view,
     check_memory(check, view, "lse_partial");
 }
 
-DType checked_out_dtype(const Checker& check, const CombineRequest& request) {
-    const std::optional<DType>& asked = request.out_dtype;
-    if (asked && !is_attention_dtype(*asked))
-        check.type("out_dtype is wrong", name_of(*asked), "float32, float16 or bfloat16");
-    if (!request.out) return asked.value_or(request.out_partial.dtype);
-    check_float_dtype(check, *request.out, "out");
-    if (asked && *asked != request.out->dtype)
-        check.type("out and out_dtype differ",
-                   std::string(name_of(request.out->dtype)) + " and " + name_of(*asked),
-                   "one dtype");
-    return request.out->dtype;
-}
-
 }  // namespace
 
 CombineProblem CombineProblem::make(const CombineRequest& request) {
@@ -86,7 +73,9 @@ CombineProblem CombineProblem::make(const CombineRequest& request) {
     CombineProblem problem;
     problem.function = request.function;
     problem.packed = given.ndim == 4;
-    problem.out_dtype = checked_out_dtype(check, request);
+    static const std::string out_dtype = "out_dtype", out = "out";
+    problem.out_dtype =
+        checked_out_dtype(check, {request.out_dtype, out_dtype}, {request.out, out}, given.dtype);
     problem.out_partial = operand_of(given, true, problem.packed, true);
     problem.lse_partial = operand_of(request.lse_partial, true, problem.packed, false);
     problem.parts = given.shape[0];

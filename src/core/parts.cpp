@@ -129,8 +129,7 @@ Append checked_append(const Checker& check, const Problem& problem,
                         (packed ? "(total of the new rows, "
                                 : "(" + std::to_string(batch) + ", new rows, ") +
                             channels);
-        if (view.dtype != cache.dtype)
-            check.type(name + " has the wrong dtype", name_of(view.dtype), name_of(cache.dtype));
+        check_float_dtype(check, view, name);
         check_same_device(check, view, name, cache);
         check_memory(check, view, name);
         check_distinct(check, cache, cache_name);

@@ -95,7 +95,10 @@ public:
     Problem make() {
         check_present();
         check_each();
-        check_dtypes_and_devices();
+        check_devices();
+        problem_.out_dtype =
+            checked_out_dtype(check_, {request_.out_dtype, names_[Field::out_dtype]},
+                              {request_.out, names_[Field::out]}, query().dtype);
         read_batch();
         read_heads();
         read_lengths();
@@ -150,10 +153,9 @@ private:
         }
     }
 
-    void check_dtypes_and_devices() const {
+    void check_devices() const {
         for (const Field field : operands) {
             const TensorView& view = view_of(field);
-            check_same_dtype(check_, view, names_[field], query(), names_[Field::query]);
             if (view.device != query().device || view.device_id != query().device_id)
                 check_.value("device differs: " + names_[Field::query] + " is on " +
                                  device_text(query()) + ", " + names_[field] + " on " +
@@ -400,6 +402,7 @@ TensorView Problem::out_shape() const {
     if (ndim >= 3) shape.shape[ndim - head_of(layout)] = nheads_q;
     shape.shape[ndim - row_of(layout)] = query_rows;
     shape.shape[ndim - 1] = head_dim_v;
+    shape.dtype = out_dtype;
     return shape;
 }
 
@@ -461,6 +464,11 @@ double Problem::score_scale() const {
 }
 
 double Problem::softcap_log2() const { return softcap * log2_e; }
+
+bool Problem::one_dtype() const {
+    const DType dtype = query.view.dtype;
+    return key.view.dtype == dtype && value.view.dtype == dtype && out_dtype == dtype;
+}
 
 uint32_t Problem::features() const {
     uint32_t set = 0;

@@ -114,7 +114,7 @@ struct RowRange {
 
 /// What a forward pass writes.
 struct ForwardResults {
-    Operand out;                 // same dtype as query
+    Operand out;                 // of the problem's out_dtype
     std::optional<Operand> lse;  // f32, natural log; stride_channel unused
 };
 
@@ -134,6 +134,7 @@ struct UMFA_CORE_API Problem {
     int64_t head_dim = 0, head_dim_v = 0;
     Operand query, key, value;
     std::optional<Operand> qv;  // the part of the queries that meets the values
+    DType out_dtype = DType::f32;
     bool wants_lse = false;
     double softmax_scale = 1;
     // Of the longest, without a prefix.
@@ -174,6 +175,8 @@ struct UMFA_CORE_API Problem {
     /// the argument of tanh, whose result softcap_log2() brings to units of log2.
     double score_scale() const;
     double softcap_log2() const;
+    /// Whether query, key, value and out have one dtype. If not, arithmetic is float32's.
+    bool one_dtype() const;
     /// Bitwise or of `Feature`s that this problem uses.
     uint32_t features() const;
 };

@@ -116,14 +116,8 @@ TensorView rows_of(const Operand& operand, int64_t batch, int64_t row, int64_t r
     return view;
 }
 
-TensorView without_batch(const TensorView& view) {
-    TensorView rows = view;
-    set_shape(rows, {view.shape[1], view.shape[2], view.shape[3]},
-              {view.strides[1], view.strides[2], view.strides[3]});
-    return rows;
-}
-
-/// The problem of sequence b alone. The tensors are (1, rows, heads, channels).
+/// The problem of sequence b alone. The tensors are (1, rows, heads, channels). Value and out are
+/// float32, in which it is then computed, so that no weight is too small to show its sign.
 Problem one_sequence(const Problem& problem, int64_t b, const TensorView& query,
                      const TensorView& key, const TensorView& value) {
     SequenceRows rows = problem.sequence(b);
@@ -141,6 +135,7 @@ Problem one_sequence(const Problem& problem, int64_t b, const TensorView& query,
     one.query = operand_of(query, Layout::bshd);
     one.key = operand_of(key, Layout::bshd);
     one.value = operand_of(value, Layout::bshd);
+    one.out_dtype = DType::f32;
     one.wants_lse = false;
     if (one.alibi) {
         advance(one.alibi->view, b * one.alibi->stride_batch);
@@ -167,11 +162,7 @@ public:
         : backend_(backend),
           problem_(problem),
           matrix_(matrix),
-          copier_(
-              backend, problem,
-              std::max(problem.seqlen_q * problem.nheads_q, problem.seqlen_kv * problem.nheads_kv)),
-          query_(floats(is_float() ? 0 : problem.seqlen_q * problem.nheads_q * problem.head_dim)),
-          key_(floats(is_float() ? 0 : problem.seqlen_kv * problem.nheads_kv * problem.head_dim)),
+          copier_(backend, problem, problem.seqlen_q * problem.nheads_q),
           seen_(floats(problem.seqlen_q * problem.nheads_q * columns())),
           kept_(floats(problem.dropout ? problem.seqlen_q * problem.nheads_q * columns() : 0)),
           identity_(floats(2 * problem.seqlen_kv)) {}
@@ -186,7 +177,6 @@ public:
     }
 
 private:
-    bool is_float() const { return problem_.query.view.dtype == DType::f32; }
     int64_t columns() const { return std::min(most_columns, problem_.seqlen_kv); }
     Floats floats(int64_t count) const {
         return {backend_, problem_.query.view, count, problem_.function};
@@ -201,14 +191,6 @@ private:
         return view;
     }
 
-    /// The rows in float32, so that no weight is too small to show its sign.
-    TensorView as_float(const TensorView& rows, const Floats& memory) {
-        if (is_float()) return rows;
-        const TensorView copy = memory.compact(rows.shape[1], rows.shape[2], rows.shape[3]);
-        copier_.copy(without_batch(rows), copy);
-        return with_batch(copy);
-    }
-
     static TensorView with_batch(const TensorView& rows) {
         TensorView view = rows;
         set_shape(view, {1, rows.shape[0], rows.shape[1], rows.shape[2]},
@@ -218,12 +200,10 @@ private:
 
     void run(int64_t b, const SequenceRows& rows) {
         const int64_t heads = problem_.nheads_q, keys = rows.seqlen_kv;
-        const TensorView query = as_float(rows_of(problem_.query, rows.query_batch, rows.query_row,
-                                                  rows.seqlen_q, heads, problem_.head_dim),
-                                          query_);
-        const TensorView key = as_float(rows_of(problem_.key, rows.kv_batch, rows.kv_row, keys,
-                                                problem_.nheads_kv, problem_.head_dim),
-                                        key_);
+        const TensorView query = rows_of(problem_.query, rows.query_batch, rows.query_row,
+                                         rows.seqlen_q, heads, problem_.head_dim);
+        const TensorView key = rows_of(problem_.key, rows.kv_batch, rows.kv_row, keys,
+                                       problem_.nheads_kv, problem_.head_dim);
         // Zeros around a single 1: a row starts one number before the row above it, so this is an
         // identity of any size.
         std::fill_n(identity_.host(), 2 * keys, 0.f);
@@ -259,7 +239,7 @@ private:
     const Problem& problem_;
     const TensorView& matrix_;
     Copier copier_;
-    Floats query_, key_, seen_, kept_, identity_;
+    Floats seen_, kept_, identity_;
 };
 
 /// The tensors that are read while the matrix is written.
@@ -306,6 +286,9 @@ void check_weights(const Problem& problem) {
 
 Problem make_weights_problem(AttentionRequest request) {
     const Function& names = *request.function;
+    if (request.out_dtype)
+        fail(ErrorKind::type, names.name, names[Field::out_dtype] + " is for out",
+             name_of(*request.out_dtype), "none: the weights have query's dtype");
     // Before anything is said about the key in the place of a value.
     if (request.new_key || request.new_value) refuse(names, names[Field::new_key]);
     if (request.qv) refuse(names, names[Field::qv]);

@@ -104,6 +104,19 @@ std::vector<Sequence> sequences_of(const Problem& problem) {
     return sequences;
 }
 
+Types types_of(const Problem& problem) {
+    Types types{};
+    types.query = element_of(problem.query.view.dtype);
+    types.key = element_of(problem.key.view.dtype);
+    types.value = element_of(problem.value.view.dtype);
+    types.out = element_of(problem.out_dtype);
+    if (problem.append) {
+        types.new_key = element_of(problem.append->key.view.dtype);
+        types.new_value = element_of(problem.append->value.view.dtype);
+    }
+    return types;
+}
+
 ForwardArgs args_of(const Problem& problem, const ForwardResults& results,
                     const std::vector<Sequence>& sequences) {
     ForwardArgs args{};
@@ -126,6 +139,7 @@ ForwardArgs args_of(const Problem& problem, const ForwardResults& results,
     if (const auto& dropout = problem.dropout)
         args.dropout = {dropout->key, dropout->threshold, static_cast<float>(1 - dropout->p),
                         dropout->batch_first, dropout->batch_step};
+    args.types = types_of(problem);
     args.score_scale = static_cast<float>(problem.score_scale());
     args.score_scale_low = static_cast<float>(problem.score_scale() - args.score_scale);
     args.softcap = static_cast<float>(problem.softcap_log2());
@@ -134,6 +148,24 @@ ForwardArgs args_of(const Problem& problem, const ForwardResults& results,
         args.slopes_stride_batch = problem.alibi->stride_batch;
         args.slopes_stride_head = problem.alibi->stride_head;
     }
+    return args;
+}
+
+/// With the strides that `mixed` kernels take.
+ForwardArgs in_bytes(ForwardArgs args) {
+    const auto scale = [](Rows& rows, ElementType type) {
+        const int64_t bytes = type == ElementType::f32 ? 4 : 2;
+        rows.stride_batch *= bytes;
+        rows.stride_head *= bytes;
+        rows.stride_row *= bytes;
+    };
+    scale(args.query, args.types.query);
+    scale(args.qv, args.types.query);
+    scale(args.key, args.types.key);
+    scale(args.value, args.types.value);
+    scale(args.out, args.types.out);
+    scale(args.append.key, args.types.new_key);
+    scale(args.append.value, args.types.new_value);
     return args;
 }
 
@@ -147,7 +179,7 @@ std::vector<float> sinks_of(const Sinks& sinks, int64_t nheads) {
 }
 
 void clear_unused(const Problem& problem, const ForwardArgs& args) {
-    const int64_t bytes = bits_of(problem.query.view.dtype) / 8;
+    const int64_t bytes = bits_of(problem.out_dtype) / 8;
     const auto clear = [&](int64_t batch, int64_t head, int64_t row) {
         char* out = static_cast<char*>(args.out.data) +
                     bytes * (batch * args.out.stride_batch + head * args.out.stride_head +
@@ -165,7 +197,14 @@ void clear_unused(const Problem& problem, const ForwardArgs& args) {
 }
 
 /// Writes the new rows of key and value behind those in use.
-void append(const Problem& problem, const ForwardArgs& args, AppendRowFn append_row) {
+void append(const Problem& problem, const ForwardArgs& in_elements, const Kernels& set) {
+    const DType dtype = problem.key.view.dtype;
+    const bool one_dtype = problem.value.view.dtype == dtype &&
+                           problem.append->key.view.dtype == dtype &&
+                           problem.append->value.view.dtype == dtype;
+    const ForwardArgs args = one_dtype ? in_elements : in_bytes(in_elements);
+    const AppendRowFn append_row =
+        (one_dtype ? kernels_for(set, dtype) : mixed_kernels(set)).append_row;
     std::vector<int64_t> ends;  // of each sequence's rows, in the order of tasks
     int64_t rows = 0;
     for (int64_t b = 0; b < problem.batch; ++b) ends.push_back(rows += args.sequences[b].new_rows);
@@ -219,10 +258,13 @@ void run_forward(const Problem& problem, const ForwardResults& results) {
         sinks = sinks_of(*problem.sinks, problem.nheads_q);
         args.sinks = sinks.data();
     }
-    const DtypeKernels& own = kernels_for(set, problem.query.view.dtype);
-    if (problem.append) append(problem, args, own.append_row);
+    if (problem.append) append(problem, args, set);
     if (problem.nheads_q == 0) return;
     if (problem.sequences.given) clear_unused(problem, args);
+    const bool mixed = !problem.one_dtype();
+    const DtypeKernels& own =
+        mixed ? mixed_kernels(set) : kernels_for(set, problem.query.view.dtype);
+    if (mixed) args = in_bytes(args);
     std::vector<int64_t> decode, prefill;
     for (int64_t b = 0; b < problem.batch; ++b) {
         const Sequence& sequence = sequences[static_cast<size_t>(b)];

@@ -29,8 +29,8 @@ LaunchBuilder& LaunchBuilder::macro(const char* name, std::string text) {
     return *this;
 }
 
-LaunchBuilder& LaunchBuilder::constant(constant::Index index, bool value) {
-    launch_.constants[index].value = value ? 1 : 0;
+LaunchBuilder& LaunchBuilder::constant(constant::Index index, int value) {
+    launch_.constants[index].value = value;
     return *this;
 }
 

@@ -76,7 +76,7 @@ public:
     LaunchBuilder& shape(T... values) {
         return macro("UMFA_SHAPE", list_of(values...));
     }
-    LaunchBuilder& constant(constant::Index index, bool value);
+    LaunchBuilder& constant(constant::Index index, int value);
 
     /// Binds those of the tensors that the problem has.
     LaunchBuilder& tensors(std::span<const Slot> slots);

@@ -60,11 +60,19 @@ void plan_append(LaunchPlan& plan, const Problem& problem, const ForwardResults&
     const bool unit_channels = problem.key.stride_channel == 1 &&
                                problem.value.stride_channel == 1 &&
                                append.key.stride_channel == 1 && append.value.stride_channel == 1;
-    const ElementType type = stored_type(problem.key.view.dtype);
+    const DType dtypes[] = {problem.key.view.dtype, problem.value.view.dtype, append.key.view.dtype,
+                            append.value.view.dtype};
+    const bool one_dtype = std::ranges::all_of(dtypes, [&](DType x) { return x == dtypes[0]; });
+    const auto kind = [&](int i) { return one_dtype ? UMFA_MASK_NONE : narrow_kind(dtypes[i]); };
+    const ElementType type = stored_type(one_dtype ? dtypes[0] : DType::f32);
     LaunchBuilder(plan, problem.function, constants_of(problem, results),
                   std::string("append_") + type.name, "append.metal", UMFA_APPEND_BUFFERS)
         .stores(type)
         .constant(constant::unit_channels, unit_channels)
+        .constant(constant::key_kind, kind(0))
+        .constant(constant::value_kind, kind(1))
+        .constant(constant::new_key_kind, kind(2))
+        .constant(constant::new_value_kind, kind(3))
         .tensors(layout)
         .new_data(UMFA_APPEND_SEQUENCES, sequence_params(problem))
         .new_data(UMFA_APPEND_TASKS, tasks)

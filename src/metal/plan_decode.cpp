@@ -176,7 +176,7 @@ DecodeParams decode_params(const Problem& problem, const ForwardResults& results
 LaunchBuilder decode_launch(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
                             const Capabilities& gpu, const Shape& shape, const std::string& suffix,
                             const Split& split) {
-    const ElementType type = element_type(problem.query.view.dtype, gpu);
+    const ElementType type = element_type(problem, gpu);
     LaunchBuilder builder(plan, problem.function, constants_of(problem, results),
                           std::string("decode_") + type.name + "_d" + std::to_string(shape.d) +
                               "_v" + std::to_string(shape.dv) + "_q" + std::to_string(shape.qf) +
@@ -209,7 +209,7 @@ MergeParams merge_params(const Problem& problem, const ForwardResults& results,
 void plan_merge(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
                 const Capabilities& gpu, const Chosen& chosen, const Split& split,
                 const Places& places) {
-    const ElementType type = stored_type(problem.query.view.dtype);
+    const ElementType type = stored_type(problem.out_dtype);
     const int channels = problem.head_dim_v <= 128 ? 128 : 256;
     const Simdgroups simdgroups = fit_simdgroups(merge_simdgroups, 1, gpu);
     LaunchBuilder merge(plan, problem.function, constants_of(problem, results),

@@ -57,7 +57,7 @@ std::vector<SequenceTask> tasks_of(const Problem& problem, const Chosen& chosen,
 /// Adds the launch for the chosen indices of the batch, as plan_decode.
 void plan_tiles(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
                 const Capabilities& gpu, const Chosen& chosen, std::optional<uint32_t> pages) {
-    const ElementType type = element_type(problem.query.view.dtype, gpu);
+    const ElementType type = element_type(problem, gpu);
     const int family = static_cast<int>(gpu.family);
     const Shape* usual = type.operand_bytes == 2 ? first_fit(shapes_16, problem, family)
                                                  : first_fit(shapes_32, problem, family);

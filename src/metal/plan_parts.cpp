@@ -57,6 +57,12 @@ ElementType element_type(DType dtype, const Capabilities& gpu) {
     }
 }
 
+ElementType element_type(const Problem& problem, const Capabilities& gpu) {
+    return element_type(problem.one_dtype() ? problem.query.view.dtype : DType::f32, gpu);
+}
+
+int narrow_kind(DType dtype) { return dtype == DType::f32 ? UMFA_MASK_NONE : kind_of(dtype); }
+
 ElementType stored_type(DType dtype) { return element_type(dtype, {Family::apple10}); }
 
 std::vector<PlanTensor> tensors_of(const Problem& problem, const ForwardResults& results) {
@@ -196,6 +202,11 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     flag(constant::has_dropout, problem.dropout.has_value());
     flag(constant::has_qv, problem.qv.has_value());
     flag(constant::has_prefix, has_prefix(problem));
+    if (problem.one_dtype()) return constants;
+    constants[constant::query_kind].value = narrow_kind(problem.query.view.dtype);
+    constants[constant::key_kind].value = narrow_kind(problem.key.view.dtype);
+    constants[constant::value_kind].value = narrow_kind(problem.value.view.dtype);
+    constants[constant::out_kind].value = narrow_kind(problem.out_dtype);
     return constants;
 }
 

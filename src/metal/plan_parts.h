@@ -19,6 +19,8 @@ struct ElementType {
     int operand_bytes;
 };
 ElementType element_type(DType dtype, const Capabilities& gpu);
+/// Of the kernels that attend: float where tensors differ.
+ElementType element_type(const Problem& problem, const Capabilities& gpu);
 /// For kernels without fragments, which are the same for every GPU.
 ElementType stored_type(DType dtype);
 
@@ -39,6 +41,9 @@ namespace constant {
 enum Index : uint16_t { UMFA_CONSTANTS(UMFA_ENUMERATOR) };
 #undef UMFA_ENUMERATOR
 }  // namespace constant
+
+/// What a tensor of a kernel of float holds, as a constant.
+int narrow_kind(DType dtype);
 
 /// All constants of shared/constants.h.
 std::vector<Constant> constants_of(const Problem& problem, const ForwardResults& results);

@@ -57,7 +57,7 @@ void plan_unused_rows(LaunchPlan& plan, const Problem& problem, const ForwardRes
     params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
 
     constexpr Slot layout[] = {{UMFA_CLEAR_OUT, "out"}, {UMFA_CLEAR_LSE, "lse"}};
-    const ElementType type = stored_type(problem.query.view.dtype);
+    const ElementType type = stored_type(problem.out_dtype);
     LaunchBuilder(plan, problem.function, constants_of(problem, results),
                   std::string("clear_") + type.name, "clear.metal", UMFA_CLEAR_BUFFERS)
         .stores(type)

@@ -32,7 +32,7 @@ nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
     nb::object out = nb::none(), lse = nb::none();
     Output out_array, lse_array;
     if (!request.out) {
-        out = allocate(shape_tuple(problem.out_shape()), name_of(problem.query.view.dtype));
+        out = allocate(shape_tuple(problem.out_shape()), name_of(problem.out_dtype));
         out_array = import_output(out[0], function, "out");
         out = out[1];
     }

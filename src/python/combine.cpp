@@ -22,17 +22,13 @@ struct Tensors {
 };
 
 CombineProblem make_problem(const std::string& function, nb::handle out_partial,
-                            nb::handle lse_partial, nb::handle out,
-                            const std::optional<std::string>& out_dtype, Tensors& tensors) {
+                            nb::handle lse_partial, nb::handle out, nb::handle out_dtype,
+                            Tensors& tensors) {
     tensors.out_partial = import_input(out_partial, function, "out_partial");
     tensors.lse_partial = import_input(lse_partial, function, "lse_partial");
     CombineRequest request{function, tensors.out_partial.view, tensors.lse_partial.view, {}, {}};
-    if (out_dtype) {
-        request.out_dtype = dtype_named(*out_dtype);
-        if (!request.out_dtype)
-            fail(ErrorKind::type, function, "out_dtype is wrong", *out_dtype,
-                 "float32, float16 or bfloat16");
-    }
+    static const std::string name = "out_dtype";
+    request.out_dtype = dtype({function, name}, out_dtype);
     if (!out.is_none()) {
         tensors.out = import_output(out, function, "out");
         request.out = tensors.out.view;
@@ -41,8 +37,8 @@ CombineProblem make_problem(const std::string& function, nb::handle out_partial,
 }
 
 nb::tuple combine_parts(const std::string& function, nb::handle out_partial, nb::handle lse_partial,
-                        nb::handle out, const std::optional<std::string>& out_dtype,
-                        const std::string& backend_name, nb::callable allocate) {
+                        nb::handle out, nb::handle out_dtype, const std::string& backend_name,
+                        nb::callable allocate) {
     Tensors tensors;
     const CombineProblem problem =
         make_problem(function, out_partial, lse_partial, out, out_dtype, tensors);
@@ -62,7 +58,7 @@ nb::tuple combine_parts(const std::string& function, nb::handle out_partial, nb:
 
 std::pair<bool, std::string> combine_can_run(const std::string& function, nb::handle out_partial,
                                              nb::handle lse_partial, nb::handle out,
-                                             const std::optional<std::string>& out_dtype,
+                                             nb::handle out_dtype,
                                              const std::string& backend_name) {
     Tensors tensors;
     const Verdict verdict = can_run(
@@ -76,17 +72,18 @@ void bind_combine(nb::module_& m) {
     m.def("combine", &combine_parts, "function"_a, "out_partial"_a, "lse_partial"_a, "out"_a.none(),
           "out_dtype"_a.none(), "backend"_a, "allocate"_a,
           nb::sig("def combine(function: str, out_partial: object, lse_partial: object, "
-                  "out: object | None, out_dtype: str | None, backend: str, "
+                  "out: object | None, out_dtype: object | None, backend: str, "
                   "allocate: collections.abc.Callable[[tuple[int, ...], str], "
                   "tuple[object, object]]) -> tuple[object | None, object]"),
           "Merges partial results of attention, DLPack tensors.\n\n"
           "`allocate(shape, dtype)` returns (DLPack tensor to write, what to hand back).\n"
           "Returns (out, lse) as allocate handed them back; None for an `out` that was given.");
-    m.def("combine_can_run", &combine_can_run, "function"_a, "out_partial"_a, "lse_partial"_a,
-          "out"_a.none(), "out_dtype"_a.none(), "backend"_a,
-          nb::sig("def combine_can_run(function: str, out_partial: object, lse_partial: object, "
-                  "out: object | None, out_dtype: str | None, backend: str) -> tuple[bool, str]"),
-          "The routing's verdict on the same call, and its reason.");
+    m.def(
+        "combine_can_run", &combine_can_run, "function"_a, "out_partial"_a, "lse_partial"_a,
+        "out"_a.none(), "out_dtype"_a.none(), "backend"_a,
+        nb::sig("def combine_can_run(function: str, out_partial: object, lse_partial: object, "
+                "out: object | None, out_dtype: object | None, backend: str) -> tuple[bool, str]"),
+        "The routing's verdict on the same call, and its reason.");
 }
 
 }  // namespace umfa::python

@@ -72,8 +72,10 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, const
                             nb::handle out, nb::handle lse) {
     const std::string& function = options.function->name;
     Inputs inputs;
-    const Problem problem = Problem::make(make_request(options, tensors, inputs));
+    AttentionRequest request = make_request(options, tensors, inputs);
     const Output out_array = import_output(out, function, "out");
+    request.out = out_array.view;  // whose dtype counts
+    const Problem problem = Problem::make(request);
     Output lse_array;
     std::optional<TensorView> lse_view;
     if (!lse.is_none()) {

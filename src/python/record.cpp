@@ -88,6 +88,8 @@ bool set_value(AttentionOptions& values, Field field, const Argument& argument, 
         values.name = static_cast<type>(                                             \
             choice(argument, value, names_of(type{}), std::size(names_of(type{})))); \
         return true;
+#define UMFA_DTYPE(name, text) \
+    case Field::name: values.name = dtype(argument, value); return true;
 #define UMFA_RESULT_FLAG(name, default_value) \
     case Field::name: values.name = flag(argument, value); return true;
 #define UMFA_WINDOW(name, text)                                                      \
@@ -276,6 +278,13 @@ void bind_record(nb::module_& m) {
             },
             nb::sig("def written(self, /) -> tuple[str, ...]"), "Those of them that are written.")
         .def_prop_ro("dropout_p", [](const Options& o) { return o.values.dropout_p; })
+        .def_prop_ro(
+            "out_dtype",
+            [](const Options& o) {
+                const std::optional<DType>& asked = o.values.out_dtype;
+                return asked ? nb::object(nb::str(name_of(*asked))) : nb::object(nb::none());
+            },
+            nb::sig("def out_dtype(self, /) -> str | None"))
         .def_prop_ro("lacks_seed",
                      [](const Options& o) {
                          const double p = o.values.dropout_p;
@@ -305,6 +314,7 @@ void bind_record(nb::module_& m) {
 #define UMFA_OFFSET(name, text) ", " #name ": int = 0"
 #define UMFA_FLAG(name, value, text) ", " #name ": bool | None = None"
 #define UMFA_CHOICE(name, type, value, text) ", " #name ": str = '" #value "'"
+#define UMFA_DTYPE(name, text) ", " #name ": object | None = None"
 #define UMFA_WINDOW(name, text) ", " #name ": object | None = None"
 #define UMFA_RESULT_FLAG(name, value) ", " #name ": bool = ..."
 #define UMFA_ALIAS(name, of) ", " #name ": object | None = None"

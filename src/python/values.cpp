@@ -153,6 +153,25 @@ size_t choice(const Argument& argument, nb::handle value, const char* const* nam
          expected);
 }
 
+std::optional<DType> dtype(const Argument& argument, nb::handle value) {
+    if (value.is_none()) return {};
+    nb::object name = nb::borrow(value);
+    if (!PyUnicode_Check(value.ptr())) {
+        name = nb::getattr(value, "__name__", nb::none());  // numpy.float32
+        if (name.is_none())
+            name = nb::getattr(value, "name", nb::none());        // numpy.dtype("float32")
+        if (!PyUnicode_Check(name.ptr())) name = nb::str(value);  // torch.float32
+    }
+    const std::string text = nb::cast<std::string>(name.attr("rsplit")(".", 1).attr("pop")());
+    const std::optional<DType> found = dtype_named(text);
+    if (!found || !is_attention_dtype(*found)) {
+        const bool shows = nb::cast<bool>(name.attr("isprintable")()) && text.size() <= 64;
+        fail(ErrorKind::type, argument.function, argument.name + " is wrong",
+             shows ? text : short_repr(value), "float32, float16 or bfloat16");
+    }
+    return found;
+}
+
 std::string backend_name(const Argument& argument, nb::handle value) {
     static const std::string expected = "'auto', 'metal' or 'cpu'";
     if (!PyUnicode_Check(value.ptr())) refuse_type(argument, " is not a string", value, expected);

@@ -159,7 +159,8 @@ static void check_result(int line, const DLTensor* q, const DLTensor* k, const D
     const int64_t heads = q->shape[head], group = heads / k->shape[head];
     const int64_t seqlen_q = q->shape[row], seqlen_k = k->shape[row];
     const double scale = o->softmax_scale != 0 ? o->softmax_scale : 1 / sqrt((double)q->shape[3]);
-    const double rtol = q->dtype.bits == 16 ? 8e-3 : 1e-5, atol = q->dtype.bits == 16 ? 5e-3 : 2e-5;
+    const int narrow = out->dtype.bits == 16;
+    const double rtol = narrow ? 8e-3 : 1e-5, atol = narrow ? 5e-3 : 2e-5;
     double* weights = allocate((size_t)seqlen_k * sizeof(double));
     int64_t b, h, i, j, d;
     for (b = 0; b < q->shape[0]; ++b)
@@ -552,6 +553,42 @@ TEST(bfloat16_tensors) {
     CHECK_PROBLEM(&p, NULL);
 }
 
+TEST(different_dtypes) {
+    int i;
+    for (i = 0; i < 16; ++i) { /* float32 arithmetic: as exact as the dtype of out */
+        problem p;
+        make_problem(&p, UMFA_LAYOUT_BSHD);
+        if (i & 1) p.query.dl.dtype = bfloat16;
+        if (i & 2) p.key.dl.dtype = bfloat16;
+        if (i & 4) p.value.dl.dtype = bfloat16;
+        if (i & 8) p.out.dl.dtype = bfloat16;
+        fill(&p.query.dl);
+        fill(&p.key.dl);
+        fill(&p.value.dl);
+        CHECK_PROBLEM(&p, NULL);
+    }
+}
+
+TEST(dtype_of_the_result) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    tensor weights;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    options.out_dtype = UMFA_DTYPE_BFLOAT16;
+    CHECK_OK(umfa_attention_can_run(&p.query.dl, &p.key.dl, &p.value.dl, &options));
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_TYPE,
+                "out and out_dtype differ; got float32 and bfloat16; expected one dtype");
+    p.out.dl.dtype = bfloat16;
+    CHECK_PROBLEM(&p, &options);
+    options.out_dtype = UMFA_DTYPE_BFLOAT16 + 1;
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE,
+                "options->out_dtype is unknown; got 4; expected 0 to 3");
+    options.out_dtype = UMFA_DTYPE_FLOAT32;
+    make(&weights, 4, BATCH, HEADS, SEQLEN_Q, SEQLEN_K);
+    CHECK_FAILS(umfa_attention_weights(&p.query.dl, &p.key.dl, &weights.dl, &options),
+                UMFA_ERROR_TYPE, "out_dtype is for out; got float32");
+}
+
 TEST(no_keys_and_no_queries) {
     problem p;
     int i;
@@ -653,11 +690,12 @@ TEST(wrong_dtype) {
     problem p;
     make_problem(&p, UMFA_LAYOUT_BSHD);
     WITH(key.dl.dtype.code, kDLInt, UMFA_ERROR_TYPE, "int32");
-    WITH(value.dl.dtype.bits, 16, UMFA_ERROR_TYPE, "float16");
+    WITH(value.dl.dtype.code, kDLBool, UMFA_ERROR_TYPE, "bool");
     WITH(query.dl.dtype.code, kDLBool, UMFA_ERROR_TYPE, "bool");
     WITH(query.dl.dtype.code, 99, UMFA_ERROR_TYPE, "99");
     WITH(query.dl.dtype.lanes, 4, UMFA_ERROR_TYPE, "x4");
-    WITH(out.dl.dtype, bfloat16, UMFA_ERROR_TYPE, "bfloat16");
+    WITH(out.dl.dtype.code, kDLInt, UMFA_ERROR_TYPE, "out has the wrong dtype; got int32");
+    WITH(out.dl.dtype.bits, 64, UMFA_ERROR_UNSUPPORTED, "out has the wrong dtype; got float64");
     WITH(lse.dl.dtype, bfloat16, UMFA_ERROR_TYPE, "bfloat16");
     p.query.dl.dtype.bits = p.key.dl.dtype.bits = p.value.dl.dtype.bits = 64;
     CHECK_FAILS(run(&p, NULL), UMFA_ERROR_UNSUPPORTED, "float64");
@@ -1019,6 +1057,8 @@ static const struct {
     ENTRY(dense_masks),
     ENTRY(strides_and_offsets),
     ENTRY(bfloat16_tensors),
+    ENTRY(different_dtypes),
+    ENTRY(dtype_of_the_result),
     ENTRY(no_keys_and_no_queries),
     ENTRY(struct_size_of_an_older_caller),
     ENTRY(struct_size_of_a_newer_caller),

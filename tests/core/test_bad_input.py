@@ -342,23 +342,6 @@ def dtype_cases() -> Iterator[Bad]:
                 )
 
 
-def mixed_dtype_cases(framework: str) -> Iterator[Bad]:
-    names = ("float32", "float16", "bfloat16")
-    for role in "qkv":
-        for one in names:
-            for other in names:
-                if one != other:
-                    yield Bad(
-                        f"{role} {one} among {other}",
-                        lambda fw, role=role, one=one, other=other: {
-                            r: make(fw, SHAPES[r], one if r == role else other) for r in "qkv"
-                        },
-                        TypeError,
-                        (one,),
-                        framework=framework,
-                    )
-
-
 # ---- things that are no tensors, or not only -----------------------------------------------------
 
 
@@ -533,7 +516,6 @@ def jax_and_mlx_cases() -> Iterator[Bad]:
                     (name,),
                     framework=framework,
                 )
-        yield from mixed_dtype_cases(framework)
         yield from alibi_cases("flash_attn_func", framework)
         yield from shape_cases(framework)
 
@@ -695,7 +677,6 @@ def all_cases() -> Iterator[Bad]:
     for framework in ("numpy", "torch"):
         yield from shape_cases(framework)
         yield from packed_cases(framework)
-        yield from mixed_dtype_cases(framework)
     yield from option_cases("flash_attn_func", "torch")
     yield from alibi_cases("flash_attn_func", "torch")
     yield from dtype_cases()

@@ -122,7 +122,7 @@ def test_torch_notices() -> None:
     ("out", "error", "message"),
     [
         (np.empty((2, 9, 4, 9), "f4"), ValueError, r"out has the wrong shape; got \(2, 9, 4, 9\)"),
-        (np.empty((2, 9, 4, 8), "f2"), TypeError, "out has the wrong dtype; got float16"),
+        (np.empty((2, 9, 4, 8), "i4"), TypeError, "out has the wrong dtype; got int32"),
         (np.broadcast_to(np.zeros(8, "f4"), (2, 9, 4, 8)), ValueError, "out is read-only"),
         (V[:, :9].repeat(2, 2)[..., ::-1][:, :, :, :4], ValueError, "out has the wrong shape"),
         (Q[..., :8], ValueError, "out overlaps q in memory"),
@@ -135,3 +135,74 @@ def test_refusals(out: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=r"\[umfa\.flash_attn_func\] " + message):
         umfa.flash_attn_func(Q, K, V, out=out)
     assert umfa.can_run(Q, K, V, out=out)[0] is False
+
+
+# ---- out_dtype -----------------------------------------------------------------------------------
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CALLS)
+def test_result_of_another_dtype(name: str, dtype: str) -> None:
+    """Rounded once from float32; the log-sum-exp stays as it is."""
+    function, tensors, options = CALLS[name]
+    exact = function(*tensors, **options)
+    found = function(*tensors, **options, out_dtype=dtype)
+    assert found.dtype.name == dtype
+    assert found.tobytes() == exact.astype(libraries.DTYPES[dtype]).tobytes()
+    out = np.zeros_like(found)
+    assert function(*tensors, **options, out=out) is out  # whose dtype says it too
+    assert out.tobytes() == found.tobytes()
+    assert function(*tensors, **options, out=out, out_dtype=dtype) is out
+    assert umfa.can_run(function, *tensors, **options, out_dtype=dtype) == (True, "")
+
+
+def test_in_any_spelling(framework: libraries.Framework) -> None:
+    q, k, v = (framework.tensor(x.astype(np.float16)) for x in (Q, K, V))
+    own = framework.tensor(Q).dtype
+    for dtype in ("float32", np.float32, np.dtype(np.float32), own):
+        out, lse = umfa.flash_attn_func(q, k, v, out_dtype=dtype, return_lse=True)
+        assert framework.dtype_name(out) == framework.dtype_name(lse) == "float32"
+    assert framework.dtype_name(umfa.flash_attn_func(q, k, v, out_dtype=None)) == "float16"
+
+
+@pytest.mark.parametrize("dtype", [np.int32, bool, "nonsense", 5, "float8_e4m3fn", np.float64, Q])
+def test_what_is_no_dtype_of_a_result(dtype: Any) -> None:
+    for function, tensors, options in CALLS.values():
+        with pytest.raises(
+            TypeError, match=r"out_dtype is wrong; got .*; expected float32, float16"
+        ):
+            function(*tensors, **options, out_dtype=dtype)
+        possible, reason = umfa.can_run(function, *tensors, **options, out_dtype=dtype)
+        assert not possible
+        assert "out_dtype is wrong" in reason
+
+
+def test_out_of_another_dtype() -> None:
+    text = "out and out_dtype differ; got float32 and float16; expected one dtype"
+    for name, (function, tensors, options) in CALLS.items():
+        out = np.zeros_like(function(*tensors, **options))
+        with pytest.raises(TypeError, match=text):
+            function(*tensors, **options, out=out, out_dtype="float16")
+        assert not out.any(), name
+        possible, reason = umfa.can_run(function, *tensors, **options, out=out, out_dtype="float16")
+        assert not possible
+        assert text in reason
+
+
+def test_weights_keep_the_dtype_of_query() -> None:
+    q, k, v = (x.astype(np.float16) for x in (Q, K, V))
+    out, _, weights = umfa.flash_attn_func(
+        q, k, v, 0.5, dropout_seed=3, return_attn_probs=True, out_dtype="float32"
+    )
+    assert (out.dtype, weights.dtype) == (np.float32, np.float16)
+
+
+def test_rows_of_no_sequence_are_cleared_in_the_dtype_of_the_result() -> None:
+    function, tensors, options = CALLS["varlen"]
+    for dtype in DTYPES:
+        out = np.full((20, 4, 8), 7, libraries.DTYPES[dtype])
+        function(*tensors, **options, out=out)
+        assert not out[17:].any()
+        assert out[:17].any(axis=-1).all()

@@ -172,7 +172,8 @@ def compute(framework: Any, call: Prepared, tensors: dict[str, Array]) -> tuple[
     query, value = tensors[call.names[0]], tensors[call.names[2]]
     *batch, rows, heads, _ = query.shape
     # Poisoned, as recycled memory may be: every element must be written.
-    out = np.full((*query.shape[:-1], value.shape[-1]), np.nan, query.dtype)
+    dtype = call.options.out_dtype or query.dtype
+    out = np.full((*query.shape[:-1], value.shape[-1]), np.nan, dtype)
     lse = np.full((*batch, heads, rows), np.nan, np.float32)
     plan = _ext.metal_plan_forward(
         call.options,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .. import _ext
-from .._frameworks import Framework, dtype_name, framework_of
+from .._frameworks import Framework, framework_of
 
 
 class Combination(NamedTuple):
@@ -66,7 +66,7 @@ def _ready(call: Combination) -> tuple[Framework, dict[str, Any], Any]:
 
 def _exported(
     framework: Framework, call: Combination, tensors: dict[str, Any], out: Any
-) -> tuple[str, Any, Any, Any, str | None, str]:
+) -> tuple[str, Any, Any, Any, Any, str]:
     """What `_ext` takes of a merge."""
     out_partial, lse_partial = (
         framework.export(tensor, call.function, name, call.backend)
@@ -77,6 +77,6 @@ def _exported(
         out_partial,
         lse_partial,
         None if out is None else framework.export(out, call.function, "out", call.backend),
-        None if call.out_dtype is None else dtype_name(call.out_dtype),
+        call.out_dtype,
         call.backend,
     )

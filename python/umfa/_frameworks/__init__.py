@@ -13,7 +13,7 @@ from .._errors import message
 from ._buffer import as_array, is_buffer
 from ._versions import check_version
 
-__all__ = ["Framework", "causal_bias", "dtype_name", "framework_of", "is_buffer", "shape_of"]
+__all__ = ["Framework", "causal_bias", "framework_of", "is_buffer", "shape_of"]
 
 
 class Framework(Protocol):
@@ -25,8 +25,8 @@ class Framework(Protocol):
 
     autocast: Callable[[str, dict[str, Any], tuple[str, ...], tuple[str, ...]], None] | None
     """autocast(function, tensors, written, cast) replaces the tensors `cast`, by argument name, by
-    copies in the dtype that the framework's automatic mixed precision wants; it raises if one of
-    those that will be written in place has another. None: the framework has no such thing."""
+    copies in the dtype that the framework's automatic mixed precision wants, but not those that are
+    `written` in place. None: the framework has no such thing."""
 
     def export(self, tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
         """A DLPack object on the tensor's memory, which holds its value; raises if it cannot.
@@ -167,12 +167,6 @@ def _load(function: str, name: str) -> Framework:
         check_version(function, name)
         framework = _LOADED[name] = cast(Framework, import_module(f"{__name__}._{name}"))
     return framework
-
-
-def dtype_name(dtype: Any) -> str:
-    """'float32', whatever framework's, and in whatever way it is spelled."""
-    name = getattr(dtype, "__name__", None) or getattr(dtype, "name", None) or str(dtype)
-    return str(name).rsplit(".", 1)[-1]
 
 
 def causal_bias(mask: Any) -> tuple[str, int, int] | None:

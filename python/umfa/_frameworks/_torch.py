@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .._errors import UnsupportedError, message
-from . import causal_bias, dtype_name
+from . import causal_bias
 from ._versions import release
 
 _forward_ad: Any = forward_ad  # its functions carry no annotations
@@ -39,14 +39,7 @@ def autocast(
         if tensor.device.type != device:
             continue
         if name in written:
-            raise TypeError(
-                message(
-                    function,
-                    f"{name} is written in place, so that torch.autocast cannot cast it",
-                    dtype_name(tensor.dtype),
-                    f"{dtype_name(dtype)}, or a call under torch.autocast(enabled=False)",
-                )
-            )
+            continue  # read as it is
         tensors[name] = _cast_unexpanded(tensor, dtype)
 
 

@@ -48,6 +48,7 @@ def flash_attn_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    out_dtype: Any = None,
     batch_invariant: bool = False,
 ) -> Attention:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
@@ -62,10 +63,11 @@ def flash_attn_func(
         jax, mlx or any library that speaks DLPack. ``head_dim`` from 1 to 576. Or an object with
         Python's buffer protocol (see Notes).
     k : tensor, shape (batch, seqlen_kv, nheads_kv, head_dim)
-        Key, same dtype and framework. ``nheads`` is a multiple of ``nheads_kv``; query head ``h``
-        reads key head ``h // (nheads // nheads_kv)``.
+        Key, same framework; any of these dtypes, which need not be that of `q` (see Notes).
+        ``nheads`` is a multiple of ``nheads_kv``; query head ``h`` reads key head
+        ``h // (nheads // nheads_kv)``.
     v : tensor, shape (batch, seqlen_kv, nheads_kv, head_dim_v)
-        Value, same dtype and framework. ``head_dim_v`` may differ from ``head_dim``, up to 512.
+        Value, likewise. ``head_dim_v`` may differ from ``head_dim``, up to 512.
     dropout_p : float
         Probability, below 1, with which each attention weight is left out; the others are divided
         by ``1 - dropout_p``. The log-sum-exp is that of all of them.
@@ -106,8 +108,11 @@ def flash_attn_func(
         the kernel for many queries, whose keys are not split: on the CPU it takes 10 to 14 times as
         long (docs/performance.md).
     out : tensor, shape (batch, seqlen_q, nheads, head_dim_v), optional
-        Where to write the result, which is then this tensor: of the dtype of `q`, any strides, and
-        in no memory that is read. For torch and numpy, whose arrays can be written.
+        Where to write the result, which is then this tensor: float32, float16 or bfloat16, any
+        strides, and in no memory that is read. For torch and numpy, whose arrays can be written.
+    out_dtype : dtype of torch, numpy, jax or mlx, or its name, optional
+        "float32", "float16" or "bfloat16": the dtype of the result. If None, that of `out`, or else
+        of `q`. Beside `out` it must be the dtype of `out`.
     prefix_lens : int32 or int64 tensor, shape (batch,), optional
         Every query of index ``b`` also sees the keys ``j < prefix_lens[b]`` (prefix-LM, as in
         PaliGemma) that `causal`, `window_size` or `attention_chunk` hide. `attn_mask` still hides
@@ -117,7 +122,8 @@ def flash_attn_func(
         transformers and vLLM. float32, float16 or bfloat16.
     qv : tensor, shape (batch, seqlen_q, nheads, head_dim_v), optional
         Adds ``qv vᵀ`` to ``q kᵀ`` (flash-attn 3): attention over a compressed cache, as in
-        DeepSeek's MLA, whose values are the larger part of its keys. Same dtype and framework.
+        DeepSeek's MLA, whose values are the larger part of its keys. In the dtype and framework of
+        `q`.
     return_lse : bool
         Also return the log-sum-exp (flash-attn 4); excludes `return_attn_probs`.
     dropout_seed : int, optional
@@ -134,8 +140,8 @@ def flash_attn_func(
     Returns
     -------
     out : tensor, shape (batch, seqlen_q, nheads, head_dim_v)
-        In the dtype and framework of `q`. A query that sees no key, or none with a score above
-        -inf, gets 0.
+        In the framework of `q`, and in its dtype unless `out` or `out_dtype` says another. A query
+        that sees no key, or none with a score above -inf, gets 0.
     softmax_lse : tensor, shape (batch, nheads, seqlen_q), float32
         Only with `return_attn_probs` or `return_lse`: natural log of the sum of ``exp(score)``;
         -inf for a query that sees no key (flash-attn 2 writes +inf there).
@@ -154,6 +160,10 @@ def flash_attn_func(
 
     Notes
     -----
+    Where `q`, `k`, `v` and the result do not all have one dtype, each tensor is read as it is, with
+    no converted copy, and the arithmetic is that of float32: a cache of bfloat16 under a query of
+    float32 takes the memory and the traffic of bfloat16.
+
     An object with Python's buffer protocol (a `memoryview`, an `array.array`, a ctypes array, ...)
     is read as the NumPy array on its memory, in every function and for every tensor; it may stand
     beside NumPy arrays, and the result is a NumPy array. It needs the native format of a number and
@@ -165,8 +175,8 @@ def flash_attn_func(
     ``scaled_dot_product_attention``: query, key, value, new keys and values, `qv` and a mask of
     numbers. Slopes, sinks, rotary tables and the log-sum-exp keep their dtypes, and
     `flash_attn_combine` is not affected. Whole tensors are copied for it, a cache too; keep a cache
-    in the autocast dtype. A cache that is appended to is never cast: one of another dtype is
-    refused.
+    in the autocast dtype. A cache that is appended to is never cast: it is read in its own dtype.
+    `out_dtype` still says the dtype of the result.
 
     Online softmax over key tiles: Milakov & Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022
     (arXiv:2205.14135). Dropout by Philox-4x32-10, Salmon et al. 2011.
@@ -196,6 +206,7 @@ def flash_attn_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        out_dtype=out_dtype,
         batch_invariant=batch_invariant,
         backend=backend,
     )
@@ -226,6 +237,7 @@ def flash_attn_qkvpacked_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    out_dtype: Any = None,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` on query, key and value stacked in one tensor.
@@ -263,6 +275,7 @@ def flash_attn_qkvpacked_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        out_dtype=out_dtype,
         batch_invariant=batch_invariant,
         backend=backend,
     )
@@ -294,6 +307,7 @@ def flash_attn_kvpacked_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    out_dtype: Any = None,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` on key and value stacked in one tensor.
@@ -332,6 +346,7 @@ def flash_attn_kvpacked_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        out_dtype=out_dtype,
         batch_invariant=batch_invariant,
         backend=backend,
     )

@@ -54,6 +54,7 @@ def flash_attn_with_kvcache(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    out_dtype: Any = None,
     batch_invariant: bool = False,
 ) -> Attention:
     """Attention of a few new queries over a cache of keys and values, which may be extended first.
@@ -67,8 +68,9 @@ def flash_attn_with_kvcache(
     k, v : tensor, shape (batch, seqlen_new, nheads_kv, head_dim), optional
         Written into the caches **in place**, behind the `cache_seqlens` rows in use, before
         anything is read. Not for jax and mlx, whose arrays cannot be written, nor for caches that
-        are objects with the buffer protocol, which are only read. Under ``torch.autocast`` the
-        caches must have its dtype (see the notes of `flash_attn_func`).
+        are objects with the buffer protocol, which are only read. Their dtypes may differ from
+        those of the caches, to which they are rounded, new keys after their rotation. Under
+        ``torch.autocast`` the caches keep their dtypes.
     rotary_cos, rotary_sin : tensor, shape (positions, rotary_dim / 2), optional
         Only with `k` and `v`. Rotates the new keys by the angles of their positions in the cache.
         With `causal`, a window or a chunk, query ``i`` is rotated by the angles of position
@@ -150,6 +152,7 @@ def flash_attn_with_kvcache(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        out_dtype=out_dtype,
         batch_invariant=batch_invariant,
         backend=backend,
     )

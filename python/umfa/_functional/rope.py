@@ -41,6 +41,7 @@ def fused_rope_attention(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    out_dtype: Any = None,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` with rotary embedding: the kernel rotates q and k when it loads them.
@@ -100,6 +101,7 @@ def fused_rope_attention(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        out_dtype=out_dtype,
         batch_invariant=batch_invariant,
         backend=backend,
     )

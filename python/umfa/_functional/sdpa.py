@@ -34,6 +34,7 @@ def scaled_dot_product_attention(
     dropout_seed: int | None = None,
     dropout_offset: int = 0,
     out: Any = None,
+    out_dtype: Any = None,
     batch_invariant: bool = False,
 ) -> Attention:
     """Exact attention with the arguments of ``torch.nn.functional.scaled_dot_product_attention``.
@@ -48,9 +49,9 @@ def scaled_dot_product_attention(
         float32, float16 or bfloat16, with 2 to 8 dimensions. ``nheads`` and the dimensions before
         it broadcast among query, key and value.
     key : tensor, shape (..., nheads, seqlen_kv, head_dim)
-        Same dtype and framework.
+        Same framework. The dtypes of `query`, `key` and `value` may differ.
     value : tensor, shape (..., nheads, seqlen_kv, head_dim_v)
-        Same dtype and framework. ``head_dim_v`` may differ from ``head_dim``.
+        Same framework. ``head_dim_v`` may differ from ``head_dim``.
     attn_mask : tensor that broadcasts to (..., nheads, seqlen_q, seqlen_kv), optional
         bool: a query attends where it is True. float32, float16 or bfloat16: added to the scores
         after `scale`; it need not have the dtype of `query`. Or torch's ``causal_upper_left`` or
@@ -72,14 +73,16 @@ def scaled_dot_product_attention(
         Seed and offset of the dropout; see `flash_attn_func`.
     out : tensor, shape (..., nheads, seqlen_q, head_dim_v), optional
         Where to write the result; see `flash_attn_func`.
+    out_dtype : dtype, optional
+        The dtype of the result; see `flash_attn_func`.
     batch_invariant : bool
         See `flash_attn_func`.
 
     Returns
     -------
     tensor, shape (..., nheads, seqlen_q, head_dim_v)
-        `out`, or else a contiguous tensor, in the dtype and framework of `query`. A query that
-        attends to no key gets 0.
+        `out`, or else a contiguous tensor in the framework of `query`, and in its dtype unless
+        `out_dtype` says another. A query that attends to no key gets 0.
 
     Raises
     ------
@@ -115,6 +118,7 @@ def scaled_dot_product_attention(
         dropout_seed=dropout_seed,
         dropout_offset=dropout_offset,
         out=out,
+        out_dtype=out_dtype,
         batch_invariant=batch_invariant,
         backend=backend,
     )

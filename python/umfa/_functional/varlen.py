@@ -58,6 +58,7 @@ def flash_attn_varlen_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    out_dtype: Any = None,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` on sequences of different lengths, packed one after the other.
@@ -141,6 +142,7 @@ def flash_attn_varlen_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        out_dtype=out_dtype,
         batch_invariant=batch_invariant,
         backend=backend,
     )
@@ -173,6 +175,7 @@ def flash_attn_varlen_qkvpacked_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    out_dtype: Any = None,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_varlen_func` on query, key and value stacked in one tensor.
@@ -215,6 +218,7 @@ def flash_attn_varlen_qkvpacked_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        out_dtype=out_dtype,
         batch_invariant=batch_invariant,
         backend=backend,
     )
@@ -250,6 +254,7 @@ def flash_attn_varlen_kvpacked_func(
     attention_chunk_offset: int = 0,
     prefix_lens: Any = None,
     out: Any = None,
+    out_dtype: Any = None,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_varlen_func` on key and value stacked in one tensor.
@@ -292,6 +297,7 @@ def flash_attn_varlen_kvpacked_func(
         attention_chunk_offset=attention_chunk_offset,
         prefix_lens=prefix_lens,
         out=out,
+        out_dtype=out_dtype,
         batch_invariant=batch_invariant,
         backend=backend,
     )

@@ -46,6 +46,19 @@ def _dims(dtype: str) -> Iterator[Call]:
             yield umfa.flash_attn_func, (query, key, value), {}
 
 
+def _mixed(query: str, cache: str) -> Iterator[Call]:
+    """Decoding, a prompt, and new rows for a cache."""
+    for seqlen_q in (1, 40):
+        tensors = (zeros(2, seqlen_q, 4, 16, dtype=query), zeros(2, 40, 2, 16, dtype=cache),
+                   zeros(2, 40, 2, 16, dtype=query))  # fmt: skip
+        yield umfa.flash_attn_func, tensors, {}
+        yield (
+            umfa.flash_attn_with_kvcache,
+            (*tensors, *(zeros(2, 1, 2, 16),) * 2),
+            {"cache_seqlens": 3},
+        )
+
+
 def _varlen(**options: Any) -> Call:
     starts = np.array([0, 4, 4, 30], np.int32)
     tensors = zeros(30, 4, 16), zeros(30, 2, 16), zeros(30, 2, 16)
@@ -93,6 +106,14 @@ def rows() -> list[Row]:
         Row(
             "float32, float16, bfloat16; head dim 1 to 576, value's 1 to 512",
             [call for dtype in ("float32", "float16", "bfloat16") for call in _dims(dtype)],
+        ),
+        Row(
+            "dtypes of query, key, value, new rows and result that differ, read as they are",
+            [
+                call
+                for dtypes in (("float32", "float16"), ("float16", "float32"))
+                for call in _mixed(*dtypes)
+            ],
         ),
         Row(
             "causal, sliding window, softcap, ALiBi, grouped heads (GQA, MQA), log-sum-exp",
@@ -175,10 +196,13 @@ def rows() -> list[Row]:
             ],
         ),
         Row(
-            "results written where you want them (`out`), `batch_invariant`",
+            "results written where you want them (`out`), of the dtype you want (`out_dtype`), "
+            "`batch_invariant`",
             [
                 _flash(out=zeros(2, 9, 4, 16)),
                 _torch_like(2, out=zeros(2, 4, 9, 16)),
+                _flash(out_dtype="float16"),
+                _varlen(out_dtype="bfloat16"),
                 _cached(batch_invariant=True),
                 _flash(batch_invariant=True),
             ],

@@ -17,6 +17,7 @@ constinit const Kernels avx512_kernels{
     dtype_kernels<Simd, FloatUnits<Simd, F32>>,
     dtype_kernels<Simd, FloatUnits<Simd, F16>>,
     dtype_kernels<Simd, FloatUnits<Simd, BF16>>,
+    mixed_kernels<Simd>,
 };
 
 }  // namespace umfa::cpu

@@ -68,33 +68,32 @@ inline typename S::vf sum_each(typename S::vf (&x)[S::W]) {
 }
 
 /// The rows of a tile's keys: where they are, and where those of the next tile are.
-template <class storage>
 struct TileRows {
-    const storage *now[decode_tile], *next[decode_tile];  // next: null past the last
+    const void *now[decode_tile], *next[decode_tile];  // next: null past the last
 };
 
-template <class storage>
 struct DecodeTile {
     int64_t first, keys;  // of all the keys
-    TileRows<storage> key, value;
+    TileRows key, value;
     Rows key_layout;  // of args.key, or of its rotated rows
 };
 
 /// q.k of R rows and `keys` keys of a tile; with `add`, added to the scores of an earlier call.
 template <class S, class U, int R>
-__attribute__((noinline)) void decode_scores(const TileRows<typename U::storage>& rows,
-                                             const Rows& layout, int64_t keys, bool ahead,
-                                             int64_t channels, const float* query, int64_t depth,
-                                             bool add, float* scores) {
+__attribute__((noinline)) void decode_scores(const TileRows& rows, const Rows& layout, int64_t keys,
+                                             bool ahead, int64_t channels, const float* query,
+                                             int64_t depth, bool add, float* scores) {
     using vf = typename S::vf;
+    using storage = typename U::storage;
     constexpr int W = S::W;
     const int64_t whole = layout.stride_channel == 1 ? channels / (W * U::E) * W : 0;
     for (int64_t k0 = 0; k0 < keys; k0 += W) {
         vf sum[R][W];
         for (int j = 0; j < W; ++j) {
             const int64_t k = k0 + j < keys ? k0 + j : keys - 1;
-            const typename U::storage* row = rows.now[k];
-            if (ahead && rows.next[k]) prefetch_row(rows.next[k], layout, channels);
+            const storage* row = static_cast<const storage*>(rows.now[k]);
+            if (ahead && rows.next[k])
+                prefetch_row(static_cast<const storage*>(rows.next[k]), layout, channels);
             vf acc[R];
             for (int r = 0; r < R; ++r) acc[r] = vf{};
             for (int64_t u = 0; u < whole; u += W) {
@@ -178,10 +177,10 @@ inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t 
 /// O = O * alpha + P V for R rows and keys [first, last); the sum over the tile is added to O once.
 /// Guarded: skips hidden keys, whose values may be NaN.
 template <class S, class T, int R, bool Guarded>
-__attribute__((noinline)) void decode_values(const TileRows<typename T::storage>& rows,
-                                             const Rows& layout, int64_t first, int64_t last,
-                                             bool ahead, int64_t channels, const float* p,
-                                             const float* alpha, float* out, int64_t pitch) {
+__attribute__((noinline)) void decode_values(const TileRows& rows, const Rows& layout,
+                                             int64_t first, int64_t last, bool ahead,
+                                             int64_t channels, const float* p, const float* alpha,
+                                             float* out, int64_t pitch) {
     static_assert(!Guarded || R == 1, "rows see different keys");
     using vf = typename S::vf;
     using storage = typename T::storage;
@@ -195,8 +194,9 @@ __attribute__((noinline)) void decode_values(const TileRows<typename T::storage>
                 for (int v = 0; v < V; ++v) acc[r][v] = vf{};
             for (int64_t k = first; k < last; ++k) {
                 if (hidden(k)) continue;
-                const storage* row = rows.now[k] + c0;
-                if (ahead && rows.next[k]) prefetch_row(rows.next[k] + c0, layout, V * W);
+                const storage* row = static_cast<const storage*>(rows.now[k]) + c0;
+                if (ahead && rows.next[k])
+                    prefetch_row(static_cast<const storage*>(rows.next[k]) + c0, layout, V * W);
                 vf x[V];
                 for (int v = 0; v < V; v += 2) T::template load_two<S>(row + v * W, x[v], x[v + 1]);
                 for (int r = 0; r < R; ++r) {
@@ -216,8 +216,8 @@ __attribute__((noinline)) void decode_values(const TileRows<typename T::storage>
         for (int r = 0; r < R; ++r) acc[r] = vf{};
         for (int64_t k = first; k < last; ++k) {
             if (hidden(k)) continue;
-            const vf x =
-                row_units<S, FloatUnits<S, T>>(rows.now[k], layout.stride_channel, c0, channels);
+            const vf x = row_units<S, FloatUnits<S, T>>(static_cast<const storage*>(rows.now[k]),
+                                                        layout.stride_channel, c0, channels);
             for (int r = 0; r < R; ++r) acc[r] += S::splat_bits(p + r * decode_tile + k) * x;
         }
         for (int r = 0; r < R; ++r) {
@@ -228,37 +228,44 @@ __attribute__((noinline)) void decode_values(const TileRows<typename T::storage>
 }
 
 template <class S, class T>
-inline bool rows_finite(const TileRows<typename T::storage>& rows, const Rows& layout,
-                        int64_t first, int64_t last, int64_t channels) {
+inline bool rows_finite(const TileRows& rows, const Rows& layout, int64_t first, int64_t last,
+                        int64_t channels) {
     typename S::vf sum{};  // x * 0 is 0 for finite x, else NaN
     for (int64_t k = first; k < last; ++k)
         for (int64_t c = 0; c < channels; c += S::W)
-            sum += row_units<S, FloatUnits<S, T>>(rows.now[k], layout.stride_channel, c, channels) *
-                   0.f;
+            sum +=
+                row_units<S, FloatUnits<S, T>>(static_cast<const typename T::storage*>(rows.now[k]),
+                                               layout.stride_channel, c, channels) *
+                0.f;
     for (int i = 0; i < S::W; ++i)
         if (sum[i] != 0) return false;
     return true;
 }
 
 /// O / sum of one row, and its LSE. A row that saw no key: 0, and LSE -inf.
-template <class S, class T>
+template <class S, class U>
 inline void write_row(const ForwardArgs& args, int64_t batch, int64_t head, int64_t row,
                       const float* o, float maximum, float sum) {
     constexpr int W = S::W;
-    using storage = typename T::storage;
     const Scoring scoring = scoring_of(args, batch, head);
-    storage* to = query_row<storage>(args.out, args.sequences[batch], head, row);
     sum = divisor_of(args, scoring, head, maximum, sum);
     const float divisor = sum * args.dropout.kept;
-    for (int64_t c = 0; c < args.head_dim_v; c += W) {
-        storage buffer[W];
-        T::template store<S>(buffer, sum == 0 ? typename S::vf{} : S::load(o + c) / divisor);
-        const int64_t left = args.head_dim_v - c, count = left < W ? left : int64_t{W};
-        if (args.out.stride_channel == 1)
-            S::copy(buffer, count, to + c);
-        else
-            for (int64_t i = 0; i < count; ++i) to[(c + i) * args.out.stride_channel] = buffer[i];
-    }
+    with_units<S, U>(args.types.out, [&](auto units) {
+        using T = typename decltype(units)::type;
+        using storage = typename T::storage;
+        storage* to = reinterpret_cast<storage*>(
+            query_row<typename U::storage>(args.out, args.sequences[batch], head, row));
+        for (int64_t c = 0; c < args.head_dim_v; c += W) {
+            storage buffer[W];
+            T::template store<S>(buffer, sum == 0 ? typename S::vf{} : S::load(o + c) / divisor);
+            const int64_t left = args.head_dim_v - c, count = left < W ? left : int64_t{W};
+            if (args.out.stride_channel == 1)
+                S::copy(buffer, count, to + c);
+            else
+                for (int64_t i = 0; i < count; ++i)
+                    to[(c + i) * args.out.stride_channel] = buffer[i];
+        }
+    });
     store_lse(args, scoring, batch, head, row, maximum, sum);
 }
 
@@ -266,7 +273,6 @@ inline void write_row(const ForwardArgs& args, int64_t batch, int64_t head, int6
 template <class S, class U>
 struct DecodeHead {
     using storage = typename U::storage;
-    using T = typename U::type;
 
     const ForwardArgs& args;
     const Sequence& sequence;
@@ -286,28 +292,37 @@ struct DecodeHead {
             state[r] = {scoring_of(args, batch, head), -__builtin_inff(), head, query};
             const storage* row = query_row<const storage>(args.query, sequence, head, query);
             int64_t stride = args.query.stride_channel;
-            storage rotated[max_head_dim];
+            alignas(float) storage rotated[max_head_dim * (U::any ? sizeof(float) : 1)];
             if (args.rotary.element != ElementType::none) {
-                rotate_row<S, T>(args.rotary, row, stride, args.head_dim,
-                                 position_of(args, sequence, query), rotated);
+                rotate_row_of<S, U>(args.types.query, args.rotary, row, stride, args.head_dim,
+                                    position_of(args, sequence, query), rotated);
                 row = rotated;
                 stride = 1;
             }
-            for (int64_t u = 0; u < at.depth; u += W)
-                S::store(memory + at.query + r * at.depth + u,
-                         row_units<S, U>(row, stride, u, args.head_dim));
-            for (int64_t u = 0; u < at.depth_qv; u += W)
-                S::store(memory + at.qv + r * at.depth_qv + u,
-                         row_units<S, U>(query_row<const storage>(args.qv, sequence, head, query),
-                                         args.qv.stride_channel, u, args.head_dim_v));
+            load_units(row, stride, args.head_dim, at.depth, memory + at.query + r * at.depth);
+            if (args.qv.data)
+                load_units(query_row<const storage>(args.qv, sequence, head, query),
+                           args.qv.stride_channel, args.head_dim_v, at.depth_qv,
+                           memory + at.qv + r * at.depth_qv);
             for (int64_t c = 0; c < at.channels; ++c) memory[at.out + r * at.channels + c] = 0;
             for (int i = 0; i < W; ++i) memory[at.sum + r * W + i] = 0;
         }
     }
 
+    /// A row of Q or QV as `depth` units.
+    void load_units(const storage* row, int64_t stride, int64_t channels, int64_t depth,
+                    float* to) const {
+        with_units<S, U>(args.types.query, [&](auto units) {
+            using Own = decltype(units);
+            const auto* from = reinterpret_cast<const typename Own::storage*>(row);
+            for (int64_t u = 0; u < depth; u += S::W)
+                S::store(to + u, row_units<S, Own>(from, stride, u, channels));
+        });
+    }
+
     /// Rows of the tile [k0, k0 + keys), and of the next one: `ahead` of its keys are read.
     void find(const Rows& where, int64_t k0, int64_t keys, int64_t next, int64_t ahead,
-              TileRows<storage>& rows) const {
+              TileRows& rows) const {
         if (!sequence.pages) {
             const storage* row = key_row<const storage>(where, sequence, 1, head_kv, k0);
             const int64_t distance = (next - k0) * where.stride_row;
@@ -328,7 +343,7 @@ struct DecodeHead {
     /// Adds the keys [first, first + keys), a tile or the rest of one. The next tile begins at
     /// `next`, and `ahead` of its keys are read.
     void process_tile(int64_t first, int64_t keys, int64_t next, int64_t ahead) {
-        DecodeTile<storage> tile;
+        DecodeTile tile;
         tile.first = first;
         tile.keys = keys;
         tile.key_layout = args.key;
@@ -343,18 +358,20 @@ struct DecodeHead {
             }
     }
 
-    void rotate_keys(DecodeTile<storage>& tile) {
+    void rotate_keys(DecodeTile& tile) {
         storage* rotated = reinterpret_cast<storage*>(scores + decode_rows * decode_tile);
-        for (int64_t k = 0; k < tile.keys; ++k, rotated += args.head_dim) {
-            rotate_row<S, T>(args.rotary, tile.key.now[k], tile.key_layout.stride_channel,
-                             args.head_dim, tile.first + k, rotated);
+        const int64_t size = extent<U>(args.types.key, args.head_dim);
+        for (int64_t k = 0; k < tile.keys; ++k, rotated += size) {
+            rotate_row_of<S, U>(
+                args.types.key, args.rotary, static_cast<const storage*>(tile.key.now[k]),
+                tile.key_layout.stride_channel, args.head_dim, tile.first + k, rotated);
             tile.key.now[k] = rotated;
         }
         tile.key_layout.stride_channel = 1;
     }
 
     template <int R>
-    void process_rows(int64_t r0, const DecodeTile<storage>& tile) {
+    void process_rows(int64_t r0, const DecodeTile& tile) {
         float alpha[R];
         score_tile<R>(r0, tile);
         const bool hides = softmax_tile<R>(r0, tile, alpha);
@@ -365,18 +382,25 @@ struct DecodeHead {
     static bool prefetches(int64_t r0) { return r0 == 0; }
 
     template <int R>
-    void score_tile(int64_t r0, const DecodeTile<storage>& tile) {
-        decode_scores<S, U, R>(tile.key, tile.key_layout, tile.keys, prefetches(r0), args.head_dim,
-                               memory + at.query + r0 * at.depth, at.depth, false, scores);
-        if (args.qv.data)  // accumulate_tile() prefetches the next tile's values
-            decode_scores<S, U, R>(tile.value, args.value, tile.keys, false, args.head_dim_v,
-                                   memory + at.qv + r0 * at.depth_qv, at.depth_qv, true, scores);
+    void score_tile(int64_t r0, const DecodeTile& tile) {
+        with_units<S, U>(args.types.key, [&](auto units) {
+            decode_scores<S, decltype(units), R>(
+                tile.key, tile.key_layout, tile.keys, prefetches(r0), args.head_dim,
+                memory + at.query + r0 * at.depth, at.depth, false, scores);
+        });
+        if (!args.qv.data) return;
+        with_units<S, U>(args.types.value, [&](auto units) {
+            // accumulate_tile() prefetches the next tile's values
+            decode_scores<S, decltype(units), R>(tile.value, args.value, tile.keys, false,
+                                                 args.head_dim_v, memory + at.qv + r0 * at.depth_qv,
+                                                 at.depth_qv, true, scores);
+        });
     }
 
     /// Scores -> probabilities, maxima and sums; then dropout. `alpha`: the factor for each row's
     /// O. Returns whether some row may have a score of -inf for a key that it sees.
     template <int R>
-    bool softmax_tile(int64_t r0, const DecodeTile<storage>& tile, float (&alpha)[R]) {
+    bool softmax_tile(int64_t r0, const DecodeTile& tile, float (&alpha)[R]) {
         bool hides = false;
         for (int r = 0; r < R; ++r) {
             DecodeRow& row = rows_state()[r0 + r];
@@ -402,8 +426,7 @@ struct DecodeHead {
 
     /// O = O * alpha + P V. `hides`: a key that all rows see may have the weight of a hidden one.
     template <int R>
-    void accumulate_tile(int64_t r0, const DecodeTile<storage>& tile, const float (&alpha)[R],
-                         bool hides) {
+    void accumulate_tile(int64_t r0, const DecodeTile& tile, const float (&alpha)[R], bool hides) {
         const int64_t Dv = args.head_dim_v;
         const DecodeRow* row = rows_state() + r0;
         int64_t first = row[0].query, last = first;
@@ -417,14 +440,17 @@ struct DecodeHead {
         hides = hides || args.mask.element != ElementType::none || some.begin < all.begin ||
                 some.end > all.end;
         float* out = memory + at.out + r0 * at.channels;
-        if (!hides || rows_finite<S, T>(tile.value, args.value, some.begin, some.end, Dv))
-            decode_values<S, T, R, false>(tile.value, args.value, some.begin, some.end,
-                                          prefetches(r0), Dv, scores, alpha, out, at.channels);
-        else
-            for (int r = 0; r < R; ++r)
-                decode_values<S, T, 1, true>(tile.value, args.value, some.begin, some.end, false,
-                                             Dv, scores + r * decode_tile, alpha + r,
-                                             out + r * at.channels, at.channels);
+        with_units<S, U>(args.types.value, [&](auto units) {
+            using T = typename decltype(units)::type;
+            if (!hides || rows_finite<S, T>(tile.value, args.value, some.begin, some.end, Dv))
+                decode_values<S, T, R, false>(tile.value, args.value, some.begin, some.end,
+                                              prefetches(r0), Dv, scores, alpha, out, at.channels);
+            else
+                for (int r = 0; r < R; ++r)
+                    decode_values<S, T, 1, true>(tile.value, args.value, some.begin, some.end,
+                                                 false, Dv, scores + r * decode_tile, alpha + r,
+                                                 out + r * at.channels, at.channels);
+        });
     }
 
     /// Writes the result, or, when `part` is not null, each row's O undivided, its maximum and its
@@ -436,7 +462,7 @@ struct DecodeHead {
             float total = 0;
             for (int i = 0; i < S::W; ++i) total += sum[i];
             if (!part) {
-                write_row<S, T>(args, batch, state.head, state.query, o, state.maximum, total);
+                write_row<S, U>(args, batch, state.head, state.query, o, state.maximum, total);
                 continue;
             }
             float* to = part + r * (at.channels + 2);
@@ -483,7 +509,7 @@ void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int
 }
 
 /// Merges the parts of one row, in order. `stride`: floats from one part of the row to the next.
-template <class S, class T>
+template <class S, class U>
 void decode_merge(const ForwardArgs& args, int64_t batch, int64_t head, int64_t row,
                   const float* part, int64_t stride, int64_t parts, float* memory) {
     using vf = typename S::vf;
@@ -512,7 +538,7 @@ void decode_merge(const ForwardArgs& args, int64_t batch, int64_t head, int64_t 
             S::store(memory + c, S::load(memory + c) + S::load(from + c) * weight);
         total += from[channels + 1] * weight;
     }
-    write_row<S, T>(args, batch, head, row, memory, maximum, total);
+    write_row<S, U>(args, batch, head, row, memory, maximum, total);
 }
 
 template <class S, class U>

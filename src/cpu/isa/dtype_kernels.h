@@ -1,4 +1,4 @@
-// The kernels of one element type, for the tables of the kernel files.
+// The kernels of one element type, and of several, for the tables of the kernel files.
 #pragma once
 
 #include "cpu/isa/append.h"
@@ -14,10 +14,17 @@ namespace {
 template <class S, class U>
 constexpr DtypeKernels dtype_kernels{
     {forward_block<S, U>, forward_scratch_floats<S, U>},
-    {decode_keys<S, U>, decode_merge<S, typename U::type>, decode_scratch_floats<S, U>,
-     decode_row_floats<S>},
+    {decode_keys<S, U>, decode_merge<S, U>, decode_scratch_floats<S, U>, decode_row_floats<S>},
     append_row<S, typename U::type>,
     {combine_add<S, typename U::type>, combine_store<S, typename U::type>}};
+
+template <class S>
+constexpr DtypeKernels mixed_kernels{
+    {forward_block<S, AnyUnits<S>>, forward_scratch_floats<S, AnyUnits<S>>},
+    {decode_keys<S, AnyUnits<S>>, decode_merge<S, AnyUnits<S>>,
+     decode_scratch_floats<S, AnyUnits<S>>, decode_row_floats<S>},
+    append_any<S>,
+    {}};
 
 }  // namespace
 }  // namespace umfa::cpu

@@ -156,18 +156,23 @@ inline void score_panel(const Scoring& scoring, const float* key, const float* q
 /// Prefetches share `part` of `parts` of the rows that a block reads first: its queries and its
 /// first tile of keys and values. Without it, waiting for them took a tenth of the time with 512
 /// keys. Always inlined: see prefetch_row().
-template <class storage>
+template <class U>
 UMFA_INLINE void prefetch_block(const ForwardArgs& args, const Block& block, int64_t part,
                                 int64_t parts) {
+    using storage = typename U::storage;
     const Sequence& sequence = args.sequences[block.sequence];
+    const int64_t channels_q = extent<U>(args.types.query, args.head_dim),
+                  channels_qv = extent<U>(args.types.query, args.head_dim_v),
+                  channels_k = extent<U>(args.types.key, args.head_dim),
+                  channels_v = extent<U>(args.types.value, args.head_dim_v);
     const int64_t rest = sequence.seqlen_q - block.first;
     const int64_t queries = rest < args.block_q ? rest : args.block_q;
     for (int64_t i = queries * part / parts; i < queries * (part + 1) / parts; ++i) {
         prefetch_row(query_row<const storage>(args.query, sequence, block.head, block.first + i),
-                     args.query, args.head_dim);
+                     args.query, channels_q);
         if (args.qv.data)
             prefetch_row(query_row<const storage>(args.qv, sequence, block.head, block.first + i),
-                         args.qv, args.head_dim_v);
+                         args.qv, channels_qv);
     }
     const int64_t first =
         next_tile(sequence.visible, block.first, block.first + queries - 1, int64_t{0}, block_kv);
@@ -175,9 +180,9 @@ UMFA_INLINE void prefetch_block(const ForwardArgs& args, const Block& block, int
     for (int64_t k = first + keys * part / parts; k < first + keys * (part + 1) / parts; ++k) {
         const int64_t head = block.head / args.group;
         prefetch_row(key_row<const storage>(args.key, sequence, args.page_size, head, k), args.key,
-                     args.head_dim);
+                     channels_k);
         prefetch_row(key_row<const storage>(args.value, sequence, args.page_size, head, k),
-                     args.value, args.head_dim_v);
+                     args.value, channels_v);
     }
 }
 
@@ -194,7 +199,7 @@ struct KeyGroups {
 template <class S, class U>
 struct ForwardBlock {
     using storage = typename U::storage;
-    using T = typename U::type;
+    using P = typename U::product;
     static constexpr int W = S::W, E = U::E;
     static constexpr int64_t N = S::nv * S::W;  // queries of a panel
 
@@ -241,6 +246,16 @@ struct ForwardBlock {
     /// `rows` or less, where the last group of S::mr is not whole.
     static int64_t height(int64_t rows) { return rows < S::mr ? rows : S::mr; }
 
+    /// pack_transposed() of rows of that type.
+    static void pack(ElementType type, const storage* const* rows, int64_t count,
+                     int64_t stride_channel, int64_t height, int64_t pitch, int64_t channels,
+                     float* dst) {
+        with_units<S, U>(type, [&](auto units) {
+            pack_transposed<S, decltype(units)>(rows, count, stride_channel, height, pitch,
+                                                channels, dst);
+        });
+    }
+
     /// Packs Q, rotated with rotary on, and starts each row. Lanes past the last query hold zeros
     /// and are never stored.
     void load_queries() {
@@ -250,12 +265,12 @@ struct ForwardBlock {
                 rows[r] = query_row<const storage>(args.query, sequence, head, q_begin + i + r);
             const int64_t stride = rotate_queries(i, rows);
             float* query = query_of(i / N) + i % N;
-            pack_transposed<S, U>(rows, q_end - q_begin - i, stride, W, N, args.head_dim, query);
+            pack(args.types.query, rows, q_end - q_begin - i, stride, W, N, args.head_dim, query);
             if (!args.qv.data) continue;  // else more channels of the same product
             for (int r = 0; r < W; ++r)
                 rows[r] = query_row<const storage>(args.qv, sequence, head, q_begin + i + r);
-            pack_transposed<S, U>(rows, q_end - q_begin - i, args.qv.stride_channel, W, N,
-                                  args.head_dim_v, query + at.key_depth * N);
+            pack(args.types.query, rows, q_end - q_begin - i, args.qv.stride_channel, W, N,
+                 args.head_dim_v, query + at.key_depth * N);
         }
         for (int64_t p = 0; p < panels; ++p) start(panel[p]);
     }
@@ -265,9 +280,11 @@ struct ForwardBlock {
     int64_t rotate_queries(int64_t i, const storage* (&rows)[W]) {
         if (args.rotary.element == ElementType::none) return args.query.stride_channel;
         storage* rotated = reinterpret_cast<storage*>(memory + at.key);
-        for (int r = 0; r < W && q_begin + i + r < q_end; ++r, rotated += args.head_dim) {
-            rotate_row<S, T>(args.rotary, rows[r], args.query.stride_channel, args.head_dim,
-                             position_of(args, sequence, q_begin + i + r), rotated);
+        const int64_t size = extent<U>(args.types.query, args.head_dim);
+        for (int r = 0; r < W && q_begin + i + r < q_end; ++r, rotated += size) {
+            rotate_row_of<S, U>(args.types.query, args.rotary, rows[r], args.query.stride_channel,
+                                args.head_dim, position_of(args, sequence, q_begin + i + r),
+                                rotated);
             rows[r] = rotated;
         }
         return 1;
@@ -287,23 +304,26 @@ struct ForwardBlock {
         for (int64_t k = 0; k < padded; k += S::mr) {
             const int64_t rows = height(padded - k);
             float* group = memory + at.key + k * at.depth;
-            pack_transposed<S, U>(k_rows + k, keys - k, key_stride, rows, rows, args.head_dim,
-                                  group);
+            pack(args.types.key, k_rows + k, keys - k, key_stride, rows, rows, args.head_dim,
+                 group);
             if (args.qv.data)
-                pack_transposed<S, U>(v_rows + k, keys - k, value_stride, rows, rows,
-                                      args.head_dim_v, group + at.key_depth * rows);
+                pack(args.types.value, v_rows + k, keys - k, value_stride, rows, rows,
+                     args.head_dim_v, group + at.key_depth * rows);
         }
-        values = pack_values<S, U>(v_rows, keys, value_stride, args.head_dim_v, at.value_pitch,
-                                   memory + at.value);
+        with_units<S, U>(args.types.value, [&](auto units) {
+            values = pack_values<S, decltype(units)>(v_rows, keys, value_stride, args.head_dim_v,
+                                                     at.value_pitch, memory + at.value);
+        });
     }
 
     /// Rotates the tile's keys where rotary says so. Returns their stride between channels.
     int64_t rotate_keys() {
         if (!args.rotary.keys) return args.key.stride_channel;
         storage* rotated = reinterpret_cast<storage*>(memory + at.rotated);
-        for (int64_t k = 0; k < keys; ++k, rotated += args.head_dim) {
-            rotate_row<S, T>(args.rotary, k_rows[k], args.key.stride_channel, args.head_dim,
-                             tile + k, rotated);
+        const int64_t size = extent<U>(args.types.key, args.head_dim);
+        for (int64_t k = 0; k < keys; ++k, rotated += size) {
+            rotate_row_of<S, U>(args.types.key, args.rotary, k_rows[k], args.key.stride_channel,
+                                args.head_dim, tile + k, rotated);
             k_rows[k] = rotated;
         }
         return 1;
@@ -316,15 +336,16 @@ struct ForwardBlock {
             const int64_t rows = q_end - q_begin;
             for (int64_t i = rows * p / panels; i < rows * (p + 1) / panels; ++i)
                 prefetch_row(query_row<const storage>(args.out, sequence, head, q_begin + i),
-                             args.out, args.head_dim_v);
-            if (next_block) prefetch_block<storage>(args, *next_block, p, panels);
+                             args.out, extent<U>(args.types.out, args.head_dim_v));
+            if (next_block) prefetch_block<U>(args, *next_block, p, panels);
             return;
         }
         const int64_t count =
             seen_by_some(sequence.visible, q_begin, q_end - 1, next, block_kv).end;
         for (int64_t k = next + count * p / panels; k < next + count * (p + 1) / panels; ++k) {
-            prefetch_row(row_of(args.key, k), args.key, args.head_dim);
-            prefetch_row(row_of(args.value, k), args.value, args.head_dim_v);
+            prefetch_row(row_of(args.key, k), args.key, extent<U>(args.types.key, args.head_dim));
+            prefetch_row(row_of(args.value, k), args.value,
+                         extent<U>(args.types.value, args.head_dim_v));
         }
     }
 
@@ -364,8 +385,8 @@ struct ForwardBlock {
         const int64_t row = q_begin + p * N;
         set_visible_rows(sequence.visible, row, tile, keys, panel[p].visible);
         for (int64_t j = 0; j < N; ++j) panel[p].tile_maximum[j] = -__builtin_inff();
-        (scoring.plain ? score_panel<S, U, true>
-                       : score_panel<S, U, false>)(scoring, memory + at.key, query_of(p), at.depth,
+        (scoring.plain ? score_panel<S, P, true>
+                       : score_panel<S, P, false>)(scoring, memory + at.key, query_of(p), at.depth,
                                                    groups.first, groups.last, groups.all.begin,
                                                    groups.all.end, diagonal_of(sequence, row, tile),
                                                    bias, memory + at.scores, panel[p]);
@@ -374,12 +395,12 @@ struct ForwardBlock {
     /// Scores -> probabilities, maxima and sums of panel p; then dropout.
     void softmax_tile(int64_t p, const KeyGroups& groups) {
         float* probabilities = memory + at.probabilities;
-        (scoring.plain ? exponentials<S, U, true>
-                       : exponentials<S, U, false>)(scoring, groups.first, groups.open_first,
+        (scoring.plain ? exponentials<S, P, true>
+                       : exponentials<S, P, false>)(scoring, groups.first, groups.open_first,
                                                     groups.open_last, groups.last,
                                                     memory + at.scores, probabilities, panel[p]);
         if (args.dropout.threshold)
-            drop_panel<S, U>(args.dropout, batch, head, q_begin + p * N, tile, groups.first,
+            drop_panel<S, P>(args.dropout, batch, head, q_begin + p * N, tile, groups.first,
                              groups.last, probabilities);
     }
 
@@ -391,12 +412,12 @@ struct ForwardBlock {
         const float *value = memory + at.value, *probabilities = memory + at.probabilities;
         float* out = out_of(p);
         if (!values.finite)
-            accumulate_guarded<S, U>(Dv, value, at.value_pitch, probabilities, first, last,
+            accumulate_guarded<S, P>(Dv, value, at.value_pitch, probabilities, first, last,
                                      panel[p], out);
         else
             for (int64_t c = 0; c < at.channels; c += S::mr)
                 with_height<S>(height(at.channels - c), [&](auto rows) {
-                    accumulate<S, U, decltype(rows)::value>(
+                    accumulate<S, P, decltype(rows)::value>(
                         value + first * at.value_pitch + c, at.value_pitch,
                         probabilities + first * N, last - first, panel[p], out + c * N);
                 });
@@ -417,10 +438,17 @@ struct ForwardBlock {
             store_lse(args, scoring, batch, head, q_begin + i, maximum, sum);
             sum *= args.dropout.kept;
         }
-        for (int64_t i = 0; i < rows; i += W)
-            store_transposed<S, T>(
-                out_of(i / N) + i % N, N, panel[i / N].sum + i % N, rows - i, args.head_dim_v,
-                query_row<storage>(args.out, sequence, head, q_begin + i), args.out);
+        with_units<S, U>(args.types.out, [&](auto units) {
+            using T = typename decltype(units)::type;
+            Rows layout = args.out;
+            if (U::any) layout.stride_row /= int64_t{sizeof(typename T::storage)};
+            for (int64_t i = 0; i < rows; i += W)
+                store_transposed<S, T>(out_of(i / N) + i % N, N, panel[i / N].sum + i % N, rows - i,
+                                       args.head_dim_v,
+                                       reinterpret_cast<typename T::storage*>(query_row<storage>(
+                                           args.out, sequence, head, q_begin + i)),
+                                       layout);
+        });
     }
 };
 

@@ -64,7 +64,13 @@ struct Dropout {
     int64_t batch_first, batch_step;
 };
 
+/// Element types of the tensors, for kernels that read any (DtypeKernels `mixed`).
+struct Types {
+    ElementType query, key, value, out, new_key, new_value;
+};
+
 struct ForwardArgs {
+    // For the `mixed` kernels, strides count bytes, but those between channels.
     Rows query, key, value, out;
     Rows qv;                    // qv.value is added to query.key; data is null when there is none
     Rows lse;                   // data is null when not asked for
@@ -75,6 +81,7 @@ struct ForwardArgs {
     Mask mask;
     Rotary rotary;
     Append append;
+    Types types;
     Dropout dropout;
     float score_scale;      // multiplies q.k; holds log2(e) unless softcap is on
     float score_scale_low;  // what rounding score_scale to float left over
@@ -139,6 +146,7 @@ struct Kernels {
     const Kernels* base;  // has the kernels that are null here
     int lanes;            // queries that one panel holds
     DtypeKernels f32, f16, bf16;
+    DtypeKernels mixed;  // of any types together, with float32 arithmetic; does not combine
 };
 
 extern const Kernels portable_kernels;

@@ -48,6 +48,7 @@ private:
 
 constinit const Kernels neon_bf16_kernels{
     "neon_bf16", &neon_kernels, Simd::nv * Simd::W, {}, {}, dtype_kernels<Simd, Bf16Units<Simd>>,
+    {},
 };
 
 }  // namespace umfa::cpu

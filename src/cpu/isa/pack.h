@@ -16,10 +16,6 @@ inline void gather(const Element* src, int64_t stride, int64_t n, Element* dst, 
     for (int64_t i = 0; i < size; ++i) dst[i] = i < n ? src[i * stride] : Element{};
 }
 
-inline int64_t size_of(ElementType element) {
-    return element == ElementType::boolean ? 1 : element == ElementType::f32 ? 4 : 2;
-}
-
 /// W numbers from `at` on, `stride` apart; those past `count` are 0.
 template <class S>
 inline typename S::vf numbers(ElementType element, const char* at, int64_t stride, int64_t count) {
@@ -52,11 +48,10 @@ inline typename S::vf row_units(const typename U::storage* row, int64_t stride, 
 }
 
 /// Transposes `count` rows (at most `height`): dst[unit * pitch + row], zeros for missing rows.
-/// Up to W floats after the panel may be overwritten.
-template <class S, class U>
-inline void pack_transposed(const typename U::storage* const* rows, int64_t count,
-                            int64_t stride_channel, int64_t height, int64_t pitch, int64_t channels,
-                            float* dst) {
+/// Up to W floats after the panel may be overwritten. The rows are of U::storage, whatever `Row` is.
+template <class S, class U, class Row>
+inline void pack_transposed(const Row* const* rows, int64_t count, int64_t stride_channel,
+                            int64_t height, int64_t pitch, int64_t channels, float* dst) {
     using vf = typename S::vf;
     constexpr int W = S::W;
     const int64_t units = (channels + U::E - 1) / U::E;
@@ -64,8 +59,11 @@ inline void pack_transposed(const typename U::storage* const* rows, int64_t coun
         for (int64_t r0 = 0; r0 < height; r0 += W) {
             vf x[W];
             for (int r = 0; r < W; ++r)
-                x[r] = r0 + r < count ? row_units<S, U>(rows[r0 + r], stride_channel, u, channels)
-                                      : vf{};
+                x[r] = r0 + r < count
+                           ? row_units<S, U>(
+                                 reinterpret_cast<const typename U::storage*>(rows[r0 + r]),
+                                 stride_channel, u, channels)
+                           : vf{};
             S::transpose(x);
             // Where pitch < W each store runs into the next unit's place, which is written later.
             const int64_t left = units - u < W ? units - u : W;
@@ -83,11 +81,11 @@ struct PackedValues {
     bool finite;  // no inf and no NaN
 };
 
-/// dst[unit * pitch + channel] for a tile of V; up to W floats after each row may be written.
-template <class S, class U>
-inline PackedValues pack_values(const typename U::storage* const* rows, int64_t count,
-                                int64_t stride_channel, int64_t channels, int64_t pitch,
-                                float* dst) {
+/// dst[unit * pitch + channel] for a tile of V; up to W floats after each row may be written. The
+/// rows are of U::storage, whatever `Row` is.
+template <class S, class U, class Row>
+inline PackedValues pack_values(const Row* const* rows, int64_t count, int64_t stride_channel,
+                                int64_t channels, int64_t pitch, float* dst) {
     using storage = typename U::storage;
     constexpr int W = S::W;
     const storage nothing[W] = {};
@@ -100,8 +98,11 @@ inline PackedValues pack_values(const typename U::storage* const* rows, int64_t 
     };
     for (int64_t k = 0; k < count; k += U::E, dst += pitch) {
         int64_t c = 0;
+        const storage* own[U::E];
+        for (int e = 0; e < U::E; ++e)
+            own[e] = k + e < count ? reinterpret_cast<const storage*>(rows[k + e]) : nothing;
         if (stride_channel == 1 && k + U::E <= count)
-            for (; c + W <= channels; c += W) put(dst + c, U::from_rows(rows + k, c));
+            for (; c + W <= channels; c += W) put(dst + c, U::from_rows(own, c));
         for (; c < channels; c += W) {  // the tail, strided rows, and the last odd one
             const int64_t left = channels - c < W ? channels - c : int64_t{W};
             storage buffer[U::E][W];
@@ -109,7 +110,7 @@ inline PackedValues pack_values(const typename U::storage* const* rows, int64_t 
             for (int e = 0; e < U::E; ++e) {
                 part[e] = k + e < count ? buffer[e] : nothing;
                 if (k + e < count)
-                    gather<S>(rows[k + e] + c * stride_channel, stride_channel, left, buffer[e], W);
+                    gather<S>(own[e] + c * stride_channel, stride_channel, left, buffer[e], W);
             }
             put(dst + c, U::from_rows(part, 0));
         }

@@ -18,6 +18,7 @@ constinit const Kernels portable_kernels{
     dtype_kernels<Simd, FloatUnits<Simd, F32>>,
     dtype_kernels<Simd, FloatUnits<Simd, F16>>,
     dtype_kernels<Simd, FloatUnits<Simd, BF16>>,
+    mixed_kernels<Simd>,
 };
 
 }  // namespace umfa::cpu

@@ -7,15 +7,12 @@
 namespace umfa::cpu {
 namespace {
 
-/// dst[0, channels) from a row at `position`; channels past rotary.channels are copied.
-template <class S, class T>
-inline void rotate_row(const Rotary& rotary, const typename T::storage* row, int64_t stride,
-                       int64_t channels, int64_t position, typename T::storage* dst) {
-    constexpr int W = S::W, most = max_head_dim + W;
-    float x[most], cos[most / 2 + W], sin[most / 2 + W], y[most];
+/// Rotates the row x, which stands at `position`.
+template <class S>
+inline void rotate(const Rotary& rotary, int64_t position, float* x) {
+    constexpr int W = S::W, most = max_head_dim / 2 + W;
+    float cos[most], sin[most];
     const int64_t half = rotary.channels / 2;
-    for (int64_t c = 0; c < channels; c += W)
-        S::store(x + c, row_units<S, FloatUnits<S, T>>(row, stride, c, channels));
     const auto table = [&](const void* data, int64_t stride_position, int64_t stride_channel,
                            float* to) {
         const char* from =
@@ -27,18 +24,41 @@ inline void rotate_row(const Rotary& rotary, const typename T::storage* row, int
     };
     table(rotary.cos, rotary.cos_stride_position, rotary.cos_stride_channel, cos);
     table(rotary.sin, rotary.sin_stride_position, rotary.sin_stride_channel, sin);
-    for (int64_t c = 0; c < channels; ++c) y[c] = x[c];
     for (int64_t i = 0; i < half; ++i) {
         const int64_t a = rotary.interleaved ? 2 * i : i, b = rotary.interleaved ? a + 1 : i + half;
-        y[a] = x[a] * cos[i] - x[b] * sin[i];
-        y[b] = x[a] * sin[i] + x[b] * cos[i];
+        const float first = x[a], second = x[b];
+        x[a] = first * cos[i] - second * sin[i];
+        x[b] = first * sin[i] + second * cos[i];
     }
+}
+
+/// dst[0, channels) from a row at `position`, rounded to the row's type.
+template <class S, class T>
+inline void rotate_row(const Rotary& rotary, const typename T::storage* row, int64_t stride,
+                       int64_t channels, int64_t position, typename T::storage* dst) {
+    constexpr int W = S::W;
+    float x[max_head_dim + W];
+    for (int64_t c = 0; c < channels; c += W)
+        S::store(x + c, row_units<S, FloatUnits<S, T>>(row, stride, c, channels));
+    rotate<S>(rotary, position, x);
     int64_t c = 0;
-    for (; c + W <= channels; c += W) T::template store<S>(dst + c, S::load(y + c));
+    for (; c + W <= channels; c += W) T::template store<S>(dst + c, S::load(x + c));
     if (c == channels) return;
     typename T::storage tail[W];
-    T::template store<S>(tail, S::load(y + c));
+    T::template store<S>(tail, S::load(x + c));
     for (int64_t i = 0; c + i < channels; ++i) dst[c + i] = tail[i];
+}
+
+/// The same of a row of that type.
+template <class S, class U>
+inline void rotate_row_of(ElementType type, const Rotary& rotary, const typename U::storage* row,
+                          int64_t stride, int64_t channels, int64_t position,
+                          typename U::storage* dst) {
+    with_units<S, U>(type, [&](auto units) {
+        using T = typename decltype(units)::type;
+        rotate_row<S, T>(rotary, reinterpret_cast<const typename T::storage*>(row), stride,
+                         channels, position, reinterpret_cast<typename T::storage*>(dst));
+    });
 }
 
 }  // namespace

@@ -67,6 +67,10 @@ const DtypeKernels& kernels_for(const Kernels& set, DType dtype) {
     return own.forward.run ? own : kernels_for(*set.base, dtype);
 }
 
+const DtypeKernels& mixed_kernels(const Kernels& set) {
+    return set.mixed.forward.run ? set.mixed : mixed_kernels(*set.base);
+}
+
 std::string isa_in_use() { return kernels().name; }
 
 std::vector<std::pair<std::string, bool>> isa_list() {

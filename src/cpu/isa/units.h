@@ -4,6 +4,7 @@
 // `E` elements make a unit; `fma(acc, a, b)` adds the product of all E pairs to each lane.
 #pragma once
 
+#include "cpu/isa/kernels.h"
 #include "cpu/isa/simd.h"
 
 namespace umfa::cpu {
@@ -14,7 +15,9 @@ template <class S, class T>
 struct FloatUnits {
     using type = T;
     using storage = typename T::storage;
+    using product = FloatUnits;
     static constexpr int E = 1;
+    static constexpr bool any = false;
     static constexpr bool flushes = false;  // subnormal numbers
     using vf = typename S::vf;
     using vi = typename S::vi;
@@ -48,7 +51,9 @@ template <class S>
 struct Bf16Units {
     using type = BF16;
     using storage = uint16_t;
+    using product = Bf16Units;
     static constexpr int E = 2;
+    static constexpr bool any = false;
     static constexpr bool flushes = true;
     static constexpr uint16_t tiny = (127 - 100) << 7;  // 2**-100
     using vf = typename S::vf;
@@ -78,6 +83,41 @@ struct Bf16Units {
         return (vf)((vi)p & ~((dropped[0] & 0x7fff) | (dropped[1] & 0x7fff0000)));
     }
 };
+
+/// Floats, read from types that the arguments of a call say (ForwardArgs::types).
+struct Any {
+    using storage = char;  // rows begin at bytes
+};
+template <class S>
+struct AnyUnits : FloatUnits<S, F32> {
+    using type = Any;
+    using storage = char;
+    using product = FloatUnits<S, F32>;  // what the micro-kernels see
+    static constexpr bool any = true;
+};
+
+/// f(units) with U, or of AnyUnits with those of the type.
+template <class S, class U, class F>
+UMFA_INLINE void with_units(ElementType type, F&& f) {
+    if constexpr (!U::any)
+        f(U{});
+    else if (type == ElementType::f16)
+        f(FloatUnits<S, F16>{});
+    else if (type == ElementType::bf16)
+        f(FloatUnits<S, BF16>{});
+    else
+        f(FloatUnits<S, F32>{});
+}
+
+inline int64_t size_of(ElementType element) {
+    return element == ElementType::boolean ? 1 : element == ElementType::f32 ? 4 : 2;
+}
+
+/// So many elements, counted in U::storage.
+template <class U>
+inline int64_t extent(ElementType type, int64_t elements) {
+    return U::any ? elements * size_of(type) : elements;
+}
 
 }  // namespace
 }  // namespace umfa::cpu

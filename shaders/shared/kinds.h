@@ -1,0 +1,54 @@
+// What the tensors of a kernel hold: the kernel's own type T, or in kernels of float any of the three
+// types. `kind` is a constant that says which (constants.h), so one branch of each function is left.
+#pragma once
+
+#include <metal_stdlib>
+
+#include "shared/constants.h"
+
+using namespace metal;
+
+namespace umfa {
+
+/// The 16-bit types that a kernel of T reads; T itself where it reads no other.
+template <typename T>
+struct Narrow {
+    using Half = T;
+    using Bfloat = T;
+};
+template <>
+struct Narrow<float> {
+    using Half = half;
+    using Bfloat = bfloat;
+};
+
+/// So many elements further. By pointers of the elements' type: from bytes, the compiler makes other
+/// code of the addresses in loops.
+template <typename T>
+inline device const uchar* moved(device const uchar* from, int kind, int64_t elements) {
+    if (kind == UMFA_MASK_NONE)
+        return reinterpret_cast<device const uchar*>(reinterpret_cast<device const T*>(from) +
+                                                     elements);
+    return reinterpret_cast<device const uchar*>(reinterpret_cast<device const ushort*>(from) +
+                                                 elements);
+}
+template <typename T>
+inline device uchar* moved(device uchar* from, int kind, int64_t elements) {
+    if (kind == UMFA_MASK_NONE)
+        return reinterpret_cast<device uchar*>(reinterpret_cast<device T*>(from) + elements);
+    return reinterpret_cast<device uchar*>(reinterpret_cast<device ushort*>(from) + elements);
+}
+
+/// Writes x, rounded, as element `index`.
+template <typename T, typename X>
+inline void store_any(device uchar* to, int kind, int64_t index, X x) {
+    if (kind == UMFA_MASK_F16)
+        reinterpret_cast<device typename Narrow<T>::Half*>(to)[index] = typename Narrow<T>::Half(x);
+    else if (kind == UMFA_MASK_BF16)
+        reinterpret_cast<device typename Narrow<T>::Bfloat*>(to)[index] =
+            typename Narrow<T>::Bfloat(x);
+    else
+        reinterpret_cast<device T*>(to)[index] = T(x);
+}
+
+}  // namespace umfa
