@@ -5,6 +5,7 @@ Only the standard library: this module is read both where bundles are built and 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -21,6 +22,9 @@ class Case:
     head_dim: int = 64
     head_dim_v: int = 0  # 0: as head_dim
     dtype: str = "float16"
+    key_dtype: str = ""  # "": as dtype; likewise of the others
+    value_dtype: str = ""
+    out_dtype: str = ""
     layout: str = "bshd"  # see placement.py
     causal: str = ""  # "lower_right" or "upper_left"
     window: tuple[int, int] = (-1, -1)
@@ -83,6 +87,11 @@ class Case:
             parts.append(f.name if value is True else f"{f.name}_{value}")
         return "-".join(parts)
 
+    def dtype_of(self, tensor: str) -> str:
+        """Of "key", "value" or "out"; of others it is `dtype`."""
+        own: str = getattr(self, f"{tensor}_dtype", "")
+        return own or self.dtype
+
     @property
     def small(self) -> bool:
         """Whether the sanitizers, which slow a kernel down hundredfold, may have it."""
@@ -132,6 +141,17 @@ def _checks() -> list[Case]:
             replace(base, mask="bool", mask_varies=(False, False, False, True)),
             replace(base, mask=dtype, causal="lower_right"),
             replace(base, mask="float32", mask_varies=(False, True, True, True), softcap=9.0),
+        ]
+    # Every two dtypes of every two tensors.
+    dtypes = ("float32", "float16", "bfloat16")
+    for i, j in itertools.product(range(3), repeat=2):
+        tiles = Case(
+            seqlen_q=100, seqlen_k=133, heads=4, heads_k=2, head_dim=80, dtype=dtypes[i],
+            key_dtype=dtypes[j], value_dtype=dtypes[(-i - j) % 3], out_dtype=dtypes[(j + 1) % 3],
+        )  # fmt: skip
+        found += [
+            tiles,
+            replace(tiles, seqlen_q=2, seqlen_k=900, cores=132, layout=("bshd", "odd", "bhsd")[i]),
         ]
     # Few queries, many keys: the decode kernel, its splits and their merge.
     for dtype in ("float16", "bfloat16", "float32"):

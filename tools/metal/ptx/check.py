@@ -60,7 +60,7 @@ def check(
 
 def _out_tolerance(case: Case) -> tuple[float, float]:
     """What dropout keeps weighs more, and so does its rounding."""
-    atol, rtol = TOLERANCES[case.dtype]
+    atol, rtol = TOLERANCES[case.dtype_of("out")]
     return atol / (1 - case.dropout), rtol / (1 - case.dropout)
 
 

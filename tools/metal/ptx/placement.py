@@ -65,6 +65,8 @@ def placements(case: Case) -> dict[str, Placement]:
         full = (c.batch, c.heads, c.seqlen_q, c.seqlen_k)
         shape = tuple(n if v else 1 for n, v in zip(full, c.mask_varies, strict=True))
         found["attn_mask"] = _contiguous(c.mask, shape)
+    for name in ("key", "value", "out"):
+        found[name] = replace(found[name], dtype=c.dtype_of(name))
     return found
 
 

@@ -36,6 +36,7 @@ def plan(case: Case) -> dict[str, Any]:
         window_size=case.window,
         softcap=case.softcap,
         return_lse=case.lse,
+        out_dtype=case.dtype_of("out"),
         attention_chunk=case.chunk,
         rotary_interleaved=case.rotary != "halves",
         backend="metal",

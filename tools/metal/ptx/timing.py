@@ -94,7 +94,7 @@ def _fill(pool: Array, size: int, dtype: str, start: int) -> Array:
 
 def _sample(prepared: Prepared) -> Array:
     out = prepared.results()["out"]
-    return from_bfloat16(out) if prepared.case.dtype == "bfloat16" else out
+    return from_bfloat16(out) if prepared.case.dtype_of("out") == "bfloat16" else out
 
 
 def _times(work: Any, repeats: int) -> Array:
