@@ -102,6 +102,7 @@ def test_fake_tensors_with_dropout(torch: Any) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*dropped at random outside training")
 @pytest.mark.parametrize("framework", ["numpy", "torch"], indirect=True)
 def test_a_refused_call_leaves_the_generator_alone(framework: Framework) -> None:
     x = framework.tensor(X)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,7 +119,29 @@ def _seed(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> int:
     possible, _ = _ext.attention_can_run(call.options, exported(framework, call, tensors))
     if not possible or framework.draw_seed is None:
         return 0  # computing will say why
+    if not framework.trains(tensors.values()):
+        _warn_of_dropout(call)
     return framework.draw_seed()
+
+
+_SAID: set[str] = set()
+"""Warnings that the process has had."""
+
+
+def _warn_of_dropout(call: Prepared) -> None:
+    """Warns, once, that a call drops weights where nothing is trained."""
+    if "dropout" in _SAID:
+        return
+    text = message(
+        call.function,
+        "weights are dropped at random outside training",
+        f"dropout_p={call.options.dropout_p:g} without dropout_seed",
+        "dropout_p=0 for inference, or a dropout_seed where dropout is wanted (Monte Carlo "
+        "dropout). umfa says this once",
+    )
+    # The caller of the public function, who called run(), which called _seed().
+    warnings.warn(text, UserWarning, stacklevel=5)
+    _SAID.add("dropout")  # not before: a warning that is an error is one in every call
 
 
 def compute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -51,6 +51,10 @@ class Framework(Protocol):
 
     draw_seed: Callable[[], int] | None
     """A number below 2**63 from the framework's generator. None: it has none of its own."""
+
+    def trains(self, tensors: Iterable[Any]) -> bool:
+        """Whether a call on these tensors may be a step of training. True where the framework does
+        not tell."""
 
     def mark_written(self, tensor: Any) -> None:
         """Tells the framework that the memory of a tensor has been written."""

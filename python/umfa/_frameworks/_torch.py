@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -207,6 +208,10 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
                     "a detached copy",
                 )
             )
+
+
+def trains(tensors: Iterable[Any]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def mark_written(tensor: Any) -> None:

@@ -129,7 +129,10 @@ def flash_attn_func(
     dropout_seed : int, optional
         0 to 2**64 - 1. With the same seed and offset the same weights are dropped, on every
         backend. If None, the framework's generator is asked for one (``torch.manual_seed``,
-        ``numpy.random.seed``, ``mx.random.seed``); jax has none, and needs a seed.
+        ``numpy.random.seed``, ``mx.random.seed``); jax has none, and needs a seed. Without a seed
+        and outside training (NumPy arrays; torch tensors of which none requires grad, or without
+        grad mode) the first such call of the process raises a `UserWarning`: pass ``dropout_p=0``
+        for inference, or a seed where dropout is meant, as in Monte Carlo dropout.
     dropout_offset : int
         0 to 2**64 - 1; gives the same seed other weights to drop.
     causal_alignment : {"bottom_right", "top_left"}

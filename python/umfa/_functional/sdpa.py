@@ -58,7 +58,8 @@ def scaled_dot_product_attention(
         ``causal_lower_right`` of ``torch.nn.attention.bias``, which is not materialised.
     dropout_p : float
         Probability, below 1, with which each attention weight is left out; the others are divided
-        by ``1 - dropout_p``. As in torch, pass 0 outside training.
+        by ``1 - dropout_p``. As in torch, pass 0 outside training; umfa warns once of
+        dropout without a seed there (see `flash_attn_func`).
     is_causal : bool
         Query ``i`` sees the keys ``j <= i`` (aligned at the top left, unlike `flash_attn_func`).
         Excludes `attn_mask`.
