@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ def _load_embed() -> Any:
 
 
 embed = _load_embed()
+flattened = functools.cache(embed.flatten)
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -226,7 +228,7 @@ def bound(launch: dict[str, Any], pieces: dict[str, list[Any]]) -> dict[int, tup
 
 def _play(launch: dict[str, Any], pieces: dict[str, list[Any]]) -> Counters:
     # As umfa gives it to Metal, so that both share the cache.
-    text = launch["defines"] + embed.flatten(launch["source"])
+    text = launch["defines"] + flattened(launch["source"])
     buffers = bound(launch, pieces)
     if not settings.function_constants:
         text = launch["constant_defines"] + text

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import lint, structure, toolchain
 from .early import read_early
@@ -24,7 +26,7 @@ class Built:
     """A built library: the file to load, and what the text declares."""
 
     path: Path
-    structure: structure.Structure
+    kernels: dict[str, str]  # host names, and where each kernel is
     sites: list[tuple[str, int]]
     variables: dict[int, list[tuple[str, int]]]  # of each kernel: name and bytes
     unset: list[tuple[str, str, int]]  # symbol, name and index of constants without a value
@@ -48,25 +50,64 @@ def build(
     allow: frozenset[str],
 ) -> Built:
     """Builds a library, or finds it built. Raises SourceError for text that is not Metal."""
-    flat, declared = read(source, include_dirs, macros, allow)
-    code = rewrite(flat, declared) + launcher(declared, constants)
-    second = rewrite(flat, declared, inexact=True) if _mentions_bfloat(declared) else None
-    key = hashlib.sha256(
-        "\0".join([toolchain.fingerprint(), code, str(checks), *sorted(allow)]).encode()
-    ).hexdigest()[:32]
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    library, notes = folder / f"{key}.so", folder / f"{key}.json"
-    if not notes.exists():
+    asked = (str(source), *(repr(sorted(given.items())) for given in (macros, constants)))
+    notes = folder / f"text-{_digest(*asked, str(checks), *sorted(allow))}.json"
+    alone = _stands_alone(source, include_dirs)
+    if alone and notes.exists():
+        return _noted(notes)
+    front = _rewritten(preprocessed(source, include_dirs, macros), allow)
+    code = front.code + launcher(front.declared, constants)
+    key = _digest(code, str(checks), *sorted(allow))
+    if not (folder / f"{key}.json").exists():
         runtime()  # part of building, so that the first dispatch does not wait for it
-        late = structure.initialised_late(declared)
+        passed = folder / f"passed-{_digest(front.second or '')}"
+        second = None if passed.exists() else front.second
+        late = structure.initialised_late(front.declared)
         ir = toolchain.compile_kernel(code, second, late)
+        passed.touch()
         ir = toolchain.optimise(read_early(ir, toolchain.OWN_HEADERS, allow, checks))
-        _make(folder, library, notes, ir, checks)
+        _make(folder, key, ir, checks)
+    built = _built(folder, key, front.declared)
+    if alone:
+        _write(notes, json.dumps({**asdict(built), "path": built.path.name}))
+    return built
+
+
+def _digest(*parts: str) -> str:
+    """Names what is built from `parts` by this version of the emulator."""
+    return hashlib.sha256("\0".join([toolchain.fingerprint(), *parts]).encode()).hexdigest()[:32]
+
+
+_INCLUDES_A_FILE = re.compile(r'#\s*(?:include|embed)\s*"|__has_include')
+
+
+def _stands_alone(source: str | Path, include_dirs: Sequence[str | Path]) -> bool:
+    """Whether no file but the emulator's own has a say in the text."""
+    if isinstance(source, Path) or "\n" not in source or include_dirs:
+        return False
+    return not _INCLUDES_A_FILE.search(source)
+
+
+@functools.lru_cache(maxsize=1024)
+def _noted(notes: Path) -> Built:
+    """A library of a text that was built before: neither read nor checked again."""
     loaded = json.loads(notes.read_text())
     return Built(
-        library,
-        declared,
+        notes.parent / loaded["path"],
+        loaded["kernels"],
+        [(f, n) for f, n in loaded["sites"]],
+        {int(k): [(n, s) for n, s in v] for k, v in loaded["variables"].items()},
+        [(symbol, name, index) for symbol, name, index in loaded["unset"]],
+    )
+
+
+def _built(folder: Path, key: str, declared: structure.Structure) -> Built:
+    loaded = json.loads((folder / f"{key}.json").read_text())
+    return Built(
+        folder / f"{key}.so",
+        {name: entry.kernel.token.location for name, entry in declared.entries.items()},
         [(f, n) for f, n in loaded["sites"]],
         {int(k): [(n, s) for n, s in v] for k, v in loaded["variables"].items()},
         [
@@ -78,6 +119,21 @@ def build(
     )
 
 
+class _Front(NamedTuple):
+    """What does not depend on the function constants."""
+
+    declared: structure.Structure
+    code: str
+    second: str | None  # for the second reading, if bfloat is in it
+
+
+@functools.lru_cache(maxsize=8)  # large, and the next kernel is often of the same text
+def _rewritten(flat: str, allow: frozenset[str]) -> _Front:
+    declared = checked(flat, allow)
+    second = rewrite(flat, declared, inexact=True) if _mentions_bfloat(declared) else None
+    return _Front(declared, rewrite(flat, declared), second)
+
+
 def read(
     source: str | Path,
     include_dirs: Sequence[str | Path],
@@ -85,18 +141,29 @@ def read(
     allow: frozenset[str],
 ) -> tuple[str, structure.Structure]:
     """The preprocessed text, and what it declares, checked by the linter."""
+    flat = preprocessed(source, include_dirs, macros)
+    return flat, checked(flat, allow)
+
+
+def preprocessed(
+    source: str | Path, include_dirs: Sequence[str | Path], macros: Mapping[str, Any]
+) -> str:
     is_path = isinstance(source, Path) or ("\n" not in source and source.endswith(".metal"))
     text = Path(source).read_text() if is_path else str(source)
-    flat = toolchain.preprocess(
+    return toolchain.preprocess(
         text,
         str(source) if is_path else "<source>",
         str(Path(source).resolve().parent) if is_path else "",
         [str(d) for d in include_dirs],
         {k: _macro(v) for k, v in macros.items()},
     )
+
+
+def checked(flat: str, allow: frozenset[str]) -> structure.Structure:
+    """What the text declares. Raises SourceError if the linter refuses it."""
     declared = structure.read(flat)
     lint.check(declared, allow)
-    return flat, declared
+    return declared
 
 
 def _macro(value: Any) -> str:
@@ -107,7 +174,7 @@ def _mentions_bfloat(s: structure.Structure) -> bool:
     return any(t.text.startswith("bfloat") for t in s.tokens)
 
 
-def _make(folder: Path, library: Path, notes: Path, ir: str, checks: bool) -> None:
+def _make(folder: Path, key: str, ir: str, checks: bool) -> None:
     """Builds in a folder of its own and moves the results into place, the notes last: another
     process that does the same meanwhile does no harm."""
     work = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
@@ -116,22 +183,26 @@ def _make(folder: Path, library: Path, notes: Path, ir: str, checks: bool) -> No
         (work / "kernel.ll").write_text(done.text)
         toolchain.assemble(work / "kernel.ll", work / "kernel.o")
         toolchain.link(work / "kernel.o", work / "kernel.so")
-        (work / "notes.json").write_text(
-            json.dumps(
-                {
-                    "sites": done.sites,
-                    "variables": {
-                        k: [(v.name, v.size) for v in found] for k, found in done.variables.items()
-                    },
-                    "unset": done.unset,
-                }
-            )
-        )
-        os.replace(work / "kernel.so", library)
-        os.replace(work / "notes.json", notes)
+        os.replace(work / "kernel.so", folder / f"{key}.so")
+        notes = {
+            "sites": done.sites,
+            "variables": {
+                k: [(v.name, v.size) for v in found] for k, found in done.variables.items()
+            },
+            "unset": done.unset,
+        }
+        _write(folder / f"{key}.json", json.dumps(notes))
     finally:
         if not os.environ.get("UMFA_METAL_KEEP"):
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """All at once: another process sees the whole file or none."""
+    handle, name = tempfile.mkstemp(suffix=".json", dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.replace(name, path)
 
 
 def runtime() -> Path:

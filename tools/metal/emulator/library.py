@@ -197,7 +197,7 @@ class Library:
     @property
     def kernels(self) -> tuple[str, ...]:
         """Names that `dispatch` takes."""
-        return tuple(self._built.structure.entries)
+        return tuple(self._built.kernels)
 
     def static_threadgroup_bytes(self, kernel: str) -> int:
         """Threadgroup memory that a kernel declares, as a pipeline would tell."""
@@ -243,11 +243,11 @@ class Library:
         KernelError
             A check fired.
         """
-        entries = self._built.structure.entries
-        if kernel not in entries:
-            known = ", ".join(entries) or "none"
+        kernels = self._built.kernels
+        if kernel not in kernels:
+            known = ", ".join(kernels) or "none"
             raise DispatchError(f"no kernel '{kernel}' in this library; there are: {known}")
-        number = list(entries).index(kernel)
+        number = list(kernels).index(kernel)
         loaded = self._load()
         how = options or self.options
         request = _Dispatch()
@@ -277,7 +277,7 @@ class Library:
         del keep
         if failed:
             file, line = self._built.sites[result.site]
-            place = f"{file}:{line}" if file else entries[kernel].kernel.token.location
+            place = f"{file}:{line}" if file else kernels[kernel]
             raise KernelError(check, kernel, place, error)
         return _counters(result, set(buffers or {}))
 

@@ -1,0 +1,92 @@
+"""What was built before is found again, and only that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tools.emulator.emulator_kernels import HEADER
+from tools.metal.emulator import Library, Options, SourceError, build, toolchain
+
+TEXT = """
+constant int factor [[function_constant(0)]];
+[[kernel]] void f(device int* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+    x[i] = factor * MORE;
+}
+"""
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The texts that are preprocessed, with an empty cache."""
+    # The runtime stays where it is.
+    runtime = build.runtime()
+    monkeypatch.setattr(build, "runtime", lambda: runtime)
+    monkeypatch.setenv("UMFA_METAL_CACHE", str(tmp_path / "cache"))
+    found: list[str] = []
+    preprocess = toolchain.preprocess
+
+    def noted(text: str, *more: Any) -> str:
+        found.append(text)
+        return preprocess(text, *more)
+
+    monkeypatch.setattr(toolchain, "preprocess", noted)
+    return found
+
+
+def result(text: str = HEADER + TEXT, factor: int = 3, more: int = 1, **options: Any) -> int:
+    x = np.zeros(4, np.int32)
+    made = Library(text, constants={0: factor}, macros={"MORE": more}, **options)
+    made.dispatch("f", 1, 4, {0: x})
+    assert (x == x[0]).all()
+    return int(x[0])
+
+
+def test_a_text_is_read_once(reads: list[str]) -> None:
+    assert result() == result() == 3
+    build._noted.cache_clear()  # as in another process
+    assert result() == 3
+    assert len(reads) == 1
+
+
+def test_what_is_read_decides(reads: list[str]) -> None:
+    assert result() == 3
+    assert result(factor=5) == 5
+    assert result(more=7) == 21
+    assert result(HEADER + TEXT.replace("factor *", "-factor *")) == -3
+    assert result(options=Options(checks=False)) == 3
+    assert len(reads) == 5
+
+
+def test_a_refused_text_is_refused_again(reads: list[str]) -> None:
+    wrong = HEADER + TEXT.replace(
+        "x[i] =", "auto two = [&](int y) { return 2 * y; }; x[i] = two(1) *"
+    )
+    for _ in range(2):
+        with pytest.raises(SourceError, match="lambda"):
+            result(wrong)
+    allowed = Options(allow=frozenset({"lambda-expression"}))
+    assert result(wrong, options=allowed) == 6
+    with pytest.raises(SourceError, match="lambda"):
+        result(wrong)
+
+
+@pytest.mark.parametrize("include", ['#include "more.h"', "#include <more.h>", '# include"more.h"'])
+def test_a_changed_file_is_seen(reads: list[str], include: str, tmp_path: Path) -> None:
+    text = HEADER + include + "\n" + TEXT.replace("MORE", "VALUE")
+    for value in (2, 4):
+        (tmp_path / "more.h").write_text(f"#define VALUE {value}\n")
+        assert result(text, include_dirs=[tmp_path]) == 3 * value
+
+
+def test_a_file_in_the_working_directory_is_seen(
+    reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = HEADER + '#include "more.h"\n' + TEXT.replace("MORE", "VALUE")
+    for value in (2, 4):
+        (tmp_path / "more.h").write_text(f"#define VALUE {value}\n")
+        assert result(text) == 3 * value
