@@ -1,0 +1,18 @@
+// In place of src/cpu/isa/dtype_kernels.h, for kernel_math.cpp: the same headers, and tables without
+// kernels. The tables instantiate all kernels, which takes the compiler most of its time.
+#pragma once
+
+#include "cpu/isa/append.h"
+#include "cpu/isa/combine_kernel.h"
+#include "cpu/isa/decode_kernel.h"
+#include "cpu/isa/forward_kernel.h"
+#include "cpu/isa/kernels.h"
+
+namespace umfa::cpu {
+namespace {
+
+template <class S, class U>
+constexpr DtypeKernels dtype_kernels{};
+
+}  // namespace
+}  // namespace umfa::cpu
