@@ -96,10 +96,11 @@ def build_kernel_math(work: Path, isa: str) -> Path:
     sources = [(Path(__file__).parent / "kernel_math.cpp", f"{isa}.cpp")]
     if isa != "neon":
         sources.append((ISA / "neon.cpp", "neon.cpp"))  # what it falls back to
+    without_tables = ("-iquote", Path(__file__).with_name("without_tables"))
     for source, name in sources:
         objects.append(work / f"{source.stem}.o")
         flags = KERNEL_FLAGS + EXTENSIONS.get(name, ())
-        zig(*flags, kernel_file, "-c", source, "-o", objects[-1])
+        zig(*without_tables, *flags, kernel_file, "-c", source, "-o", objects[-1])
     zig(*objects, "-o", work / "kernel_math")
     return work / "kernel_math"
 

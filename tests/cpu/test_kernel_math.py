@@ -45,7 +45,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             "-w",
             *FLAGS[request.param],
             f'-DKERNEL_FILE="cpu/isa/{request.param}.cpp"',
-            f"-I{Path(__file__).with_name('without_tables')}",
+            *("-iquote", str(Path(__file__).with_name("without_tables"))),
             f"-I{ROOT / 'src'}",
             f"-I{ROOT / 'shaders'}",
             str(Path(__file__).with_name("kernel_math.cpp")),

@@ -56,7 +56,6 @@ def test_compiled_ahead(double: Double, recorder: Recorder) -> None:
     assert kernel.constants, "function constants specialise what was compiled ahead"
 
 
-@pytest.mark.slow  # builds the double anew
 def test_a_metallib_that_does_not_open(double: Double, recorder: Recorder) -> None:
     """A system older than the compiler: Metal compiles the text."""
     double.fault("library")
@@ -65,14 +64,12 @@ def test_a_metallib_that_does_not_open(double: Double, recorder: Recorder) -> No
     assert kernel.source.startswith(f'#define UMFA_KERNEL "{kernel.name}"\n')
 
 
-@pytest.mark.slow  # builds the double anew
 def test_a_kernel_that_was_not_compiled_ahead(double: Double, recorder: Recorder) -> None:
     double.fault("function")
     assert call() == (1, 1)
     assert recorder.dispatches[-1].source.startswith("#define UMFA_KERNEL")
 
 
-@pytest.mark.slow  # builds the double anew
 def test_neither(double: Double, recorder: Recorder) -> None:
     double.fault("function", count=2)
     with pytest.raises(

@@ -64,14 +64,10 @@ def flags_of(source: Path) -> tuple[str, ...]:
 def build(extra: tuple[Path, ...] = ()) -> Path:
     """The library, from the cache if nothing has changed. `extra`: more C++ files to put in."""
     library = Path(umfa.get_library())
-    digest = hashlib.sha256(library.read_bytes())
-    digest.update(str(library).encode())  # it is linked by that path
-    for file in sorted([*ROOT.glob("src/**/*"), *ROOT.glob("shaders/**/*.h"), *DOUBLE.rglob("*")]):
-        if file.is_file() and "__pycache__" not in file.parts:
-            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    digest = _digest_of_sources()
+    digest.update(str(library).encode() + library.read_bytes())  # it is linked by that path
     for file in extra:
         digest.update(file.read_bytes())
-    digest.update(repr((clang(), COMPILE, OBJECTIVE_C)).encode())
     path = cache_folder() / f"double-{digest.hexdigest()[:32]}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Test processes that run side by side want the same one: the first builds it.
@@ -82,15 +78,31 @@ def build(extra: tuple[Path, ...] = ()) -> Path:
     return path
 
 
+def _digest_of_sources() -> hashlib._Hash:
+    """Of all that decides what the objects of the host and of the double are."""
+    digest = hashlib.sha256(repr((clang(), COMPILE, OBJECTIVE_C)).encode())
+    for file in sorted([*ROOT.glob("src/**/*"), *ROOT.glob("shaders/**/*.h"), *DOUBLE.rglob("*")]):
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest
+
+
 def _make(path: Path, library: Path, extra: tuple[Path, ...]) -> None:
+    # Kept, because libraries with other extra files are made of the same objects.
+    folder = path.parent / f"double-objects-{_digest_of_sources().hexdigest()[:32]}"
+    folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
 
         def compile_one(source: Path) -> str:
-            output = Path(work) / f"{abs(hash(source))}-{source.name}.o"
-            command = [*clang(), *flags_of(source), "-c", str(source), "-o", str(output)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise RuntimeError(f"{source} does not compile:\n{done.stderr}")
+            name = f"{hashlib.sha256(str(source).encode()).hexdigest()[:16]}-{source.name}.o"
+            output = (Path(work) if source in extra else folder) / name
+            if not output.exists():
+                made = Path(work) / f"new-{name}"
+                command = [*clang(), *flags_of(source), "-c", str(source), "-o", str(made)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode != 0:
+                    raise RuntimeError(f"{source} does not compile:\n{done.stderr}")
+                os.replace(made, output)
             return str(output)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
