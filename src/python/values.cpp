@@ -124,8 +124,12 @@ std::pair<int64_t, int64_t> window(const Argument& argument, nb::handle value) {
     if (value.is_none()) return {unbounded, unbounded};
     nb::object pair = nb::borrow(value);
     if (!PyTuple_CheckExact(value.ptr()) && !PyList_CheckExact(value.ptr()) &&
-        nb::hasattr(value, "tolist") && nb::hasattr(value, "shape"))
-        pair = value.attr("tolist")();
+        nb::hasattr(value, "tolist") && nb::hasattr(value, "shape")) {
+        try {
+            pair = value.attr("tolist")();
+        } catch (nb::python_error&) {  // a class of arrays, or a tensor without values
+        }
+    }
     const nb::object sequence = nb::module_::import_("collections.abc").attr("Sequence");
     const bool text = PyUnicode_Check(pair.ptr()) || PyBytes_Check(pair.ptr());
     if (text || !nb::isinstance(pair, sequence) || nb::len(pair) != 2)
