@@ -19,6 +19,7 @@ from tests.attend import call_on
 from tests.cases import normal
 from tests.checks import assert_same_bits
 from tests.sequences import offsets, paged
+from tests.tiers import crossed
 
 if TYPE_CHECKING:
     from tests.attend import Attend
@@ -192,9 +193,11 @@ def test_hidden_values_of_a_compressed_cache(
     assert np.isnan(found[:, -1]).all(), "a score of NaN is a weight of NaN"
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    crossed(["none", *KINDS, "bool", "float32"], list(DTYPES), mark=pytest.mark.slow_emulated),
+)
 @pytest.mark.parametrize("seqlen_q", [1, 4, 40])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["none", *KINDS, "bool", "float32"])
 def test_keys_with_a_score_of_minus_infinity_count_as_hidden(
     kind: str, dtype: str, seqlen_q: int, attend_numpy: Attend
 ) -> None:

@@ -17,6 +17,7 @@ from tests.array_libraries import DTYPES, Array, Framework
 from tests.cases import normal
 from tests.checks import BASE, Tolerance, assert_close, assert_same_bits
 from tests.signatures import DROPOUT, by_keyword, by_position
+from tests.tiers import crossed
 
 if TYPE_CHECKING:
     from tests.attend import Attend
@@ -133,8 +134,14 @@ def test_sdpa_against_torch(shapes: Shapes, dtype: str, kind: str, attend: Atten
     assert_close(ours, attend.framework.float64(theirs), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["bool", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    crossed(
+        [*DTYPES, *list(DTYPES)[1:]],
+        ["bool", "float32", "float16", "bfloat16", "float32"],
+        mark=pytest.mark.slow_emulated,
+    ),
+)
 def test_every_dtype_of_mask_beside_every_dtype(dtype: str, kind: str, attend: Attend) -> None:
     shapes = Shapes((2, 4, 40, 64), (2, 4, 70, 64), (2, 4, 70, 64), (2, 1, 40, 70))
     attend.sdpa_case(*tensors(shapes, dtype, kind))

@@ -13,6 +13,7 @@ from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 from tests.metal import emulated
 from tests.metal.emulated import MACHINES
 from tests.sequences import paged, rotary_tables, rotated
+from tests.tiers import crossed
 
 Array = np.ndarray[Any, np.dtype[Any]]
 pytestmark = pytest.mark.usefixtures("own_settings")
@@ -174,10 +175,12 @@ def test_rotated(interleaved: bool, seqlen_q: int, causal: bool, machine: str | 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "channels"),
-    [("float16", 80, 72), ("float32", 33, 32), ("float32", 192, 192), ("bfloat16", 128, 64)],
+    ("dtype", "head_dim", "channels", "interleaved"),
+    crossed(
+        [["float16", 80, 72], ["float32", 33, 32], ["float32", 192, 192], ["bfloat16", 128, 64]],
+        [True, False],
+    ),
 )
-@INTERLEAVED
 def test_rotated_queries_of_decode(
     interleaved: bool, dtype: str, head_dim: int, channels: int
 ) -> None:

@@ -11,6 +11,7 @@ from tests.cases import Case, normal
 from tests.checks import BASE, LSE, assert_close
 from tests.metal import emulated
 from tests.metal.emulated import MACHINES
+from tests.tiers import crossed
 from tools.metal.emulator import Options
 
 CASES = [
@@ -55,8 +56,10 @@ def test_any_gpu(case: Case, family: int, cores: int, attend: Attend) -> None:
     attend.case(case)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("head_dim", [1, 32, 33, 64, 72, 80, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    crossed([1, 32, 33, 64, 72, 80, 96, 128, 160, 192, 256], ["float32", "float16", "bfloat16"]),
+)
 def test_head_dims(head_dim: int, dtype: str, attend: Attend) -> None:
     attend.case(Case((1, 4, 2, 150, head_dim), dtype, heads_k=2))
 

@@ -13,6 +13,7 @@ from tests.checks import BASE, LSE, Tolerance, assert_close
 from tests.metal import emulated
 from tests.metal.emulated import MACHINES, SOME_MACHINES
 from tests.sequences import offsets, paged, rotary_tables, rotated
+from tests.tiers import crossed
 
 Array = np.ndarray[Any, np.dtype[Any]]
 pytestmark = pytest.mark.usefixtures("own_settings")
@@ -55,23 +56,27 @@ def check(
     assert launch["kernel"].startswith("forward")
 
 
-@INTERLEAVED
 @pytest.mark.parametrize(
-    "table", ["float32", pytest.param("float16", marks=pytest.mark.slow), "bfloat16"]
-)
-@pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow), "bfloat16"]
+    ("dtype", "table", "interleaved"),
+    crossed(
+        ["float32", "bfloat16", "float32", "float16"],
+        ["float32", "float32", "bfloat16", "float16"],
+        [True, False],
+    ),
 )
 def test_tables_of_any_dtype(dtype: str, table: str, interleaved: bool) -> None:
     cos, sin = (normal((90, 16), table, seed=i) for i in (3, 4))
     check(*dense(dtype, 40, 70, 64), cos, sin, interleaved, causal=True)
 
 
-@INTERLEAVED
 @pytest.mark.parametrize(
-    ("head_dim", "channels"), [(64, 64), (64, 2), (30, 22), (33, 32), (192, 64), (300, 300)]
+    ("head_dim", "channels", "dtype", "interleaved"),
+    crossed(
+        [[64, 64], [64, 2], [30, 22], [33, 32], [192, 64], [300, 300]],
+        ["float16", "float16", "float32"],
+        [True, False],
+    ),
 )
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_channels(dtype: str, head_dim: int, channels: int, interleaved: bool) -> None:
     """The first ones turn, the others do not; shared among simdgroups, odd numbers in all."""
     cos, sin = rotary_tables(60, channels)
@@ -81,19 +86,13 @@ def test_channels(dtype: str, head_dim: int, channels: int, interleaved: bool) -
 WIDE = 20  # the constant
 
 
-@INTERLEAVED
 @pytest.mark.parametrize(
-    ("head_dim", "channels", "wide"),
-    [(64, 64, True), (128, 32, True), (72, 64, True), (80, 80, True), (64, 40, False)],
-)
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [
-        (7, "float16"),
-        (9, "bfloat16"),
-        pytest.param(9, "float16", marks=pytest.mark.slow),
-        pytest.param(7, "bfloat16", marks=pytest.mark.slow),
-    ],
+    ("head_dim", "channels", "wide", "family", "dtype", "interleaved"),
+    crossed(
+        [[64, 64, True], [128, 32, True], [72, 64, True], [80, 80, True], [64, 40, False]],
+        [[7, "float16"], [9, "bfloat16"], [9, "float16"], [7, "bfloat16"]],
+        [True, False],
+    ),
 )
 def test_keys_32_bytes_at_a_time(
     dtype: str, family: int, head_dim: int, channels: int, wide: bool, interleaved: bool

@@ -17,7 +17,15 @@ def compile_text(text: str, folder: Path) -> Path:
     return cross.compile_one(source, folder / "text.o", *cross.CORE, *cross.HOST)
 
 
-@pytest.mark.parametrize("source", cross.host_sources(), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "source",
+    # 2 s each. By default the others compile for the double, against the same headers.
+    [
+        p if p.name == "executor.mm" else pytest.param(p, marks=pytest.mark.slow)
+        for p in cross.host_sources()
+    ],
+    ids=lambda p: p.name,
+)
 def test_the_host_compiles_for_macos(source: Path, tmp_path: Path) -> None:
     image = macho.read(cross.compile_one(source, tmp_path / "host.o", *cross.CORE, *cross.HOST))
     assert image.arm64
@@ -33,7 +41,15 @@ def test_the_host_refers_to_core_graphics(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", cross.host_sources(), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "source",
+    # 2 s each. By default the others compile for the double, against the same headers.
+    [
+        p if p.name == "executor.mm" else pytest.param(p, marks=pytest.mark.slow)
+        for p in cross.host_sources()
+    ],
+    ids=lambda p: p.name,
+)
 def test_the_host_compiles_with_older_headers_and_for_an_older_macos(
     source: Path, tmp_path: Path
 ) -> None:
