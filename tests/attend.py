@@ -17,6 +17,11 @@ from tests.array_libraries import Array, Framework
 from tests.cases import Case
 from tests.checks import Tolerance
 from tests.metal import emulated
+from umfa import _ext
+from umfa._call.run import run
+
+BSHD = _ext.Function("umfa.flash_attn_func", query="q", key="k", value="v")
+BHSD = _ext.Function("umfa.flash_attn_func", layout="bhsd", broadcasts=True)
 
 
 class Result(NamedTuple):
@@ -36,12 +41,22 @@ def call_on(backend: str, function: Any, *tensors: Any, **options: Any) -> Any:
         return function(*tensors, **options)
 
 
+def call_core(
+    q: Array, k: Array, v: Array, function: _ext.Function = BSHD, **given: Any
+) -> tuple[Array, Array]:
+    """The core's common entry on the CPU backend, with any of its options and tensors together:
+    output and log-sum-exp. `given` are fields of the record."""
+    given = {"backend": "cpu", "return_lse": True, **given}
+    out, lse = run(_ext.Attention(function, query=q, key=k, value=v, **given))
+    return out, lse
+
+
 class Attend:
     """Calls umfa on tensors of one framework and checks what holds for every call.
 
-    All numerical tests go through here, so this is the one place that knows about backends: "cpu"
-    and "metal" are the public functions, "metal" on the real Objective-C++ host over a double of
-    Metal; the others play the Metal backend's plan on the emulator, which is no part of umfa and
+    Numerical tests go through this module, so this is the one place that knows about backends:
+    "cpu" and "metal" are the public functions, "metal" on the real Objective-C++ host over a double
+    of Metal; the others play the Metal backend's plan on the emulator, which is no part of umfa and
     takes NumPy arrays only.
     """
 
@@ -132,6 +147,65 @@ class Attend:
         tensors = (self.framework.tensor(array) for array in (query, key, value))
         result = self(*tensors, **options)
         return Result(*map(self.framework.numpy, result))
+
+    def varlen(
+        self,
+        tensors: tuple[Array, Array, Array],
+        cu_seqlens_q: Array,
+        cu_seqlens_k: Array,
+        *,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        **options: Any,
+    ) -> Result:
+        """`umfa.flash_attn_varlen_func` on NumPy arrays and tables, by way of the framework."""
+        query, _, value = tensors
+        found = self._by_framework(
+            umfa.flash_attn_varlen_func,
+            *(*tensors, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+            return_attn_probs=True,
+            **options,
+        )
+        *results, probabilities = found
+        assert probabilities is None
+        shape = (*query.shape[:2], value.shape[-1])
+        return self._checked(results, shape, shape[1::-1], query)
+
+    def kvcache(self, *tensors: Array, **options: Any) -> Result:
+        """`umfa.flash_attn_with_kvcache` on NumPy arrays, by way of the framework.
+
+        Caches that are written to come back into the arrays that were handed in.
+        """
+        batch, seqlen_q, heads, _ = tensors[0].shape
+        ours = [self.framework.tensor(x) for x in tensors]
+        results = self._by_framework(
+            umfa.flash_attn_with_kvcache, *ours, return_softmax_lse=True, **options
+        )
+        if len(tensors) > 3:
+            for array, tensor in zip(tensors[1:3], ours[1:3], strict=True):
+                array[...] = self.framework.numpy(tensor)
+        shape = (batch, seqlen_q, heads, tensors[2].shape[3])
+        return self._checked(results, shape, (batch, heads, seqlen_q), tensors[0])
+
+    def _by_framework(self, function: Any, *tensors: Any, **options: Any) -> Any:
+        def made(x: Any) -> Any:
+            return self.framework.tensor(x) if isinstance(x, np.ndarray) else x
+
+        given = {name: made(option) for name, option in options.items()}
+        return function(*map(made, tensors), backend=self.backend, **given)
+
+    def _checked(
+        self, results: Any, shape: tuple[int, ...], lse_shape: tuple[int, ...], query: Array
+    ) -> Result:
+        """Results of the framework, of these shapes and the right dtypes, as NumPy arrays."""
+        out, lse = results
+        assert isinstance(out, self.framework.array_type)
+        assert isinstance(lse, self.framework.array_type)
+        assert tuple(out.shape) == shape
+        assert tuple(lse.shape) == lse_shape
+        assert self.framework.dtype_name(out) == query.dtype.name
+        assert self.framework.dtype_name(lse) == "float32"
+        return Result(self.framework.numpy(out), self.framework.numpy(lse))
 
     def case(
         self, case: Case, tolerance: Tolerance | None = None, lse_tolerance: Tolerance = checks.LSE

@@ -219,6 +219,31 @@ def scaled_dot_product(
     return out.transpose(0, 2, 1, 3).reshape(flat.shape)
 
 
+def combine(out_partial: ArrayLike, lse_partial: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Compute `umfa.flash_attn_combine`: attention over all keys from its results over parts.
+
+    Parameters
+    ----------
+    out_partial : array (parts, ..., head_dim)
+    lse_partial : array (parts, ...)
+        Parts of -inf do not count.
+
+    Returns
+    -------
+    out : float64 array (..., head_dim)
+    lse : float64 array (...)
+    """
+    parts, lse = (np.asarray(x).astype(np.float64) for x in (out_partial, lse_partial))
+    seen = lse > -np.inf
+    top = np.where(seen.any(0), np.where(seen, lse, -np.inf).max(0), 0)
+    weights = np.where(seen, np.exp(lse - top), 0)
+    total = weights.sum(0)
+    parts = np.where(seen[..., None], parts, 0)
+    out = (parts * weights[..., None]).sum(0) / np.where(total > 0, total, 1)[..., None]
+    with np.errstate(divide="ignore"):
+        return out, top + np.log(total)
+
+
 class Flattened(NamedTuple):
     """Arguments of `scaled_dot_product` as `attention` takes them."""
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import umfa
+from tests import reference
 from umfa import _ext
 from umfa.__main__ import main
 from umfa.bench import cases, measure, peers, report, results
@@ -39,20 +40,11 @@ class NumPy:
     def prepare(self, case: Case, inputs: peers.Inputs) -> peers.Call:
         if self.refuse is not None:
             raise self.refuse
-        group = case.heads // case.kv_heads
-        query = inputs.query.transpose(0, 2, 1, 3).astype(np.float64)
-        key, value = (
-            np.repeat(tensor.transpose(0, 2, 1, 3).astype(np.float64), group, axis=1)
-            for tensor in (inputs.key, inputs.value)
-        )
 
         def call() -> Any:
-            scores = query @ key.swapaxes(2, 3) * case.head_dim**-0.5
-            if case.causal:
-                hidden = np.triu(np.ones(scores.shape[2:], bool), 1)
-                scores = np.where(hidden, -np.inf, scores)
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            return self.spoil(weights @ value / weights.sum(axis=-1, keepdims=True))
+            tensors = (inputs.query, inputs.key, inputs.value)
+            out, _ = reference.attention(*tensors, causal=case.causal)
+            return self.spoil(out.transpose(0, 2, 1, 3))
 
         return call
 

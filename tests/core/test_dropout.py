@@ -11,9 +11,9 @@ import pytest
 import umfa
 from tests import philox, reference
 from tests.array_libraries import DTYPES, Array
+from tests.attend import BHSD, call_core
 from tests.cases import normal
 from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
-from tests.direct import TORCH, attend
 from tests.sequences import offsets, paged, rotary_tables, rotated
 
 pytestmark = pytest.mark.cpu_only
@@ -80,7 +80,7 @@ def kept_by(
     zeros = np.zeros((batch, max(seqlen_q, seqlen_k), heads, 8), DTYPES[dtype])
     eye = np.eye(seqlen_k, dtype=np.float32)[None, :, None].astype(DTYPES[dtype])
     value = np.broadcast_to(eye, (batch, seqlen_k, heads, seqlen_k))
-    out, _ = attend(zeros[:, :seqlen_q], zeros[:, :seqlen_k], value, dropout_p=p, **options)
+    out, _ = call_core(zeros[:, :seqlen_q], zeros[:, :seqlen_k], value, dropout_p=p, **options)
     expected = np.array(
         [
             [
@@ -162,8 +162,8 @@ def test_equals_the_reference(index: int, dtype: str, isa: str) -> None:
     if index % 2:
         more["alibi_slopes"] = np.linspace(0.02, 0.3, heads, dtype=np.float32)
         more["learnable_sink"] = np.linspace(-1, 2, heads, dtype=np.float32)
-    found, lse = attend(query, key, value, dropout_p=p, **CALL, **options, **more)
-    _, plain_lse = attend(query, key, value, **options, **more)
+    found, lse = call_core(query, key, value, dropout_p=p, **CALL, **options, **more)
+    _, plain_lse = call_core(query, key, value, **options, **more)
     options = {name: x for name, x in options.items() if name != "num_splits"}
     expected, expected_lse = reference.attention(
         query, key, value, dropout_p=p, **CALL, **options, **more
@@ -181,7 +181,7 @@ def test_with_a_mask(seqlen_q: int, kind: str, isa: str) -> None:
     mask[0, 0, 0] = False
     if kind == "float":
         mask = np.where(mask, normal(mask.shape, seed=5), -np.inf).astype(np.float32)
-    found, _ = attend(query, key, value, attn_mask=mask, dropout_p=0.4, **CALL)
+    found, _ = call_core(query, key, value, attn_mask=mask, dropout_p=0.4, **CALL)
     expected, _ = reference.attention(query, key, value, mask=mask, dropout_p=0.4, **CALL)
     assert_close(found.astype(np.float64), expected, tolerance("float32", 0.4))
 
@@ -199,7 +199,7 @@ def test_queries_and_keys_count_inside_their_sequence(page_size: int, isa: str) 
             for to, x in zip(wide, (key, value), strict=True):
                 to[b, :n] = x[cu_k[b] : cu_k[b] + n]
         tensors[1:], tables["block_table"] = paged(wide, page_size)
-    found, lse = attend(*tensors, **tables, causal=True, dropout_p=0.3, **CALL)
+    found, lse = call_core(*tensors, **tables, causal=True, dropout_p=0.3, **CALL)
     for b in range(5):
         own, own_lse = reference.attention(
             query[None, cu_q[b] : cu_q[b + 1]],
@@ -218,7 +218,7 @@ def test_with_appended_and_rotated_keys(isa: str) -> None:
     new_key, new_value = (normal((3, new, 2, 16), seed=i) for i in (3, 4))
     query = normal((3, 2, 4, 16), seed=5)
     cos, sin = rotary_tables(200, 12)
-    found, _ = attend(
+    found, _ = call_core(
         query, key, value, new_key=new_key, new_value=new_value, rotary_cos=cos, rotary_sin=sin,
         seqused_k=used, causal=True, dropout_p=0.3, **CALL,
     )  # fmt: skip
@@ -234,7 +234,7 @@ def test_with_appended_and_rotated_keys(isa: str) -> None:
 
 def sdpa(query: Array, key: Array, value: Array, mask: Array | None = None) -> None:
     more = {} if mask is None else {"attn_mask": mask}
-    found, _ = attend(query, key, value, TORCH, dropout_p=0.3, **CALL, **more)
+    found, _ = call_core(query, key, value, BHSD, dropout_p=0.3, **CALL, **more)
     expected = reference.scaled_dot_product(query, key, value, mask, dropout_p=0.3, **CALL)
     assert_close(found.astype(np.float64), expected, tolerance("float32", 0.3))
 
@@ -262,10 +262,10 @@ def test_all_batch_dimensions_count_as_one(seqlen_q: int) -> None:
 @pytest.mark.parametrize("seqlen_q", [2, 40])
 def test_hardly_any(seqlen_q: int, isa: str) -> None:
     query, key, value = (normal((1, n, 2, 16), seed=i) for i, n in enumerate((seqlen_q, 70, 70)))
-    plain, _ = attend(query, key, value)
-    found, _ = attend(query, key, value, dropout_p=2.0**-33, **CALL)
+    plain, _ = call_core(query, key, value)
+    found, _ = call_core(query, key, value, dropout_p=2.0**-33, **CALL)
     assert_same_bits(found.view("u4"), plain.view("u4"))
-    found, _ = attend(query, key, value, dropout_p=2.0**-31, **CALL)
+    found, _ = call_core(query, key, value, dropout_p=2.0**-31, **CALL)
     assert_close(found, plain, Tolerance(1e-12, 1e-6))
 
 
@@ -295,7 +295,7 @@ def test_a_hidden_key_stays_hidden_and_a_dropped_one_is_not(
     last[0, 49] = 0
     expected, _ = reference.attention(query, key, last, causal=True, dropout_p=0.5, **CALL)
     value[0, 49] = np.nan
-    found, _ = attend(query, key, value, causal=True, dropout_p=0.5, **CALL)
+    found, _ = call_core(query, key, value, causal=True, dropout_p=0.5, **CALL)
     assert np.isnan(found[0, -1].astype(np.float32)).all()
     assert_close(found[0, :-1].astype(np.float64), expected[0, :-1], tolerance(dtype, 0.5))
 
@@ -304,7 +304,7 @@ def test_a_hidden_key_stays_hidden_and_a_dropped_one_is_not(
 def test_values_that_bfloat16_products_take_for_zero(seqlen_q: int, isa: str) -> None:
     query, key = (normal((1, n, 2, 8), "bfloat16", seed=n) for n in (seqlen_q, 60))
     value = normal((1, 60, 2, 8), "bfloat16", seed=3, factor=2.0**-110)
-    found, _ = attend(query, key, value, dropout_p=0.5, **CALL)
+    found, _ = call_core(query, key, value, dropout_p=0.5, **CALL)
     expected, _ = reference.attention(query, key, value, dropout_p=0.5, **CALL)
     assert_close(
         found.astype(np.float64) * 2.0**110, expected * 2.0**110, tolerance("bfloat16", 0.5)
@@ -317,14 +317,14 @@ def test_same_bits_for_any_number_of_threads(seqlen_q: int) -> None:
     found = []
     for threads in (1, 2, 5):
         umfa.set_num_threads(threads)
-        found.append(attend(query, key, value, dropout_p=0.3, **CALL)[0].view("u4"))
+        found.append(call_core(query, key, value, dropout_p=0.3, **CALL)[0].view("u4"))
     for again in found[1:]:
         assert_same_bits(again, found[0])
 
 
 def test_other_queries_change_no_bit() -> None:
     query, key, value = (normal((1, n, 2, 32), seed=i) for i, n in enumerate((600, 200, 200)))
-    whole, _ = attend(query, key, value, dropout_p=0.3, **CALL)
+    whole, _ = call_core(query, key, value, dropout_p=0.3, **CALL)
     for n in (33, 100, 257):
-        part, _ = attend(query[:, :n], key, value, dropout_p=0.3, **CALL)
+        part, _ = call_core(query[:, :n], key, value, dropout_p=0.3, **CALL)
         assert_same_bits(part.view("u4"), np.ascontiguousarray(whole[:, :n]).view("u4"))

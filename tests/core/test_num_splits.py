@@ -7,9 +7,9 @@ import pytest
 
 from tests import reference
 from tests.array_libraries import DTYPES, Array
+from tests.attend import call_core
 from tests.cases import normal
 from tests.checks import BASE, LSE, assert_close, assert_same_bits
-from tests.direct import attend
 from tests.sequences import offsets
 
 pytestmark = pytest.mark.cpu_only
@@ -38,7 +38,7 @@ def test_equals_the_reference(splits: int, dtype: str, isa: str) -> None:
     for seqlen_q, seqlen_k in ((1, 1500), (2, 65), (2, 3)):
         q, k, v = tensors(seqlen_q, seqlen_k, dtype)
         options = {"causal": True, "window_size": (1200, 0), "softcap": 3.0}
-        found, lse = attend(q, k, v, num_splits=splits, **options)
+        found, lse = call_core(q, k, v, num_splits=splits, **options)
         expected, expected_lse = reference.attention(q, k, v, **options)
         assert_close(found.astype(np.float64), expected, BASE[dtype])
         assert_close(lse.astype(np.float64), expected_lse, LSE, "lse")
@@ -49,7 +49,7 @@ def test_the_parts_are_those_asked_for() -> None:
     keys = 4096
     q, k, v = tensors(1, keys)
     found = {
-        splits: attend(q, k, v, num_splits=splits)[0].tobytes()
+        splits: call_core(q, k, v, num_splits=splits)[0].tobytes()
         for splits in (0, 1, 2, 3, 4, 7, 8, 9, 16, 21, 22, 32, 60, 64, 1000, 2**31 - 1)
     }
     assert part_of(keys, 0) == part_of(keys, 8) == 512
@@ -63,12 +63,12 @@ def test_the_parts_are_those_asked_for() -> None:
 def test_one_part_is_what_few_keys_are() -> None:
     """Up to 512 keys are one part whoever chooses; behind them, hidden keys make no other."""
     q, k, v = tensors(1, 4096)
-    expected, _ = attend(q, k[:, :512], v[:, :512])
+    expected, _ = call_core(q, k[:, :512], v[:, :512])
     mask = np.arange(4096) < 512
-    found, _ = attend(q, k, v, num_splits=1, window_size=(-1, -1), attn_mask=mask)
-    masked, _ = attend(q, k[:, :512], v[:, :512], attn_mask=mask[:512])
+    found, _ = call_core(q, k, v, num_splits=1, window_size=(-1, -1), attn_mask=mask)
+    masked, _ = call_core(q, k[:, :512], v[:, :512], attn_mask=mask[:512])
     assert_same_bits(found.view("u4"), masked.view("u4"))
-    one, _ = attend(q, k[:, :512], v[:, :512], num_splits=1)
+    one, _ = call_core(q, k[:, :512], v[:, :512], num_splits=1)
     assert_same_bits(one.view("u4"), expected.view("u4"))
 
 
@@ -78,16 +78,18 @@ def test_every_sequence_is_cut_by_its_own_length() -> None:
     q = normal((4, 4, 32), seed=1)
     k, v = (normal((cu_k[-1], 2, 32), seed=i) for i in (2, 3))
     for splits in (1, 5):
-        found, _ = attend(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, num_splits=splits)
+        found, _ = call_core(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, num_splits=splits)
         for b in range(4):
             rows = slice(cu_k[b], cu_k[b + 1])
-            alone, _ = attend(q[None, b : b + 1], k[None, rows], v[None, rows], num_splits=splits)
+            alone, _ = call_core(
+                q[None, b : b + 1], k[None, rows], v[None, rows], num_splits=splits
+            )
             assert_same_bits(found[b].view("u4"), alone[0, 0].view("u4"), f"{splits}, {b}")
 
 
 def test_many_queries_have_nothing_to_split() -> None:
     q, k, v = tensors(100, 1500)
-    expected, _ = attend(q, k, v)
+    expected, _ = call_core(q, k, v)
     for splits in (1, 7):
-        found, _ = attend(q, k, v, num_splits=splits)
+        found, _ = call_core(q, k, v, num_splits=splits)
         assert_same_bits(found.view("u4"), expected.view("u4"))

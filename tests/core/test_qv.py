@@ -10,9 +10,9 @@ import pytest
 import umfa
 from tests import reference
 from tests.array_libraries import DTYPES
+from tests.attend import call_core
 from tests.cases import normal
 from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
-from tests.direct import attend
 from tests.sequences import offsets, paged, rotary_tables, rotated
 
 pytestmark = pytest.mark.cpu_only
@@ -60,7 +60,7 @@ def test_equals_the_reference(index: int, dtype: str, isa: str) -> None:
         more["alibi_slopes"] = np.linspace(0.02, 0.3, shape[1], dtype=np.float32)
         more["learnable_sink"] = np.linspace(-1, 2, shape[1], dtype=np.float32)
         more["softmax_scale"] = 0.1
-    found, lse = attend(**tensors, **more)
+    found, lse = call_core(**tensors, **more)
     q, k, v = (tensors.pop(name) for name in "qkv")
     expected, expected_lse = reference.attention(q, k, v, **tensors, **more)
     assert_close(found.astype(np.float64), expected, BASE[dtype])
@@ -74,7 +74,7 @@ def test_with_a_mask_and_dropout(seqlen_q: int, isa: str) -> None:
         np.random.default_rng(1).random((2, 2, seqlen_q, 77)) < 0.7, 0.5, -np.inf
     ).astype(np.float32)
     options: dict[str, Any] = {"dropout_p": 0.3, "dropout_seed": 5}
-    found, _ = attend(**tensors, attn_mask=mask, **options)
+    found, _ = call_core(**tensors, attn_mask=mask, **options)
     q, k, v = (tensors.pop(name) for name in "qkv")
     expected, _ = reference.attention(q, k, v, mask=mask, **tensors, **options)
     assert_close(found.astype(np.float64), expected, Tolerance(3e-5, 1e-5))
@@ -95,7 +95,7 @@ def test_packed_and_paged(page_size: int, dtype: str, isa: str) -> None:
             for to, x in zip(wide, (k, v), strict=True):
                 to[b, :n] = x[cu_k[b] : cu_k[b] + n]
         keys, tables["block_table"] = paged(wide, page_size)
-    found, lse = attend(q, *keys, qv=qv, **tables, causal=True)
+    found, lse = call_core(q, *keys, qv=qv, **tables, causal=True)
     for b in range(5):
         rows, own_keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
         own, own_lse = reference.attention(
@@ -112,7 +112,7 @@ def test_rotary_turns_query_and_key_only(seqlen_q: int, isa: str) -> None:
     new_key, new_value = (normal((3, new, 2, d), seed=d + 1) for d in (16, 24))
     query, qv = (normal((3, seqlen_q, 4, d), seed=d + 2) for d in (16, 24))
     cos, sin = rotary_tables(200, 12)
-    found, _ = attend(
+    found, _ = call_core(
         query, key, value, qv=qv, new_key=new_key, new_value=new_value, rotary_cos=cos,
         rotary_sin=sin, seqused_k=used, causal=True,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def test_rotary_of_all_keys(seqlen_q: int, head_dims: tuple[int, int], isa: str)
     head_dim, head_dim_v = head_dims
     tensors = tensors_of((1, 2, 1, seqlen_q, 130, head_dim, head_dim_v), "float32")
     cos, sin = rotary_tables(130, head_dim)
-    found, _ = attend(**tensors, rotary_cos=cos, rotary_sin=sin, causal=True)
+    found, _ = call_core(**tensors, rotary_cos=cos, rotary_sin=sin, causal=True)
     q = rotated(
         tensors["q"], cos, sin, 130 - seqlen_q + np.arange(seqlen_q)[None], interleaved=True
     )
@@ -144,7 +144,7 @@ def test_rotary_of_all_keys(seqlen_q: int, head_dims: tuple[int, int], isa: str)
 @pytest.mark.parametrize("seqlen_q", [1, 40])
 def test_any_strides(seqlen_q: int, isa: str) -> None:
     tensors = tensors_of((2, 4, 2, seqlen_q, 70, 24, 40), "float32")
-    plain, _ = attend(**tensors)
+    plain, _ = call_core(**tensors)
     apart = {name: np.repeat(x, 2, axis=3)[..., ::2] for name, x in tensors.items()}
     turned = {
         name: np.ascontiguousarray(x.transpose(2, 3, 0, 1)).transpose(2, 3, 0, 1)
@@ -152,7 +152,7 @@ def test_any_strides(seqlen_q: int, isa: str) -> None:
     }
     for views in (apart, turned):
         for name in tensors:
-            found, _ = attend(**(tensors | {name: views[name]}))
+            found, _ = call_core(**(tensors | {name: views[name]}))
             assert_close(found, plain, Tolerance(1e-6, 1e-6), name)
 
 
@@ -160,9 +160,9 @@ def test_any_strides(seqlen_q: int, isa: str) -> None:
 @pytest.mark.parametrize("dtype", NAMES)
 def test_nan_in_a_hidden_value_stays_there(dtype: str, seqlen_q: int, isa: str) -> None:
     tensors = tensors_of((1, 2, 1, seqlen_q, 50, 8, 24), dtype)
-    expected, _ = attend(**tensors, causal=True)
+    expected, _ = call_core(**tensors, causal=True)
     tensors["v"][0, 49] = np.nan
-    found, _ = attend(**tensors, causal=True)
+    found, _ = call_core(**tensors, causal=True)
     assert np.isnan(found[0, -1].astype(np.float32)).all()
     bits = f"u{found.itemsize}"
     assert_same_bits(
@@ -177,7 +177,7 @@ def test_same_bits_for_any_number_of_threads(seqlen_q: int) -> None:
     found = []
     for threads in (1, 2, 5):
         umfa.set_num_threads(threads)
-        found.append(attend(**tensors)[0].view("u2"))
+        found.append(call_core(**tensors)[0].view("u2"))
     for again in found[1:]:
         assert_same_bits(again, found[0])
 
@@ -201,7 +201,7 @@ def test_large_head_dims(index: int, dtype: str, isa: str) -> None:
     q, k, v = (tensors[name] for name in "qkv")
     for qv in (None, tensors["qv"]):
         given = {} if qv is None else {"qv": qv}
-        found, lse = attend(q, k, v, **given, **options)
+        found, lse = call_core(q, k, v, **given, **options)
         expected, expected_lse = reference.attention(q, k, v, **given, **options)
         assert_close(found.astype(np.float64), expected, BASE[dtype])
         assert_close(lse.astype(np.float64), expected_lse, LSE_LARGE, "lse")
@@ -214,7 +214,7 @@ def test_all_of_a_large_head_dim_turns(seqlen_q: int, isa: str) -> None:
     new_value = normal((1, 3, 2, 512), seed=2)
     key, value = (normal((1, 60, 2, d), seed=d) for d in (576, 512))
     cos, sin = rotary_tables(100, 576)
-    found, _ = attend(
+    found, _ = call_core(
         query, key, value, new_key=new_key, new_value=new_value, rotary_cos=cos, rotary_sin=sin,
         seqused_k=np.array([50]), causal=True,
     )  # fmt: skip

@@ -85,7 +85,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return arm64.build_attend(tmp_path_factory.mktemp("arm64"))
 
 
-def attend(program: Path, problems: list[Problem], isa: str) -> list[Result]:
+def run_program(program: Path, problems: list[Problem], isa: str) -> list[Result]:
+    """Not `tests.attend`: the program has the CPU backend for another processor, and no Python."""
     given = b"".join(problem.packed() for problem in problems)
     answer = arm64.run(program, stdin=given, isa=isa)
     results = []
@@ -116,14 +117,16 @@ def test_older_cpu_runs_it(program: Path) -> None:
     case = Case((1, 1, 33, 40, 64), "bfloat16")
     problem = Problem(*inputs(case), options(case))
     answer = arm64.run(program, stdin=problem.packed(), cpu="cortex-a57")
-    (neon,) = attend(program, [problem], "neon")
+    (neon,) = run_program(program, [problem], "neon")
     assert answer == neon.out.tobytes() + neon.lse.tobytes()
 
 
 @pytest.mark.parametrize("isa", FORCED)
 def test_equals_reference_and_this_machine(isa: str, program: Path) -> None:
     problems = [Problem(*inputs(case), options(case)) for case in CASES]
-    for case, problem, result in zip(CASES, problems, attend(program, problems, isa), strict=True):
+    for case, problem, result in zip(
+        CASES, problems, run_program(program, problems, isa), strict=True
+    ):
         tolerance = checks.BASE[case.dtype]
         out, lse = expected(case)
         checks.assert_close(result.out.astype(np.float64), out, tolerance, f"{case}: out")
@@ -149,7 +152,7 @@ def test_hidden_nan_and_tiny_values(isa: str, program: Path) -> None:
         query, key = (normal((1, 30, 1, 16), dtype, seed=i) for i in range(2))
         value = normal((1, 30, 1, 16), dtype, seed=2, factor=factor)
         problems.append(Problem(query, key, value, {}))
-    results = attend(program, problems, isa)
+    results = run_program(program, problems, isa)
 
     for problem, result in zip(problems[:3], results, strict=False):
         seen = (array[:, :25] for array in (problem.query, problem.key, problem.value))
@@ -173,7 +176,7 @@ def test_nan_scores_reach_their_rows(isa: str, program: Path) -> None:
         query, key, value = (normal((1, 120, 1, 24), dtype, seed=i) for i in range(3))
         query[0, 3], key[0, 100] = np.nan, np.nan
         problems.append(Problem(query, key, value, {"causal": True}))
-    for result in attend(program, problems, isa):
+    for result in run_program(program, problems, isa):
         row_is_nan = np.isnan(result.out.astype(np.float32)[0, :, 0])
         assert (row_is_nan.all(1) == row_is_nan.any(1)).all()
         assert row_is_nan.any(1).nonzero()[0].tolist() == [3, *range(100, 120)]
@@ -192,7 +195,7 @@ def test_nan_stays_in_its_row_of_two(isa: str, spoiled: str, program: Path) -> N
         )
         {"query": query, "key": key, "value": value}[spoiled][0, -1] = np.nan
         problems.append(Problem(query, key, value, {"causal": True}))
-    for result in attend(program, problems, isa):
+    for result in run_program(program, problems, isa):
         assert np.isfinite(result.out[0, 0].astype(np.float32)).all()
         assert np.isnan(result.out[0, 1].astype(np.float32)).all()
         assert np.isfinite(result.lse[0, :, 0]).all()

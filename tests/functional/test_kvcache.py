@@ -11,6 +11,7 @@ import pytest
 import umfa
 from tests import array_libraries, reference
 from tests.array_libraries import DTYPES, Array, Framework
+from tests.attend import Attend
 from tests.cases import Case, expected, inputs, normal
 from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 from tests.sequences import paged, rotary_tables, rotated, unpaged
@@ -19,31 +20,6 @@ from tests.signatures import CACHE, by_keyword, by_position
 PAGE_SIZES = [1, 3, 16, 64, 256]
 BATCH, ROWS, HEADS, HEADS_K, HEAD_DIM = 3, 150, 6, 2, 24
 WRITABLE = ["numpy", "torch"]  # frameworks whose arrays can be
-
-
-def attend(framework: Framework, *tensors: Any, **options: Any) -> tuple[Array, Array]:
-    """umfa on NumPy arrays by way of a framework; out and lse as NumPy arrays.
-
-    Caches that are written to come back into the arrays that were handed in.
-    """
-    make = framework.tensor
-    ours = [make(x) for x in tensors]
-    for name, option in options.items():
-        if isinstance(option, np.ndarray):
-            options[name] = make(option)
-    out, lse = umfa.flash_attn_with_kvcache(
-        *ours, return_softmax_lse=True, backend="cpu", **options
-    )
-    batch, seqlen_q, heads, _ = tensors[0].shape
-    assert isinstance(out, framework.array_type)
-    assert tuple(out.shape) == (batch, seqlen_q, heads, tensors[2].shape[3])
-    assert tuple(lse.shape) == (batch, heads, seqlen_q)
-    assert framework.dtype_name(out) == framework.dtype_name(ours[0])
-    assert framework.dtype_name(lse) == "float32"
-    if len(tensors) > 3:
-        for array, tensor in zip(tensors[1:3], ours[1:3], strict=True):
-            array[...] = framework.numpy(tensor)
-    return framework.numpy(out), framework.numpy(lse)
 
 
 def caches(dtype: str = "float32", head_dim_v: int = HEAD_DIM) -> tuple[Array, Array]:
@@ -83,7 +59,7 @@ def test_a17_decode(framework: Framework) -> None:
     query, key, value = inputs(case)
     out, lse = expected(case)
     for more in ({}, {"cache_seqlens": 4096}):
-        found, found_lse = attend(framework, query, key, value, causal=True, **more)
+        found, found_lse = Attend(framework).kvcache(query, key, value, causal=True, **more)
         assert_close(found.astype(np.float64), out, BASE["float16"])
         assert_close(found_lse.astype(np.float64), lse, LSE, "lse")
 
@@ -95,8 +71,7 @@ def test_a17_decode_appended_and_paged(numpy: Framework) -> None:
     for x in start:
         x[:, -1:] = np.nan
     (k_pages, v_pages), table = paged(start, 100)
-    found = attend(
-        numpy, query, k_pages, v_pages, key[:, -1:], value[:, -1:],
+    found = Attend(numpy).kvcache(query, k_pages, v_pages, key[:, -1:], value[:, -1:],
         causal=True, cache_seqlens=4095, block_table=table,
     )  # fmt: skip
     for actual, exact, tolerance in zip(found, expected(case), (BASE["float16"], LSE), strict=True):
@@ -122,7 +97,7 @@ def test_cache_seqlens(dtype: str, seqlen_q: int, lengths: Any, framework: Frame
     for b in range(BATCH):
         key[b, used[b] :] = value[b, used[b] :] = np.nan
     query = queries(seqlen_q, dtype)
-    found = attend(framework, query, key, value, cache_seqlens=lengths, causal=True)
+    found = Attend(framework).kvcache(query, key, value, cache_seqlens=lengths, causal=True)
     check_each(
         found,
         query,
@@ -149,7 +124,7 @@ def test_options(seqlen_q: int, options: dict[str, Any], framework: Framework) -
     key, value = caches()
     used = np.array([150, 20, 97], np.int32)
     query = queries(seqlen_q)
-    found = attend(framework, query, key, value, cache_seqlens=used, **options)
+    found = Attend(framework).kvcache(query, key, value, cache_seqlens=used, **options)
     check_each(
         found,
         query,
@@ -168,9 +143,9 @@ def test_pages_change_no_bit(dtype: str, seqlen_q: int, page_size: int, numpy: F
     query = queries(seqlen_q, dtype)
     (k_pages, v_pages), table = paged([key, value], page_size, seed=page_size)
     for options in OPTIONS.values():
-        plain = attend(numpy, query, key, value, cache_seqlens=used, **options)
-        found = attend(
-            numpy, query, k_pages, v_pages, cache_seqlens=used, block_table=table, **options
+        plain = Attend(numpy).kvcache(query, key, value, cache_seqlens=used, **options)
+        found = Attend(numpy).kvcache(
+            query, k_pages, v_pages, cache_seqlens=used, block_table=table, **options
         )
         for name, a, b in zip(("out", "lse"), found, plain, strict=True):
             assert_same_bits(numpy.bits(a), numpy.bits(b), name)
@@ -186,8 +161,10 @@ def test_pages_in_every_framework(page_size: int, integers: Any, framework: Fram
     pages, table = paged([key, value], page_size)
     # What lies past a sequence's last page may be anything.
     wide = np.concatenate([table, np.full((BATCH, 2), -7)], axis=1).astype(integers)
-    plain = attend(framework, query, key, value, cache_seqlens=ROWS - 1, causal=True)
-    found = attend(framework, query, *pages, cache_seqlens=ROWS - 1, causal=True, block_table=wide)
+    plain = Attend(framework).kvcache(query, key, value, cache_seqlens=ROWS - 1, causal=True)
+    found = Attend(framework).kvcache(
+        query, *pages, cache_seqlens=ROWS - 1, causal=True, block_table=wide
+    )
     for name, a, b in zip(("out", "lse"), found, plain, strict=True):
         assert_same_bits(a.view(np.uint32), b.view(np.uint32), name)
 
@@ -197,7 +174,7 @@ def test_varlen_reads_pages_too(page_size: int, numpy: Framework) -> None:
     key, value = caches()
     used = np.array([150, 0, 41], np.int32)
     query = queries(9)
-    plain, _ = attend(numpy, query, key, value, cache_seqlens=used, causal=True)
+    plain, _ = Attend(numpy).kvcache(query, key, value, cache_seqlens=used, causal=True)
     pages, table = paged([key, value], page_size)
     cu_seqlens_q = np.arange(BATCH + 1, dtype=np.int32) * 9
     cu_seqlens_k = np.concatenate([[0], np.cumsum(used)])
@@ -231,15 +208,15 @@ def test_append(
     v = normal((BATCH, new_rows, HEADS_K, 40), dtype, seed=5)
     after = [appended(key, k, used), appended(value, v, used)]
     query = queries(seqlen_q, dtype)
-    plain = attend(framework, query, *after, cache_seqlens=used + new_rows, causal=True)
+    plain = Attend(framework).kvcache(query, *after, cache_seqlens=used + new_rows, causal=True)
     if page_size is None:
-        found = attend(framework, query, key, value, k, v, cache_seqlens=used, causal=True)
+        found = Attend(framework).kvcache(query, key, value, k, v, cache_seqlens=used, causal=True)
         written = [key, value]
     else:
         pages, table = paged([key, value], page_size)
         untouched = [~np.isin(np.arange(len(x)), table) for x in pages]
-        found = attend(
-            framework, query, *pages, k, v, cache_seqlens=used, causal=True, block_table=table
+        found = Attend(framework).kvcache(
+            query, *pages, k, v, cache_seqlens=used, causal=True, block_table=table
         )
         written = [unpaged(x, table, ROWS) for x in pages]
         for x, free in zip(pages, untouched, strict=True):
@@ -273,8 +250,7 @@ def test_a_loop_over_tokens_is_one_causal_call(
     at, out, lse = 0, [], []
     for step in steps:
         rows = slice(at, at + step)
-        found = attend(
-            numpy, query[:, rows], *start, k[:, rows], v[:, rows],
+        found = Attend(numpy).kvcache(query[:, rows], *start, k[:, rows], v[:, rows],
             cache_seqlens=at, causal=True, **more,
         )  # fmt: skip
         out.append(found[0])
@@ -325,8 +301,7 @@ def test_rotary(
     turned = rotated(query, cos, sin, positions, interleaved=interleaved)
     new = rotated(k, cos, sin, used[:, None] + np.arange(new_rows), interleaved=interleaved)
     expected_key, expected_value = appended(key, new, used), appended(value, v, used)
-    found = attend(
-        numpy, query, key, value, k, v, cos, sin,
+    found = Attend(numpy).kvcache(query, key, value, k, v, cos, sin,
         cache_seqlens=used, rotary_interleaved=interleaved, **options,
     )  # fmt: skip
     assert_close(
@@ -360,7 +335,9 @@ def test_rotary_tables_of_other_dtypes_and_pages(
     cos, sin = rotary_tables(140, 16, DTYPES[tables])
     query = queries(2)
     plain_caches = [x.copy() for x in start]
-    plain = attend(framework, query, *plain_caches, k, v, cos, sin, cache_seqlens=used, causal=True)
+    plain = Attend(framework).kvcache(
+        query, *plain_caches, k, v, cos, sin, cache_seqlens=used, causal=True
+    )
     positions = used[:, None] + np.arange(2)
     turned = rotated(query, cos, sin, positions, interleaved=True)
     check_each(
@@ -373,8 +350,7 @@ def test_rotary_tables_of_other_dtypes_and_pages(
     if page_size is None:
         return
     pages, table = paged(start, page_size)
-    found = attend(
-        framework, query, *pages, k, v, cos, sin,
+    found = Attend(framework).kvcache(query, *pages, k, v, cos, sin,
         cache_seqlens=used, causal=True, block_table=table,
     )  # fmt: skip
     for name, a, b in zip(("out", "lse"), found, plain, strict=True):
@@ -396,8 +372,7 @@ def test_rotary_loop_is_one_rotated_causal_call(numpy: Framework) -> None:
     )
     start = [np.full_like(x, np.nan) for x in (k, v)]
     out = [
-        attend(
-            numpy, query[:, i, None], *start, k[:, i, None], v[:, i, None], cos, sin,
+        Attend(numpy).kvcache(query[:, i, None], *start, k[:, i, None], v[:, i, None], cos, sin,
             cache_seqlens=i, causal=True, rotary_interleaved=False,
         )[0]
         for i in range(60)
@@ -419,8 +394,8 @@ def test_leftpad_and_batch_index(dtype: str, append: bool, framework: Framework)
     query = queries(2, dtype)
     new = [normal((BATCH, 2, HEADS_K, HEAD_DIM), dtype, seed=i) for i in (4, 5)] if append else []
     before = key.copy()
-    found = attend(
-        framework, query, key, value, *new, cache_seqlens=used, cache_batch_idx=index,
+    found = Attend(framework).kvcache(
+        query, key, value, *new, cache_seqlens=used, cache_batch_idx=index,
         cache_leftpad=leftpad, causal=True,
     )  # fmt: skip
     ends = used + 2 * append
@@ -447,8 +422,8 @@ def test_rotary_counts_the_padding(numpy: Framework) -> None:
     positions = used[:, None] + np.arange(2)
     new = rotated(k, cos, sin, positions, interleaved=True)
     expected_key = appended(key, new, used)
-    found = attend(
-        numpy, query, key, value, k, v, cos, sin, cache_seqlens=used, cache_leftpad=leftpad,
+    found = Attend(numpy).kvcache(
+        query, key, value, k, v, cos, sin, cache_seqlens=used, cache_leftpad=leftpad,
         causal=True,
     )  # fmt: skip
     assert_close(key, expected_key, BASE["float32"], "k_cache")
@@ -469,7 +444,7 @@ def test_key_and_value_cache_in_one_tensor(numpy: Framework) -> None:
     found = umfa.flash_attn_with_kvcache(
         query, both[:, :, 0], both[:, :, 1], k, v, cache_seqlens=9, causal=True
     )
-    plain = attend(numpy, query, *apart, k, v, cache_seqlens=9, causal=True)
+    plain = Attend(numpy).kvcache(query, *apart, k, v, cache_seqlens=9, causal=True)
     assert_same_bits(numpy.bits(found), numpy.bits(plain[0]))
     for i in range(2):
         assert_same_bits(numpy.bits(both[:, :, i]), numpy.bits(apart[i]))
@@ -495,7 +470,7 @@ def test_append_to_caches_of_any_dlpack_library(numpy: Framework) -> None:
     k, v = (normal((BATCH, 2, HEADS_K, HEAD_DIM), seed=i) for i in (4, 5))
     lengths = np.array([3, 4, 5])
     other = [key.copy(), value.copy()]
-    attend(numpy, queries(1), key, value, k, v, cache_seqlens=lengths)
+    Attend(numpy).kvcache(queries(1), key, value, k, v, cache_seqlens=lengths)
     umfa.flash_attn_with_kvcache(
         *map(OtherLibrary, (queries(1), *other, k, v)), cache_seqlens=OtherLibrary(lengths)
     )
@@ -508,7 +483,7 @@ def test_num_splits(splits: int, framework: Framework) -> None:
     rows = 2000
     key = normal((2, rows, HEADS_K, HEAD_DIM), seed=2)
     value = normal((2, rows, HEADS_K, HEAD_DIM), seed=3)
-    found = attend(framework, queries(1, batch=2), key, value, num_splits=splits)
+    found = Attend(framework).kvcache(queries(1, batch=2), key, value, num_splits=splits)
     check_each(found, queries(1, batch=2), list(key), list(value))
 
 
@@ -533,7 +508,7 @@ def test_no_queries_still_append(numpy: Framework) -> None:
     key, value = caches()
     k, v = (normal((BATCH, 2, HEADS_K, HEAD_DIM), seed=i) for i in (4, 5))
     wanted = appended(key, k, np.full(BATCH, 3))
-    attend(numpy, queries(0), key, value, k, v, cache_seqlens=3)
+    Attend(numpy).kvcache(queries(0), key, value, k, v, cache_seqlens=3)
     assert_same_bits(numpy.bits(key), numpy.bits(wanted))
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.cpu_only
 Q, K, V = (normal((2, n, 2, 8), seed=i) for i, n in enumerate((7, 12, 12)))
 
 
-def attend(**options: Any) -> Array:
+def result(**options: Any) -> Array:
     return umfa.flash_attn_func(Q, K, V, **options)
 
 
@@ -39,20 +39,20 @@ def numbers(name: str, value: float | int | bool) -> list[Any]:
     [("softmax_scale", 0.5), ("softcap", 4.0), ("causal", True), ("attention_chunk", 3)],
 )
 def test_numbers_may_be_tensors_without_dimensions(name: str, value: Any) -> None:
-    expected = attend(**{name: value})
-    assert expected.tobytes() != attend().tobytes()
+    expected = result(**{name: value})
+    assert expected.tobytes() != result().tobytes()
     narrow = {float: np.float32, bool: np.bool_, int: np.int32}[type(value)]
     for given in numbers(name, narrow(value)):
-        assert attend(**{name: given}).tobytes() == expected.tobytes(), type(given)
+        assert result(**{name: given}).tobytes() == expected.tobytes(), type(given)
 
 
 def test_a_number_that_requires_grad_is_refused() -> None:
     torch = libraries.load("torch").module
     scale = torch.tensor(0.5, requires_grad=True)
     with pytest.raises(umfa.UnsupportedError, match="softmax_scale requires grad, which would be"):
-        attend(softmax_scale=scale)
+        result(softmax_scale=scale)
     with pytest.raises(TypeError, match="softmax_scale is not a number; got tensor"):
-        attend(softmax_scale=torch.tensor(0.5, device="meta"))
+        result(softmax_scale=torch.tensor(0.5, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -64,17 +64,17 @@ def test_a_number_that_requires_grad_is_refused() -> None:
     ids=repr,
 )  # fmt: skip
 def test_windows(given: Any, pair: tuple[int, int]) -> None:
-    assert attend(window_size=given).tobytes() == attend(window_size=pair).tobytes()
+    assert result(window_size=given).tobytes() == result(window_size=pair).tobytes()
 
 
 @pytest.mark.parametrize("library", ["torch", "jax", "mlx"])
 def test_windows_of_frameworks(library: str) -> None:
     window = libraries.load(library).tensor(np.array([2, 1], np.int32))
-    assert attend(window_size=window).tobytes() == attend(window_size=(2, 1)).tobytes()
+    assert result(window_size=window).tobytes() == result(window_size=(2, 1)).tobytes()
 
 
 def test_none_is_the_default() -> None:
-    assert attend(softcap=None, causal=None, window_size=None).tobytes() == attend().tobytes()
+    assert result(softcap=None, causal=None, window_size=None).tobytes() == result().tobytes()
     with pytest.raises(TypeError, match="is_causal is not a bool; got None"):
         umfa.scaled_dot_product_attention(Q, Q, Q, is_causal=None)
 
@@ -97,9 +97,9 @@ def test_tables_may_be_lists() -> None:
 def test_the_error_names_what_the_caller_wrote(num_splits: int) -> None:
     sink = np.zeros(3, np.float32)
     with pytest.raises(ValueError, match="s_aux has the wrong shape"):
-        attend(s_aux=sink)
+        result(s_aux=sink)
     with pytest.raises(ValueError, match="learnable_sink and s_aux exclude each other; got both"):
-        attend(s_aux=sink, learnable_sink=sink)
+        result(s_aux=sink, learnable_sink=sink)
     with pytest.raises(ValueError, match="cache_seqlens"):
         umfa.flash_attn_with_kvcache(Q, K, V, cache_seqlens=[13, 1], num_splits=num_splits)
 

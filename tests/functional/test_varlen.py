@@ -10,6 +10,7 @@ import pytest
 import umfa
 from tests import array_libraries
 from tests.array_libraries import DTYPES, Array, Framework
+from tests.attend import Attend
 from tests.cases import normal
 from tests.checks import BASE, LSE, assert_close, assert_same_bits
 from tests.sequences import offsets, varlen_reference
@@ -38,41 +39,6 @@ def packed(
     )
 
 
-def attend(
-    framework: Framework,
-    tensors: tuple[Array, Array, Array],
-    cu_seqlens_q: Array,
-    cu_seqlens_k: Array,
-    **options: Any,
-) -> tuple[Array, Array]:
-    """umfa on the tensors of a framework, tables included; back in NumPy."""
-    make = framework.tensor
-    for name, option in options.items():
-        if isinstance(option, np.ndarray):
-            options[name] = make(option)
-    q, k, v = (make(x) for x in tensors)
-    out, lse, probabilities = umfa.flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        make(cu_seqlens_q),
-        make(cu_seqlens_k),
-        options.pop("max_seqlen_q", None),
-        options.pop("max_seqlen_k", None),
-        return_attn_probs=True,
-        backend="cpu",
-        **options,
-    )
-    assert probabilities is None
-    assert isinstance(out, framework.array_type)
-    assert isinstance(lse, framework.array_type)
-    assert tuple(out.shape) == (*q.shape[:2], v.shape[-1])
-    assert tuple(lse.shape) == (q.shape[1], q.shape[0])
-    assert framework.dtype_name(out) == framework.dtype_name(q)
-    assert framework.dtype_name(lse) == "float32"
-    return framework.numpy(out), framework.numpy(lse)
-
-
 def check(
     framework: Framework,
     tensors: tuple[Array, Array, Array],
@@ -83,7 +49,7 @@ def check(
     """Compare with the reference of each sequence."""
     known = {name: x for name, x in options.items() if not name.startswith("max_seqlen")}
     out, lse = varlen_reference(*tensors, cu_seqlens_q, cu_seqlens_k, **known)
-    found, found_lse = attend(framework, tensors, cu_seqlens_q, cu_seqlens_k, **options)
+    found, found_lse = Attend(framework).varlen(tensors, cu_seqlens_q, cu_seqlens_k, **options)
     assert_close(found.astype(np.float64), out, BASE[tensors[0].dtype.name])
     assert_close(found_lse.astype(np.float64), lse, LSE, "lse")
 
@@ -164,7 +130,7 @@ def test_equals_dense_calls_bit_for_bit(
     """For flash_attn_func, one by one, as far as it has the options; else varlen with one."""
     tensors = packed(LENGTHS_Q, LENGTHS_K, dtype, heads_k=2, head_dim=24)
     cu_q, cu_k = offsets(LENGTHS_Q), offsets(LENGTHS_K)
-    out, lse = attend(numpy, tensors, cu_q, cu_k, **options)
+    out, lse = Attend(numpy).varlen(tensors, cu_q, cu_k, **options)
     extras = {"attention_chunk", "learnable_sink"} & set(options)
     for b, (length_q, length_k) in enumerate(zip(LENGTHS_Q, LENGTHS_K, strict=True)):
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
@@ -173,7 +139,9 @@ def test_equals_dense_calls_bit_for_bit(
             own["alibi_slopes"] = np.ascontiguousarray(options["alibi_slopes"][b])
         each = (tensors[0][rows], tensors[1][keys], tensors[2][keys])
         if extras:
-            alone, alone_lse = attend(numpy, each, offsets([length_q]), offsets([length_k]), **own)
+            alone, alone_lse = Attend(numpy).varlen(
+                each, offsets([length_q]), offsets([length_k]), **own
+            )
         else:
             alone, alone_lse, _ = (
                 None if x is None else x[0]
@@ -249,7 +217,7 @@ def test_rows_past_the_last_sequence(dtype: str, framework: Framework) -> None:
         x[-5:] = np.nan
     cu_q, cu_k = offsets(A25_Q), offsets(A25_K)
     check(framework, tensors, cu_q, cu_k, causal=True)
-    out, lse = attend(framework, tensors, cu_q, cu_k)
+    out, lse = Attend(framework).varlen(tensors, cu_q, cu_k)
     assert not out[-5:].any()
     assert np.isneginf(lse[:, -5:]).all()
 
@@ -257,14 +225,14 @@ def test_rows_past_the_last_sequence(dtype: str, framework: Framework) -> None:
 def test_no_sequence_at_all(framework: Framework) -> None:
     tensors = packed([], [], more=3)
     none = np.zeros(1, np.int32)
-    out, lse = attend(framework, tensors, none, none)
+    out, lse = Attend(framework).varlen(tensors, none, none)
     assert not out.any()
     assert np.isneginf(lse).all()
 
 
 def test_only_empty_sequences(framework: Framework) -> None:
     none = np.zeros(4, np.int64)
-    out, lse = attend(framework, packed([], []), none, none)
+    out, lse = Attend(framework).varlen(packed([], []), none, none)
     assert out.shape == (0, HEADS, 64)
     assert lse.shape == (HEADS, 0)
 
@@ -272,7 +240,9 @@ def test_only_empty_sequences(framework: Framework) -> None:
 def test_empty_keys_leave_the_sink(framework: Framework) -> None:
     sink = np.array([0.5, -3.0, 200.0, -np.inf], np.float32)
     tensors = packed([3, 40], [0, 0])
-    out, lse = attend(framework, tensors, offsets([3, 40]), offsets([0, 0]), learnable_sink=sink)
+    out, lse = Attend(framework).varlen(
+        tensors, offsets([3, 40]), offsets([0, 0]), learnable_sink=sink
+    )
     assert not out.any()
     assert_close(lse, np.broadcast_to(sink[:, None], lse.shape), LSE, "lse")
 
@@ -286,8 +256,8 @@ def test_sinks_of_any_size_and_dtype(dtype: str, framework: Framework) -> None:
     out, lse = varlen_reference(
         *tensors, offsets(lengths_q), offsets(lengths_k), learnable_sink=sink
     )
-    found, found_lse = attend(
-        framework, tensors, offsets(lengths_q), offsets(lengths_k), learnable_sink=sink
+    found, found_lse = Attend(framework).varlen(
+        tensors, offsets(lengths_q), offsets(lengths_k), learnable_sink=sink
     )
     assert_close(found, out, BASE["float32"])
     np.testing.assert_allclose(found_lse, lse, rtol=1e-6, atol=2e-5)
@@ -306,9 +276,8 @@ LONGEST: dict[str, Any] = {
 def test_max_seqlen(longest: Any, framework: Framework) -> None:
     tensors = packed(A25_Q, A25_Q)
     cu_seqlens = offsets(A25_Q)
-    plain = attend(framework, tensors, cu_seqlens, cu_seqlens, causal=True)
-    found = attend(
-        framework,
+    plain = Attend(framework).varlen(tensors, cu_seqlens, cu_seqlens, causal=True)
+    found = Attend(framework).varlen(
         tensors,
         cu_seqlens,
         cu_seqlens,
@@ -352,7 +321,7 @@ def test_strided_tensors(numpy: Framework) -> None:
         to[::-2] = x
     views = (wide[0][::-2], wide[1][::-2], wide[2][::-2])
     cu_q, cu_k = offsets(lengths_q), offsets(lengths_k)
-    found = attend(numpy, tensors, cu_q, cu_k, causal=True)
+    found = Attend(numpy).varlen(tensors, cu_q, cu_k, causal=True)
     of_views = umfa.flash_attn_varlen_func(
         *views, np.repeat(cu_q, 3)[::3], np.repeat(cu_k, 2)[::2], 33, 40, causal=True
     )
@@ -376,7 +345,7 @@ def test_threads_change_no_bit(numpy: Framework) -> None:
     found = []
     for threads in (1, 2, 5):
         umfa.set_num_threads(threads)
-        found.append(attend(numpy, tensors, *tables, causal=True))
+        found.append(Attend(numpy).varlen(tensors, *tables, causal=True))
     for out, lse in found[1:]:
         assert_same_bits(numpy.bits(out), numpy.bits(found[0][0]))
         assert_same_bits(numpy.bits(lse), numpy.bits(found[0][1]), "lse")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import reference
 from tests.array_libraries import DTYPES
 from tests.cases import normal
 from tests.checks import BASE, LSE, assert_close, assert_same_bits
@@ -26,19 +27,6 @@ SHAPES = {
 }
 
 
-def merged(out_partial: Array, lse_partial: Array) -> tuple[Array, Array]:
-    """In float64; parts with a log-sum-exp of -inf do not count."""
-    seen = lse_partial > -np.inf
-    lse = lse_partial.astype(np.float64)
-    top = np.where(seen.any(0), np.where(seen, lse, -np.inf).max(0), 0)
-    weights = np.where(seen, np.exp(lse - top), 0)
-    total = weights.sum(0)
-    parts = np.where(seen[..., None], out_partial.astype(np.float64), 0)
-    out = (parts * weights[..., None]).sum(0) / np.where(total > 0, total, 1)[..., None]
-    with np.errstate(divide="ignore"):
-        return out, top + np.log(total)
-
-
 def inputs(shape: tuple[int, ...], dtype: str = "float32") -> tuple[Array, Array]:
     return normal(shape, dtype, seed=1), 5 * normal(shape[:-1], seed=2)
 
@@ -53,7 +41,7 @@ def combine(out_partial: Array, lse_partial: Array, dtype: str = "float32") -> t
 
 def check(out_partial: Array, lse_partial: Array, dtype: str = "float32") -> None:
     out, lse = combine(out_partial, lse_partial, dtype)
-    exact, exact_lse = merged(out_partial, lse_partial)
+    exact, exact_lse = reference.combine(out_partial, lse_partial)
     assert_close(out.astype(np.float64), exact, BASE[dtype])
     assert_close(lse.astype(np.float64), exact_lse, LSE, "lse")
 
@@ -104,7 +92,7 @@ def test_any_strides() -> None:
     """Channels backwards, parts last, one log-sum-exp for all rows; nothing else is written."""
     out_partial, lse_partial = inputs((3, 2, 4, 2, 8))
     lse_partial = np.broadcast_to(lse_partial[:, :1, :1], lse_partial.shape)
-    exact, exact_lse = merged(out_partial, lse_partial)
+    exact, exact_lse = reference.combine(out_partial, lse_partial)
     strided = np.ascontiguousarray(out_partial.transpose(1, 2, 3, 4, 0)[..., ::-1, :])
     strided = strided[..., ::-1, :].transpose(4, 0, 1, 2, 3)
     out = np.full((2, 2, 4, 16), 7, np.float32)

@@ -13,7 +13,6 @@ from tests.checks import BASE, LSE, Tolerance, assert_close
 from tests.metal import emulated
 from tests.metal.emulated import MACHINES
 from tests.sequences import rotary_tables, rotated
-from tools.metal.ptx import dropout
 
 Array = np.ndarray[Any, np.dtype[Any]]
 pytestmark = pytest.mark.usefixtures("own_settings")
@@ -84,19 +83,11 @@ def test_any_combination(seqlen_q: int, dtype: str, seed: int) -> None:
     tolerance = Tolerance(*(x * loose for x in BASE[dtype]))
     lse_tolerance = Tolerance(2e-3, 0) if rotary and dtype == "float16" else LSE
     for b, n in enumerate(USED + NEW):
-        keys = after_key[b, None, :n].astype(np.float64)
-        values = after_value[b, None, :n].astype(np.float64)
-        queries = turned[b, None].astype(np.float64)
-        if qv is not None:
-            queries = np.concatenate([queries, qv[b, None].astype(np.float64)], -1)
-            keys = np.concatenate([keys, values], -1)
-        identity = np.broadcast_to(np.eye(n)[None, :, None], (1, n, HEADS_K, n))
-        weights, exact_lse = reference.attention(
-            queries, keys, identity, mask=None if mask is None else mask[..., :n],
-            window_size=window, alibi_slopes=slopes, learnable_sink=sinks, **shared,
+        exact, exact_lse = reference.attention(
+            turned[b, None], after_key[b, None, :n], after_value[b, None, :n],
+            qv=None if qv is None else qv[b, None], mask=None if mask is None else mask[..., :n],
+            window_size=window, alibi_slopes=slopes, learnable_sink=sinks, dropout_p=p,
+            first_index=b, **shared,
         )  # fmt: skip
-        for h in range(HEADS):
-            kept = dropout.stays(p, 0, 0, b, h, np.arange(seqlen_q), n)
-            exact = weights[0, :, h] * kept / (1 - p) @ values[0, :, h // 2]
-            assert_close(out[b, :, h].astype(np.float64), exact, tolerance)
+        assert_close(out[b, None].astype(np.float64), exact, tolerance)
         assert_close(lse[b, None].astype(np.float64), exact_lse, lse_tolerance, "lse")

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import reference
+from tests import philox, reference
 from tests.cases import normal
 from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
 from tests.metal import emulated
 from tests.metal.emulated import MACHINES, SOME_MACHINES
 from tests.sequences import offsets
+from tests.tiers import crossed
 from tools.metal.ptx import dropout
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -32,33 +33,14 @@ def test_the_generator_is_philox() -> None:
         assert " ".join(f"{int(word):08x}" for word in dropout.philox(counter, key)) == expected
 
 
-def stays(
-    p: float, seed: int, offset: int, batch: Array, heads: int, seqlen_q: int, seqlen_k: int
-) -> Array:
-    """Which probabilities (batch, heads, seqlen_q, seqlen_k) are kept."""
-    return np.stack(
-        [
-            [
-                dropout.stays(p, seed, offset, int(b), h, np.arange(seqlen_q), seqlen_k)
-                for h in range(heads)
-            ]
-            for b in batch
-        ]
-    )
-
-
-def expected_of(
-    query: Array, key: Array, value: Array, kept: Array, p: float, **options: Any
-) -> tuple[Array, Array]:
-    """The reference with the identity for values gives probabilities: dropout, then the values."""
-    batch, seqlen_k, heads_k, _ = value.shape
-    identity = np.broadcast_to(
-        np.eye(seqlen_k)[None, :, None], (batch, seqlen_k, heads_k, seqlen_k)
-    )
-    weights, lse = reference.attention(query, key, identity, **options)
-    weights = weights * kept.transpose(0, 2, 1, 3) / (1 - p)
-    values = np.repeat(value.astype(np.float64), query.shape[2] // heads_k, 2)
-    return np.einsum("bihj,bjhd->bihd", weights, values), lse
+def test_the_gpu_tools_drop_the_same() -> None:
+    """They have a generator of their own, because they travel without the tests."""
+    call = {"p": 0.3, "seed": 2**40 + 3, "offset": 2**33 + 1}
+    for batch, head in ((0, 0), (3, 5)):
+        rows = np.arange(70)
+        gone = philox.dropped(**call, batch=batch, head=head, rows=rows, seqlen_k=131)
+        kept = dropout.stays(*call.values(), batch, head, rows, 131)
+        assert_same_bits(kept, ~gone)
 
 
 def tolerance(dtype: str, p: float) -> Tolerance:
@@ -79,7 +61,6 @@ def check(
     tensors: tuple[Array, Array, Array], p: float = 0.3, seed: int = 11, offset: int = 5,
     causal: bool = False, window: tuple[int, int] = (-1, -1), softcap: float = 0.0, **more: Any,
 ) -> tuple[Array, Array]:  # fmt: skip
-    query, key, _ = tensors
     shared = {"causal": causal, "softcap": softcap}
     found = emulated.call(
         *tensors,
@@ -89,16 +70,17 @@ def check(
         },
         **more,
     )  # fmt: skip
-    kept = stays(p, seed, offset, np.arange(len(query)), 4, query.shape[1], key.shape[1])
-    exact = expected_of(*tensors, kept, p, window_size=window, **shared, **more)
-    assert_close(found[0].astype(np.float64), exact[0], tolerance(query.dtype.name, p))
+    exact = reference.attention(
+        *tensors, dropout_p=p, dropout_seed=seed, dropout_offset=offset, window_size=window,
+        **shared, **more,
+    )  # fmt: skip
+    assert_close(found[0].astype(np.float64), exact[0], tolerance(tensors[0].dtype.name, p))
     assert_close(found[1].astype(np.float64), exact[1], LSE, "lse")
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
-    "p", [0.1, pytest.param(0.5, marks=pytest.mark.slow), pytest.param(0.9, marks=pytest.mark.slow)]
+    ("p", "dtype"), crossed([0.1, 0.5, 0.9], ["float32", "float16", "bfloat16"])
 )
 @KINDS
 def test_probabilities(lengths: tuple[int, int], p: float, dtype: str) -> None:
@@ -134,8 +116,7 @@ def test_options(lengths: tuple[int, int], name: str) -> None:
         mask = rng.random((2, 4, *lengths)) < 0.6
         given = {"dropout_p": 0.4, "dropout_seed": 1}
         found = emulated.call(*tensors, given, attn_mask=mask)
-        kept = stays(0.4, 1, 0, np.arange(2), 4, *lengths)
-        exact = expected_of(*tensors, kept, 0.4, mask=mask)
+        exact = reference.attention(*tensors, mask=mask, **given)
         assert_close(found[0].astype(np.float64), exact[0], tolerance("float16", 0.4))
         assert_close(found[1].astype(np.float64), exact[1], LSE, "lse")
     else:
@@ -167,8 +148,7 @@ def test_splits_do_not_matter() -> None:
         out, _ = emulated.call(query, key, value, {**given, "num_splits": splits})
         found.append(out)
         assert len(emulated.last_plan["launches"]) == (1 if splits == 1 else 2)
-    kept = stays(0.5, 3, 0, np.arange(2), 4, 2, 900)
-    exact = expected_of(query, key, value, kept, 0.5, window_size=(701, -1))
+    exact = reference.attention(query, key, value, **given)
     for out in found:
         assert_close(out.astype(np.float64), exact[0], tolerance("float32", 0.5))
 
@@ -182,12 +162,11 @@ def test_sequences(lengths: tuple[list[int], list[int]], window: int) -> None:
     k, v = (normal((int(cu_k[-1]), 2, 64), "float16", seed=i) for i in (1, 2))
     options = {"dropout_p": 0.3, "dropout_seed": 8, "window_size": (window, -1)}
     out, lse = emulated.call(q, k, v, options, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
-    for b, (n, m) in enumerate(zip(*lengths, strict=True)):
+    for b in range(3):
         rows, own = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
-        exact = expected_of(
-            q[None, rows], k[None, own], v[None, own],
-            stays(0.3, 8, 0, np.array([b]), 4, n, m), 0.3, window_size=(window, -1),
-        )  # fmt: skip
+        exact = reference.attention(
+            q[None, rows], k[None, own], v[None, own], first_index=b, **options
+        )
         assert_close(out[None, rows].astype(np.float64), exact[0], tolerance("float16", 0.3))
         assert_close(lse[None, :, rows].astype(np.float64), exact[1], LSE, "lse")
 

@@ -13,6 +13,7 @@ from tests.checks import BASE, LSE, assert_close
 from tests.metal import emulated
 from tests.metal.emulated import MACHINES, SOME_MACHINES
 from tests.sequences import offsets, paged
+from tests.tiers import crossed
 
 Array = np.ndarray[Any, np.dtype[Any]]
 pytestmark = pytest.mark.usefixtures("own_settings")
@@ -32,15 +33,6 @@ def tensors(
     )
 
 
-def expected_of(
-    query: Array, key: Array, value: Array, qv: Array | None, **options: Any
-) -> tuple[Array, Array]:
-    """Attention over channels of both parts: q and qv side by side, k and v likewise."""
-    if qv is not None:
-        query, key = np.concatenate([query, qv], -1), np.concatenate([key, value], -1)
-    return reference.attention(query, key, value, **options)
-
-
 def check(
     query: Array, key: Array, value: Array, qv: Array | None, more: Any = None, **options: Any
 ) -> None:
@@ -48,7 +40,7 @@ def check(
         query, key, value, options, **(more or {}), **({} if qv is None else {"qv": qv})
     )
     mask = (more or {}).get("attn_mask")
-    exact = expected_of(query, key, value, qv, mask=mask, **options)
+    exact = reference.attention(query, key, value, qv=qv, mask=mask, **options)
     assert_close(found[0].astype(np.float64), exact[0], BASE[query.dtype.name])
     assert_close(found[1].astype(np.float64), exact[1], LSE, "lse")
     (launch,) = emulated.last_plan["launches"]
@@ -56,15 +48,17 @@ def check(
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16", "bfloat16"]
+    ("head_dim", "head_dim_v", "dtype"),
+    crossed([list(dims) for dims in DIMS], ["float16", "bfloat16", "float32"]),
 )
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), DIMS)
 def test_dims(head_dim: int, head_dim_v: int, dtype: str) -> None:
     check(*tensors(dtype, 20, 45, head_dim, head_dim_v), causal=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(576, 512), (513, 8), (24, 400)])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "dtype"),
+    crossed([[576, 512], [513, 8], [24, 400]], ["float32", "float16", "bfloat16"]),
+)
 def test_dims_without_qv(head_dim: int, head_dim_v: int, dtype: str) -> None:
     query, key, value, _ = tensors(dtype, 20, 45, head_dim, head_dim_v)
     check(query, key, value, None, causal=True)
@@ -139,7 +133,9 @@ def test_sequences(page_size: int) -> None:
     out, lse = emulated.call(q, keys, values, {"causal": True}, qv=qv, **given)
     for b in range(4):
         rows, own = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
-        exact = expected_of(q[None, rows], k[None, own], v[None, own], qv[None, rows], causal=True)
+        exact = reference.attention(
+            q[None, rows], k[None, own], v[None, own], qv=qv[None, rows], causal=True
+        )
         assert_close(out[None, rows].astype(np.float64), exact[0], BASE["float16"])
         assert_close(lse[None, :, rows].astype(np.float64), exact[1], LSE, "lse")
 

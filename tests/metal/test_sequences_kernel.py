@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
 import umfa
 from tests import reference
-from tests.attend import call_on
+from tests.attend import Result, call_on
 from tests.cases import normal
 from tests.checks import BASE, LSE, assert_close, assert_same_bits
 from tests.metal import emulated
 from tests.metal.emulated import MACHINES
+from tests.sequences import varlen_reference
+from tests.tiers import crossed
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 pytestmark = pytest.mark.usefixtures("own_settings")
-
-
-class Result(NamedTuple):
-    out: Array
-    lse: Array
 
 
 def varlen(
@@ -47,41 +44,16 @@ def kvcache(q: Array, k: Array, v: Array, **options: Any) -> Result:
     return Result(*call_on("metal-emulated", function, q, k, v, return_softmax_lse=True, **options))
 
 
-def expected_of(
-    q: Array, k: Array, v: Array, *, attention_chunk: int = 0, learnable_sink: Any = None,
-    **options: Any,
-) -> Result:  # fmt: skip
+def expected_of(q: Array, k: Array, v: Array, **options: Any) -> Result:
     """One sequence (rows, heads, channels) by itself: out, and lse (heads, rows)."""
-    mask = None
-    if attention_chunk:
-        positions = np.arange(len(q)) + len(k) - len(q)
-        mask = positions[:, None] // attention_chunk == np.arange(len(k)) // attention_chunk
-    out, lse = reference.attention(q[None], k[None], v[None], mask=mask, **options)
-    out, lse = out[0], lse[0]
-    if learnable_sink is not None:
-        total = np.logaddexp(lse, learnable_sink.astype(np.float64)[:, None])
-        out *= np.exp(lse - np.where(np.isneginf(total), 0, total)).T[..., None]
-        lse = total
-    return Result(out, lse)
+    out, lse = reference.attention(q[None], k[None], v[None], **options)
+    return Result(out[0], lse[0])
 
 
 def check_packed(
     found: Result, q: Array, k: Array, v: Array, cu_q: Any, cu_k: Any, **options: Any
 ) -> None:
-    slopes = options.pop("alibi_slopes", None)
-    out = np.zeros(found.out.shape)
-    lse = np.full(found.lse.shape, -np.inf)
-    used_q = options.pop("seqused_q", np.diff(cu_q))
-    used_k = options.pop("seqused_k", np.diff(cu_k))
-    for b in range(len(cu_q) - 1):
-        rows = slice(cu_q[b], cu_q[b] + used_q[b])
-        keys = slice(cu_k[b], cu_k[b] + used_k[b])
-        own = (
-            {"alibi_slopes": slopes[b] if slopes.ndim == 2 else slopes}
-            if slopes is not None
-            else {}
-        )
-        out[rows], lse[:, rows] = expected_of(q[rows], k[keys], v[keys], **own, **options)
+    out, lse = varlen_reference(q, k, v, cu_q, cu_k, **options)
     assert_close(found.out.astype(np.float64), out, BASE[str(q.dtype)])
     assert_close(found.lse.astype(np.float64), lse, LSE, "lse")
 
@@ -139,8 +111,10 @@ def test_acceptance(dtype: str, index_dtype: Any, causal: bool) -> None:
     check_packed(found, *tensors, causal=causal)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(40, 24), (192, 128), (300, 300)])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "dtype"),
+    crossed([[40, 24], [192, 128], [300, 300]], ["float16", "float32"]),
+)
 @KINDS
 def test_head_dims(lengths: Any, head_dim: int, head_dim_v: int, dtype: str) -> None:
     """Narrow loads, simdgroups that share channels, and one tile for K and V among them."""
@@ -315,8 +289,10 @@ def paged(k: Array, page_size: int, lengths: Array) -> tuple[Array, Array]:
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 60, 256])
-@pytest.mark.parametrize("seqlen_q", [1, 6, 70])
-@pytest.mark.parametrize(("dtype", "head_dim"), [("float16", 64), ("float32", 30)])
+@pytest.mark.parametrize(
+    ("seqlen_q", "dtype", "head_dim"),
+    crossed([1, 6, 70], [["float16", 64], ["float32", 30]]),
+)
 def test_pages_equal_a_cache_bit_for_bit(
     dtype: str, head_dim: int, seqlen_q: int, page_size: int
 ) -> None:

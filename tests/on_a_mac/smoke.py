@@ -1,4 +1,7 @@
-"""Stage: one small call for every kernel and feature, through umfa, compared with the CPU."""
+"""Stage: one small call for every kernel and feature, through umfa, compared with the CPU.
+
+Its calls are its own: it asks first whether the kernels run at all, and the whole suite follows.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ QUICK = {("forward 64/64", "float16"), ("decode 64/64", "float32"),
          ("append, 12 rows, rotary", "float16")}  # fmt: skip
 
 
-class Case(NamedTuple):
+class Call(NamedTuple):
     """A call that takes ``backend=`` and returns the arrays to compare."""
 
     name: str
@@ -73,21 +76,21 @@ def cache(dtype: str, pages: bool, seqlen_q: int, backend: str) -> list[Any]:
     return [out, keys, values]
 
 
-def cases() -> Iterator[Case]:
+def calls() -> Iterator[Call]:
     for dtype in DTYPES:
         for dims in shapes.head_dims():
             call = functools.partial(attention, dtype, (20, 70), (2, 2), dims)
-            yield Case(f"forward {dims[0]}/{dims[1]}", dtype, call)
+            yield Call(f"forward {dims[0]}/{dims[1]}", dtype, call)
         for dims in ((64, 64), (128, 128), (192, 128)):
             call = functools.partial(attention, dtype, (1, 300), (8, 2), dims)
-            yield Case(f"decode {dims[0]}/{dims[1]}", dtype, call)
+            yield Call(f"decode {dims[0]}/{dims[1]}", dtype, call)
         call = functools.partial(attention, dtype, (1, 5000), (8, 1), (64, 64))
-        yield Case("decode in splits, merge", dtype, call)
-        yield Case("packed, unused rows cleared", dtype, functools.partial(packed, dtype))
+        yield Call("decode in splits, merge", dtype, call)
+        yield Call("packed, unused rows cleared", dtype, functools.partial(packed, dtype))
         for pages in (False, True):
             for rows in (1, 12):
                 name = f"append{', pages' if pages else ''}, {rows} rows, rotary"
-                yield Case(name, dtype, functools.partial(cache, dtype, pages, rows))
+                yield Call(name, dtype, functools.partial(cache, dtype, pages, rows))
     visible = np.random.default_rng(3).random((1, 2, 40, 50)) < 0.7
     options: dict[str, dict[str, Any]] = {
         "causal": {"causal": True},
@@ -104,7 +107,7 @@ def cases() -> Iterator[Case]:
         for rows in (40, 1):
             fitting = {k: v[:, :, :rows] if k == "attn_mask" else v for k, v in chosen.items()}
             call = functools.partial(attention, "float16", (rows, 50), (2, 2), (64, 64), **fitting)
-            yield Case(f"{name}, {rows} queries", "float16", call)
+            yield Call(f"{name}, {rows} queries", "float16", call)
 
 
 def difference(found: list[Any], expected: list[Any]) -> float:
@@ -122,7 +125,7 @@ def difference(found: list[Any], expected: list[Any]) -> float:
 def run(part: Part, *, quick: bool) -> None:
     part.write("| call | dtype | largest difference from the CPU |", "|---|---|---|")
     wrong: list[tuple[str, str]] = []
-    for case in cases():
+    for case in calls():
         if quick and (case.name, case.dtype) not in QUICK:
             continue
         try:

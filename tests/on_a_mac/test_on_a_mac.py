@@ -314,7 +314,7 @@ class TestOnTheDouble:
         from tools.metal import double as metal_double
         from tools.metal.double import gpus
 
-        case = next(iter(smoke.cases()))
+        case = next(iter(smoke.calls()))
         monkeypatch.setattr(smoke, "cases", lambda: [case])
         with metal_double.machine(gpus.Recorder()):
             smoke.run(part, quick=False)
@@ -322,8 +322,8 @@ class TestOnTheDouble:
         assert part.failures == 1
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("case", list(smoke.cases()), ids=lambda c: f"{c.name}, {c.dtype}")
-    def test_smoke(self, case: smoke.Case) -> None:
+    @pytest.mark.parametrize("case", list(smoke.calls()), ids=lambda c: f"{c.name}, {c.dtype}")
+    def test_smoke(self, case: smoke.Call) -> None:
         from tools.metal import double as metal_double
         from tools.metal.double import gpus
 
@@ -334,8 +334,8 @@ class TestOnTheDouble:
         assert smoke.difference(found, case.call(backend="cpu")) <= smoke.TOLERANCES[case.dtype]
 
 
-@pytest.mark.parametrize("case", list(smoke.cases()), ids=lambda c: f"{c.name}, {c.dtype}")
-def test_the_calls_of_the_smoke_are_sound(case: smoke.Case) -> None:
+@pytest.mark.parametrize("case", list(smoke.calls()), ids=lambda c: f"{c.name}, {c.dtype}")
+def test_the_calls_of_the_smoke_are_sound(case: smoke.Call) -> None:
     found = case.call(backend="cpu")
     assert smoke.difference(found, case.call(backend="cpu")) == 0
     assert all(np.isfinite(np.asarray(array, np.float32)).all() for array in found[:1])

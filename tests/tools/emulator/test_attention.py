@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from tests import reference
 from tests.tools.emulator.emulator_kernels import floats, library
 from tools.metal.emulator import Library, Options
 
@@ -161,11 +162,7 @@ def test_attention(causal: bool) -> None:
         for s in (1, 2, 3)
     )
     scale = width**-0.5
-    scores = np.einsum("hid,hjd->hij", q.astype(np.float64), k.astype(np.float64)) * scale
-    if causal:
-        scores[:, ~np.tri(length, dtype=bool)] = -np.inf
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    expected = (p / p.sum(-1, keepdims=True)) @ v.astype(np.float64)
+    expected = reference.scaled_dot_product(q, k, v, is_causal=causal)
     made = library(ATTENTION, constants={0: causal})
     for seed, options in (
         (0, Options()),
