@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import zlib
@@ -20,6 +21,24 @@ from tools.metal.emulator import Options
 from umfa import _ext
 
 METAL, TOOLS = (Path(__file__).parent / name for name in ("metal", "tools"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("umfa")
+    group.addoption(
+        "--nightly-seconds", type=float, default=900.0, help="for each test of -m nightly"
+    )
+    group.addoption(
+        "--nightly-seed", type=int, default=secrets.randbits(32), help="else a fresh one"
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    # Workers have the options of the process that says this.
+    if "nightly" not in config.option.markexpr:
+        return None
+    seconds, seed = config.option.nightly_seconds, config.option.nightly_seed
+    return f"nightly: {seconds:g} s for each test, --nightly-seed {seed}"
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,6 +1,6 @@
 """Mutation testing: change one operator or constant, and see whether a test notices.
 
-    python tools/mutate.py [--count 25] [--seed 1] [--only PATTERN] [--list]
+    python tools/mutate.py [--count 25] [--seed 1] [--seconds N] [--only PATTERN] [--list]
 
 Mutants are drawn with a fixed seed from the kernels (shaders/), the Metal planner, the CPU backend
 and the core. For each, umfa is built in a copy of the repository and installed into a directory of
@@ -160,6 +160,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="a regular expression for files")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
+    parser.add_argument("--seconds", type=float, help="begin no mutant after so many")
     parser.add_argument("--allow", type=int, default=0, help="survivors that are no failure")
     given = parser.parse_args()
     chosen = choose(given.count, given.seed, given.only)
@@ -167,6 +168,7 @@ def main() -> int:
         print(*chosen, sep="\n")
         return 0
     verdicts: list[str] = []
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         tree, site = Path(work) / "tree", Path(work) / "site"
         copy_repository(tree)
@@ -177,6 +179,8 @@ def main() -> int:
                 raise SystemExit(f"without any mutant, too: {verdict}")
         for mutant in chosen:
             begin = time.monotonic()
+            if verdicts and given.seconds and begin > start + given.seconds:
+                break
             path = tree / mutant.file
             original = path.read_text(encoding="utf-8")
             lines = original.splitlines(keepends=True)

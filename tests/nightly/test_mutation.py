@@ -20,9 +20,11 @@ def test_the_table_names_what_exists() -> None:
 
 
 @pytest.mark.nightly
-def test_mutants_are_killed() -> None:
+def test_mutants_are_killed(nightly_seconds: float) -> None:
+    script = str(mutate.ROOT / "tools" / "mutate.py")
+    seconds = str(8 * nightly_seconds)  # all of them, by default; each takes minutes
     done = subprocess.run(
-        [sys.executable, str(mutate.ROOT / "tools" / "mutate.py")],
+        [sys.executable, script, "--seconds", seconds],
         capture_output=True,
         text=True,
         check=False,

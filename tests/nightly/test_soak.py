@@ -1,0 +1,68 @@
+"""Random problems with fresh seeds, for as long as there is time, against the reference."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests import combinations
+from tests.functional.test_fa3_fa4 import check_cache, check_varlen
+
+MOST = {"cpu": 400, "metal-emulated": 150}  # keys
+
+
+def pairs(backend: str, seed: int) -> None:
+    """Two features of all, and others by chance."""
+    first, second = combinations.PAIRS[seed % len(combinations.PAIRS)]
+    combinations.check(first, second, seed, backend)
+
+
+def cache(backend: str, seed: int) -> None:
+    check_cache(backend, seed, MOST[backend])
+
+
+def varlen(backend: str, seed: int) -> None:
+    check_varlen(backend, seed, MOST[backend])
+
+
+def soak(check: Callable[[str, int], None], backend: str, seed: int, seconds: float) -> int:
+    """Checks problem after problem; how many. The error of one that fails says how to repeat it."""
+    end = time.monotonic() + seconds
+    rng = np.random.default_rng(seed)
+    for count in itertools.count(1):
+        own = int(rng.integers(2**32))
+        try:
+            check(backend, own)
+        except Exception as error:
+            again = f"tests.nightly.test_soak.{check.__name__}({backend!r}, {own})"
+            raise AssertionError(f"problem {count}; to repeat it: {again}") from error
+        if time.monotonic() > end:
+            return count
+    raise AssertionError
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("metal-emulated", marks=pytest.mark.metal)]
+)
+@pytest.mark.parametrize("check", [pairs, cache, varlen], ids=lambda check: check.__name__)
+def test_soak(
+    check: Callable[[str, int], None], backend: str, nightly_seed: int, nightly_seconds: float
+) -> None:
+    print(f"seed {nightly_seed}: {soak(check, backend, nightly_seed, nightly_seconds)} problems")
+
+
+def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference that is wrong for one feature stands for an umfa that is."""
+    right = combinations.reference.attention
+
+    def wrong(*tensors: object, **options: object) -> object:
+        return right(*tensors, **(options | {"softcap": 0.0}))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(combinations.reference, "attention", wrong)
+    with pytest.raises(AssertionError, match=r"to repeat it: .*pairs\('cpu', \d+\)"):
+        soak(pairs, "cpu", 1, 60)
