@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests import combinations
+from tests import combinations, reference
 from tests.functional.test_fa3_fa4 import check_cache, check_varlen
 
 MOST = {"cpu": 400, "metal-emulated": 150}  # keys
@@ -58,11 +59,11 @@ def test_soak(
 
 def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reference that is wrong for one feature stands for an umfa that is."""
-    right = combinations.reference.attention
+    right = reference.attention
 
-    def wrong(*tensors: object, **options: object) -> object:
-        return right(*tensors, **(options | {"softcap": 0.0}))  # type: ignore[arg-type]
+    def wrong(*tensors: Any, **options: Any) -> Any:
+        return right(*tensors, **(options | {"softcap": 0.0}))
 
-    monkeypatch.setattr(combinations.reference, "attention", wrong)
+    monkeypatch.setattr(reference, "attention", wrong)
     with pytest.raises(AssertionError, match=r"to repeat it: .*pairs\('cpu', \d+\)"):
         soak(pairs, "cpu", 1, 60)
