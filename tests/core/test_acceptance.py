@@ -122,9 +122,13 @@ def test_head_dims(head_dim: int, dtype: str, attend_numpy: Attend) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "head_dim_v"), [(64, 1), (1, 64), (192, 128), (40, 72), (512, 3), (16, 512)]
+    ("head_dim", "head_dim_v", "dtype"),
+    crossed(
+        [[64, 1], [1, 64], [192, 128], [40, 72], [512, 3], [16, 512]],
+        ["float32", "float16"],
+        mark=pytest.mark.slow_emulated,
+    ),
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_value_has_its_own_head_dim(
     head_dim: int, head_dim_v: int, dtype: str, attend: Attend
 ) -> None:

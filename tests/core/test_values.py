@@ -12,14 +12,16 @@ from tests import reference
 from tests.array_libraries import DTYPES
 from tests.cases import Case, expected, inputs, normal
 from tests.checks import BASE, LSE, Tolerance, assert_close, assert_same_bits
+from tests.tiers import crossed
 
 if TYPE_CHECKING:
     from tests.attend import Attend
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 5, 70])
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "causal"), crossed(list(DTYPES), [False, True], mark=pytest.mark.slow_emulated)
+)
 def test_no_keys(dtype: str, causal: bool, seqlen_q: int, attend: Attend) -> None:
     """Rows that see no key return 0, and the logarithm of an empty sum."""
     result = attend.arrays(
