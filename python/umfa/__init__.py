@@ -31,6 +31,7 @@ from ._functional.varlen import (
 
 __all__ = [
     "BackendInfo",
+    "SelfTest",
     "Stats",
     "UnsupportedError",
     "backends",
@@ -48,6 +49,7 @@ __all__ = [
     "get_library",
     "get_num_threads",
     "scaled_dot_product_attention",
+    "self_test",
     "set_num_threads",
     "stats",
 ]
@@ -70,9 +72,34 @@ class BackendInfo(NamedTuple):
     name: str
     available: bool
     reason: str
-    """Why it is not available; empty when it is."""
+    """Why it is not available; or which of its kernels `self_test` has excluded, if any."""
     device: str = ""
     """The GPU that it would use, in words."""
+
+
+class SelfTest(NamedTuple):
+    """What the test of a GPU's kernels for tensors of one dtype has found; see `self_test`."""
+
+    dtype: str
+    device: str
+    """The GPU that was tested."""
+    system: str
+    when: str
+    """UTC, as ``2026-11-29T09:13:20Z``."""
+    seconds: float
+    pipelines: int
+    """Kernels that were made ready for the test."""
+    faults: dict[str, str]
+    """Of each family of kernels what is wrong with it; empty if nothing is."""
+    kept: str
+    """The file that later processes read instead of testing again; empty if there is none."""
+    not_kept: str
+    """Why there is none."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all families are trusted."""
+        return not any(self.faults.values())
 
 
 class Stats(NamedTuple):
@@ -114,6 +141,25 @@ def stats() -> Stats:
 def backends() -> list[BackendInfo]:
     """Every backend umfa knows, in order of preference."""
     return [BackendInfo(*info) for info in _ext.backends()]
+
+
+def self_test() -> list[SelfTest]:
+    """What the test of this machine's GPU has found, for each dtype; tests what is untested.
+
+    The first call that would use a GPU with a dtype does the same for that dtype. A small case of
+    each family of kernels runs on the GPU and on the CPU. umfa does not use a family whose results
+    differ, or whose case fails or hangs. Later processes read the outcome from the user's cache
+    folder, until macOS or umfa changes.
+
+    The list is empty without a usable GPU, and with ``UMFA_SELF_TEST=0`` in the environment.
+    ``UMFA_SELF_TEST=force`` repeats the test in each process.
+
+    Raises
+    ------
+    ValueError
+        ``UMFA_SELF_TEST`` is neither 0, 1 nor force.
+    """
+    return [SelfTest(**report) for report in _ext.self_tests(run=True)]
 
 
 def get_include() -> str:

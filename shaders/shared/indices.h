@@ -77,3 +77,9 @@
 #define UMFA_COMBINE_LSE 3
 #define UMFA_COMBINE_PARAMS 4
 #define UMFA_COMBINE_BUFFERS 5
+
+// Buffers of lanes.metal.
+#define UMFA_LANES_MATRIX 0
+#define UMFA_LANES_HELD 1
+#define UMFA_LANES_PARAMS 2
+#define UMFA_LANES_BUFFERS 3

@@ -123,4 +123,9 @@ struct MergeParams {
     int32_t reserved;
 };
 
+/// A look at the map of lanes.
+struct LanesParams {
+    int32_t row;  // elements from one row of the matrix to the next
+};
+
 }  // namespace umfa

@@ -7,6 +7,7 @@
 
 #include "core/combine.h"
 #include "core/problem.h"
+#include "core/self_test.h"
 
 namespace umfa {
 
@@ -28,6 +29,11 @@ struct Operation {
     void (*encode)(const P&, const typename P::Results&, void* stream) = nullptr;
     /// Whether "auto" may choose it before other backends for tensors in host memory; null: always.
     bool (*worthwhile)(const P&) = nullptr;
+    /// Whether this machine's device computes it right. Asked last, since finding out may take a test
+    /// of the device. Null: yes.
+    Verdict (*trusted)(const P&) = nullptr;
+    /// Whether `trusted` might start or wait for such a test.
+    bool (*may_wait)(const P&) = nullptr;
 };
 
 struct Backend {
@@ -45,6 +51,9 @@ struct Backend {
     void* (*contents)(void* memory) = nullptr;
     /// The device in words; empty when there is none.
     std::string (*describe)() = nullptr;
+    /// What tests of the device have found; empty if there is none. `run`: tests what is untested;
+    /// else it does not wait. Throws `Error` for a wrong UMFA_SELF_TEST.
+    SelfTestReports (*self_tests)(bool run) = nullptr;
 };
 
 namespace cpu {

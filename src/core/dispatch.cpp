@@ -67,26 +67,44 @@ bool known(std::string_view name) {
 
 constexpr const char* known_names = "'auto', 'metal' or 'cpu'";
 
+template <class P>
+bool is_worthwhile(const Backend& backend, const P& problem) {
+    const auto worthwhile = operation_of(backend, problem).worthwhile;
+    return !worthwhile || first_tensor(problem).device != Device::cpu || worthwhile(problem);
+}
+
+template <class P>
+bool may_wait(const P& problem) {
+    for (const Backend* backend : Backends{}) {
+        const auto waits = operation_of(*backend, problem).may_wait;
+        if (waits && waits(problem)) return true;
+    }
+    return false;
+}
+
 /// The backend that will run the problem, or nullptr with every candidate's reason.
 template <class P>
 const Backend* choose(const P& problem, std::string_view wish, std::string& reason) {
     const std::string name = backend_name(wish, problem.function);
     const Backend* possible = nullptr;  // can, though it may not be worth its start
+    const auto takes = [&](const Backend& backend, Verdict verdict) {
+        const auto trusted = operation_of(backend, problem).trusted;
+        if (verdict.yes && trusted) verdict = trusted(problem);
+        if (verdict.yes) return true;
+        if (!reason.empty()) reason += "; ";
+        reason += std::string(backend.name) + ": " + verdict.reason;
+        return false;
+    };
     for (const Backend* backend : Backends{}) {
         if (name != "auto" && name != backend->name) continue;
-        const Verdict verdict = verdict_of(*backend, problem);
-        if (verdict.yes) {
-            const auto worthwhile = operation_of(*backend, problem).worthwhile;
-            const bool chosen = name != "auto" || !worthwhile ||
-                                first_tensor(problem).device != Device::cpu || worthwhile(problem);
-            if (chosen) return backend;
+        Verdict verdict = verdict_of(*backend, problem);
+        if (verdict.yes && name == "auto" && !is_worthwhile(*backend, problem)) {
             if (!possible) possible = backend;
             continue;
         }
-        if (!reason.empty()) reason += "; ";
-        reason += std::string(backend->name) + ": " + verdict.reason;
+        if (takes(*backend, std::move(verdict))) return backend;
     }
-    return possible;
+    return possible && takes(*possible, {}) ? possible : nullptr;
 }
 
 template <class P>
@@ -106,6 +124,21 @@ const Backend& routed(const P& problem, std::string_view name) {
          (free ? "no backend can run this (" : "the backend cannot run this (") + reason + ")",
          "backend '" + meant + "'" + (meant == name ? "" : " by UMFA_BACKEND"),
          free ? "what one of the backends supports" : "'auto', or what that backend supports");
+}
+
+/// What tests of the backend's device have excluded; empty if nothing.
+std::string doubts_about(const Backend& backend) {
+    if (!backend.self_tests) return {};
+    std::string text;
+    try {
+        for (const auto& report : backend.self_tests(false))
+            for (const SelfTestResult& result : report->results)
+                if (!result.fault.empty())
+                    text += (text.empty() ? "" : "; ") + result.family + ": " + result.fault;
+    } catch (const Error& error) {  // the environment variable again
+        return error.what();
+    }
+    return text.empty() ? text : "the self-test of this GPU excludes " + text;
 }
 
 void count_call(const Backend& backend) {
@@ -135,6 +168,9 @@ Verdict can_run(const Problem& problem, std::string_view name) { return asked(pr
 Verdict can_run(const CombineProblem& problem, std::string_view name) {
     return asked(problem, name);
 }
+
+bool routing_may_wait(const Problem& problem) { return may_wait(problem); }
+bool routing_may_wait(const CombineProblem& problem) { return may_wait(problem); }
 
 const Backend& route(const Problem& problem, std::string_view name) {
     return routed(problem, name);
@@ -187,6 +223,15 @@ Stats& stats() {
     return counts;
 }
 
+SelfTestReports self_tests(bool run) {
+    SelfTestReports all;
+    for (const Backend* backend : Backends{}) {
+        if (!backend->self_tests) continue;
+        for (const auto& report : backend->self_tests(run)) all.push_back(report);
+    }
+    return all;
+}
+
 std::vector<BackendInfo> backends() {
     std::vector<BackendInfo> list;
     for (const Backend* backend : Backends{}) {
@@ -197,6 +242,7 @@ std::vector<BackendInfo> backends() {
             verdict = {false, error.what()};
         }
         std::string device = verdict.yes && backend->describe ? backend->describe() : "";
+        if (verdict.yes) verdict.reason = doubts_about(*backend);
         list.push_back({backend->name, verdict.yes, std::move(verdict.reason), std::move(device)});
     }
     return list;

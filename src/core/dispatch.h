@@ -8,6 +8,7 @@
 #include "core/backend.h"
 #include "core/export.h"
 #include "core/problem.h"
+#include "core/self_test.h"
 
 namespace umfa {
 
@@ -22,6 +23,11 @@ UMFA_CORE_API Verdict can_run(const CombineProblem& problem, std::string_view na
 /// The backend for the problem. Throws `Error` with can_run's reason when there is none.
 UMFA_CORE_API const Backend& route(const Problem& problem, std::string_view name);
 UMFA_CORE_API const Backend& route(const CombineProblem& problem, std::string_view name);
+
+/// Whether can_run or route might test a device, or wait until another thread has: callers that hold a
+/// lock which a device needs, such as Python's, let go of it.
+UMFA_CORE_API bool routing_may_wait(const Problem& problem);
+UMFA_CORE_API bool routing_may_wait(const CombineProblem& problem);
 
 /// Runs the problem on `backend`, and counts the call.
 UMFA_CORE_API void forward(const Backend& backend, const Problem& problem,
@@ -40,10 +46,13 @@ UMFA_CORE_API const Backend& backend_of(Device device, std::string_view function
 struct BackendInfo {
     std::string name;
     bool available;
-    std::string reason;  // why not; empty when available
+    std::string reason;  // why not; or what tests of its device have excluded, if anything
     std::string device;  // in words, where the backend has one of its own
 };
 UMFA_CORE_API std::vector<BackendInfo> backends();
+
+/// What tests of devices have found. `run`: tests now what is untested, if UMFA_SELF_TEST allows it.
+UMFA_CORE_API SelfTestReports self_tests(bool run);
 
 /// Puts a Metal backend that another library brings into the routing; null takes it out again. For
 /// the tests, whose Metal is a double, in a library of its own.

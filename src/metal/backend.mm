@@ -7,6 +7,7 @@
 #include "metal/host.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
+#include "metal/trust.h"
 
 namespace umfa::metal {
 namespace {
@@ -65,12 +66,15 @@ std::string describe_device() {
 const Backend backend{"metal",
                       Context::available,
                       [](Device) { return true; },  // host memory is the GPU's too
-                      {forward_features, can_plan_forward, forward, encode_forward, worthwhile},
-                      {0, can_plan_combine, combine, nullptr, combine_is_worthwhile},
+                      {forward_features, can_plan_forward, forward, encode_forward, worthwhile,
+                       trusts_forward, forward_may_wait},
+                      {0, can_plan_combine, combine, nullptr, combine_is_worthwhile, trusts_combine,
+                       combine_may_wait},
                       allocate,
                       deallocate,
                       contents,
-                      describe_device};
+                      describe_device,
+                      self_tests};
 
 void release() { Context::release(); }
 

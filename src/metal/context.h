@@ -11,6 +11,7 @@
 #include "metal/device.h"
 #include "metal/pipelines.h"
 #include "metal/scratch.h"
+#include "metal/self_test.h"
 
 namespace umfa::metal {
 
@@ -27,6 +28,7 @@ public:
     const Gpu& gpu() const { return gpu_; }
     PipelineCache& pipelines() { return pipelines_; }
     ScratchPool& scratch() { return scratch_; }
+    SelfTests& self_tests() { return self_tests_; }
 
     /// The queue of umfa's own command buffers. Throws `Error`.
     id<MTLCommandQueue> queue(std::string_view caller);
@@ -38,6 +40,7 @@ private:
     const Gpu gpu_;
     PipelineCache pipelines_;
     ScratchPool scratch_;
+    SelfTests self_tests_;
     std::mutex lock_;
     id<MTLCommandQueue> queue_ = nil;
 };

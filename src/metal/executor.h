@@ -1,10 +1,23 @@
 // Plays LaunchPlans: on umfa's own queue, or into a command buffer of the caller's.
 #pragma once
 
+#include <functional>
+#include <string_view>
+
 #include "core/combine.h"
+#include "core/launch_plan.h"
 #include "core/problem.h"
+#include "metal/capabilities.h"
 
 namespace umfa::metal {
+
+class Context;
+
+/// Plans a problem for a GPU.
+using Planner = std::function<LaunchPlan(const Capabilities&)>;
+
+/// Runs the plan on umfa's own queue, and waits.
+void run(Context& context, std::string_view caller, const Planner& plan);
 
 void forward(const Problem& problem, const ForwardResults& results);
 void encode_forward(const Problem& problem, const ForwardResults& results, void* command_buffer);

@@ -1,7 +1,6 @@
 #import "metal/executor.h"
 
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -18,9 +17,6 @@ namespace {
 
 /// setBytes takes less than 4 KB.
 constexpr size_t max_set_bytes = 4096;
-
-/// Plans a problem for a GPU.
-using Planner = std::function<LaunchPlan(const Capabilities&)>;
 
 /// A plan, with a pipeline for each of its launches.
 struct Work {
@@ -145,27 +141,27 @@ void encode(Context& context, const Work& work, const Operands& operands, const 
     }
 }
 
-/// Runs the plan on umfa's own queue, and waits.
-void run(std::string_view caller, const Planner& plan) {
-    const AutoreleasePool pool;
-    const std::shared_ptr<Context> context = Context::current(caller);
-    const Work work = prepare(*context, caller, plan);
-    if (work.plan.launches.empty()) return;
-    const Operands operands(work.plan, caller, context->gpu(), Operands::Copies::allowed);
-    const Leases scratch = take_scratch(*context, work, caller);
+}  // namespace
 
-    id<MTLCommandQueue> queue = context->queue(caller);
+void run(Context& context, std::string_view caller, const Planner& plan) {
+    const AutoreleasePool pool;
+    const Work work = prepare(context, caller, plan);
+    if (work.plan.launches.empty()) return;
+    const Operands operands(work.plan, caller, context.gpu(), Operands::Copies::allowed);
+    const Leases scratch = take_scratch(context, work, caller);
+
+    id<MTLCommandQueue> queue = context.queue(caller);
     // Waits while 64 of the queue's are unfinished: for as many threads, since each sees its own end.
     id<MTLCommandBuffer> commands = [queue commandBuffer];
     if (!commands)
         fail(ErrorKind::device, caller, "Metal made no command buffer", "nil",
              "a queue that takes work");
-    encode(*context, work, operands, scratch, commands, caller);
+    encode(context, work, operands, scratch, commands, caller);
     [commands commit];
     ++stats().command_buffers;
     [commands waitUntilCompleted];
     if (commands.status != MTLCommandBufferStatusCompleted) {
-        context->replace_queue(queue);
+        context.replace_queue(queue);
         fail_command_buffer(caller, commands.error);
     }
     stats().gpu_nanoseconds +=
@@ -173,15 +169,13 @@ void run(std::string_view caller, const Planner& plan) {
     operands.copy_back();
 }
 
-}  // namespace
-
 void forward(const Problem& problem, const ForwardResults& results) {
-    run(problem.function,
+    run(*Context::current(problem.function), problem.function,
         [&](const Capabilities& gpu) { return plan_forward(problem, results, gpu); });
 }
 
 void combine(const CombineProblem& problem, const CombineResults& results) {
-    run(problem.function,
+    run(*Context::current(problem.function), problem.function,
         [&](const Capabilities& gpu) { return plan_combine(problem, results, gpu); });
 }
 

@@ -3,6 +3,7 @@
 #include "core/error.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
+#include "metal/self_test.h"
 
 namespace umfa::metal {
 namespace {
@@ -20,6 +21,14 @@ const Backend backend{"metal",
                       unavailable,
                       [](Device) { return true; },
                       {forward_features, can_plan_forward, refuse<Problem>},
-                      {0, can_plan_combine, refuse<CombineProblem>}};
+                      {0, can_plan_combine, refuse<CombineProblem>},
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      [](bool) -> SelfTestReports {
+                          self_test_mode();  // a wrong one is an error without a GPU too
+                          return {};
+                      }};
 
 }  // namespace umfa::metal

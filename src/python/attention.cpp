@@ -25,7 +25,7 @@ nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
     const Problem problem = Problem::make(request);
     const bool wants_weights = returns_weights(options);
     if (wants_weights) check_weights(problem);
-    const Backend& backend = route(problem, options.backend);
+    const Backend& backend = routed(problem, options.backend);
     const std::string& function = options.function->name;
 
     // The façade allocates in the caller's framework, now that the shapes are known to be right.
@@ -64,7 +64,7 @@ std::pair<bool, std::string> attention_can_run(const Options& options, const nb:
     Inputs inputs;
     const Problem problem = Problem::make(make_request(options, tensors, inputs));
     if (returns_weights(options)) check_weights(problem);
-    const Verdict verdict = can_run(problem, options.backend);
+    const Verdict verdict = judged(problem, options.backend);
     return {verdict.yes, verdict.reason};
 }
 

@@ -42,7 +42,7 @@ nb::tuple combine_parts(const std::string& function, nb::handle out_partial, nb:
     Tensors tensors;
     const CombineProblem problem =
         make_problem(function, out_partial, lse_partial, out, out_dtype, tensors);
-    const Backend& backend = route(problem, backend_name);
+    const Backend& backend = routed(problem, backend_name);
     nb::object merged = nb::none();
     if (out.is_none()) {
         merged = allocate(shape_tuple(problem.out_shape()), name_of(problem.out_dtype));
@@ -61,7 +61,7 @@ std::pair<bool, std::string> combine_can_run(const std::string& function, nb::ha
                                              nb::handle out_dtype,
                                              const std::string& backend_name) {
     Tensors tensors;
-    const Verdict verdict = can_run(
+    const Verdict verdict = judged(
         make_problem(function, out_partial, lse_partial, out, out_dtype, tensors), backend_name);
     return {verdict.yes, verdict.reason};
 }

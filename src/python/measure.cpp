@@ -9,6 +9,7 @@
 #include "core/dispatch.h"
 #include "core/instruments.h"
 #include "python/record.h"
+#include "python/running.h"
 
 namespace umfa::python {
 namespace {
@@ -23,7 +24,7 @@ double time_forward(const Options& options, const nb::tuple& tensors, nb::handle
              "at least 1");
     Inputs inputs;
     const Problem problem = Problem::make(make_request(options, tensors, inputs));
-    const Backend& backend = route(problem, options.backend);
+    const Backend& backend = routed(problem, options.backend);
     const Output out_array = import_output(out, function, "out");
     const ForwardResults results = problem.results(out_array.view);
     const auto start = std::chrono::steady_clock::now();

@@ -1,5 +1,6 @@
 // LaunchPlans as Python values, for the executors that are written in Python.
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "core/instruments.h"
 #include "core/problem.h"
@@ -49,6 +50,7 @@ nb::dict launch_dict(const KernelLaunch& launch) {
     result["grid"] = size_tuple(launch.grid);
     result["threadgroup"] = size_tuple(launch.threadgroup);
     result["threadgroup_bytes"] = launch.threadgroup_bytes;
+    result["families"] = families_of(launch);
     return result;
 }
 

@@ -13,6 +13,7 @@
 #include "core/instruments.h"
 #include "core/stats.h"
 #include "python/record.h"
+#include "python/running.h"
 #include "python/values.h"
 #include "umfa/umfa.h"
 
@@ -32,6 +33,30 @@ std::string compiler() {
 #else
     return "unknown";
 #endif
+}
+
+nb::list self_test_reports(bool run) {
+    SelfTestReports reports;
+    without_gil([&] { reports = self_tests(run); });
+    nb::list all;
+    for (const auto& shared : reports) {
+        const SelfTestReport& report = *shared;
+        nb::dict faults;
+        for (const SelfTestResult& result : report.results)
+            faults[result.family.c_str()] = result.fault;
+        nb::dict one;
+        one["dtype"] = report.dtype;
+        one["device"] = report.device;
+        one["system"] = report.system;
+        one["when"] = report.when;
+        one["seconds"] = report.seconds;
+        one["pipelines"] = report.pipelines;
+        one["faults"] = faults;
+        one["kept"] = report.kept;
+        one["not_kept"] = report.not_kept;
+        all.append(one);
+    }
+    return all;
 }
 
 PyObject* unsupported_error = nullptr;
@@ -101,6 +126,9 @@ NB_MODULE(_ext, m) {
             return list;
         },
         "(name, available, why not, device) of every backend.");
+    m.def("self_tests", &self_test_reports, "run"_a,
+          nb::sig("def self_tests(run: bool) -> list[dict[str, typing.Any]]"),
+          "What tests of the GPU have found, each by name. `run`: tests now what is untested.");
     m.def(
         "stats",
         [] {

@@ -5,7 +5,9 @@
 #include <unistd.h>
 
 #include <exception>
+#include <string_view>
 
+#include "core/dispatch.h"
 #include "core/tensor_view.h"
 
 namespace umfa::python {
@@ -33,6 +35,24 @@ void without_gil(F&& body) {
         for (;;) pause();
     }
     if (error) std::rethrow_exception(error);
+}
+
+/// can_run and route of core/dispatch.h. They keep the GIL where they do not wait: letting go of it
+/// for nothing would hand it to other threads.
+template <class P>
+Verdict judged(const P& problem, std::string_view backend_name) {
+    if (!routing_may_wait(problem)) return can_run(problem, backend_name);
+    Verdict verdict;
+    without_gil([&] { verdict = can_run(problem, backend_name); });
+    return verdict;
+}
+
+template <class P>
+const Backend& routed(const P& problem, std::string_view backend_name) {
+    if (!routing_may_wait(problem)) return route(problem, backend_name);
+    const Backend* backend = nullptr;
+    without_gil([&] { backend = &route(problem, backend_name); });
+    return *backend;
 }
 
 inline nb::object shape_tuple(const TensorView& view) {

@@ -195,6 +195,20 @@ SCHEMA = {
         "threads": int | None,
     },
     "backends": [{"name": str, "available": bool, "reason": str, "device": str}],
+    "self_tests": [
+        {
+            "dtype": str,
+            "device": str,
+            "system": str,
+            "when": str,
+            "seconds": float,
+            "pipelines": int,
+            "families": [str],
+            "excluded": dict,
+            "kept": str,
+            "not_kept": str,
+        }
+    ],
     "environment": dict,
     "packages": dict,
     "problems": [str],
@@ -248,7 +262,10 @@ def test_env_says_the_same_to_a_reader() -> None:
         assert fact in text
 
 
-@pytest.mark.parametrize("name", ["UMFA_NUM_THREADS", "UMFA_CPU_ISA", "UMFA_BACKEND"])
+VARIABLES = ["UMFA_NUM_THREADS", "UMFA_CPU_ISA", "UMFA_BACKEND", "UMFA_SELF_TEST"]
+
+
+@pytest.mark.parametrize("name", VARIABLES)
 def test_env_survives_a_bad_variable(name: str) -> None:
     """The report must work above all where umfa itself does not."""
     report = env_json(**{name: "banana"})
@@ -258,7 +275,7 @@ def test_env_survives_a_bad_variable(name: str) -> None:
     assert "banana" in report["problems"][0]
 
 
-@pytest.mark.parametrize("name", ["UMFA_NUM_THREADS", "UMFA_CPU_ISA", "UMFA_BACKEND"])
+@pytest.mark.parametrize("name", VARIABLES)
 def test_demo_names_a_bad_variable(name: str) -> None:
     result = run(**{name: "banana"})
     assert result.returncode == 1

@@ -137,7 +137,12 @@ def run(shape: tuple[int, int, int, int] = FLUX) -> int:
     console = terminal.console()
     report = env.collect()
     console.print(f"[bold]umfa {escape(report['umfa']['version'])}[/]", end="\n\n")
-    rows = {**env.backend_rows(report), **env.cpu_rows(report), **env.problem_rows(report)}
+    rows = {
+        **env.backend_rows(report),
+        **env.self_test_rows(report),
+        **env.cpu_rows(report),
+        **env.problem_rows(report),
+    }
     terminal.print_rows(console, rows)
     if report["problems"]:
         return 1

@@ -88,6 +88,21 @@ class Backend(TypedDict):
     device: str
 
 
+class Test(TypedDict):
+    """A self-test of the GPU's kernels for one dtype; ``excluded`` says why, by family."""
+
+    dtype: str
+    device: str
+    system: str
+    when: str
+    seconds: float
+    pipelines: int
+    families: list[str]
+    excluded: dict[str, str]
+    kept: str
+    not_kept: str
+
+
 class Report(TypedDict):
     """All of it, as ``env --json`` prints it."""
 
@@ -96,6 +111,7 @@ class Report(TypedDict):
     platform: System
     cpu: Cpu
     backends: list[Backend]
+    self_tests: list[Test]
     environment: dict[str, str]
     packages: dict[str, str]
     problems: list[str]  # what umfa refuses to work with, such as a mistyped environment variable
@@ -155,6 +171,25 @@ def environment() -> dict[str, str]:
     }
 
 
+def self_tests() -> list[Test]:
+    """Return what the self-test of the GPU has found; it runs now if it has not."""
+    return [
+        {
+            "dtype": test.dtype,
+            "device": test.device,
+            "system": test.system,
+            "when": test.when,
+            "seconds": test.seconds,
+            "pipelines": test.pipelines,
+            "families": list(test.faults),
+            "excluded": {name: tidy(fault) for name, fault in test.faults.items() if fault},
+            "kept": tidy(test.kept),
+            "not_kept": tidy(test.not_kept),
+        }
+        for test in umfa.self_test()
+    ]
+
+
 def collect() -> Report:
     """Gather the report; a value that umfa cannot tell goes to ``problems``."""
     problems = []
@@ -167,6 +202,7 @@ def collect() -> Report:
             return None
 
     attempt(lambda: _ext.backend_name("auto"))
+    tests = attempt(self_tests) or []  # before backends() tells of it
     libc = " ".join(platform.libc_ver()).strip()
     return {
         "umfa": {
@@ -202,6 +238,7 @@ def collect() -> Report:
             }
             for backend in umfa.backends()
         ],
+        "self_tests": tests,
         "environment": environment(),
         "packages": packages(),
         "problems": problems,
@@ -214,11 +251,34 @@ def backend_rows(report: Report) -> dict[str, str]:
     for backend in report["backends"]:
         if backend["available"]:
             device = escape(backend["device"])
-            text = f"[green]available[/]: {device}" if device else "[green]available[/]"
+            word = "[yellow]available in part[/]" if backend["reason"] else "[green]available[/]"
+            text = f"{word}: {device}" if device else word
         else:
             text = f"[yellow]not available[/]: {escape(backend['reason'])}"
         rows[f"{backend['name']} backend"] = text
     return rows
+
+
+def self_test_rows(report: Report) -> dict[str, str]:
+    """When the GPU was tested and with what result; nothing where there is none."""
+    lines = []
+    for test in report["self_tests"]:
+        excluded = [f"{name} excluded: {why}" for name, why in test["excluded"].items()]
+        passed = len(test["families"]) - len(excluded)
+        kept = f"in {test['kept']}" if test["kept"] else f"not kept: {test['not_kept']}"
+        colour = "yellow" if excluded else "green"
+        lines += [
+            f"[{colour}]{test['dtype']}: {passed} of {len(test['families'])} families of kernels "
+            "pass[/]",
+            escape(
+                f"  {test['device']}, {test['system']}, {test['when']}, "
+                f"{test['pipelines']} pipelines in {test['seconds']:.1f} s, {kept}"
+            ),
+            *(escape(f"  {line}") for line in excluded),
+        ]
+    if not lines and os.environ.get("UMFA_SELF_TEST") == "0":
+        lines = ["off: UMFA_SELF_TEST=0"]
+    return {"self-test": "\n".join(lines)} if lines else {}
 
 
 def cpu_rows(report: Report) -> dict[str, str]:
@@ -257,6 +317,7 @@ def rows(report: Report) -> dict[str, str]:
         "platform": escape(" ".join(part for part in parts if part)),
         **cpu_rows(report),
         **backend_rows(report),
+        **self_test_rows(report),
         "environment": escape(
             "\n".join(f"{key}={value}" for key, value in report["environment"].items())
             or "no UMFA_* variable, no OMP_NUM_THREADS"

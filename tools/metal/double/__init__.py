@@ -202,6 +202,7 @@ _RESULTS = {
 }
 _ARGUMENTS = {
     "umfa_double_fault": (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64),
+    "umfa_double_self_test_patience": (ctypes.c_int64,),
     "umfa_double_new_buffer": (ctypes.c_uint64,),
     "umfa_double_new_buffer_on": (ctypes.c_int32, ctypes.c_uint64),
     "umfa_double_new_queue_on": (ctypes.c_int32,),
@@ -392,6 +393,10 @@ class Double:
         """After `skip` times, the operation fails `count` times."""
         self.library.umfa_double_fault(FAULTS.index(kind), skip, count, value)
 
+    def self_test_patience(self, seconds: float) -> None:
+        """How long a case of the self-test may take until it counts as hanging."""
+        self.library.umfa_double_self_test_patience(round(1000 * seconds))
+
     def live(self, patience: float = 5) -> tuple[int, str]:
         """Objects that live, and which, after umfa has let go of what it keeps between calls.
 
@@ -414,7 +419,11 @@ class Double:
         failed = compile_(name.encode(), value.encode(), error, ctypes.c_size_t(4096))
         return error.value.decode() if failed else ""
 
-    def start(self) -> None:
+    def start(self, self_test: str = "0") -> None:
+        """`self_test`: UMFA_SELF_TEST meanwhile. A test of the GPU takes the emulator a while."""
+        self._self_test = os.environ.get("UMFA_SELF_TEST")
+        os.environ["UMFA_SELF_TEST"] = self_test
+        self.self_test_patience(300)  # the emulator compiles for seconds
         self.library.umfa_double_clear_faults()
         self.library.umfa_double_set_gpu(self._prepare, self._run)
         self.set_machine()
@@ -423,6 +432,9 @@ class Double:
 
     def stop(self) -> None:
         """Takes the GPU away, and fails if it was not used properly."""
+        os.environ.pop("UMFA_SELF_TEST")
+        if self._self_test is not None:
+            os.environ["UMFA_SELF_TEST"] = self._self_test
         self.library.umfa_double_clear_faults()
         count, alive = self.live()
         self.library.umfa_double_install(0)
@@ -436,10 +448,10 @@ class Double:
 
 
 @contextmanager
-def machine(gpu: Gpu) -> Iterator[Double]:
+def machine(gpu: Gpu, self_test: str = "0") -> Iterator[Double]:
     """An Apple GPU for umfa. On the way out: no object may be left, nothing misused."""
     double = Double(load(), gpu)
-    double.start()
+    double.start(self_test)
     try:
         yield double
     finally:

@@ -25,6 +25,8 @@ UMFA_DOUBLE_API int64_t umfa_double_violations(char* text, size_t capacity);
 UMFA_DOUBLE_API void umfa_double_install(int32_t on);
 /// Lets umfa's Metal backend go of everything that it keeps between calls.
 UMFA_DOUBLE_API void umfa_double_release(void);
+/// How long a case of umfa's self-test may take.
+UMFA_DOUBLE_API void umfa_double_self_test_patience(int64_t milliseconds);
 
 // ---- the machine ---------------------------------------------------------------------------------
 

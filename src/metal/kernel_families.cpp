@@ -1,0 +1,95 @@
+#include "metal/kernel_families.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <initializer_list>
+
+#include "metal/plan_parts.h"
+
+namespace umfa::metal {
+namespace {
+
+bool starts(std::string_view text, std::string_view with) {
+    return text.substr(0, with.size()) == with;
+}
+
+/// Where the shape of a kernel's name begins, "_d80_v80_k32"; its end if it has none.
+size_t shape_of(std::string_view kernel) {
+    for (size_t at = kernel.find("_d"); at != kernel.npos; at = kernel.find("_d", at + 1))
+        if (at + 2 < kernel.size() && std::isdigit(static_cast<unsigned char>(kernel[at + 2])))
+            return at;
+    return kernel.size();
+}
+
+/// The larger head dim of a shape.
+int head_dim_of(std::string_view shape) {
+    int largest = 0;
+    for (const char* part : {"_d", "_v"}) {
+        const size_t at = shape.find(part);
+        if (at != shape.npos)
+            largest = std::max(largest, std::atoi(std::string(shape.substr(at + 2)).c_str()));
+    }
+    return largest;
+}
+
+/// The first of the bounds that is not below the head dim: tiles change there.
+std::string bounded(int head_dim, std::initializer_list<int> bounds) {
+    for (const int bound : bounds)
+        if (head_dim <= bound) return "_d" + std::to_string(bound);
+    return "_d" + std::to_string(head_dim);
+}
+
+std::string family_of(const std::string& kernel) {
+    const size_t at = shape_of(kernel);
+    const std::string stem = kernel.substr(0, at);
+    const int head_dim = head_dim_of(std::string_view(kernel).substr(at));
+    if (starts(kernel, "decode_merge_")) return stem;
+    if (starts(kernel, "forward_")) return stem + bounded(head_dim, {64, 128, 256, 576});
+    if (starts(kernel, "decode_")) return stem + bounded(head_dim, {128, 256});
+    // The dtype that is read counts, not that which is written.
+    if (starts(kernel, "combine_")) return stem.substr(0, stem.rfind('_'));
+    return stem;
+}
+
+/// "f16" of "forward_f16_d64": how its operands are called.
+std::string operands_of(const std::string& family) {
+    const size_t from = family.find('_') + 1;
+    return family.substr(from, shape_of(family) - from);
+}
+
+/// What constants add to a kernel with matrices, in arithmetic or in addresses.
+constexpr struct {
+    const char* name;
+    constant::Index index;
+} additions[] = {
+    {"rotary_", constant::has_rotary},       {"dropout_", constant::has_dropout},
+    {"scores_", constant::has_mask},         {"scores_", constant::has_alibi},
+    {"scores_", constant::has_softcap},      {"scores_", constant::has_sinks},
+    {"sequences_", constant::has_sequences}, {"sequences_", constant::has_pages},
+};
+
+bool is_on(const KernelLaunch& launch, constant::Index index) {
+    return std::any_of(launch.constants.begin(), launch.constants.end(),
+                       [&](const Constant& own) { return own.index == index && own.value != 0; });
+}
+
+}  // namespace
+
+std::vector<std::string> families_of(const KernelLaunch& launch) {
+    std::vector<std::string> families = {family_of(launch.kernel)};
+    if (!has_matrices(families[0])) return families;
+    const std::string operands = operands_of(families[0]);
+    for (const auto& addition : additions) {
+        const std::string family = addition.name + operands;
+        if (is_on(launch, addition.index) && families.back() != family) families.push_back(family);
+    }
+    return families;
+}
+
+bool has_matrices(std::string_view family) {
+    return starts(family, "forward_") ||
+           (starts(family, "decode_") && !starts(family, "decode_merge_"));
+}
+
+}  // namespace umfa::metal

@@ -1,0 +1,267 @@
+#include "metal/self_test.h"
+
+#include <sys/utsname.h>
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <ctime>
+#include <exception>
+#include <future>
+#include <mutex>
+#include <optional>
+#include <string_view>
+#include <thread>
+#include <utility>
+
+#include "core/error.h"
+#include "core/instruments.h"
+#include "core/stats.h"
+#include "metal/kernel_families.h"
+#include "metal/plan_combine.h"
+#include "metal/plan_forward.h"
+#include "metal/self_test_record.h"
+
+namespace umfa::metal {
+namespace {
+
+/// The system ends what hangs on the GPU within seconds, and a compiler takes less. Beyond this, each
+/// case would keep the caller waiting for as long again.
+constexpr int most_hangs = 2;
+
+std::atomic<int64_t> patience_ms{20000};
+
+/// "macOS 14.5 (23F79)"
+std::string system_text() {
+#if defined(__APPLE__)
+    const auto ask = [](const char* name) {
+        char text[64] = {};
+        size_t size = sizeof text - 1;
+        return sysctlbyname(name, text, &size, nullptr, 0) == 0 ? std::string(text) : "unknown";
+    };
+    return "macOS " + ask("kern.osproductversion") + " (" + ask("kern.osversion") + ")";
+#else
+    utsname names{};
+    uname(&names);
+    return std::string(names.sysname) + " " + names.release;
+#endif
+}
+
+/// Distinguishes the kernels of builds that have the same version.
+const std::string& kernels_text() {
+    static const std::string text = [] {
+        uint64_t hash = 14695981039346656037u;
+        const auto add = [&](std::string_view bytes) {
+            for (const char c : bytes)
+                hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+        };
+        for (const char* file : {"append.metal", "clear.metal", "combine.metal", "decode.metal",
+                                 "forward.metal", "lanes.metal"})
+            add(shader_text(file));
+        add(metallib());
+        return std::string(UMFA_VERSION) + " " + std::to_string(hash);
+    }();
+    return text;
+}
+
+/// All that the outcome depends on.
+std::string key_of(const Machine& machine, DType dtype) {
+    return "umfa " + kernels_text() + "; " + machine.device + "; " + system_text() + "; " +
+           name_of(dtype);
+}
+
+std::string time_text() {
+    const std::time_t now = std::time(nullptr);
+    std::tm parts{};
+    gmtime_r(&now, &parts);
+    char text[32];
+    std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &parts);
+    return text;
+}
+
+/// What a body returns; nullopt if it takes too long. It then goes on in its thread, which owns all
+/// that it uses.
+std::optional<std::string> within_patience(std::function<std::string()> body) {
+    std::packaged_task<std::string()> task(std::move(body));
+    std::future<std::string> result = task.get_future();
+    std::thread worker(std::move(task));
+    const std::chrono::milliseconds patience(patience_ms.load());
+    if (result.wait_for(patience) != std::future_status::ready) {
+        worker.detach();
+        return {};
+    }
+    worker.join();
+    return result.get();
+}
+
+/// A message without the "[umfa.self_test] " in front of it.
+std::string without_function(const std::string& message) {
+    const size_t end = message.find("] ");
+    return end == message.npos ? message : message.substr(end + 2);
+}
+
+class Tester {
+public:
+    /// `unfinished`: families that are not to be tried again.
+    Tester(std::shared_ptr<const Machine> machine, DType dtype, SelfTestRecord& record,
+           std::vector<std::string> unfinished)
+        : machine_(std::move(machine)), record_(record), unfinished_(std::move(unfinished)) {
+        report_.dtype = name_of(dtype);
+        report_.device = machine_->device;
+        report_.system = system_text();
+        report_.when = time_text();
+    }
+
+    SelfTestReport run(const std::vector<SelfTestCase>& cases) {
+        const uint64_t pipelines = stats().pipelines;
+        const auto start = std::chrono::steady_clock::now();
+        for (const SelfTestCase& one : cases) report_.results.push_back({one.family, judge(one)});
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+        report_.seconds = std::round(taken.count() * 1000) / 1000;  // as the file has it
+        report_.pipelines = static_cast<int64_t>(stats().pipelines - pipelines);
+        if (out_of_memory_)
+            report_.not_kept = "there was not enough memory for the test";
+        else
+            record_.write(report_);
+        return report_;
+    }
+
+private:
+    std::string judge(const SelfTestCase& one) {
+        if (const std::string fault = fault_of(one.needs); !fault.empty())
+            return one.needs + ": " + fault;
+        if (std::find(unfinished_.begin(), unfinished_.end(), one.family) != unfinished_.end())
+            return "an earlier process did not survive the test";
+        if (hangs_ >= most_hangs) return "not tested, since other kernels hang";
+        record_.begin(one.family);
+        std::string fault = attempt(one);
+        record_.end(one.family);
+        return fault;
+    }
+
+    std::string attempt(const SelfTestCase& one) {
+        try {
+            // The thread may outlive this call: it has copies.
+            std::optional<std::string> fault =
+                within_patience([machine = machine_, run = one.run] { return run(machine->run); });
+            if (fault) return *fault;
+        } catch (const Error& error) {
+            out_of_memory_ = out_of_memory_ || error.kind() == ErrorKind::memory;
+            return without_function(error.what());
+        } catch (const std::exception& error) {  // no memory, or no thread
+            out_of_memory_ = true;
+            return error.what();
+        }
+        ++hangs_;
+        machine_->after_hang();
+        return "the GPU did not finish the test within " +
+               umfa::text_of(static_cast<double>(patience_ms.load()) / 1000) + " s";
+    }
+
+    std::string fault_of(const std::string& family) const {
+        for (const SelfTestResult& result : report_.results)
+            if (result.family == family) return result.fault;
+        return {};
+    }
+
+    const std::shared_ptr<const Machine> machine_;
+    SelfTestRecord& record_;
+    const std::vector<std::string> unfinished_;
+    SelfTestReport report_;
+    int hangs_ = 0;
+    bool out_of_memory_ = false;
+};
+
+/// So that the planner, which asks nothing of them but their strides, finds results.
+Operand placeholder(const TensorView& view) {
+    Operand operand{view};
+    operand.stride_channel = 1;
+    return operand;
+}
+
+}  // namespace
+
+SelfTestMode self_test_mode() {
+    const char* text = std::getenv("UMFA_SELF_TEST");
+    const std::string_view wish = text ? text : "";
+    if (wish.empty() || wish == "1") return SelfTestMode::once;
+    if (wish == "0") return SelfTestMode::never;
+    if (wish == "force") return SelfTestMode::force;
+    fail(ErrorKind::value, "umfa", "UMFA_SELF_TEST is wrong", "'" + std::string(wish) + "'",
+         "'0', '1' or 'force'");
+}
+
+SelfTestReport self_test(const std::shared_ptr<const Machine>& machine, DType dtype, bool force) {
+    SelfTestRecord record(key_of(*machine, dtype));
+    if (!force)
+        if (std::optional<SelfTestReport> known = record.read()) return *known;
+    record.lock(std::chrono::seconds(120));
+    // Another process may have finished it meanwhile.
+    if (!force)
+        if (std::optional<SelfTestReport> known = record.read()) return *known;
+    return Tester(machine, dtype, record, force ? std::vector<std::string>{} : record.unfinished())
+        .run(self_test_cases(dtype, machine->capabilities));
+}
+
+std::shared_ptr<const SelfTestReport> SelfTests::of(DType dtype, const MakeMachine& machine) {
+    Slot& slot = slot_of(dtype);
+    if (slot.done.load(std::memory_order_acquire)) return slot.report;
+    const std::lock_guard guard(slot.lock);
+    if (!slot.done.load(std::memory_order_relaxed)) {
+        const SelfTestMode mode = self_test_mode();
+        slot.report = std::make_shared<SelfTestReport>(
+            mode == SelfTestMode::never ? SelfTestReport{}
+                                        : self_test(machine(), dtype, mode == SelfTestMode::force));
+        slot.done.store(true, std::memory_order_release);
+    }
+    return slot.report;
+}
+
+std::shared_ptr<const SelfTestReport> SelfTests::known(DType dtype, const MakeMachine& machine) {
+    Slot& slot = slot_of(dtype);
+    const std::unique_lock guard(slot.lock, std::try_to_lock);
+    if (!guard.owns_lock()) return nullptr;
+    if (!slot.done && !slot.looked && self_test_mode() == SelfTestMode::once) {
+        slot.looked = true;
+        std::optional<SelfTestReport> report = SelfTestRecord(key_of(*machine(), dtype)).read();
+        if (report) {
+            slot.report = std::make_shared<SelfTestReport>(std::move(*report));
+            slot.done.store(true, std::memory_order_release);
+        }
+    }
+    return slot.report;
+}
+
+bool SelfTests::may_wait(DType dtype) {
+    return !slot_of(dtype).done.load(std::memory_order_acquire);
+}
+
+SelfTests::Slot& SelfTests::slot_of(DType dtype) {
+    return slots_[dtype == DType::f16 ? 0 : dtype == DType::bf16 ? 1 : 2];
+}
+
+Verdict trusts(const SelfTestReport& report, const LaunchPlan& plan) {
+    for (const KernelLaunch& launch : plan.launches)
+        for (const std::string& family : families_of(launch))
+            for (const SelfTestResult& result : report.results)
+                if (result.family == family && !result.fault.empty())
+                    return {false,
+                            "the self-test of this GPU excludes " + family + ": " + result.fault};
+    return {};
+}
+
+LaunchPlan plan_without_results(const Problem& problem, const Capabilities& gpu) {
+    return plan_forward(problem, {placeholder(problem.out_shape()), {}}, gpu);
+}
+
+LaunchPlan plan_without_results(const CombineProblem& problem, const Capabilities& gpu) {
+    return plan_combine(problem, {{problem.out_shape()}, {problem.lse_shape()}}, gpu);
+}
+
+void set_self_test_patience(std::chrono::milliseconds patience) { patience_ms = patience.count(); }
+
+}  // namespace umfa::metal

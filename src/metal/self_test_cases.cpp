@@ -1,0 +1,229 @@
+#include "metal/self_test_cases.h"
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "core/backend.h"
+#include "core/error.h"
+#include "metal/kernel_families.h"
+#include "metal/plan_combine.h"
+#include "metal/plan_forward.h"
+#include "metal/plan_lanes.h"
+#include "metal/plan_parts.h"
+#include "metal/self_test_tensors.h"
+
+namespace umfa::metal {
+namespace {
+
+const Function& function() {
+    static const Function self_test("umfa.self_test");
+    return self_test;
+}
+
+// ---- the map of lanes ------------------------------------------------------------------------------
+
+/// Which element of an 8x8 matrix a lane's first one is; its second is the next. The same as lane_map
+/// of shaders/shared/fragment.h.
+int64_t first_element_of(int64_t lane) {
+    const int64_t four = lane / 4;
+    const int64_t row = (four & 4) + lane / 2 % 4, column = (four & 2) * 2 + lane % 2 * 2;
+    return 8 * row + column;
+}
+
+std::string look_at_lanes(DType dtype, const Runner& run) {
+    SelfTestTensors tensors;
+    const TensorView matrix = tensors.numbers(dtype, {8, 8}), held = tensors.unwritten(dtype, {64});
+    run([&](const Capabilities&) { return plan_lanes(matrix, held); });
+    const int64_t bytes = bits_of(dtype) / 8;
+    for (int64_t i = 0; i < 64; ++i) {
+        const int64_t element = first_element_of(i / 2) + i % 2;
+        const char *has = held.address() + i * bytes, *at = matrix.address() + element * bytes;
+        if (std::equal(has, has + bytes, at)) continue;
+        return "lane " + std::to_string(i / 2) + " does not hold element (" +
+               std::to_string(element / 8) + ", " + std::to_string(element % 8) +
+               ") of an 8x8 matrix, as the kernels assume";
+    }
+    return {};
+}
+
+// ---- attention -------------------------------------------------------------------------------------
+
+/// The problem of a case, in tensors of its own.
+struct Attempt {
+    using Extras = void (*)(SelfTestTensors&, AttentionRequest&);
+
+    SelfTestTensors tensors;
+    AttentionRequest request{function()};
+    std::optional<Problem> problem;
+    ForwardResults results;
+    std::vector<std::pair<const char*, TensorView>> compared;
+};
+
+/// Sizes of a problem; the extras add to the request.
+struct AttentionSizes {
+    int64_t head_dim, head_dim_v, seqlen_q, seqlen_kv;
+    Attempt::Extras extras = nullptr;
+    int64_t nheads_q = 2;
+};
+
+std::unique_ptr<Attempt> attempt(DType dtype, const AttentionSizes& sizes) {
+    constexpr int64_t nheads_kv = 1;
+    auto own = std::make_unique<Attempt>();
+    SelfTestTensors& tensors = own->tensors;
+    AttentionRequest& request = own->request;
+    request.query = tensors.numbers(dtype, {1, sizes.seqlen_q, sizes.nheads_q, sizes.head_dim});
+    request.key = tensors.numbers(dtype, {1, sizes.seqlen_kv, nheads_kv, sizes.head_dim});
+    request.value = tensors.numbers(dtype, {1, sizes.seqlen_kv, nheads_kv, sizes.head_dim_v});
+    request.causal = true;
+    request.return_lse = true;
+    if (sizes.extras) sizes.extras(tensors, request);
+    own->problem = Problem::make(request);
+    const TensorView out = tensors.unwritten(dtype,
+                                             {1, sizes.seqlen_q, sizes.nheads_q, sizes.head_dim_v}),
+                     lse = tensors.unwritten(DType::f32, {1, sizes.nheads_q, sizes.seqlen_q});
+    own->results = own->problem->results(out, lse);
+    own->compared = {{"out", out}, {"softmax_lse", lse}};
+    if (request.new_key) {
+        own->compared.emplace_back("key", *request.key);
+        own->compared.emplace_back("value", *request.value);
+    }
+    return own;
+}
+
+void check_plan(const LaunchPlan& plan, const std::string& family) {
+    for (const KernelLaunch& launch : plan.launches)
+        for (const std::string& own : families_of(launch))
+            if (own == family) return;
+    fail(ErrorKind::internal, "umfa.self_test", "a case does not run what it is about", "others",
+         family);
+}
+
+std::string attend(DType dtype, const AttentionSizes& sizes, const std::string& family,
+                   const Runner& run) {
+    const auto on_gpu = attempt(dtype, sizes), on_cpu = attempt(dtype, sizes);
+    run([&](const Capabilities& gpu) {
+        LaunchPlan plan = plan_forward(*on_gpu->problem, on_gpu->results, gpu);
+        check_plan(plan, family);
+        return plan;
+    });
+    cpu::backend.forward.run(*on_cpu->problem, on_cpu->results);
+    for (size_t i = 0; i < on_gpu->compared.size(); ++i) {
+        const auto& [name, got] = on_gpu->compared[i];
+        std::string text = difference(name, got, on_cpu->compared[i].second);
+        if (!text.empty()) return text;
+    }
+    return {};
+}
+
+void split(SelfTestTensors&, AttentionRequest& request) { request.num_splits = 3; }
+
+void rotate(SelfTestTensors& tensors, AttentionRequest& request) {
+    // Any numbers do for angles' cosines and sines.
+    const int64_t rows = request.key->shape[1], pairs = request.key->shape[3] / 2;
+    request.rotary_cos = tensors.numbers(DType::f32, {rows, pairs});
+    request.rotary_sin = tensors.numbers(DType::f32, {rows, pairs});
+    request.softmax_scale = 1.0 / 64;
+}
+
+void drop(SelfTestTensors&, AttentionRequest& request) {
+    request.dropout_p = 0.25;
+    request.dropout_seed = 20261129;
+}
+
+void change_scores(SelfTestTensors& tensors, AttentionRequest& request) {
+    const TensorView &query = *request.query, &key = *request.key;
+    request.attn_mask = tensors.numbers(DType::f32, {1, 1, query.shape[1], key.shape[1]});
+    request.alibi_slopes = tensors.numbers(DType::f32, {query.shape[2]});
+    request.learnable_sink = tensors.numbers(DType::f32, {query.shape[2]});
+    request.softcap = 3;
+}
+
+/// A sequence in pages, which lie in another order.
+void turn_pages(SelfTestTensors& tensors, AttentionRequest& request) {
+    const auto pages_like = [&](const TensorView& rows) {
+        return tensors.numbers(rows.dtype, {5, 16, rows.shape[2], rows.shape[3]});
+    };
+    request.key = pages_like(*request.key);
+    request.value = pages_like(*request.value);
+    request.seqused_k = tensors.table({75});
+    TensorView pages = tensors.table({3, 0, 4, 1, 2});
+    pages.ndim = 2;
+    pages.shape[1] = pages.shape[0];
+    pages.shape[0] = 1;
+    pages.strides[0] = pages.shape[1];
+    pages.strides[1] = 1;
+    request.block_table = pages;
+}
+
+/// No query counts: every row of out is to be cleared.
+void clear(SelfTestTensors& tensors, AttentionRequest& request) {
+    request.seqused_q = tensors.table({0});
+}
+
+void append(SelfTestTensors& tensors, AttentionRequest& request) {
+    request.seqused_k = tensors.table({21});
+    const auto rows_like = [&](const TensorView& cache) {
+        return tensors.numbers(cache.dtype, {1, 11, cache.shape[2], cache.shape[3]});
+    };
+    request.new_key = rows_like(*request.key);
+    request.new_value = rows_like(*request.value);
+}
+
+// ---- merging -----------------------------------------------------------------------------------------
+
+std::string merge_parts(DType dtype, const Runner& run) {
+    SelfTestTensors tensors;
+    const CombineRequest request{"umfa.self_test",
+                                 tensors.numbers(dtype, {3, 1, 5, 2, 48}),
+                                 tensors.numbers(DType::f32, {3, 1, 5, 2}),
+                                 {},
+                                 {}};
+    const CombineProblem problem = CombineProblem::make(request);
+    const auto unwritten = [&] {
+        return problem.results(tensors.unwritten(dtype, {1, 5, 2, 48}),
+                               tensors.unwritten(DType::f32, {1, 5, 2}));
+    };
+    const CombineResults on_gpu = unwritten(), on_cpu = unwritten();
+    run([&](const Capabilities& gpu) { return plan_combine(problem, on_gpu, gpu); });
+    cpu::backend.combine.run(problem, on_cpu);
+    const std::string text = difference("out", on_gpu.out.view, on_cpu.out.view);
+    return text.empty() ? difference("softmax_lse", on_gpu.lse.view, on_cpu.lse.view) : text;
+}
+
+}  // namespace
+
+std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) {
+    const std::string operands = element_type(dtype, gpu).name, stored = stored_type(dtype).name;
+    const DType matrices = matrix_dtype(dtype, gpu);
+    std::vector<SelfTestCase> cases;
+    const auto add = [&](std::string family, std::string needs, const AttentionSizes& sizes) {
+        cases.push_back({family, std::move(needs),
+                         [=](const Runner& run) { return attend(dtype, sizes, family, run); }});
+    };
+    cases.push_back({std::string("lanes_") + stored_type(matrices).name, "",
+                     [=](const Runner& run) { return look_at_lanes(matrices, run); }});
+    const std::string lanes = cases[0].family, forward = "forward_" + operands,
+                      decode = "decode_" + operands;
+    // More queries than a threadgroup takes, more keys than a tile, both of odd numbers.
+    add(forward + "_d64", lanes, {64, 64, 67, 75});
+    add(forward + "_d128", lanes, {128, 128, 67, 75});
+    add(forward + "_d256", lanes, {256, 256, 67, 75});
+    add(forward + "_d576", lanes, {576, 512, 67, 75});
+    add("rotary_" + operands, forward + "_d64", {64, 64, 67, 75, rotate});
+    add("dropout_" + operands, forward + "_d64", {64, 64, 67, 75, drop});
+    add("scores_" + operands, forward + "_d64", {64, 64, 67, 75, change_scores});
+    add("sequences_" + operands, forward + "_d64", {64, 64, 67, 75, turn_pages});
+    add(decode + "_d128", lanes, {128, 128, 1, 75});
+    add(decode + "_d256", lanes, {256, 256, 1, 75});
+    add("decode_merge_" + stored, decode + "_d128", {128, 128, 1, 175, split});
+    add("clear_" + stored, "", {64, 64, 5, 75, clear});
+    // Without query heads nothing else is launched.
+    add("append_" + stored, "", {64, 64, 1, 75, append, 0});
+    cases.push_back(
+        {"combine_" + stored, "", [=](const Runner& run) { return merge_parts(dtype, run); }});
+    return cases;
+}
+
+}  // namespace umfa::metal

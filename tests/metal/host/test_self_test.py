@@ -1,0 +1,582 @@
+"""The self-test of a GPU: what is wrong is excluded and named, the rest goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import umfa
+from tests.checks import BASE, assert_close
+from tests.metal.host.test_encode import c_library, encode
+from tests.metal.metal_tensors import MetalTensor
+from tests.metal.test_plan_forward import plan
+from tests.reference import attention
+from tools.metal import double as metal_double
+from tools.metal.double import Double, Kernel
+from tools.metal.double.gpus import Emulator, Recorder, memory
+from tools.metal.emulator import Options
+from tools.metal.emulator.build import cache_folder
+from umfa import _ext
+from umfa.cli import env
+
+ROOT = Path(__file__).parents[3]
+OUT = 3  # the buffer of out, of forward and decode
+LARGE = (1, 512, 4, 64)
+TIMEOUT = 2
+NARROW = {"forward_f16_d64", "rotary_f16", "dropout_f16", "scores_f16", "sequences_f16"}
+"""What is tested with a head dim of 64."""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder; the emulator keeps its own."""
+    monkeypatch.setenv("UMFA_METAL_CACHE", str(cache_folder()))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+Machine = Callable[..., AbstractContextManager[Double]]
+
+
+@pytest.fixture
+def emulated() -> Machine:
+    """Makes a machine that computes, or nearly so."""
+    return lambda gpu=None, mode="1": metal_double.machine(gpu or Emulator(), mode)
+
+
+@pytest.fixture
+def recorded(recorder: Recorder) -> Iterator[Double]:
+    """A GPU that computes nothing, so that every result of its test is NaN, fast."""
+    with metal_double.machine(recorder, "1") as machine:
+        yield machine
+
+
+class Planted(Emulator):
+    """Computes, except for what a test plants."""
+
+    def __init__(self, kernel: str, run: Callable[[Kernel], None]) -> None:
+        super().__init__()
+        self.kernel, self.planted = kernel, run
+        self.names: list[str] = []
+
+    def run(self, kernel: Kernel) -> None:
+        self.names.append(kernel.name)
+        super().run(kernel)
+        if kernel.name.startswith(self.kernel):
+            self.planted(kernel)
+
+
+def negate_first(kernel: Kernel) -> None:
+    """Another sign for one number of out, of two bytes."""
+    bound = kernel.buffers[OUT]
+    memory(bound)[bound.offset + 1] ^= 0x80
+
+
+def half(*shape: int) -> Any:
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float16)
+
+
+def one(dtype: str = "float16") -> umfa.SelfTest:
+    (found,) = [test for test in umfa.self_test() if test.dtype == dtype]
+    return found
+
+
+def excluded(test: umfa.SelfTest) -> dict[str, str]:
+    return {family: fault for family, fault in test.faults.items() if fault}
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(cache.glob("umfa/*.txt"))
+
+
+def forget(double: Double) -> None:
+    """As in a new process."""
+    double.library.umfa_double_release()
+
+
+# ---- what it finds ------------------------------------------------------------------------------
+
+
+def test_a_sound_gpu_passes_and_is_not_tested_again(emulated: Machine, cache: Path) -> None:
+    gpu = Planted("none", negate_first)
+    q, k, v = half(1, 40, 2, 48), half(1, 40, 2, 48), half(1, 40, 2, 48)
+    with emulated(gpu) as double:
+        before = umfa.stats()
+        assert umfa.can_run(q, k, v, backend="metal") == (True, "")
+        assert umfa.stats().metal_calls == before.metal_calls
+        launches = len(gpu.names)
+        assert {"lanes_f16", "append_f16", "decode_merge_f16_d128"} <= set(gpu.names)
+        out = umfa.flash_attn_func(q, k, v, backend="metal")
+        expected = attention(q, k, v)[0]
+        assert_close(out.astype(np.float64), expected, BASE["float16"])
+        assert len(gpu.names) == launches + 1, "what is trusted is not tested again"
+        (file,) = files(cache)
+        forget(double)
+        assert "float16" in {test.dtype for test in _known()}
+        assert umfa.can_run(q, k, v, backend="metal") == (True, "")
+        assert len(gpu.names) == launches + 1, "a later process reads the outcome"
+        (test,) = _known()
+    assert test.passed
+    assert test.pipelines == 16
+    assert test.device == "Apple M1, applegpu_g13g, Apple7"
+    assert test.when.endswith("Z")
+    assert test.kept == str(file)
+    assert next(iter(test.faults)) == "lanes_f16"
+
+
+def _known() -> list[umfa.SelfTest]:
+    return [umfa.SelfTest(**report) for report in _ext.self_tests(run=False)]
+
+
+def test_a_wrong_kernel_is_excluded_and_the_rest_goes_on(emulated: Machine) -> None:
+    gpu = Planted("forward_f16_d64", negate_first)
+    narrow, wide = half(*LARGE), half(1, 512, 4, 128)
+    one_query = half(1, 1, 4, 64)
+    with emulated(gpu):
+        possible, reason = umfa.can_run(narrow, narrow, narrow, backend="metal")
+        assert not possible
+        assert reason.startswith(
+            "metal: the self-test of this GPU excludes forward_f16_d64: out[0] is "
+        )
+        assert reason.endswith("on the CPU")
+        assert umfa.backends()[0].available
+        assert "excludes forward_f16_d64: out[0] is" in umfa.backends()[0].reason
+        with pytest.raises(umfa.UnsupportedError, match=r"excludes forward_f16_d64: out\[0\] is"):
+            umfa.flash_attn_func(narrow, narrow, narrow, backend="metal")
+        before = umfa.stats()
+        out = umfa.flash_attn_func(narrow, narrow, narrow)
+        assert umfa.stats().cpu_calls - before.cpu_calls == 1
+        assert_close(out.astype(np.float64), attention(narrow, narrow, narrow)[0], BASE["float16"])
+        umfa.flash_attn_func(wide, wide, wide)
+        umfa.flash_attn_func(one_query, narrow, narrow, backend="metal")
+        assert umfa.stats().metal_calls - before.metal_calls == 2
+        faults = excluded(_known()[0])
+    # What needs the wrong kernel to be tested cannot be trusted either.
+    assert set(faults) == NARROW
+    assert faults["rotary_f16"] == f"forward_f16_d64: {faults['forward_f16_d64']}"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "out", "family"),
+    [
+        ("decode_f16_d256", 3, "decode_f16_d256"),
+        ("decode_merge_f16", 2, "decode_merge_f16"),
+        ("append_f16", 0, "append_f16"),
+        ("append_f16", 1, "append_f16"),
+        ("clear_f16", 0, "clear_f16"),
+        ("clear_f16", 1, "clear_f16"),
+        ("combine_f16", 2, "combine_f16"),
+        ("combine_f16", 3, "combine_f16"),
+    ],
+)
+def test_one_wrong_number_excludes_any_family(
+    kernel: str, out: int, family: str, emulated: Machine
+) -> None:
+    def spoil(dispatch: Kernel) -> None:
+        bound = dispatch.buffers[out]
+        memory(bound)[bound.offset + 1] ^= 0x52
+
+    with emulated(Planted(kernel, spoil)):
+        faults = excluded(one_after_can_run())
+    assert set(faults) == {family}
+
+
+def test_a_wrong_map_of_lanes_excludes_kernels_with_matrices(emulated: Machine) -> None:
+    with emulated(Emulator(Options(permute_lanes=True))):
+        test = one()
+        x = half(*LARGE)
+        assert "lanes_f16: lane " in umfa.can_run(x, x, x, backend="metal")[1]
+        merged, _ = umfa.flash_attn_combine(
+            half(2, 1, 3, 2, 16), np.zeros((2, 1, 3, 2), np.float32), backend="metal"
+        )
+        assert merged.shape == (1, 3, 2, 16)
+    faults = excluded(test)
+    assert set(test.faults) - set(faults) == {"clear_f16", "append_f16", "combine_f16"}
+    assert all("does not hold element" in fault for fault in faults.values())
+
+
+def test_nan_is_a_fault(recorded: Double) -> None:
+    test = one()
+    assert "lane 0 does not hold element (0, 0)" in test.faults["lanes_f16"]
+    for family in ("clear_f16", "combine_f16"):
+        assert "out[0] is nan, and" in test.faults[family]
+    assert all(test.faults.values())
+
+
+FAULTS = {
+    ("execution", TIMEOUT): "the GPU did not finish in time; got Caused GPU Timeout Error",
+    ("pipeline", 0): "Metal could not build the kernel forward_f16_d64",
+    ("library", 0): "Metal's compiler refused the kernel forward_f16_d64",
+    ("pipeline_memory", 40960): "needs more threadgroup memory than there is; got 40960 bytes",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault[0])
+def test_what_fails_is_excluded(fault: tuple[str, int], emulated: Machine) -> None:
+    kind, value = fault
+    with emulated() as double:
+        double.fault(kind, skip=1, value=value)  # after the map of lanes
+        x = half(1, 20, 2, 32)
+        assert FAULTS[fault] in umfa.can_run(x, x, x, backend="metal")[1]
+        test = _known()[0]
+        double.library.umfa_double_clear_faults()
+    assert set(excluded(test)) == NARROW
+
+
+def test_a_pipeline_for_too_few_threads_is_excluded(emulated: Machine) -> None:
+    with emulated() as double:
+        double.fault("pipeline_threads", skip=1, count=3, value=16)
+        test = one_after_can_run()
+        double.library.umfa_double_clear_faults()
+    assert "no tile small enough for this GPU" in test.faults["forward_f16_d64"]
+    assert not test.faults["forward_f16_d128"]
+
+
+def one_after_can_run() -> umfa.SelfTest:
+    x = half(1, 20, 2, 32)
+    umfa.can_run(x, x, x, backend="metal")
+    (test,) = _known()
+    return test
+
+
+class Hangs(Emulator):
+    """Some kernels never finish until the test lets them; the others write nothing, fast."""
+
+    def __init__(self, *kernels: str) -> None:
+        super().__init__()
+        self.kernels, self.free = kernels, threading.Event()
+
+    def run(self, kernel: Kernel) -> None:
+        if kernel.name.startswith(self.kernels):
+            self.free.wait()
+        elif kernel.name.startswith("lanes"):
+            super().run(kernel)
+
+
+@pytest.mark.parametrize("hanging", [("decode_f16_d256",), ("forward_f16_d64", "forward_f16_d128")])
+def test_what_hangs_is_excluded(hanging: tuple[str, ...], emulated: Machine) -> None:
+    gpu = Hangs(*hanging)
+    with emulated(gpu, "force") as double:
+        gpu.free.set()
+        one_after_can_run()  # compiles everything
+        gpu.free.clear()
+        forget(double)
+        double.self_test_patience(2)
+        try:
+            test = one_after_can_run()
+        finally:
+            gpu.free.set()
+    hung = "the GPU did not finish the test within 2 s"
+    assert {family for family, fault in test.faults.items() if fault == hung} == set(hanging)
+    if len(hanging) == 1:
+        assert "nan" in test.faults["combine_f16"], "another queue runs the others"
+    else:
+        assert test.faults["combine_f16"] == "not tested, since other kernels hang"
+
+
+def test_a_failed_allocation_is_not_kept(recorded: Double, cache: Path) -> None:
+    recorded.fault("execution", value=8)  # out of memory
+    test = one_after_can_run()
+    assert "the GPU ran out of memory" in test.faults["lanes_f16"]
+    assert test.not_kept == "there was not enough memory for the test"
+    assert files(cache) == []
+
+
+def test_tensors_on_the_gpu_are_refused_with_the_reason(recorded: Double) -> None:
+    x = MetalTensor(recorded, half(*LARGE))
+    with pytest.raises(
+        umfa.UnsupportedError, match=r"metal: the self-test .* lanes_f16: .*; cpu: the tensors are"
+    ):
+        umfa.flash_attn_func(x, x, x)
+
+
+def test_the_c_interface_refuses_with_the_reason(recorded: Double) -> None:
+    x = MetalTensor(recorded, half(1, 4, 2, 16))
+    queue = recorded.library.umfa_double_new_queue()
+    commands = recorded.library.umfa_double_new_command_buffer(queue)
+    library = c_library()
+    assert encode(library, commands, x, x, x, x) != 0
+    assert b"the self-test of this GPU excludes" in library.umfa_last_error()
+    recorded.library.umfa_double_object_release(commands)
+    recorded.library.umfa_double_object_release(queue)
+
+
+# ---- when it runs -------------------------------------------------------------------------------
+
+
+def test_small_work_on_the_cpu_starts_no_test(recorded: Double, recorder: Recorder) -> None:
+    x = np.zeros((1, 8, 1, 16), np.float32)
+    umfa.flash_attn_func(x, x, x)
+    assert umfa.can_run(x, x, x) == (True, "")
+    assert "self-test" not in umfa.backends()[0].reason
+    assert recorder.dispatches == []
+
+
+def test_each_dtype_is_tested_when_it_is_used(recorded: Double, recorder: Recorder) -> None:
+    one_after_can_run()
+    assert all("f16" in kernel.name for kernel in recorder.dispatches)
+    assert [test.dtype for test in umfa.self_test()] == ["float16", "bfloat16", "float32"]
+
+
+def test_threads_share_one_test(recorded: Double, recorder: Recorder) -> None:
+    threads = [threading.Thread(target=one_after_can_run) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([kernel for kernel in recorder.dispatches if kernel.name == "combine_f16_f16"]) == 1
+
+
+def test_never(recorder: Recorder, cache: Path) -> None:
+    with metal_double.machine(recorder, "0"):
+        x = half(*LARGE)
+        assert umfa.can_run(x, x, x, backend="metal") == (True, "")
+        assert umfa.self_test() == []
+        assert recorder.dispatches == []
+    assert files(cache) == []
+
+
+def test_force(recorder: Recorder, cache: Path) -> None:
+    with metal_double.machine(recorder, "1") as double:
+        one_after_can_run()
+        done = len(recorder.dispatches)
+        forget(double)
+        one_after_can_run()
+        assert len(recorder.dispatches) == done
+    with metal_double.machine(recorder, "force"):
+        one_after_can_run()
+        assert len(recorder.dispatches) == 2 * done
+        one_after_can_run()
+        assert len(recorder.dispatches) == 2 * done, "once a process"
+    assert len(files(cache)) == 1
+
+
+def test_another_value_is_an_error(recorder: Recorder) -> None:
+    message = r"UMFA_SELF_TEST is wrong; got 'yes'; expected '0', '1' or 'force'"
+    with metal_double.machine(recorder, "yes"):
+        x = half(*LARGE)
+        with pytest.raises(ValueError, match=message):
+            umfa.flash_attn_func(x, x, x)
+        with pytest.raises(ValueError, match=message):
+            umfa.self_test()
+        assert "UMFA_SELF_TEST is wrong" in umfa.can_run(x, x, x, backend="metal")[1]
+        assert "UMFA_SELF_TEST is wrong" in umfa.backends()[0].reason
+        umfa.flash_attn_func(x, x, x, backend="cpu")
+
+
+def test_another_value_is_an_error_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UMFA_SELF_TEST", "yes")
+    with pytest.raises(ValueError, match="UMFA_SELF_TEST is wrong"):
+        umfa.self_test()
+
+
+# ---- what is kept -------------------------------------------------------------------------------
+
+
+def damaged(content: bytes) -> dict[str, bytes]:
+    return {
+        "empty": b"",
+        "cut": content[: len(content) // 2],
+        "another byte": content.replace(b"fault out", b"fault 0ut"),
+        "not text": bytes(range(256)),
+        "of another key": content.replace(b"Apple7", b"Apple8"),
+    }
+
+
+@pytest.mark.parametrize("how", damaged(b""))
+def test_a_damaged_file_is_replaced(
+    how: str, recorded: Double, recorder: Recorder, cache: Path
+) -> None:
+    faults = one_after_can_run().faults
+    (file,) = files(cache)
+    content = file.read_bytes()
+    done = len(recorder.dispatches)
+    file.write_bytes(damaged(content)[how])
+    assert file.read_bytes() != content
+    forget(recorded)
+    assert _known() == []
+    one_after_can_run()
+    assert len(recorder.dispatches) == 2 * done
+    forget(recorded)
+    (test,) = _known()
+    assert test.faults == faults
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("XDG_CACHE_HOME", "/proc/nowhere"), ("HOME", ""), ("HOME", "/proc/x")]
+)
+def test_without_a_folder_the_test_still_counts(
+    variable: str, value: str, recorded: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv(variable, value)
+    test = one_after_can_run()
+    assert all(test.faults.values())
+    assert test.kept == ""
+    assert test.not_kept == "there is no HOME" if not value else value in test.not_kept
+
+
+def test_what_the_outcome_depends_on(recorded: Double, cache: Path) -> None:
+    one_after_can_run()
+    recorded.set_machine(name="Apple M4", architecture="applegpu_g16g", family=9)
+    assert _known() == []
+    one_after_can_run()
+    assert len(files(cache)) == 2
+    key = files(cache)[0].read_text().splitlines()[1]
+    assert umfa.__version__ in key
+    assert os.uname().release in key
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+CHILD = """
+import json, os, sys, time
+import numpy as np
+import umfa
+from tools.metal import double as metal_double
+from tools.metal.double.gpus import Recorder
+from umfa import _ext
+
+class Gpu(Recorder):
+    def run(self, kernel):
+        super().run(kernel)
+        time.sleep(0.05)
+        if kernel.name.startswith(sys.argv[1]):
+            os._exit(9)
+
+gpu = Gpu()
+with metal_double.machine(gpu, "1"):
+    x = np.zeros((1, 20, 2, 32), np.float16)
+    umfa.can_run(x, x, x, backend="metal")
+    (report,) = _ext.self_tests(run=False)
+print(json.dumps([report, len(gpu.dispatches)]))
+"""
+
+
+def child(dies_in: str = "none") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, dies_in],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcome_of(process: subprocess.Popen[str]) -> tuple[dict[str, Any], int]:
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    report, dispatches = json.loads(text)
+    return report, dispatches
+
+
+def test_two_processes_at_once(recorder: Recorder) -> None:
+    metal_double.load()
+    found = [outcome_of(process) for process in [child(), child()]]
+    assert found[0][0] == found[1][0]
+    assert sorted(dispatches > 0 for _, dispatches in found) == [False, True], "one waits"
+
+
+def test_a_process_that_died(recorder: Recorder, cache: Path) -> None:
+    metal_double.load()
+    dying = child("clear_f16")
+    dying.communicate(timeout=120)
+    assert dying.returncode == 9
+    assert files(cache) == []
+    report, dispatches = outcome_of(child("clear_f16"))
+    assert report["faults"]["clear_f16"] == "an earlier process did not survive the test"
+    assert "nan" in report["faults"]["combine_f16"]
+    assert dispatches == 3, "lanes, append and combine"
+    (journal,) = cache.glob("umfa/*.journal")
+    assert journal.read_text() == ""
+    assert outcome_of(child())[0] == report
+
+
+# ---- what tells of it ---------------------------------------------------------------------------
+
+
+def test_the_report_shows_it(recorded: Double) -> None:
+    report = env.collect()
+    assert [test["dtype"] for test in report["self_tests"]] == ["float16", "bfloat16", "float32"]
+    text = env.rows(report)["self-test"]
+    assert "float16: 0 of 15 families of kernels pass" in text
+    assert "Apple M1, applegpu_g13g, Apple7, " in text
+    assert f"{report['self_tests'][0]['when']}, 4 pipelines in " in text
+    assert "combine_f16 excluded: out" in text
+    assert "available in part" in env.rows(report)["metal backend"]
+
+
+def test_the_report_shows_that_it_is_off(recorder: Recorder) -> None:
+    with metal_double.machine(recorder, "0"):
+        assert env.rows(env.collect())["self-test"] == "off: UMFA_SELF_TEST=0"
+
+
+# ---- the families -------------------------------------------------------------------------------
+
+
+CALLS: list[tuple[int, dict[str, Any]]] = [
+    (20, {}),
+    (1, {}),
+    (1, {"num_splits": 4}),
+    (20, {"dropout_p": 0.5, "dropout_seed": 1}),
+    (1, {"dropout_p": 0.5, "dropout_seed": 1}),
+    (1, {"seqused_q": np.zeros(1, np.int32)}),
+    (20, {"seqused_k": np.full(1, 500, np.int32)}),
+    (1, {"softcap": 5.0}),
+]
+
+
+def launched(dtype: Any, family: int) -> set[str]:
+    """Families of what the planner asks for, of a dtype on a GPU family."""
+    return {
+        name
+        for d, dv in [*((d, d) for d in range(8, 520, 8)), (192, 128), (576, 512), (64, 512)]
+        for seqlen_q, options in CALLS
+        for launch in plan(
+            shape=(1, seqlen_q, 4, d),
+            seqlen_kv=600,
+            nheads_kv=2,
+            head_dim_v=dv,
+            dtype=dtype,
+            family=family,
+            **options,
+        )["launches"]
+        for name in launch["families"]
+    }
+
+
+@pytest.mark.parametrize("family", [7, 9])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_every_family_has_a_case(dtype: Any, family: int, recorded: Double) -> None:
+    recorded.set_machine(family=family)
+    tested = set(one(np.dtype(dtype).name).faults)
+    asked = launched(dtype, family)
+    # Rows of one call are not rotated or appended here; the map of lanes is nobody's plan.
+    others = {name for name in tested if name.split("_")[0] in ("lanes", "rotary", "append")}
+    assert asked == tested - others - {f"combine_{name_of(dtype)}"}
+
+
+def name_of(dtype: Any) -> str:
+    return {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[np.dtype(dtype).name]
+
+
+def test_the_families_of_a_launch() -> None:
+    """Constants add arithmetic of their own."""
+    (launch,) = plan(
+        shape=(1, 20, 4, 80), dtype=np.float16, dropout_p=0.5, dropout_seed=1, softcap=5.0,
+        alibi=True,
+        rotary_cos=np.zeros((20, 8), np.float32), rotary_sin=np.zeros((20, 8), np.float32),
+    )["launches"]  # fmt: skip
+    assert launch["families"] == [
+        "forward_f16_d128", "rotary_f16", "dropout_f16", "scores_f16"
+    ]  # fmt: skip
