@@ -26,6 +26,11 @@ def search_path() -> str:
     return os.pathsep.join(filter(None, folders))
 
 
+def self_test_of(stage: Stage) -> str:
+    """UMFA_SELF_TEST of a stage: the others want to see every kernel, excluded or not."""
+    return "force" if stage == stages.SELF_TEST else "0"
+
+
 def run_stage(stage: Stage, folder: Path, *, quick: bool, double: bool) -> tuple[int, str]:
     """The status of a stage, and its part of the report, whatever became of it."""
     part, log = folder / f"{stage.name}.md", folder / f"{stage.name}.log"
@@ -34,7 +39,7 @@ def run_stage(stage: Stage, folder: Path, *, quick: bool, double: bool) -> tuple
         stages.command(stage, part, quick=quick, double=double),
         log,
         stage.seconds,
-        {**os.environ, "PYTHONPATH": search_path()},
+        {**os.environ, "PYTHONPATH": search_path(), "UMFA_SELF_TEST": self_test_of(stage)},
     )
     text = part.read_text(encoding="utf-8") if part.exists() else ""
     lines = [f"## {stage.title}", "", text.rstrip() or "Nothing was written."]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ ABOUT = Stage("about", "The machine", "tests.on_a_mac.about:run", 300)
 COMPILE = Stage("compile", "Every kernel, compiled", "tests.on_a_mac.compile:run", 3600)
 LANES = Stage("lanes", "Lanes of 8x8 matrices", "tests.on_a_mac.lanes:run", 300)
 ROWS = Stage("rows", "Kernels without matrices, run without umfa", "tests.on_a_mac.rows:run", 300)
+SELF_TEST = Stage("self-test", "umfa's self-test", "tests.on_a_mac.self_test:run", 900)
 SMOKE = Stage("smoke", "A small call of everything", "tests.on_a_mac.smoke:run", 1800)
 VALIDATED = Stage(
     "validated", "Tests, with Metal's validation", "tests.on_a_mac.suite:run_validated", 4 * 3600
@@ -36,7 +38,7 @@ EVERYTHING = Stage(
 )
 TIMING = Stage("timing", "Times", "tests.on_a_mac.timing:run", 1800)
 
-OWN = [ABOUT, COMPILE, LANES, ROWS, SMOKE, VALIDATED, EVERYTHING, TIMING]
+OWN = [ABOUT, COMPILE, LANES, ROWS, SELF_TEST, SMOKE, VALIDATED, EVERYTHING, TIMING]
 # Hosted Macs have no GPU for the rest.
 HOSTED = [ABOUT, COMPILE, LANES, ROWS]
 
@@ -63,7 +65,7 @@ def gpu_of(double: bool, target: str) -> Any:
     from tools.metal import double as metal_double
     from tools.metal.double import gpus
 
-    return metal_double.machine(gpus.Emulator())
+    return metal_double.machine(gpus.Emulator(), os.environ.get("UMFA_SELF_TEST", "0"))
 
 
 def run_here(target: str, part: Path, *, quick: bool, double: bool) -> int:

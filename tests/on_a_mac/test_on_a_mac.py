@@ -15,7 +15,7 @@ import pytest
 
 import umfa
 from tests import mac
-from tests.on_a_mac import compile, lanes, report, rows, shapes, smoke, stages, suite
+from tests.on_a_mac import compile, lanes, report, rows, self_test, shapes, smoke, stages, suite
 from tests.on_a_mac.metal import Device
 from tests.on_a_mac.part import Part
 from tests.on_a_mac.stages import Stage
@@ -307,6 +307,21 @@ class TestOnTheDouble:
         assert "**append_f16 was refused: MetalError**" in self.text(part)
         assert "expected unqualified-id" in self.text(part)
         assert part.wrong == 2, "a GPU that computes nothing"
+
+    def test_the_self_test_of_a_gpu_that_computes_nothing(
+        self, part: Part, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        from tools.metal import double as metal_double
+        from tools.metal.double import gpus
+
+        metal_double.load()  # before there is another cache
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        with metal_double.machine(gpus.Recorder(), report.self_test_of(stages.SELF_TEST)):
+            self_test.run(part, quick=True)
+        assert "**combine_f16 is excluded**" in self.text(part)
+        assert "is nan, and" in self.text(part)
+        assert part.failures == 45
+        assert report.self_test_of(stages.SMOKE) == "0"
 
     def test_a_gpu_that_computes_nothing_fails_the_smoke(
         self, part: Part, monkeypatch: pytest.MonkeyPatch
