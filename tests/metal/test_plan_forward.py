@@ -191,10 +191,10 @@ def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
 
 
 def test_constants_follow_the_problem() -> None:
-    # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix.
+    # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix; tensors of other dtypes.
     rest = {9: False, 10: False, 11: False, 12: False, 13: 0}
     rest |= {14: False, 15: False, 16: False, 17: 0, 18: False, 19: False, 20: False,
-             21: False}  # fmt: skip
+             21: False, 22: 0, 23: 0, 24: 0, 25: 0, 26: 0, 27: 0}  # fmt: skip
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
         0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True, 8: False,
