@@ -73,6 +73,7 @@ VARLEN = {
     "max_seqlen_q": 4, "max_seqlen_k": 4,
 }  # fmt: skip
 QKV = {"q": X, "k": X, "v": X}
+DROPPED = {"dropout_p": 0.5, "dropout_seed": 1}
 CACHE = {"q": X, "k_cache": X.clone(), "v_cache": X.clone()}
 APPEND = {**CACHE, "k": X, "v": X, "cache_seqlens": torch.tensor([0, 0])}
 SDPA = {"query": X, "key": X, "value": X}
@@ -85,7 +86,7 @@ PLACES: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (umfa.flash_attn_func, {**QKV, "alibi_slopes": given(2, 2)}, "alibi_slopes"),
     (umfa.flash_attn_func, {**QKV, "learnable_sink": given(2)}, "learnable_sink"),
     (umfa.flash_attn_func, {**QKV, "qv": X}, "qv"),
-    (umfa.flash_attn_func, {**QKV, "dropout_p": 0.5, "return_attn_probs": True}, "q"),
+    (umfa.flash_attn_func, {**QKV, **DROPPED, "return_attn_probs": True}, "q"),
     (umfa.flash_attn_qkvpacked_func, {"qkv": given(2, 4, 3, 2, 8)}, "qkv"),
     (umfa.flash_attn_kvpacked_func, {"q": X, "kv": given(2, 4, 2, 2, 8)}, "kv"),
     *((umfa.flash_attn_varlen_func, VARLEN, name) for name in ("q", "k", "v")),

@@ -165,6 +165,7 @@ def dropped(framework: Framework, **options: Any) -> Array:
     return framework.bits(umfa.flash_attn_func(x, x, x, 0.5, **options))
 
 
+@pytest.mark.filterwarnings("ignore:.*dropped at random outside training")
 @pytest.mark.parametrize("framework", ["numpy", "torch", "mlx"], indirect=True)
 def test_the_frameworks_generator_gives_the_seed(framework: Framework) -> None:
     seeded(framework.name, 1)

@@ -100,6 +100,7 @@ def rows() -> list[Row]:
         "learnable_sink": sink, "attention_chunk": 16, "attn_mask": zeros(2, 1, 1, 30) == 0,
         "return_lse": True,
     }  # fmt: skip
+    dropped = {"dropout_p": 0.1, "dropout_seed": 1}
     cached = {name: x for name, x in everything.items() if name != "return_lse"}
     rope = umfa.fused_rope_attention, (*_flash()[1], *angles)
     return [
@@ -171,7 +172,7 @@ def rows() -> list[Row]:
         ),
         Row(
             "dropout by a counter (Philox): the same weights on every backend",
-            [_flash(dropout_p=0.1, dropout_seed=1), _flash(seqlen_q=1, dropout_p=0.1)],
+            [_flash(seqlen_q=n, dropout_p=0.1, dropout_seed=1) for n in (9, 1)],
         ),
         Row(
             "attention over a compressed cache (`qv`, as in DeepSeek's MLA)",
@@ -210,9 +211,9 @@ def rows() -> list[Row]:
         Row(
             "all of these options together",
             [
-                _flash(2, **everything, dropout_p=0.1, qv=zeros(2, 9, 4, 16)),
+                _flash(2, **everything, **dropped, qv=zeros(2, 9, 4, 16)),
                 _cached(*new, *angles, pages=True, qv=zeros(2, 1, 4, 16), **cached),
-                (*rope, {**everything, "dropout_p": 0.1, "qv": zeros(2, 9, 4, 16)}),
+                (*rope, {**everything, **dropped, "qv": zeros(2, 9, 4, 16)}),
             ],
         ),
         Row(
