@@ -132,16 +132,13 @@ UMFA_INLINE float2 mask_tile(float2 x, thread const ScoreRow& row, int column, b
                              device const uchar* mask) {
     x.x = biased(x.x, row, column, params);
     x.y = biased(x.y, row, column + 1, params);
+    if (has_mask) x = masked(x, row, column, range.seqlen_kv, params, mask);
     if (mixed) {
         VisibleRow seen = whole_row(range, row.row);
         seen.end = min(seen.end, end);
         seen.prefix = has_prefix ? min(seen.prefix, end) : 0;
         if (!sees(seen, column)) x.x = lowest;
         if (!sees(seen, column + 1)) x.y = lowest;
-    }
-    if (has_mask) {
-        x.x = masked(x.x, row, column, params, mask);
-        x.y = masked(x.y, row, column + 1, params, mask);
     }
     return GUARDED && counts(pass) ? seen_scores(x) : x;
 }

@@ -161,6 +161,13 @@ UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[QF][KF], int f, thread co
         const float2 x = pair_of(s[f][j]);
         set(s[f][j], biased(x.x, row, column, params), biased(x.y, row, column + 1, params));
     }
+    if (has_mask) {
+#pragma clang loop unroll(full)
+        for (int j = 0; j < KF; ++j) {
+            const int column = k0 + j * 8 + at.column;
+            set_pair(s[f][j], masked(pair_of(s[f][j]), row, column, range.seqlen_kv, params, mask));
+        }
+    }
     if (mixed || counting) {  // few tiles need this, so the branch is cheap
         const VisibleRow seen = whole_row(range, row.row);
 #pragma clang loop unroll(full)
@@ -168,16 +175,6 @@ UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[QF][KF], int f, thread co
             const int column = k0 + j * 8 + at.column;
             const float2 x = pair_of(s[f][j]);
             set(s[f][j], sees(seen, column) ? x.x : lowest, sees(seen, column + 1) ? x.y : lowest);
-        }
-        if (!has_mask && counting) set_seen(s, f);
-    }
-    if (has_mask) {
-#pragma clang loop unroll(full)
-        for (int j = 0; j < KF; ++j) {
-            const int column = k0 + j * 8 + at.column;
-            const float2 x = pair_of(s[f][j]);
-            set(s[f][j], masked(x.x, row, column, params, mask),
-                masked(x.y, row, column + 1, params, mask));
         }
         if (counting) set_seen(s, f);
     }

@@ -48,7 +48,10 @@
     X(24, int, value_kind)                                                                  \
     X(25, int, out_kind)                                                                    \
     X(26, int, new_key_kind)                                                                \
-    X(27, int, new_value_kind)
+    X(27, int, new_value_kind)                                                              \
+    X(28, bool, unit_mask) /* neighbours in a row of the mask are neighbours in memory */   \
+    /* And two columns from an even one on are one aligned load within the mask. */         \
+    X(29, bool, wide_mask)
 
 // Values of mask_kind; those of floats of the other kinds too.
 #define UMFA_MASK_NONE 0

@@ -14,16 +14,29 @@ int kind_of(DType dtype) {
     }
 }
 
-/// Every row starts on 16 bytes and holds whole 16 bytes. Metal buffers start on a page, and host
+/// Where the first element lies, as far as alignment goes. Metal buffers start on a page, and host
 /// memory is bound as the pages around it, so its address counts.
+uint64_t start_of(const TensorView& view) {
+    return view.device == Device::cpu ? reinterpret_cast<uint64_t>(view.address())
+                                      : view.byte_offset;
+}
+
+/// Every row starts on 16 bytes and holds whole 16 bytes.
 bool rows_are_wide(const Operand& operand, int64_t channels) {
     const TensorView& view = operand.view;
     const int64_t wide = 16 / (bits_of(view.dtype) / 8);
-    const uint64_t start =
-        view.device == Device::cpu ? reinterpret_cast<uint64_t>(view.address()) : view.byte_offset;
-    return start % 16 == 0 && channels % wide == 0 && operand.stride_channel == 1 &&
+    return start_of(view) % 16 == 0 && channels % wide == 0 && operand.stride_channel == 1 &&
            operand.stride_row % wide == 0 && operand.stride_head % wide == 0 &&
            operand.stride_batch % wide == 0;
+}
+
+/// Whether two neighbours of the mask from an even column on are one aligned load within it.
+bool wide_mask(const TensorView& mask) {
+    const int64_t bytes = bits_of(mask.dtype) / 8;
+    const auto even = [](int64_t value) { return value % 2 == 0; };
+    return mask.strides[3] == 1 && even(mask.shape[3]) && even(mask.strides[0]) &&
+           even(mask.strides[1]) && even(mask.strides[2]) &&
+           start_of(mask) % static_cast<uint64_t>(2 * bytes) == 0;
 }
 
 bool has_prefix(const Problem& problem) {
@@ -175,7 +188,8 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     const auto kind = [&](constant::Index index, const TensorView* view) {
         constants[index].value = view ? kind_of(view->dtype) : UMFA_MASK_NONE;
     };
-    const bool scale_last = problem.softcap == 0 && !problem.alibi && !problem.mask &&
+    const bool adds_mask = problem.mask && problem.mask->view.dtype != DType::b8;
+    const bool scale_last = problem.softcap == 0 && !problem.alibi && !adds_mask &&
                             problem.score_scale() >= 1e-30 && problem.score_scale() <= 1;
     const bool unit_channels =
         problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
@@ -202,6 +216,8 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     flag(constant::has_dropout, problem.dropout.has_value());
     flag(constant::has_qv, problem.qv.has_value());
     flag(constant::has_prefix, has_prefix(problem));
+    flag(constant::unit_mask, problem.mask && problem.mask->view.strides[3] == 1);
+    flag(constant::wide_mask, problem.mask && wide_mask(problem.mask->view));
     if (problem.one_dtype()) return constants;
     constants[constant::query_kind].value = narrow_kind(problem.query.view.dtype);
     constants[constant::key_kind].value = narrow_kind(problem.key.view.dtype);

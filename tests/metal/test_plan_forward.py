@@ -191,10 +191,11 @@ def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
 
 
 def test_constants_follow_the_problem() -> None:
-    # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix; tensors of other dtypes.
+    # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix; dtypes; places of the mask.
     rest = {9: False, 10: False, 11: False, 12: False, 13: 0}
     rest |= {14: False, 15: False, 16: False, 17: 0, 18: False, 19: False, 20: False,
-             21: False, 22: 0, 23: 0, 24: 0, 25: 0, 26: 0, 27: 0}  # fmt: skip
+             21: False, 22: 0, 23: 0, 24: 0, 25: 0, 26: 0, 27: 0, 28: False,
+             29: False}  # fmt: skip
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
         0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True, 8: False,
@@ -208,6 +209,34 @@ def test_constants_follow_the_problem() -> None:
     for prefix in (0, 3):
         launch = only_launch(others={"prefix_lens": np.array([prefix])})
         assert launch["constants"][21] is (prefix > 0)
+
+
+UNIT_MASK, WIDE_MASK = 28, 29
+
+
+def test_pairs_of_a_mask_are_read_at_once_where_they_are_aligned() -> None:
+    def found(mask: Any, seqlen_q: int = 100) -> tuple[bool, bool]:
+        exported = _numpy.export(mask, "umfa.test", "attn_mask")
+        shape = (1, seqlen_q, 4, 64)
+        launch = plan(shape=shape, seqlen_kv=100, mask=exported)["launches"][0]
+        assert launch["kernel"].startswith("forward" if seqlen_q > 8 else "decode")
+        return launch["constants"][UNIT_MASK], launch["constants"][WIDE_MASK]
+
+    for dtype in (np.bool_, np.float32, np.float16):
+        memory = np.zeros((4, 100, 202), dtype)
+        assert found(memory[..., :100]) == (True, True)
+        assert found(memory[:, :1, 2:102]) == (True, True)
+        assert found(memory[..., 1:101]) == (True, False)  # the first pair is not aligned
+        assert found(memory[:, 0, :].reshape(4, 1, 202)[..., 100:200]) == (True, True)
+        assert found(np.zeros((100, 101), dtype)[:, :100]) == (True, False)  # nor the second row's
+        assert found(memory[..., :200:2]) == (False, False)
+        assert found(memory[..., :1]) == (False, False)
+        # Runs of keys begin anywhere when few queries are decoded.
+        assert found(memory[:, :4, :100], seqlen_q=4) == (True, False)
+    # The last column has no neighbour.
+    odd = _numpy.export(np.zeros((100, 200), np.float16)[:, :99], "umfa.test", "attn_mask")
+    constants = only_launch(seqlen_kv=99, mask=odd)["constants"]
+    assert (constants[UNIT_MASK], constants[WIDE_MASK]) == (True, False)
 
 
 def tensors_of(made: dict[str, Any], launch: dict[str, Any]) -> set[str]:

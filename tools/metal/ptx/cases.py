@@ -264,6 +264,16 @@ def _timings() -> list[Case]:
             replace(found[0], **{field: value}, label=f"f16-d64-{value}", compared_with="f16-d64")
             for field, value in (("dropout", 0.1), ("rotary", "pairs"), ("rotary", "halves"))
         ),
+        *(
+            replace(
+                found[2],
+                mask=dtype,
+                mask_varies=(False, False, True, True),
+                label=f"f16-d128-mask-{dtype}",
+                compared_with="f16-d128",
+            )
+            for dtype in ("bool", "float16", "float32")
+        ),
         replace(long, head_dim_v=128, label="long"),
         replace(
             long,
