@@ -100,7 +100,7 @@ def rows() -> list[Row]:
         "learnable_sink": sink, "attention_chunk": 16, "attn_mask": zeros(2, 1, 1, 30) == 0,
         "return_lse": True,
     }  # fmt: skip
-    dropped = {"dropout_p": 0.1, "dropout_seed": 1}
+    dropped: dict[str, Any] = {"dropout_p": 0.1, "dropout_seed": 1}
     cached = {name: x for name, x in everything.items() if name != "return_lse"}
     rope = umfa.fused_rope_attention, (*_flash()[1], *angles)
     return [
