@@ -67,6 +67,8 @@ constexpr struct {
     {"scores_", constant::has_mask},         {"scores_", constant::has_alibi},
     {"scores_", constant::has_softcap},      {"scores_", constant::has_sinks},
     {"sequences_", constant::has_sequences}, {"sequences_", constant::has_pages},
+    {"dtypes_", constant::query_kind},       {"dtypes_", constant::key_kind},
+    {"dtypes_", constant::value_kind},       {"dtypes_", constant::out_kind},
 };
 
 bool is_on(const KernelLaunch& launch, constant::Index index) {

@@ -80,7 +80,7 @@ std::unique_ptr<Attempt> attempt(DType dtype, const AttentionSizes& sizes) {
     request.return_lse = true;
     if (sizes.extras) sizes.extras(tensors, request);
     own->problem = Problem::make(request);
-    const TensorView out = tensors.unwritten(dtype,
+    const TensorView out = tensors.unwritten(own->problem->out_dtype,
                                              {1, sizes.seqlen_q, sizes.nheads_q, sizes.head_dim_v}),
                      lse = tensors.unwritten(DType::f32, {1, sizes.nheads_q, sizes.seqlen_q});
     own->results = own->problem->results(out, lse);
@@ -157,6 +157,16 @@ void turn_pages(SelfTestTensors& tensors, AttentionRequest& request) {
     request.block_table = pages;
 }
 
+/// Tensors of other dtypes, which kernels of float read.
+void mix_dtypes(SelfTestTensors& tensors, AttentionRequest& request) {
+    const auto numbers_like = [&](const TensorView& view, DType dtype) {
+        return tensors.numbers(dtype, {view.shape, view.shape + view.ndim});
+    };
+    request.query = numbers_like(*request.query, DType::f16);
+    request.key = numbers_like(*request.key, DType::bf16);
+    request.out_dtype = DType::f16;
+}
+
 /// No query counts: every row of out is to be cleared.
 void clear(SelfTestTensors& tensors, AttentionRequest& request) {
     request.seqused_q = tensors.table({0});
@@ -215,6 +225,8 @@ std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) 
     add("dropout_" + operands, forward + "_d64", {64, 64, 67, 75, drop});
     add("scores_" + operands, forward + "_d64", {64, 64, 67, 75, change_scores});
     add("sequences_" + operands, forward + "_d64", {64, 64, 67, 75, turn_pages});
+    if (dtype == DType::f32)
+        add("dtypes_" + operands, forward + "_d64", {64, 64, 67, 75, mix_dtypes});
     add(decode + "_d128", lanes, {128, 128, 1, 75});
     add(decode + "_d256", lanes, {256, 256, 1, 75});
     add("decode_merge_" + stored, decode + "_d128", {128, 128, 1, 175, split});

@@ -1,6 +1,8 @@
 #import "metal/trust.h"
 
+#include <algorithm>
 #include <memory>
+#include <vector>
 
 #import "metal/autorelease.h"
 #import "metal/context.h"
@@ -29,22 +31,49 @@ SelfTests::MakeMachine machine_of(const std::shared_ptr<Context>& context) {
     };
 }
 
-DType dtype_of(const Problem& problem) { return problem.query.view.dtype; }
-DType dtype_of(const CombineProblem& problem) { return problem.out_partial.view.dtype; }
+using Dtypes = std::vector<DType>;
+
+void add(Dtypes& dtypes, DType dtype) {
+    if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) dtypes.push_back(dtype);
+}
+
+/// Of the kernels that a problem may need: where tensors have different dtypes, kernels of float read
+/// them, and those that write results only have the results' dtype.
+Dtypes dtypes_of(const Problem& problem) {
+    Dtypes dtypes = {problem.one_dtype() ? problem.query.view.dtype : DType::f32};
+    add(dtypes, problem.out_dtype);
+    if (!problem.append) return dtypes;
+    const DType cache = problem.key.view.dtype;
+    add(dtypes, cache);
+    for (const Operand* other : {&problem.value, &problem.append->key, &problem.append->value})
+        if (other->view.dtype != cache) add(dtypes, DType::f32);
+    return dtypes;
+}
+
+Dtypes dtypes_of(const CombineProblem& problem) { return {problem.out_partial.view.dtype}; }
 
 template <class P>
 Verdict trusts_problem(const P& problem) {
     const AutoreleasePool pool;
     const std::shared_ptr<Context> context = Context::current(problem.function);
-    const auto report = context->self_tests().of(dtype_of(problem), machine_of(context));
-    if (report->passed()) return {};
-    return trusts(*report, plan_without_results(problem, context->gpu().capabilities));
+    for (const DType dtype : dtypes_of(problem)) {
+        const auto report = context->self_tests().of(dtype, machine_of(context));
+        if (report->passed()) continue;
+        Verdict verdict =
+            trusts(*report, plan_without_results(problem, context->gpu().capabilities));
+        if (!verdict.yes) return verdict;
+    }
+    return {};
 }
 
 template <class P>
 bool problem_may_wait(const P& problem) {
     if (!Context::available().yes) return false;
-    return Context::current(function)->self_tests().may_wait(dtype_of(problem));
+    const std::shared_ptr<Context> context = Context::current(function);
+    SelfTests& tests = context->self_tests();
+    const Dtypes dtypes = dtypes_of(problem);
+    return std::any_of(dtypes.begin(), dtypes.end(),
+                       [&](DType dtype) { return tests.may_wait(dtype); });
 }
 
 }  // namespace

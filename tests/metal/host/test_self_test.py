@@ -31,6 +31,7 @@ from umfa import _ext
 from umfa.cli import env
 
 ROOT = Path(__file__).parents[3]
+QUERY_KIND = 22  # the constant of shaders/shared/constants.h
 OUT = 3  # the buffer of out, of forward and decode
 LARGE = (1, 512, 4, 64)
 TIMEOUT = 2
@@ -329,6 +330,29 @@ def test_each_dtype_is_tested_when_it_is_used(recorded: Double, recorder: Record
     assert [test.dtype for test in umfa.self_test()] == ["float16", "bfloat16", "float32"]
 
 
+def test_tensors_of_different_dtypes_need_two_tests(recorded: Double) -> None:
+    """Kernels of float read them; what only writes results is of the results' dtype."""
+    q, k = half(1, 20, 2, 32), half(1, 20, 2, 32).astype(np.float32)
+    assert not umfa.can_run(q, k, k, backend="metal")[0]
+    assert [test.dtype for test in _known()] == ["float32"], "the first fault is reason enough"
+    assert "dtypes_f32" in one("float32").faults
+
+
+def test_a_fault_with_different_dtypes_is_excluded(emulated: Machine) -> None:
+    half_kind = 3  # of shaders/shared/constants.h
+
+    def negate_if_mixed(kernel: Kernel) -> None:
+        if kernel.constants.get(QUERY_KIND) == half_kind:
+            negate_first(kernel)
+
+    q, k = half(1, 20, 2, 32), half(1, 20, 2, 32).astype(np.float32)
+    with emulated(Planted("forward_f32_d64", negate_if_mixed)):
+        assert "excludes dtypes_f32: out[0] is" in umfa.can_run(q, k, k, backend="metal")[1]
+        assert umfa.can_run(k, k, k, backend="metal") == (True, "")
+        (test,) = _known()
+    assert set(excluded(test)) == {"dtypes_f32"}
+
+
 def test_threads_share_one_test(recorded: Double, recorder: Recorder) -> None:
     threads = [threading.Thread(target=one_after_can_run) for _ in range(6)]
     for thread in threads:
@@ -562,7 +586,8 @@ def test_every_family_has_a_case(dtype: Any, family: int, recorded: Double) -> N
     tested = set(one(np.dtype(dtype).name).faults)
     asked = launched(dtype, family)
     # Rows of one call are not rotated or appended here; the map of lanes is nobody's plan.
-    others = {name for name in tested if name.split("_")[0] in ("lanes", "rotary", "append")}
+    untried = ("lanes", "rotary", "append", "dtypes")
+    others = {name for name in tested if name.split("_")[0] in untried}
     assert asked == tested - others - {f"combine_{name_of(dtype)}"}
 
 
