@@ -51,7 +51,8 @@
     X(27, int, new_value_kind)                                                              \
     X(28, bool, unit_mask) /* neighbours in a row of the mask are neighbours in memory */   \
     /* And two columns from an even one on are one aligned load within the mask. */         \
-    X(29, bool, wide_mask)
+    X(29, bool, wide_mask)                                                                  \
+    X(30, bool, shifts_pages) /* page_size is a power of two: params.pages is its exponent */
 
 // Values of mask_kind; those of floats of the other kinds too.
 #define UMFA_MASK_NONE 0

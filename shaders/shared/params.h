@@ -40,7 +40,7 @@ struct ForwardParams {
     RotaryParams rotary;
     DropoutParams dropout;
     int32_t seqlen_q;              // of the longest sequence
-    int32_t page_size;             // rows of a page of keys
+    int32_t pages;                 // rows of a page of keys; with shifts_pages, their log2
     int32_t head_dim, head_dim_v;  // what the tensors have; the kernel's D may be larger
     int32_t group;                 // query heads per key head
     float score_scale;             // log2(e) is in it, unless softcap is on

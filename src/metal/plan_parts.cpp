@@ -1,5 +1,6 @@
 #include "metal/plan_parts.h"
 
+#include <bit>
 #include <type_traits>
 
 namespace umfa::metal {
@@ -37,6 +38,10 @@ bool wide_mask(const TensorView& mask) {
     return mask.strides[3] == 1 && even(mask.shape[3]) && even(mask.strides[0]) &&
            even(mask.strides[1]) && even(mask.strides[2]) &&
            start_of(mask) % static_cast<uint64_t>(2 * bytes) == 0;
+}
+
+bool shifts_pages(const Problem& problem) {
+    return std::has_single_bit(static_cast<uint64_t>(problem.page_size));
 }
 
 bool has_prefix(const Problem& problem) {
@@ -162,7 +167,8 @@ ForwardParams forward_params(const Problem& problem, const ForwardResults& resul
     if (problem.qv) params.qv = strides_of(*problem.qv);
     params.rotary = rotary_params(problem);
     params.dropout = dropout_params(problem);
-    params.page_size = static_cast<int32_t>(problem.page_size);
+    params.pages = static_cast<int32_t>(
+        shifts_pages(problem) ? std::countr_zero(uint64_t(problem.page_size)) : problem.page_size);
     params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
     params.head_dim = static_cast<int32_t>(problem.head_dim);
     params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
@@ -217,6 +223,7 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     flag(constant::has_qv, problem.qv.has_value());
     flag(constant::has_prefix, has_prefix(problem));
     flag(constant::unit_mask, problem.mask && problem.mask->view.strides[3] == 1);
+    flag(constant::shifts_pages, shifts_pages(problem));
     flag(constant::wide_mask, problem.mask && wide_mask(problem.mask->view));
     if (problem.one_dtype()) return constants;
     constants[constant::query_kind].value = narrow_kind(problem.query.view.dtype);

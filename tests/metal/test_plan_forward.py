@@ -191,11 +191,11 @@ def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
 
 
 def test_constants_follow_the_problem() -> None:
-    # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix; dtypes; places of the mask.
+    # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix; dtypes; the mask; pages again.
     rest = {9: False, 10: False, 11: False, 12: False, 13: 0}
     rest |= {14: False, 15: False, 16: False, 17: 0, 18: False, 19: False, 20: False,
              21: False, 22: 0, 23: 0, 24: 0, 25: 0, 26: 0, 27: 0, 28: False,
-             29: False}  # fmt: skip
+             29: False, 30: False}  # fmt: skip
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
         0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True, 8: False,
@@ -209,6 +209,17 @@ def test_constants_follow_the_problem() -> None:
     for prefix in (0, 3):
         launch = only_launch(others={"prefix_lens": np.array([prefix])})
         assert launch["constants"][21] is (prefix > 0)
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 16, 48, 64])
+def test_rows_of_pages_are_found_by_shifts_where_they_can(page_size: int) -> None:
+    pages = np.zeros((8, page_size, 4, 64), np.float16)
+    for seqlen_q in (1, 100):
+        query = np.zeros((2, seqlen_q, 4, 64), np.float16)
+        table = np.zeros((2, 4), np.int32)
+        for launch in plan_of(query, pages, pages, query.copy(), block_table=table)["launches"]:
+            is_power = page_size & (page_size - 1) == 0
+            assert launch["constants"][30] is is_power
 
 
 UNIT_MASK, WIDE_MASK = 28, 29

@@ -285,13 +285,16 @@ def _timings() -> list[Case]:
         ),
         replace(decode, label="decode-b1"),
         replace(decode, batch=8, label="decode-b8"),
-        replace(
-            decode,
-            seqlens_q=(1,) * 8,
-            seqlens_k=(16384,) * 8,
-            page_size=16,
-            label="decode-b8-pages16",
-            compared_with="decode-b8",
+        *(
+            replace(
+                decode,
+                seqlens_q=(1,) * 8,
+                seqlens_k=(16384,) * 8,
+                page_size=page_size,
+                label=f"decode-b8-pages{page_size}",
+                compared_with="decode-b8",
+            )
+            for page_size in (16, 64, 48)
         ),
         replace(
             base,
