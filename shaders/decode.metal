@@ -76,7 +76,7 @@ inline void load_chunks(thread M (&elements)[PER_LANE], device const T* rows,
     }
 }
 
-/// The same of a tensor of any type, in the kernel's chunks.
+/// load_chunks() for the dtype that `kind` gives, in chunks of the kernel's own type.
 template <typename T, int LANES, int PER_LANE, typename M>
 inline void load_any_chunks(thread M (&elements)[PER_LANE], device const uchar* rows, int kind,
                             constant OperandStrides& strides, thread const Pages& pages, int row,

@@ -1,5 +1,5 @@
-// Which elements of an 8x8 matrix each lane of a simdgroup holds: what every kernel with matrices
-// assumes (lane_map of shared/fragment.h), and what the self-test looks at first.
+// Writes the elements of an 8x8 matrix that each lane of a simdgroup holds. The self-test compares
+// them with the lane_map of shared/fragment.h, which every kernel with matrices assumes.
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 

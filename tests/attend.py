@@ -158,7 +158,7 @@ class Attend:
         max_seqlen_k: int | None = None,
         **options: Any,
     ) -> Result:
-        """`umfa.flash_attn_varlen_func` on NumPy arrays and tables, by way of the framework."""
+        """`umfa.flash_attn_varlen_func` in the framework, from NumPy arrays and tables."""
         query, _, value = tensors
         found = self._by_framework(
             umfa.flash_attn_varlen_func,
@@ -172,9 +172,9 @@ class Attend:
         return self._checked(results, shape, shape[1::-1], query)
 
     def kvcache(self, *tensors: Array, **options: Any) -> Result:
-        """`umfa.flash_attn_with_kvcache` on NumPy arrays, by way of the framework.
+        """`umfa.flash_attn_with_kvcache` in the framework, from NumPy arrays.
 
-        Caches that are written to come back into the arrays that were handed in.
+        Caches that are written are copied back into the given arrays.
         """
         batch, seqlen_q, heads, _ = tensors[0].shape
         ours = [self.framework.tensor(x) for x in tensors]
@@ -197,7 +197,7 @@ class Attend:
     def _checked(
         self, results: Any, shape: tuple[int, ...], lse_shape: tuple[int, ...], query: Array
     ) -> Result:
-        """Results of the framework, of these shapes and the right dtypes, as NumPy arrays."""
+        """The framework's results as NumPy arrays, after checking shapes and dtypes."""
         out, lse = results
         assert isinstance(out, self.framework.array_type)
         assert isinstance(lse, self.framework.array_type)

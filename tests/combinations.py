@@ -91,7 +91,7 @@ class Problem:
         return self.rng.standard_normal(shape, dtype=np.float32).astype(kind)
 
     def narrowest(self, *tensors: str) -> str:
-        """The dtype among those of these tensors that rounds the most."""
+        """The least precise dtype of these tensors."""
         return max((self.dtypes[x] for x in tensors), key=lambda x: BASE[x].rtol)
 
 

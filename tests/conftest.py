@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    # Workers have the options of the process that says this.
+    # Worker processes get these options from the main process.
     if "nightly" not in config.option.markexpr:
         return None
     seconds, seed = config.option.nightly_seconds, config.option.nightly_seed

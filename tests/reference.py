@@ -220,13 +220,13 @@ def scaled_dot_product(
 
 
 def combine(out_partial: ArrayLike, lse_partial: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """Compute `umfa.flash_attn_combine`: attention over all keys from its results over parts.
+    """Compute `umfa.flash_attn_combine`: merge the results over parts of the keys.
 
     Parameters
     ----------
     out_partial : array (parts, ..., head_dim)
     lse_partial : array (parts, ...)
-        Parts of -inf do not count.
+        A part with -inf has no weight.
 
     Returns
     -------

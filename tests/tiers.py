@@ -1,4 +1,4 @@
-"""Which combinations of parameters are tested in every run, and which with ``-m slow`` alone."""
+"""Which combinations of parameters every run tests, and which only ``-m slow`` tests."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 
 def crossed(*lists: Sequence[Any], mark: pytest.MarkDecorator = pytest.mark.slow) -> list[Any]:
-    """Every combination of the values, of which all but a few get `mark`.
+    """Every combination of the values; all but a few get `mark`.
 
-    Those of every run are the first values of all lists, the second ones and so on, where a shorter
-    list starts over: each value is among them. A value may stand in its list twice, to meet two
-    others. A list inside is parameters that belong together.
+    The unmarked ones combine the n-th values of all lists; shorter lists repeat. So every value is
+    in one of them. A list may hold a value twice, to combine it with two others. A value that is a
+    list holds several parameters that belong together.
 
-    For kernels on the emulator: each combination is compiled, in about a second of CPU time, and
-    each value has code of its own where combinations have little.
+    Meant for kernels on the emulator: compiling each combination takes about a second of CPU time.
+    Most values have their own code in a kernel, but few combinations do.
     """
 
     def flat(values: Sequence[Any]) -> list[Any]:

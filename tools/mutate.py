@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="a regular expression for files")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
-    parser.add_argument("--seconds", type=float, help="begin no mutant after so many")
+    parser.add_argument("--seconds", type=float, help="start no mutant after this time")
     parser.add_argument("--allow", type=int, default=0, help="survivors that are no failure")
     given = parser.parse_args()
     chosen = choose(given.count, given.seed, given.only)

@@ -138,8 +138,7 @@ typedef struct umfa_attention_options {
     /* (batch,): position of a sequence's first query and new key, for rotary angles; else the
        rows in use */
     const DLTensor* rotary_seqlens;
-    /* umfa_dtype: dtype of the result; query's unless given. It says again what a given out has
-       */
+    /* umfa_dtype of the result; default: query's. If out is given, it must be out's dtype */
     int32_t out_dtype;
 } umfa_attention_options;
 
@@ -154,13 +153,13 @@ typedef struct umfa_attention_options {
 /* out = softmax(query key^T * softmax_scale) value, per head; query head h reads key head
  * h / (nheads_q / nheads_kv).
  *
- * query, key, value: float32, float16 or bfloat16, each its own, 4-dimensional in options->layout,
- *   any strides. head_dim 1 to 576; value's, 1 to 512, may differ. With options->cu_seqlens_q query
+ * query, key, value: each float32, float16 or bfloat16; 4-dimensional in options->layout; any
+ *   strides. head_dim 1 to 576; value's, 1 to 512, may differ. With options->cu_seqlens_q query
  *   and out are packed, (total_q, nheads, head_dim), likewise key and value with cu_seqlens_k.
  *   With options->new_key and new_value key and value are written: the rows that they gain.
- * out: written; query's shape with value's head_dim; float32, float16 or bfloat16, which
- *   options->out_dtype may say again; overlaps no input. Where query, key, value and out do not have
- *   one dtype, arithmetic is float32's.
+ * out: written; query's shape with value's head_dim; float32, float16 or bfloat16;
+ *   options->out_dtype, if given, must be this dtype; overlaps no input. If query, key, value and
+ *   out do not all have the same dtype, arithmetic is float32.
  * lse: written unless NULL; float32, (batch, nheads, seqlen_q) whatever the layout, or with
  *   cu_seqlens_q (nheads, total_q): the natural logarithm of the sum of exp(score).
  * options: NULL means UMFA_ATTENTION_OPTIONS_INIT.

@@ -72,13 +72,13 @@ class BackendInfo(NamedTuple):
     name: str
     available: bool
     reason: str
-    """Why it is not available; or which of its kernels `self_test` has excluded, if any."""
+    """Why it is not available; or which kernels `self_test` excludes, if any."""
     device: str = ""
     """The GPU that it would use, in words."""
 
 
 class SelfTest(NamedTuple):
-    """What the test of a GPU's kernels for tensors of one dtype has found; see `self_test`."""
+    """Outcome of the GPU self-test for one dtype; see `self_test`."""
 
     dtype: str
     device: str
@@ -88,17 +88,17 @@ class SelfTest(NamedTuple):
     """UTC, as ``2026-11-29T09:13:20Z``."""
     seconds: float
     pipelines: int
-    """Kernels that were made ready for the test."""
+    """Compute pipelines built for the test."""
     faults: dict[str, str]
-    """Of each family of kernels what is wrong with it; empty if nothing is."""
+    """For each kernel family, what is wrong with it; an empty string if nothing is."""
     kept: str
-    """The file that later processes read instead of testing again; empty if there is none."""
+    """The file that stores the outcome for later processes; empty if there is none."""
     not_kept: str
-    """Why there is none."""
+    """Why `kept` is empty."""
 
     @property
     def passed(self) -> bool:
-        """Whether all families are trusted."""
+        """Whether no family has a fault."""
         return not any(self.faults.values())
 
 
@@ -144,12 +144,12 @@ def backends() -> list[BackendInfo]:
 
 
 def self_test() -> list[SelfTest]:
-    """What the test of this machine's GPU has found, for each dtype; tests what is untested.
+    """Test this machine's GPU with each dtype not tested yet; return the outcome for each dtype.
 
-    The first call that would use a GPU with a dtype does the same for that dtype. A small case of
-    each family of kernels runs on the GPU and on the CPU. umfa does not use a family whose results
-    differ, or whose case fails or hangs. Later processes read the outcome from the user's cache
-    folder, until macOS or umfa changes.
+    The first call that would use the GPU with a dtype runs the same test for that dtype. A small
+    case of each kernel family runs on the GPU and on the CPU. umfa does not use a family whose
+    results differ, or whose case fails or hangs. Later processes read the outcome from the user's
+    cache folder until the GPU, macOS or umfa changes.
 
     The list is empty without a usable GPU, and with ``UMFA_SELF_TEST=0`` in the environment.
     ``UMFA_SELF_TEST=force`` repeats the test in each process.

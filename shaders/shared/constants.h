@@ -42,19 +42,19 @@
     /* float32 with rows on 16 bytes, and the rotated channels come in whole 32 bytes. */   \
     X(20, bool, wide_rotary)                                                                \
     X(21, bool, has_prefix) /* some sequence has keys that all its queries see */           \
-    /* What tensors hold; none: the kernel's own type. Others are for kernels of float. */  \
+    /* Dtypes of tensors; NONE: the kernel's own. Others only in float kernels. */          \
     X(22, int, query_kind) /* and qv */                                                     \
     X(23, int, key_kind)                                                                    \
     X(24, int, value_kind)                                                                  \
     X(25, int, out_kind)                                                                    \
     X(26, int, new_key_kind)                                                                \
     X(27, int, new_value_kind)                                                              \
-    X(28, bool, unit_mask) /* neighbours in a row of the mask are neighbours in memory */   \
-    /* And two columns from an even one on are one aligned load within the mask. */         \
+    X(28, bool, unit_mask) /* the mask's column stride is 1 */                              \
+    /* Also, the mask consists of column pairs (2n, 2n + 1) that one aligned load reads. */ \
     X(29, bool, wide_mask)                                                                  \
     X(30, bool, shifts_pages) /* page_size is a power of two: params.pages is its exponent */
 
-// Values of mask_kind; those of floats of the other kinds too.
+// Values of mask_kind. The other kinds use them too, except BOOL.
 #define UMFA_MASK_NONE 0
 #define UMFA_MASK_BOOL 1
 #define UMFA_MASK_F32 2

@@ -1,5 +1,5 @@
-// What the tensors of a kernel hold: the kernel's own type T, or in kernels of float any of the three
-// types. `kind` is a constant that says which (constants.h), so one branch of each function is left.
+// Access to tensors whose dtype differs from the kernel's type T. Only float kernels read other
+// dtypes. `kind` is a function constant (constants.h), so each function compiles to one branch.
 #pragma once
 
 #include <metal_stdlib>
@@ -10,7 +10,7 @@ using namespace metal;
 
 namespace umfa {
 
-/// The 16-bit types that a kernel of T reads; T itself where it reads no other.
+/// The 16-bit types that a kernel of type T reads: half and bfloat if T is float, else only T.
 template <typename T>
 struct Narrow {
     using Half = T;
@@ -22,8 +22,8 @@ struct Narrow<float> {
     using Bfloat = bfloat;
 };
 
-/// So many elements further. By pointers of the elements' type: from bytes, the compiler makes other
-/// code of the addresses in loops.
+/// `from` advanced by `elements`. Uses pointers of the element type, because byte offsets change
+/// the address code that the compiler generates in loops.
 template <typename T>
 inline device const uchar* moved(device const uchar* from, int kind, int64_t elements) {
     if (kind == UMFA_MASK_NONE)
@@ -39,7 +39,7 @@ inline device uchar* moved(device uchar* from, int kind, int64_t elements) {
     return reinterpret_cast<device uchar*>(reinterpret_cast<device ushort*>(from) + elements);
 }
 
-/// Writes x, rounded, as element `index`.
+/// Rounds x and writes it as element `index`.
 template <typename T, typename X>
 inline void store_any(device uchar* to, int kind, int64_t index, X x) {
     if (kind == UMFA_MASK_F16)

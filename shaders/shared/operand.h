@@ -36,7 +36,7 @@ inline M element(device const T* rows, constant OperandStrides& strides, thread 
                : M(0);
 }
 
-/// The same of a tensor of any type.
+/// element() for the dtype that `kind` gives.
 template <typename M, typename T>
 inline M any_element(device const uchar* rows, int kind, constant OperandStrides& strides, int row,
                      int row_count, int column, int columns) {

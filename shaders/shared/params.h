@@ -123,7 +123,7 @@ struct MergeParams {
     int32_t reserved;
 };
 
-/// A look at the map of lanes.
+/// Of the lane map kernel.
 struct LanesParams {
     int32_t row;  // elements from one row of the matrix to the next
 };

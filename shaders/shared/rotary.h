@@ -95,7 +95,7 @@ inline M query_element(device const T* rows, constant OperandStrides& strides,
     return M(column == at.x ? first : second);
 }
 
-/// The same of queries of any type.
+/// query_element() for the dtype that `kind` gives.
 template <typename M, typename T>
 inline M any_query_element(device const uchar* rows, int kind, constant OperandStrides& strides,
                            thread const Rotary& rotary, int position, int row, int row_count,

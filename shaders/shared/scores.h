@@ -52,11 +52,11 @@ inline float number_at(device const uchar* numbers, int kind, int64_t at) {
     return 0.0f;
 }
 
-/// Told by its bits, since comparing with it may be folded away.
+/// Compares bits, because fast math may remove a comparison with infinity.
 inline bool is_minus_infinity(float x) { return as_type<uint>(x) == 0xff800000u; }
 
-/// A mask's values may be as low as the type goes, which times log2(e) would overflow, and must not
-/// hide a key: a row that is all of them weighs all keys alike.
+/// A mask may hold the lowest finite value, which would overflow when multiplied by log2(e). Unlike
+/// -inf, it must not hide a key: if it fills a row, all keys get the same weight.
 inline float at_least_finite(float x) { return max(x, -1.1e38f); }
 
 /// x in units of log2, or `lowest` for -inf.
@@ -64,13 +64,13 @@ inline float to_log2(float x) {
     return is_minus_infinity(x) ? lowest : at_least_finite(x) * log2_e;
 }
 
-/// One element of the mask: of a bool one 1 where the key may be seen, else 0.
+/// One element of the mask; for a bool mask, 1 if the key is visible, else 0.
 inline float mask_at(device const uchar* mask, int64_t at) {
     if (mask_kind == UMFA_MASK_BOOL) return mask[at] != 0 ? 1.0f : 0.0f;
     return number_at(mask, mask_kind, at);
 }
 
-/// Two neighbours in one load, where `wide_mask` allows it.
+/// Two neighbouring elements in one load. Requires `wide_mask`.
 inline float2 mask_pair_at(device const uchar* mask, int64_t at) {
     if (mask_kind == UMFA_MASK_F32) return *reinterpret_cast<device const float2*>(mask + 4 * at);
     if (mask_kind == UMFA_MASK_F16)
@@ -105,9 +105,9 @@ inline float masked(float x, float element) {
     return is_minus_infinity(element) ? lowest : x + added * log2_e;
 }
 
-/// The scores of two neighbouring keys with the mask: with `wide_mask`, from an even `column` on. Past
-/// the last key the mask of the last is read: a load always, without a branch around it. By single
-/// elements, each with a 64-bit product for its place, a call took 1.29 times one without a mask
+/// Applies the mask to the scores of two neighbouring keys; `column` must be even with `wide_mask`.
+/// Columns past the last key read the last key's mask, which avoids a branch. Before, with single
+/// elements and a 64-bit product for each address, a call took 1.29 times the time without a mask
 /// (bool; float16 1.35; H200, D = 128).
 inline float2 masked(float2 x, thread const ScoreRow& row, int column, int seqlen_kv,
                      constant ForwardParams& params, device const uchar* mask) {

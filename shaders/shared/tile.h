@@ -80,7 +80,7 @@ inline void stage(threadgroup M* staged, device const T* keys, constant OperandS
     }
 }
 
-/// The same of a tensor of any type.
+/// stage() for the dtype that `kind` gives.
 template <typename M, typename T, int D, int ROWS, int THREADS>
 inline void stage_any(threadgroup M* staged, device const uchar* keys, int kind,
                       constant OperandStrides& strides, thread const Pages& pages, int first,
@@ -163,7 +163,7 @@ inline void stage_rotated(threadgroup M* staged, device const T* keys,
     }
 }
 
-/// The same of a tensor of any type.
+/// stage_rotated() for the dtype that `kind` gives.
 template <typename M, typename T, int D, int ROWS, int THREADS>
 inline void stage_any_rotated(threadgroup M* staged, device const uchar* keys, int kind,
                               constant OperandStrides& strides, thread const Pages& pages,

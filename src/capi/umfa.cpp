@@ -187,7 +187,7 @@ umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
         Call call = read_call(names, query, key, options);
         call.request.value = checked_view(value, names.bshd, "value");
         const Written written = read_written(*call.request.function, out, lse);
-        call.request.out = written.out;  // whose dtype counts
+        call.request.out = written.out;  // the problem takes its dtype
         call.request.return_lse = written.lse.has_value();
         const Problem problem = Problem::make(call.request);
         const ForwardResults results = problem.results(written.out, written.lse);
@@ -216,7 +216,7 @@ umfa_status umfa_attention_forward_encode(void* metal_command_buffer, const DLTe
         Call call = read_call(names, query, key, options);
         call.request.value = checked_view(value, names.bshd, "value");
         const Written written = read_written(*call.request.function, out, lse);
-        call.request.out = written.out;  // whose dtype counts
+        call.request.out = written.out;  // the problem takes its dtype
         call.request.return_lse = written.lse.has_value();
         const Problem problem = Problem::make(call.request);
         encode_forward(problem, problem.results(written.out, written.lse),

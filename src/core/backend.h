@@ -17,7 +17,7 @@ struct Verdict {
     std::string reason;
 };
 
-/// How a backend does one operation: `P` says what is computed, its Results where that goes.
+/// How a backend runs one operation. `P` describes the computation, P::Results what is written.
 template <class P>
 struct Operation {
     uint32_t features = 0;               // bitwise or of `Feature`s
@@ -29,10 +29,10 @@ struct Operation {
     void (*encode)(const P&, const typename P::Results&, void* stream) = nullptr;
     /// Whether "auto" may choose it before other backends for tensors in host memory; null: always.
     bool (*worthwhile)(const P&) = nullptr;
-    /// Whether this machine's device computes it right. Asked last, since finding out may take a test
-    /// of the device. Null: yes.
+    /// Whether the self-test of this machine's device passed for it. Checked last, since it may run
+    /// the self-test. Null: yes.
     Verdict (*trusted)(const P&) = nullptr;
-    /// Whether `trusted` might start or wait for such a test.
+    /// Whether `trusted` may run the self-test or wait for it.
     bool (*may_wait)(const P&) = nullptr;
 };
 
@@ -51,8 +51,8 @@ struct Backend {
     void* (*contents)(void* memory) = nullptr;
     /// The device in words; empty when there is none.
     std::string (*describe)() = nullptr;
-    /// What tests of the device have found; empty if there is none. `run`: tests what is untested;
-    /// else it does not wait. Throws `Error` for a wrong UMFA_SELF_TEST.
+    /// Outcomes of the device's self-test; empty without a device. `run`: tests each untested
+    /// dtype; without it, never waits. Throws `Error` if UMFA_SELF_TEST is invalid.
     SelfTestReports (*self_tests)(bool run) = nullptr;
 };
 

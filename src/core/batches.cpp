@@ -8,14 +8,14 @@
 namespace umfa {
 namespace {
 
-/// The batch dimensions as one that is walked, and loops around it.
+/// The batch dimensions, merged into the one that backends see (`walked`) and loops around it.
 struct Merged {
     int64_t batch = 1;
     BatchLoop walked;
     std::vector<BatchLoop> loops;  // outermost first
 };
 
-/// The strides of batch dimension `i`. `results`: null while only what is read is known.
+/// The strides of batch dimension `i`. `results`: null for the strides of the inputs alone.
 BatchLoop dimension(const Problem& problem, const ForwardResults* results, int i) {
     const int from_last = problem.ndim - i;  // in tensors with 3 dimensions behind the batch
     BatchLoop one;
@@ -32,7 +32,7 @@ BatchLoop dimension(const Problem& problem, const ForwardResults* results, int i
     return one;
 }
 
-/// Whether in every tensor a step of `outer` is a whole turn of `inner`.
+/// Whether the stride of `outer` is size * stride of `inner` in every tensor: they merge into one.
 bool is_turn(const BatchLoop& outer, const BatchLoop& inner) {
     const auto turns = [&](int64_t BatchLoop::* stride) {
         int64_t turn = 0;
@@ -58,7 +58,7 @@ Merged merged_batch(const Problem& problem, const ForwardResults* results) {
     }
     if (merged.batch == 0) groups.clear();
     if (groups.empty()) return merged;
-    // The longest is the batch that backends see: the fewest parts.
+    // The longest becomes the batch that backends see, which gives the fewest parts.
     const auto longest =
         std::max_element(groups.begin(), groups.end(),
                          [](const BatchLoop& a, const BatchLoop& b) { return a.size < b.size; });
@@ -86,7 +86,7 @@ void apply(ForwardResults& results, const Merged& merged) {
     if (results.lse) results.lse->stride_batch = merged.walked.lse;
 }
 
-/// Where a part lies: at these indices of the loops.
+/// Moves the views to part `index` of the loops.
 void move_to(Problem& problem, ForwardResults& results, int64_t index) {
     for (size_t i = problem.loops.size(); i-- > 0; index /= problem.loops[i].size) {
         const BatchLoop& loop = problem.loops[i];
@@ -106,7 +106,7 @@ void set_dimension(TensorView& view, int i, int64_t size, int64_t stride) {
     view.strides[i] = stride;
 }
 
-/// Ends the operand's view where the part does.
+/// Shrinks the operand's view to the part.
 void narrow(Operand& operand, const Problem& problem, int64_t nheads, int64_t seqlen,
             int64_t channels) {
     TensorView& view = operand.view;
@@ -154,7 +154,7 @@ void merge_batch(Problem& problem) {
         apply(problem, merged_batch(problem, nullptr));
         return;
     }
-    // Each sequence says itself which index of which tensor it is.
+    // Each sequence has its own indices into the tensors.
     problem.batch = static_cast<int64_t>(problem.sequences.rows.size());
     for (Operand* operand : {&problem.query, &problem.key, &problem.value})
         operand->stride_batch = stride_at(operand->view, 4);
@@ -173,7 +173,7 @@ void for_each_part(const Problem& problem, const ForwardResults& results,
     const Merged merged = merged_batch(problem, &results);
     ForwardResults own = results;
     apply(own, merged);
-    if (merged.loops.empty()) {  // and so are the problem's
+    if (merged.loops.empty()) {  // then problem.loops is empty too
         run(problem, own);
         return;
     }

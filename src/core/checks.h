@@ -52,8 +52,7 @@ UMFA_CORE_API void check_memory(const Checker& check, const TensorView& view,
                                 const std::string& name);
 UMFA_CORE_API void check_float_dtype(const Checker& check, const TensorView& view,
                                      const std::string& name);
-/// Dtype of a result: that of the tensor which is given for it, else the one which is asked for,
-/// else `usual`.
+/// Dtype of a result: that of `out` if given, else `asked` if given, else `usual`.
 DType checked_out_dtype(const Checker& check, const Named<DType>& asked,
                         const Named<TensorView>& out, DType usual);
 /// Same dtype, device as the tensor called `as_name`.

@@ -15,8 +15,8 @@ namespace umfa {
 struct CombineRequest {
     std::string_view function;  // its name, for messages; outlives the CombineProblem
     TensorView out_partial, lse_partial;
-    std::optional<DType> out_dtype;  // absent: that of out, or of out_partial
-    std::optional<TensorView> out;   // absent while only can_run is asked
+    std::optional<DType> out_dtype;  // absent: out's, or else out_partial's
+    std::optional<TensorView> out;   // may be absent in can_run
 };
 
 /// A tensor of the problem: strides in elements, 0 for dimensions that it lacks.

@@ -126,7 +126,7 @@ const Backend& routed(const P& problem, std::string_view name) {
          free ? "what one of the backends supports" : "'auto', or what that backend supports");
 }
 
-/// What tests of the backend's device have excluded; empty if nothing.
+/// What the self-test of the backend's device excludes; empty if nothing.
 std::string doubts_about(const Backend& backend) {
     if (!backend.self_tests) return {};
     std::string text;
@@ -135,7 +135,7 @@ std::string doubts_about(const Backend& backend) {
             for (const SelfTestResult& result : report->results)
                 if (!result.fault.empty())
                     text += (text.empty() ? "" : "; ") + result.family + ": " + result.fault;
-    } catch (const Error& error) {  // the environment variable again
+    } catch (const Error& error) {  // UMFA_SELF_TEST is invalid
         return error.what();
     }
     return text.empty() ? text : "the self-test of this GPU excludes " + text;

@@ -24,8 +24,8 @@ UMFA_CORE_API Verdict can_run(const CombineProblem& problem, std::string_view na
 UMFA_CORE_API const Backend& route(const Problem& problem, std::string_view name);
 UMFA_CORE_API const Backend& route(const CombineProblem& problem, std::string_view name);
 
-/// Whether can_run or route might test a device, or wait until another thread has: callers that hold a
-/// lock which a device needs, such as Python's, let go of it.
+/// Whether can_run or route may test a device, or wait for a test in another thread. The caller
+/// must then release locks that the device needs, such as the GIL.
 UMFA_CORE_API bool routing_may_wait(const Problem& problem);
 UMFA_CORE_API bool routing_may_wait(const CombineProblem& problem);
 
@@ -46,12 +46,12 @@ UMFA_CORE_API const Backend& backend_of(Device device, std::string_view function
 struct BackendInfo {
     std::string name;
     bool available;
-    std::string reason;  // why not; or what tests of its device have excluded, if anything
+    std::string reason;  // why not; or what the self-test excludes, if anything
     std::string device;  // in words, where the backend has one of its own
 };
 UMFA_CORE_API std::vector<BackendInfo> backends();
 
-/// What tests of devices have found. `run`: tests now what is untested, if UMFA_SELF_TEST allows it.
+/// Outcomes of the self-tests. `run`: first tests each untested dtype, if UMFA_SELF_TEST allows it.
 UMFA_CORE_API SelfTestReports self_tests(bool run);
 
 /// Puts a Metal backend that another library brings into the routing; null takes it out again. For

@@ -54,9 +54,9 @@ namespace umfa::metal {
 UMFA_CORE_API std::string_view shader_text(std::string_view file);
 /// "#define NAME VALUE" lines that specialise a launch's shader, to stand in front of its text.
 UMFA_CORE_API std::string kernel_defines(const KernelLaunch& launch);
-/// The families of kernels that a launch is of, which the self-test trusts or excludes as one: that of
-/// its name, then those of constants that add arithmetic or addresses of their own.
-/// "forward_f16_d80_v80_k32" with rotary angles: "forward_f16_d128", "rotary_f16".
+/// The kernel families of a launch, which the self-test excludes as a whole: that of its name, then
+/// those of constants that add arithmetic or addressing. "forward_f16_d80_v80_k32" with rotary angles
+/// has "forward_f16_d128" and "rotary_f16".
 UMFA_CORE_API std::vector<std::string> families_of(const KernelLaunch& launch);
 /// "#define" lines that give the kernel its constants, for a launcher that has no function constants.
 /// They stand in front of the others. The kernel then has every buffer of its layout, whether or not

@@ -10,7 +10,7 @@ namespace umfa {
 inline int row_of(Layout layout) { return layout == Layout::bshd ? 3 : 2; }
 inline int head_of(Layout layout) { return layout == Layout::bshd ? 2 : 3; }
 
-/// The strides but that of the batch, which merge_batch() finds.
+/// The view and its strides, except the batch stride, which merge_batch() sets.
 Operand operand_of(const TensorView& view, Layout layout);
 
 Alibi checked_alibi(const Checker& check, const Problem& problem, const AttentionRequest& request);
@@ -27,7 +27,7 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
                       const AttentionRequest& request);
 Dropout checked_dropout(const Checker& check, const AttentionRequest& request);
 
-/// Finds `batch` and `loops` for the tensors that are read, and their strides.
+/// Sets `batch`, `loops` and the batch strides of the inputs.
 void merge_batch(Problem& problem);
 
 }  // namespace umfa

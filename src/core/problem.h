@@ -1,6 +1,6 @@
 // Problem: what one attention call computes, normalised and checked. Bindings fill an
-// AttentionRequest, make() checks everything once, and nothing changes it then. What is written is a
-// separate ForwardResults.
+// AttentionRequest, make() checks everything once, and the Problem does not change after that. The
+// tensors to write are a separate ForwardResults.
 #pragma once
 
 #include <cstdint>
@@ -175,14 +175,14 @@ struct UMFA_CORE_API Problem {
     /// the argument of tanh, whose result softcap_log2() brings to units of log2.
     double score_scale() const;
     double softcap_log2() const;
-    /// Whether query, key, value and out have one dtype. If not, arithmetic is float32's.
+    /// Whether query, key, value and out have the same dtype. If not, arithmetic is float32.
     bool one_dtype() const;
     /// Bitwise or of `Feature`s that this problem uses.
     uint32_t features() const;
 };
 
-/// Calls `run` for each part of the problem in which the batch is one dimension, with one stride in
-/// each tensor. Most problems are one part.
+/// Splits the problem into parts whose batch has one stride in each tensor. Calls `run` for each.
+/// Most problems are one part.
 UMFA_CORE_API void for_each_part(
     const Problem& problem, const ForwardResults& results,
     const std::function<void(const Problem&, const ForwardResults&)>& run);

@@ -1,4 +1,4 @@
-// What a backend found when it tested the kernels of its device.
+// Outcome of a backend's test of its kernels on a device.
 #pragma once
 
 #include <algorithm>
@@ -9,19 +9,19 @@
 
 namespace umfa {
 
-/// A family of kernels, and what is wrong with it: nothing if empty.
+/// A kernel family and its fault; empty if it passed.
 struct SelfTestResult {
     std::string family, fault;
 };
 
-/// Of the kernels for tensors of one dtype.
+/// The outcome for one dtype.
 struct SelfTestReport {
     std::string dtype, device, system;
     std::string when;  // "2026-11-29T09:13:20Z"
     double seconds = 0;
-    int64_t pipelines = 0;  // that were built for it
+    int64_t pipelines = 0;  // built for the test
     std::vector<SelfTestResult> results;
-    std::string kept;  // the file that has it; else empty, and why in not_kept
+    std::string kept;  // the file that stores it; if empty, not_kept says why
     std::string not_kept;
 
     bool passed() const {

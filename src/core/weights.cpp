@@ -117,7 +117,7 @@ TensorView rows_of(const Operand& operand, int64_t batch, int64_t row, int64_t r
 }
 
 /// The problem of sequence b alone. The tensors are (1, rows, heads, channels). Value and out are
-/// float32, in which it is then computed, so that no weight is too small to show its sign.
+/// float32, so the arithmetic is too, and small weights do not round to 0 and lose their sign.
 Problem one_sequence(const Problem& problem, int64_t b, const TensorView& query,
                      const TensorView& key, const TensorView& value) {
     SequenceRows rows = problem.sequence(b);

@@ -151,7 +151,7 @@ ForwardArgs args_of(const Problem& problem, const ForwardResults& results,
     return args;
 }
 
-/// With the strides that `mixed` kernels take.
+/// The arguments with strides in bytes, as `mixed` kernels take them.
 ForwardArgs in_bytes(ForwardArgs args) {
     const auto scale = [](Rows& rows, ElementType type) {
         const int64_t bytes = type == ElementType::f32 ? 4 : 2;

@@ -14,7 +14,7 @@ bool starts(std::string_view text, std::string_view with) {
     return text.substr(0, with.size()) == with;
 }
 
-/// Where the shape of a kernel's name begins, "_d80_v80_k32"; its end if it has none.
+/// Index of the shape ("_d80_v80_k32") in a kernel's name; the name's length if it has none.
 size_t shape_of(std::string_view kernel) {
     for (size_t at = kernel.find("_d"); at != kernel.npos; at = kernel.find("_d", at + 1))
         if (at + 2 < kernel.size() && std::isdigit(static_cast<unsigned char>(kernel[at + 2])))
@@ -33,7 +33,7 @@ int head_dim_of(std::string_view shape) {
     return largest;
 }
 
-/// The first of the bounds that is not below the head dim: tiles change there.
+/// "_d" and the first bound that is at least head_dim. Tile sizes change at the bounds.
 std::string bounded(int head_dim, std::initializer_list<int> bounds) {
     for (const int bound : bounds)
         if (head_dim <= bound) return "_d" + std::to_string(bound);
@@ -47,18 +47,18 @@ std::string family_of(const std::string& kernel) {
     if (starts(kernel, "decode_merge_")) return stem;
     if (starts(kernel, "forward_")) return stem + bounded(head_dim, {64, 128, 256, 576});
     if (starts(kernel, "decode_")) return stem + bounded(head_dim, {128, 256});
-    // The dtype that is read counts, not that which is written.
+    // Named by the input dtype; the output dtype is left out.
     if (starts(kernel, "combine_")) return stem.substr(0, stem.rfind('_'));
     return stem;
 }
 
-/// "f16" of "forward_f16_d64": how its operands are called.
+/// The operand type in a family's name: "f16" for "forward_f16_d64".
 std::string operands_of(const std::string& family) {
     const size_t from = family.find('_') + 1;
     return family.substr(from, shape_of(family) - from);
 }
 
-/// What constants add to a kernel with matrices, in arithmetic or in addresses.
+/// Families of the constants that add arithmetic or addressing to a kernel with matrices.
 constexpr struct {
     const char* name;
     constant::Index index;

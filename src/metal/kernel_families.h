@@ -1,4 +1,4 @@
-// Families of kernels: those that the self-test takes for one, and that it excludes together.
+// Kernel families: groups of kernels that the self-test tests by one case and excludes together.
 // families_of() is in core/instruments.h.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace umfa::metal {
 
-/// Whether kernels of the family hold 8x8 matrices, so that they rely on the map of lanes.
+/// Whether the family's kernels use 8x8 matrices, and so rely on the lane map.
 bool has_matrices(std::string_view family);
 
 }  // namespace umfa::metal

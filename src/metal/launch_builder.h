@@ -58,8 +58,8 @@ uint32_t add_data(LaunchPlan& plan, const std::vector<T>& values) {
 
 class LaunchBuilder {
 public:
-    /// Starts with these constants. `source`: the file under shaders/ with the kernel,
-    /// `buffer_count`: of its layout. `function`: the caller's, for messages; outlives this.
+    /// `source`: the kernel's file under shaders/. `buffer_count`: buffers in the kernel's layout.
+    /// `function`: the public function, for messages; outlives this.
     LaunchBuilder(LaunchPlan& plan, std::string_view function, std::vector<Constant> constants,
                   std::string kernel, const char* source, uint32_t buffer_count);
 

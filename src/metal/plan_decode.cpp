@@ -185,7 +185,7 @@ LaunchBuilder decode_launch(LaunchPlan& plan, const Problem& problem, const Forw
     builder.computes(type)
         .shape(shape.d, shape.dv, shape.qf, shape.simdgroups)
         .tensors(layout)
-        .constant(constant::wide_mask, false)  // runs of keys begin anywhere
+        .constant(constant::wide_mask, false)  // a range of keys may begin at an odd one
         .params(UMFA_DECODE_PARAMS, decode_params(problem, results, split))
         .simdgroups(shape.simdgroups)
         .threadgroup_bytes(

@@ -1,4 +1,4 @@
-// Planner of the look at the map of lanes.
+// Planner of the kernel that writes the lane map.
 #pragma once
 
 #include "core/launch_plan.h"
@@ -6,10 +6,10 @@
 
 namespace umfa::metal {
 
-/// The dtype of the matrices that kernels for tensors of `dtype` hold on that GPU.
+/// The matrix dtype of the kernels for tensors of `dtype` on that GPU.
 DType matrix_dtype(DType dtype, const Capabilities& gpu);
 
-/// Loads `matrix`, 8x8 elements, and writes to `held` what each lane has of it, two elements a lane.
+/// Loads the 8x8 `matrix` and writes to `held` the two elements that each lane holds.
 LaunchPlan plan_lanes(const TensorView& matrix, const TensorView& held);
 
 }  // namespace umfa::metal

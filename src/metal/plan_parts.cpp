@@ -15,14 +15,14 @@ int kind_of(DType dtype) {
     }
 }
 
-/// Where the first element lies, as far as alignment goes. Metal buffers start on a page, and host
-/// memory is bound as the pages around it, so its address counts.
+/// Address of the first element, for alignment checks. A Metal buffer starts on a page, so its
+/// offset is enough. Host memory is bound by whole pages, so its own address counts.
 uint64_t start_of(const TensorView& view) {
     return view.device == Device::cpu ? reinterpret_cast<uint64_t>(view.address())
                                       : view.byte_offset;
 }
 
-/// Every row starts on 16 bytes and holds whole 16 bytes.
+/// Whether every row is 16-byte aligned and a multiple of 16 bytes long.
 bool rows_are_wide(const Operand& operand, int64_t channels) {
     const TensorView& view = operand.view;
     const int64_t wide = 16 / (bits_of(view.dtype) / 8);
@@ -31,7 +31,7 @@ bool rows_are_wide(const Operand& operand, int64_t channels) {
            operand.stride_batch % wide == 0;
 }
 
-/// Whether two neighbours of the mask from an even column on are one aligned load within it.
+/// Whether the mask consists of column pairs (2n, 2n + 1) that one aligned load reads.
 bool wide_mask(const TensorView& mask) {
     const int64_t bytes = bits_of(mask.dtype) / 8;
     const auto even = [](int64_t value) { return value % 2 == 0; };

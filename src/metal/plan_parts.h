@@ -19,12 +19,12 @@ struct ElementType {
     int operand_bytes;
 };
 ElementType element_type(DType dtype, const Capabilities& gpu);
-/// Of the kernels that attend: float where tensors differ.
+/// Element type of the forward and decode kernels: float if the tensors' dtypes differ.
 ElementType element_type(const Problem& problem, const Capabilities& gpu);
 /// For kernels without fragments, which are the same for every GPU.
 ElementType stored_type(DType dtype);
 
-/// The tensors of the problem and its results: the plan's table.
+/// The plan's table of tensors.
 std::vector<PlanTensor> tensors_of(const Problem& problem, const ForwardResults& results);
 
 OperandStrides strides_of(const Operand& operand);
@@ -42,7 +42,7 @@ enum Index : uint16_t { UMFA_CONSTANTS(UMFA_ENUMERATOR) };
 #undef UMFA_ENUMERATOR
 }  // namespace constant
 
-/// What a tensor of a kernel of float holds, as a constant.
+/// Value of a kind constant for a tensor of `dtype` in a float kernel.
 int narrow_kind(DType dtype);
 
 /// All constants of shared/constants.h.

@@ -29,8 +29,8 @@
 namespace umfa::metal {
 namespace {
 
-/// The system ends what hangs on the GPU within seconds, and a compiler takes less. Beyond this, each
-/// case would keep the caller waiting for as long again.
+/// After this many hangs the remaining cases are not tested, since each hang makes the caller wait
+/// for the whole patience. macOS ends GPU work that hangs within seconds, and compiling takes less.
 constexpr int most_hangs = 2;
 
 std::atomic<int64_t> patience_ms{20000};
@@ -51,7 +51,7 @@ std::string system_text() {
 #endif
 }
 
-/// Distinguishes the kernels of builds that have the same version.
+/// Version and a hash of the kernels, since builds of one version may have different kernels.
 const std::string& kernels_text() {
     static const std::string text = [] {
         uint64_t hash = 14695981039346656037u;
@@ -68,7 +68,7 @@ const std::string& kernels_text() {
     return text;
 }
 
-/// All that the outcome depends on.
+/// Everything that the outcome depends on.
 std::string key_of(const Machine& machine, DType dtype) {
     return "umfa " + kernels_text() + "; " + machine.device + "; " + system_text() + "; " +
            name_of(dtype);
@@ -83,8 +83,8 @@ std::string time_text() {
     return text;
 }
 
-/// What a body returns; nullopt if it takes too long. It then goes on in its thread, which owns all
-/// that it uses.
+/// Runs `body` in a thread and returns its result; nullopt if it takes too long. The thread is then
+/// detached and goes on, so `body` must own everything that it uses.
 std::optional<std::string> within_patience(std::function<std::string()> body) {
     std::packaged_task<std::string()> task(std::move(body));
     std::future<std::string> result = task.get_future();
@@ -98,7 +98,7 @@ std::optional<std::string> within_patience(std::function<std::string()> body) {
     return result.get();
 }
 
-/// A message without the "[umfa.self_test] " in front of it.
+/// The message without its "[umfa.self_test] " prefix.
 std::string without_function(const std::string& message) {
     const size_t end = message.find("] ");
     return end == message.npos ? message : message.substr(end + 2);
@@ -106,7 +106,7 @@ std::string without_function(const std::string& message) {
 
 class Tester {
 public:
-    /// `unfinished`: families that are not to be tried again.
+    /// `unfinished`: families to exclude without testing.
     Tester(std::shared_ptr<const Machine> machine, DType dtype, SelfTestRecord& record,
            std::vector<std::string> unfinished)
         : machine_(std::move(machine)), record_(record), unfinished_(std::move(unfinished)) {
@@ -121,7 +121,7 @@ public:
         const auto start = std::chrono::steady_clock::now();
         for (const SelfTestCase& one : cases) report_.results.push_back({one.family, judge(one)});
         const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-        report_.seconds = std::round(taken.count() * 1000) / 1000;  // as the file has it
+        report_.seconds = std::round(taken.count() * 1000) / 1000;  // the precision of the file
         report_.pipelines = static_cast<int64_t>(stats().pipelines - pipelines);
         if (out_of_memory_)
             report_.not_kept = "there was not enough memory for the test";
@@ -145,14 +145,14 @@ private:
 
     std::string attempt(const SelfTestCase& one) {
         try {
-            // The thread may outlive this call: it has copies.
+            // The thread may outlive this call, so it gets copies.
             std::optional<std::string> fault =
                 within_patience([machine = machine_, run = one.run] { return run(machine->run); });
             if (fault) return *fault;
         } catch (const Error& error) {
             out_of_memory_ = out_of_memory_ || error.kind() == ErrorKind::memory;
             return without_function(error.what());
-        } catch (const std::exception& error) {  // no memory, or no thread
+        } catch (const std::exception& error) {  // out of memory, or no thread could start
             out_of_memory_ = true;
             return error.what();
         }
@@ -176,7 +176,7 @@ private:
     bool out_of_memory_ = false;
 };
 
-/// So that the planner, which asks nothing of them but their strides, finds results.
+/// Stands for a result in a plan that is not run: the planner reads only its strides.
 Operand placeholder(const TensorView& view) {
     Operand operand{view};
     operand.stride_channel = 1;
@@ -200,7 +200,7 @@ SelfTestReport self_test(const std::shared_ptr<const Machine>& machine, DType dt
     if (!force)
         if (std::optional<SelfTestReport> known = record.read()) return *known;
     record.lock(std::chrono::seconds(120));
-    // Another process may have finished it meanwhile.
+    // Another process may have tested while this one waited for the lock.
     if (!force)
         if (std::optional<SelfTestReport> known = record.read()) return *known;
     return Tester(machine, dtype, record, force ? std::vector<std::string>{} : record.unfinished())

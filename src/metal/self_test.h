@@ -1,5 +1,5 @@
-// The self-test: before the kernels of a dtype are trusted on a GPU, a small case of each family has
-// run there, and the CPU backend agrees. docs/backends.md describes it.
+// The self-test: before umfa uses a GPU with a dtype, it runs a small case of each kernel family on
+// it and compares the results with the CPU backend. docs/backends.md describes it.
 #pragma once
 
 #include <atomic>
@@ -22,53 +22,52 @@ struct Machine {
     std::string device;  // "Apple M3 Max, applegpu_g15s"
     Capabilities capabilities;
     Runner run;
-    std::function<void()> after_hang;  // makes it possible to run more; what hangs goes on
+    std::function<void()> after_hang;  // prepares for more cases; the hung one still runs
 };
 
-/// UMFA_SELF_TEST: 0, 1 (or nothing) or force.
+/// UMFA_SELF_TEST: 0, 1 (or unset) or force.
 enum class SelfTestMode { never, once, force };
 /// Throws `Error` if the variable has another value.
 UMFA_CORE_API SelfTestMode self_test_mode();
 
-/// The report of an earlier process, or else (with `force` always) that of a test now, which is kept
-/// for others.
+/// Returns the stored report of an earlier process. Without one, or with `force`, tests now and
+/// stores the report.
 UMFA_CORE_API SelfTestReport self_test(const std::shared_ptr<const Machine>& machine, DType dtype,
                                        bool force);
 
-/// The reports that a process has of one GPU.
+/// The reports of this process on one GPU.
 class UMFA_CORE_API SelfTests {
 public:
     using MakeMachine = std::function<std::shared_ptr<const Machine>()>;
 
-    /// The first caller tests, as UMFA_SELF_TEST says; others wait. A report without results means
-    /// that there is to be no test. Throws `Error` as self_test_mode().
+    /// The first caller tests, as UMFA_SELF_TEST says; others wait. With UMFA_SELF_TEST=0 the
+    /// report has no results. Throws `Error` as self_test_mode() does.
     std::shared_ptr<const SelfTestReport> of(DType dtype, const MakeMachine& machine);
-    /// The report if there is one, of this process or an earlier one; else null. Neither tests nor
-    /// waits.
+    /// The report of this process or a stored one; null if there is none. Neither tests nor waits.
     std::shared_ptr<const SelfTestReport> known(DType dtype, const MakeMachine& machine);
-    /// Whether of() might test.
+    /// Whether of() may test, or wait for a test.
     bool may_wait(DType dtype);
 
 private:
     struct Slot {
         std::mutex lock;
         std::atomic<bool> done{false};
-        bool looked = false;  // for what an earlier process has kept
+        bool looked = false;  // for a stored report
         std::shared_ptr<const SelfTestReport> report;
     };
     Slot& slot_of(DType dtype);
     Slot slots_[3];
 };
 
-/// Whether the report trusts what a plan launches, and if not, why.
+/// Whether the report excludes no kernel that the plan launches; if it does, why.
 UMFA_CORE_API Verdict trusts(const SelfTestReport& report, const LaunchPlan& plan);
 
-/// A plan that launches what the problem needs, but has no results to write.
+/// A plan with the problem's launches, to look up their families; it has no results and cannot run.
 UMFA_CORE_API LaunchPlan plan_without_results(const Problem& problem, const Capabilities& gpu);
 UMFA_CORE_API LaunchPlan plan_without_results(const CombineProblem& problem,
                                               const Capabilities& gpu);
 
-/// How long a case may take until it counts as hanging. For the tests.
+/// Time after which a case counts as hung. For the tests.
 UMFA_CORE_API void set_self_test_patience(std::chrono::milliseconds patience);
 
 }  // namespace umfa::metal

@@ -22,10 +22,10 @@ const Function& function() {
     return self_test;
 }
 
-// ---- the map of lanes ------------------------------------------------------------------------------
+// ---- the lane map ----------------------------------------------------------------------------------
 
-/// Which element of an 8x8 matrix a lane's first one is; its second is the next. The same as lane_map
-/// of shaders/shared/fragment.h.
+/// Index in an 8x8 matrix of a lane's first element; its second is the next. Must match lane_map of
+/// shaders/shared/fragment.h.
 int64_t first_element_of(int64_t lane) {
     const int64_t four = lane / 4;
     const int64_t row = (four & 4) + lane / 2 % 4, column = (four & 2) * 2 + lane % 2 * 2;
@@ -50,7 +50,7 @@ std::string look_at_lanes(DType dtype, const Runner& run) {
 
 // ---- attention -------------------------------------------------------------------------------------
 
-/// The problem of a case, in tensors of its own.
+/// A case's problem with its tensors.
 struct Attempt {
     using Extras = void (*)(SelfTestTensors&, AttentionRequest&);
 
@@ -120,7 +120,7 @@ std::string attend(DType dtype, const AttentionSizes& sizes, const std::string& 
 void split(SelfTestTensors&, AttentionRequest& request) { request.num_splits = 3; }
 
 void rotate(SelfTestTensors& tensors, AttentionRequest& request) {
-    // Any numbers do for angles' cosines and sines.
+    // The cosines and sines need not belong to angles.
     const int64_t rows = request.key->shape[1], pairs = request.key->shape[3] / 2;
     request.rotary_cos = tensors.numbers(DType::f32, {rows, pairs});
     request.rotary_sin = tensors.numbers(DType::f32, {rows, pairs});
@@ -140,7 +140,7 @@ void change_scores(SelfTestTensors& tensors, AttentionRequest& request) {
     request.softcap = 3;
 }
 
-/// A sequence in pages, which lie in another order.
+/// A paged sequence whose pages are not in order.
 void turn_pages(SelfTestTensors& tensors, AttentionRequest& request) {
     const auto pages_like = [&](const TensorView& rows) {
         return tensors.numbers(rows.dtype, {5, 16, rows.shape[2], rows.shape[3]});
@@ -157,7 +157,7 @@ void turn_pages(SelfTestTensors& tensors, AttentionRequest& request) {
     request.block_table = pages;
 }
 
-/// Tensors of other dtypes, which kernels of float read.
+/// Tensors of different dtypes, for the float kernels.
 void mix_dtypes(SelfTestTensors& tensors, AttentionRequest& request) {
     const auto numbers_like = [&](const TensorView& view, DType dtype) {
         return tensors.numbers(dtype, {view.shape, view.shape + view.ndim});
@@ -167,7 +167,7 @@ void mix_dtypes(SelfTestTensors& tensors, AttentionRequest& request) {
     request.out_dtype = DType::f16;
 }
 
-/// No query counts: every row of out is to be cleared.
+/// No query is in use, so every row of out is cleared.
 void clear(SelfTestTensors& tensors, AttentionRequest& request) {
     request.seqused_q = tensors.table({0});
 }
@@ -216,7 +216,7 @@ std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) 
                      [=](const Runner& run) { return look_at_lanes(matrices, run); }});
     const std::string lanes = cases[0].family, forward = "forward_" + operands,
                       decode = "decode_" + operands;
-    // More queries than a threadgroup takes, more keys than a tile, both of odd numbers.
+    // More queries than a threadgroup takes and more keys than a tile, both odd.
     add(forward + "_d64", lanes, {64, 64, 67, 75});
     add(forward + "_d128", lanes, {128, 128, 67, 75});
     add(forward + "_d256", lanes, {256, 256, 67, 75});
@@ -231,7 +231,7 @@ std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) 
     add(decode + "_d256", lanes, {256, 256, 1, 75});
     add("decode_merge_" + stored, decode + "_d128", {128, 128, 1, 175, split});
     add("clear_" + stored, "", {64, 64, 5, 75, clear});
-    // Without query heads nothing else is launched.
+    // Without query heads only the append kernel is launched.
     add("append_" + stored, "", {64, 64, 1, 75, append, 0});
     cases.push_back(
         {"combine_" + stored, "", [=](const Runner& run) { return merge_parts(dtype, run); }});

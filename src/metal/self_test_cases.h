@@ -1,5 +1,5 @@
-// The small problems of the self-test: each runs on the GPU and on the CPU backend, with the same
-// numbers, and tells where the results differ.
+// The cases of the self-test: each runs a small problem on the GPU and on the CPU backend with the
+// same inputs, and reports where the results differ.
 #pragma once
 
 #include <functional>
@@ -16,14 +16,13 @@ namespace umfa::metal {
 using Runner = std::function<void(const Planner&)>;
 
 struct SelfTestCase {
-    std::string family;  // whose fault it is if the case fails
-    std::string needs;   // a family without which it can tell nothing; empty: none
-    /// What is wrong; empty if nothing is. Throws `Error`.
+    std::string family;  // excluded if the case fails
+    std::string needs;   // family that must pass first; empty: none
+    /// Returns the fault; empty if there is none. Throws `Error`.
     std::function<std::string(const Runner&)> run;
 };
 
-/// The cases of the kernels for tensors of a dtype, each after those that it needs. The first looks
-/// at the map of lanes.
+/// The cases for a dtype, each after those that it needs. The first checks the lane map.
 std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu);
 
 }  // namespace umfa::metal

@@ -21,7 +21,7 @@ namespace {
 
 constexpr const char* first_line = "umfa self-test 1";
 
-/// FNV-1a. It finds damage, and names the file; nobody has an interest in a collision.
+/// FNV-1a: detects damage and names the file. It need not resist deliberate collisions.
 std::string digest(std::string_view text) {
     uint64_t hash = 14695981039346656037u;
     for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
@@ -50,10 +50,10 @@ std::string cache_folder() {
 #endif
 }
 
-/// Makes the folder and those above it. Returns whether it is there.
+/// Makes the folder and its parents. Returns whether the folder exists.
 bool make_folder(const std::string& path) {
     for (size_t at = path.find('/', 1); at != path.npos; at = path.find('/', at + 1))
-        mkdir(path.substr(0, at).c_str(), 0700);  // most of them are there
+        mkdir(path.substr(0, at).c_str(), 0700);  // most exist
     if (mkdir(path.c_str(), 0700) == 0 || errno == EEXIST) return true;
     return false;
 }
@@ -101,7 +101,7 @@ bool write_all(int file, const std::string& text) {
     return ::write(file, text.data(), text.size()) == static_cast<ssize_t>(text.size());
 }
 
-/// Writes the whole file under another name first, so that nobody reads a part of it.
+/// Writes to another name and renames, so that no process reads an incomplete file.
 bool replace_file(const std::string& path, const std::string& text) {
     const std::string part = path + "." + std::to_string(getpid());
     {
@@ -187,7 +187,7 @@ void SelfTestRecord::note(const std::string& line) {
 
 void SelfTestRecord::begin(const std::string& family) {
     note("begin " + family + "\n");
-    if (lock_ >= 0) fsync(lock_);  // a GPU can take the whole machine with it
+    if (lock_ >= 0) fsync(lock_);  // the case may crash the whole machine
 }
 
 void SelfTestRecord::end(const std::string& family) { note("end " + family + "\n"); }

@@ -1,5 +1,5 @@
-// Where the outcome of a self-test is kept: a file for each device, system, umfa and dtype, in the
-// user's cache folder. Nothing here throws: without a file, the test runs in each process.
+// Stores the outcome of a self-test in the user's cache folder: a file for each device, system,
+// umfa build and dtype. Failing to store is no error: the test then runs in each process.
 #pragma once
 
 #include <chrono>
@@ -13,29 +13,29 @@ namespace umfa::metal {
 
 class SelfTestRecord {
 public:
-    /// `key` says all that the outcome depends on.
+    /// `key` contains everything that the outcome depends on.
     explicit SelfTestRecord(std::string key);
     ~SelfTestRecord();
     SelfTestRecord(const SelfTestRecord&) = delete;
     SelfTestRecord& operator=(const SelfTestRecord&) = delete;
 
-    /// What was kept for the key; nullopt if there is nothing, or nothing sound.
+    /// The stored report for the key; nullopt if there is none or it is damaged.
     std::optional<SelfTestReport> read() const;
 
-    /// Waits for other processes that test the same, then keeps them waiting until the end of this.
+    /// Locks the record against other processes until destruction; waits up to `patience`.
     void lock(std::chrono::seconds patience);
-    /// Families whose test a process began and did not survive. Requires lock().
+    /// Families during whose case an earlier process ended. Requires lock().
     std::vector<std::string> unfinished() const;
     void begin(const std::string& family);
     void end(const std::string& family);
-    /// Keeps the report, and says in it where, or why not. Forgets what is unfinished.
+    /// Stores the report, and sets its `kept` and `not_kept`. Clears unfinished().
     void write(SelfTestReport& report);
 
 private:
     void note(const std::string& line);
 
     std::string key_, file_;
-    std::string trouble_;  // why nothing can be kept
+    std::string trouble_;  // why nothing can be stored
     int lock_ = -1;        // of the journal beside the file: "begin forward_f16_d64"
 };
 

@@ -9,7 +9,7 @@
 namespace umfa::metal {
 namespace {
 
-/// The numbers of one element, and of one that is written.
+/// The value of one element.
 float number_at(const TensorView& view, int64_t index) {
     const char* at = view.address() + index * (bits_of(view.dtype) / 8);
     if (view.dtype == DType::f32) {
@@ -22,7 +22,7 @@ float number_at(const TensorView& view, int64_t index) {
     return view.dtype == DType::f16 ? half_to_float(bits) : bfloat16_to_float(bits);
 }
 
-/// Random bits made a number: exponents of 1/8 to 1, any sign and any fraction.
+/// A number from random bits: any sign and fraction, exponent from 1/8 to 1.
 uint16_t half_of(uint32_t bits) {
     return static_cast<uint16_t>((bits & 0x83ffu) | (12u + (bits >> 16 & 3u)) << 10);
 }
@@ -35,7 +35,7 @@ struct Tolerance {
     double absolute, relative;
 };
 
-/// Twice what the tests allow a backend against float64 (tests/checks.py): two backends are compared.
+/// Twice the tests' tolerance against float64 (tests/checks.py), because both backends round.
 Tolerance tolerance_of(DType dtype) {
     switch (dtype) {
         case DType::f16: return {2e-3, 2e-3};
@@ -47,7 +47,7 @@ Tolerance tolerance_of(DType dtype) {
 }  // namespace
 
 uint32_t SelfTestTensors::random() {
-    // A linear congruential generator's upper bits, mixed by one multiplication.
+    // A linear congruential generator, whose upper bits are mixed into the lower ones.
     state_ = state_ * 1664525u + 1013904223u;
     return (state_ ^ state_ >> 15) * 2654435769u;
 }
@@ -63,7 +63,7 @@ TensorView SelfTestTensors::make(DType dtype, const Sizes& shape) {
         stride *= view.shape[i];
     }
     const int64_t bytes = stride * bits_of(dtype) / 8;
-    // Every byte of NaN is 0xff, in all of the dtypes.
+    // Bytes of 0xff are NaN in every dtype.
     memory_.emplace_back(static_cast<size_t>(bytes / 8 + 1), ~uint64_t{0});
     view.data = memory_.back().data();
     return view;
@@ -104,7 +104,7 @@ std::string difference(const std::string& name, const TensorView& got, const Ten
         const double allowed = tolerance.absolute + tolerance.relative * std::abs(want);
         const double share = std::abs(have - want) / allowed;
         if (share <= std::max(worst, 1.0)) continue;
-        // NaN is on no side of any comparison; the first one says enough.
+        // With NaN the comparison above is false. The first NaN is enough to report.
         text = name + "[" + std::to_string(i) + "] is " + text_of(static_cast<float>(have)) +
                ", and " + text_of(static_cast<float>(want)) + " on the CPU";
         if (std::isnan(share)) break;

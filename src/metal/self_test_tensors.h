@@ -1,5 +1,5 @@
-// Tensors of the self-test in host memory, with numbers that depend only on the order in which they
-// are made.
+// Tensors of the self-test in host memory. Their numbers are the same in every run: they depend
+// only on the order in which the tensors are made.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ public:
     using Sizes = std::vector<int64_t>;
     /// Numbers between -2 and 2 that are exact in the dtype.
     TensorView numbers(DType dtype, const Sizes& shape);
-    /// NaN: what a kernel does not write shows.
+    /// Filled with NaN, so that elements which a kernel does not write are found.
     TensorView unwritten(DType dtype, const Sizes& shape);
     TensorView table(const std::vector<int32_t>& values);
 
@@ -28,8 +28,7 @@ private:
     uint32_t state_ = 1;
 };
 
-/// How a result differs from what it should be by more than rounding allows; empty if it does not.
-/// Both are dense.
+/// Describes the largest difference beyond the tolerance; empty if there is none. Both are dense.
 std::string difference(const std::string& name, const TensorView& got, const TensorView& expected);
 
 }  // namespace umfa::metal

@@ -1,18 +1,18 @@
-// Whether this GPU's self-test trusts the kernels of a problem.
+// Whether the self-test of this GPU passed for the kernels of a problem.
 #pragma once
 
 #include "core/backend.h"
 
 namespace umfa::metal {
 
-/// The first to ask about a dtype tests it.
+/// The first call with a dtype runs the self-test for it.
 Verdict trusts_forward(const Problem& problem);
 Verdict trusts_combine(const CombineProblem& problem);
-/// Whether these might test, or wait for a test.
+/// Whether trusts_forward() and trusts_combine() may run the self-test or wait for it.
 bool forward_may_wait(const Problem& problem);
 bool combine_may_wait(const CombineProblem& problem);
 
-/// What the tests have found. `run`: tests what is untested.
+/// Outcomes of the self-test. `run`: first tests each untested dtype.
 SelfTestReports self_tests(bool run);
 
 }  // namespace umfa::metal

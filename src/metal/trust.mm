@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* function = "umfa.self_test";
 
-/// The GPU of a context, for its test.
+/// Makes the self-test's view of a context's GPU.
 SelfTests::MakeMachine machine_of(const std::shared_ptr<Context>& context) {
     return [context] {
         const Gpu& gpu = context->gpu();
@@ -37,8 +37,8 @@ void add(Dtypes& dtypes, DType dtype) {
     if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) dtypes.push_back(dtype);
 }
 
-/// Of the kernels that a problem may need: where tensors have different dtypes, kernels of float read
-/// them, and those that write results only have the results' dtype.
+/// Dtypes of the kernels that a problem may need. Float kernels read tensors of different dtypes;
+/// kernels that only write results have the dtype of the result.
 Dtypes dtypes_of(const Problem& problem) {
     Dtypes dtypes = {problem.one_dtype() ? problem.query.view.dtype : DType::f32};
     add(dtypes, problem.out_dtype);
@@ -85,7 +85,7 @@ bool combine_may_wait(const CombineProblem& problem) { return problem_may_wait(p
 
 SelfTestReports self_tests(bool run) {
     const AutoreleasePool pool;
-    self_test_mode();  // a wrong one is an error without a GPU too
+    self_test_mode();  // an invalid value is an error without a GPU too
     if (!Context::available().yes) return {};
     const std::shared_ptr<Context> context = Context::current(function);
     SelfTests& tests = context->self_tests();

@@ -27,7 +27,7 @@ const Backend backend{"metal",
                       nullptr,
                       nullptr,
                       [](bool) -> SelfTestReports {
-                          self_test_mode();  // a wrong one is an error without a GPU too
+                          self_test_mode();  // an invalid value is an error without a GPU too
                           return {};
                       }};
 

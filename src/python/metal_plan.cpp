@@ -76,7 +76,7 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, const
     Inputs inputs;
     AttentionRequest request = make_request(options, tensors, inputs);
     const Output out_array = import_output(out, function, "out");
-    request.out = out_array.view;  // whose dtype counts
+    request.out = out_array.view;  // the problem takes its dtype
     const Problem problem = Problem::make(request);
     Output lse_array;
     std::optional<TensorView> lse_view;

@@ -128,7 +128,7 @@ NB_MODULE(_ext, m) {
         "(name, available, why not, device) of every backend.");
     m.def("self_tests", &self_test_reports, "run"_a,
           nb::sig("def self_tests(run: bool) -> list[dict[str, typing.Any]]"),
-          "What tests of the GPU have found, each by name. `run`: tests now what is untested.");
+          "Outcomes of the GPU self-test, as dicts. `run`: first tests each untested dtype.");
     m.def(
         "stats",
         [] {

@@ -37,8 +37,8 @@ void without_gil(F&& body) {
     if (error) std::rethrow_exception(error);
 }
 
-/// can_run and route of core/dispatch.h. They keep the GIL where they do not wait: letting go of it
-/// for nothing would hand it to other threads.
+/// can_run and route of core/dispatch.h. They release the GIL only if routing may wait, because
+/// releasing it lets other threads run first.
 template <class P>
 Verdict judged(const P& problem, std::string_view backend_name) {
     if (!routing_may_wait(problem)) return can_run(problem, backend_name);

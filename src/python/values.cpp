@@ -127,7 +127,7 @@ std::pair<int64_t, int64_t> window(const Argument& argument, nb::handle value) {
         nb::hasattr(value, "tolist") && nb::hasattr(value, "shape")) {
         try {
             pair = value.attr("tolist")();
-        } catch (nb::python_error&) {  // a class of arrays, or a tensor without values
+        } catch (nb::python_error&) {  // an array class, or a tensor without values
         }
     }
     const nb::object sequence = nb::module_::import_("collections.abc").attr("Sequence");

@@ -30,7 +30,7 @@ uint64_t unsigned_integer(const Argument& argument, nb::handle value);
 std::pair<int64_t, int64_t> window(const Argument& argument, nb::handle value);
 /// Index of the name that the value is.
 size_t choice(const Argument& argument, nb::handle value, const char* const* names, size_t count);
-/// A float type, as torch, numpy, jax, mlx or a string name it; absent for None.
+/// Dtype of torch, numpy, jax or mlx, or its name as a string; absent for None.
 std::optional<DType> dtype(const Argument& argument, nb::handle value);
 /// A name that a message can show.
 std::string backend_name(const Argument& argument, nb::handle value);

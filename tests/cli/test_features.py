@@ -58,17 +58,17 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"not here: {text}" in shown
 
 
-# What callers of some functions call an option.
+# Other names of options in some functions, and the names in options.def.
 SPELLINGS = {
     "is_causal": "causal", "cache_seqlens": "seqused_k", "page_table": "block_table",
     "cos": "rotary_cos", "sin": "rotary_sin", "k": "new_key", "v": "new_value",
     "s_aux": "learnable_sink",
 }  # fmt: skip
-# That every function has, of which no line would tell a reader anything.
+# Every function has these options, so the table does not name them.
 WITHOUT_A_LINE = {"softmax_scale", "dropout_offset", "grouped"}
-# By the table's `fa4` line: flash-attention 4 has no name for it.
+# Covered by the table's `fa4` line: flash-attention 4 has no name for it.
 IN_ALL_CALLS_OF_FA4 = {"window_offsets"}
-HINTS = {"deterministic"}  # every result is
+HINTS = {"deterministic"}  # no effect: every result is deterministic
 
 
 def test_every_option_stands_in_a_line() -> None:

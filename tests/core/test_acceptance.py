@@ -60,8 +60,8 @@ LARGE = [
     pytest.param(
         Case((1, 1, 4096, 4096, 512), "float32", label="A10"), marks=pytest.mark.slow_emulated
     ),
-    # One group of heads takes the emulator 15 s. By default tests/metal/test_forward_kernel.py has
-    # the same kernel at 1536 keys, and groups and causal masks at fewer.
+    # One group of heads takes the emulator 15 s. The default run tests the same kernel with 1536
+    # keys in tests/metal/test_forward_kernel.py, and groups and causal masks with fewer keys.
     pytest.param(
         Case((1, 32, 2048, 2048, 128), "bfloat16", heads_k=8, options=(CAUSAL,), label="A19"),
         marks=pytest.mark.slow_emulated,

@@ -1,4 +1,4 @@
-"""Query, key, value and result, each of a dtype of its own."""
+"""Query, key, value and result of different dtypes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.conftest import RunPython
 
 ALL = list(itertools.product(DTYPES, repeat=3))
-# Every two dtypes of every two tensors.
+# Every pair of dtypes for every pair of tensors.
 SOME = [x for x in ALL if sum(list(DTYPES).index(name) for name in x) % 3 == 0]
 
 
@@ -57,7 +57,7 @@ def test_every_instruction_set(dtypes: tuple[str, ...], seqlen_q: int, isa: str)
 @pytest.mark.parametrize("seqlen_q", [1, 40])
 @pytest.mark.parametrize("out_dtype", ["float16", "bfloat16"])
 def test_one_dtype_in_is_as_exact_as_its_result(out_dtype: str, seqlen_q: int, isa: str) -> None:
-    """A result in float32 of 16-bit tensors is that of the same numbers in float32, bit by bit."""
+    """A float32 result of 16-bit tensors equals that of their float32 copies bit for bit."""
     narrow = tensors((out_dtype,) * 3, seqlen_q)
     wide = [x.astype(np.float32) for x in narrow]
     found = umfa.flash_attn_func(*narrow, out_dtype="float32", backend="cpu")
@@ -68,7 +68,7 @@ def test_one_dtype_in_is_as_exact_as_its_result(out_dtype: str, seqlen_q: int, i
 
 
 def test_hidden_values_of_any_dtype(isa: str) -> None:
-    """NaN behind the last key that is seen reaches no query."""
+    """NaN in a value that a query cannot see does not reach its output."""
     for dtypes, seqlen_q in itertools.product(SOME, (2, 40)):
         query, key, value = tensors(dtypes, seqlen_q, keys=60)
         spoiled = value.copy()
@@ -81,7 +81,7 @@ def test_hidden_values_of_any_dtype(isa: str) -> None:
         assert_same_bits(out[:, :-1].view(np.uint8), clean[:, :-1].view(np.uint8))
 
 
-# Ties, the largest and smallest numbers of each dtype and what lies beyond them.
+# Ties between roundings, and numbers at and beyond the limits of each dtype.
 AWKWARD = np.array(
     [1 + 2**-9, 1 + 3 * 2**-9, 1 + 2**-11, 1 + 3 * 2**-11, -(1 + 2**-8), 65519.9, 65520, 3e38,
      -3.3e38, np.inf, np.nan, 6e-8, 2.9e-8, 3e-8, -0.0, 1e-40],
@@ -90,7 +90,7 @@ AWKWARD = np.array(
 
 
 def appended(new: str, cache: str, call: Any) -> tuple[Array, Array]:
-    """Keys and values of the cache after 2 rows of awkward numbers went in."""
+    """Keys and values of the cache after appending 2 rows of awkward numbers."""
     rows = np.resize(AWKWARD, (1, 2, 1, len(AWKWARD))).astype(DTYPES[new])
     query = np.zeros((1, 1, 1, len(AWKWARD)), np.float32)
     caches = [np.zeros((1, 4, 1, len(AWKWARD)), DTYPES[cache]) for _ in range(2)]
@@ -162,7 +162,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_narrow_cache_is_never_copied(run_python: RunPython) -> None:
-    """In float32 it would take 134 MB for each of key and value."""
+    """A float32 copy would take 134 MB for each of key and value."""
     process = run_python(MEMORY)
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) < 20e6

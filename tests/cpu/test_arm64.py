@@ -86,7 +86,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_program(program: Path, problems: list[Problem], isa: str) -> list[Result]:
-    """Not `tests.attend`: the program has the CPU backend for another processor, and no Python."""
+    """Without `tests.attend`: the program is built for another processor and has no Python."""
     given = b"".join(problem.packed() for problem in problems)
     answer = arm64.run(program, stdin=given, isa=isa)
     results = []

@@ -85,7 +85,7 @@ BUILDS = {"trapping": TRAPS, "vectors": kernel_math.FLAGS[kernel_math.USABLE[0]]
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
-    """The answers of all builds, which must be the same: their check takes longer than they do."""
+    """Answers of one build. The others must be equal, which is faster than checking each."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")

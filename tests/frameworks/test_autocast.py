@@ -143,7 +143,7 @@ def test_every_dtype_is_cast_as_torch_casts_it(half: Any, mask: Any) -> None:
             found = umfa.scaled_dot_product_attention(*tensors, attn_mask)
         assert found.dtype == wanted.dtype == half
         torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
-        outside = umfa.scaled_dot_product_attention(*tensors, attn_mask)  # read as they are
+        outside = umfa.scaled_dot_product_attention(*tensors, attn_mask)  # keeps their dtypes
         assert outside.dtype == dtypes[0]
 
 

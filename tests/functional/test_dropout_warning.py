@@ -1,4 +1,4 @@
-"""Dropout outside training warns once, unless a seed shows that it is wanted."""
+"""Dropout outside training warns once, unless the call has a seed."""
 
 from __future__ import annotations
 

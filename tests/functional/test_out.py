@@ -145,14 +145,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CALLS)
 def test_result_of_another_dtype(name: str, dtype: str) -> None:
-    """Rounded once from float32; the log-sum-exp stays as it is."""
+    """The output is rounded once, from float32; the log-sum-exp stays float32."""
     function, tensors, options = CALLS[name]
     exact = function(*tensors, **options)
     found = function(*tensors, **options, out_dtype=dtype)
     assert found.dtype.name == dtype
     assert found.tobytes() == exact.astype(libraries.DTYPES[dtype]).tobytes()
     out = np.zeros_like(found)
-    assert function(*tensors, **options, out=out) is out  # whose dtype says it too
+    assert function(*tensors, **options, out=out) is out  # out has that dtype too
     assert out.tobytes() == found.tobytes()
     assert function(*tensors, **options, out=out, out_dtype=dtype) is out
     assert umfa.can_run(function, *tensors, **options, out_dtype=dtype) == (True, "")

@@ -34,7 +34,7 @@ def test_the_generator_is_philox() -> None:
 
 
 def test_the_gpu_tools_drop_the_same() -> None:
-    """They have a generator of their own, because they travel without the tests."""
+    """The GPU tools have their own generator, because they run without the tests."""
     call = {"p": 0.3, "seed": 2**40 + 3, "offset": 2**33 + 1}
     for batch, head in ((0, 0), (3, 5)):
         rows = np.arange(70)

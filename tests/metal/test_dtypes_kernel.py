@@ -1,4 +1,4 @@
-"""Query, key, value and result of different dtypes, in the kernels of float."""
+"""Query, key, value and result of different dtypes, in the float kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EACH = [x if x in SOME else pytest.param(x, marks=pytest.mark.slow) for x in ALL
 
 
 def check(arrays: list[Array], out_dtype: str | None = None, **options: Any) -> list[str]:
-    """Compares with the reference. Returns the kernels."""
+    """Compares with the reference. Returns the names of the kernels."""
     out, lse = call_on(
         "metal-emulated", umfa.flash_attn_func, *arrays, out_dtype=out_dtype, **options
     )
@@ -46,7 +46,7 @@ def test_every_combination(dtypes: tuple[str, ...], seqlen_q: int) -> None:
 @BOTH
 @pytest.mark.parametrize("out_dtype", DTYPES)
 def test_out_dtype(out_dtype: str, seqlen_q: int) -> None:
-    """Another dtype for the result alone is float32 arithmetic too."""
+    """If only the dtype of the result differs, arithmetic is float32 too."""
     kernels = check(tensors(("float16",) * 3, seqlen_q, keys=70), out_dtype)
     assert ("f16" if out_dtype == "float16" else "f32") in kernels[0]
 
@@ -118,7 +118,7 @@ def test_new_rows_have_the_bits_of_the_cpu(new: str, cache: str) -> None:
 
 
 def test_a_narrow_cache_is_read_as_it_is() -> None:
-    """Two bytes an element, each once, and no launch or scratch that could convert it."""
+    """Keys and values are read once, 2 bytes an element; no launch or scratch converts them."""
     query, key, value = (normal((1, n, 2, 64), seed=i) for i, n in enumerate((1, 512, 512)))
     for dtype, size in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
         arrays = [query, key.astype(DTYPES[dtype]), value.astype(DTYPES[dtype])]

@@ -239,10 +239,10 @@ def test_pairs_of_a_mask_are_read_at_once_where_they_are_aligned() -> None:
         assert found(memory[:, :1, 2:102]) == (True, True)
         assert found(memory[..., 1:101]) == (True, False)  # the first pair is not aligned
         assert found(memory[:, 0, :].reshape(4, 1, 202)[..., 100:200]) == (True, True)
-        assert found(np.zeros((100, 101), dtype)[:, :100]) == (True, False)  # nor the second row's
+        assert found(np.zeros((100, 101), dtype)[:, :100]) == (True, False)  # nor that of row 1
         assert found(memory[..., :200:2]) == (False, False)
         assert found(memory[..., :1]) == (False, False)
-        # Runs of keys begin anywhere when few queries are decoded.
+        # In decoding, a range of keys may begin at an odd one.
         assert found(memory[:, :4, :100], seqlen_q=4) == (True, False)
     # The last column has no neighbour.
     odd = _numpy.export(np.zeros((100, 200), np.float16)[:, :99], "umfa.test", "attn_mask")

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def nightly_seconds(pytestconfig: pytest.Config) -> float:
-    """How long each test of the kind goes on."""
+    """How long each nightly test runs."""
     return float(pytestconfig.getoption("--nightly-seconds"))
 
 

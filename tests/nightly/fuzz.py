@@ -1,12 +1,12 @@
-"""Random arguments for every public function: no crash, and errors that are umfa's own.
+"""Random arguments for every public function: no crash, and only umfa's own errors.
 
     python -m tests.nightly.fuzz python|c --seed 1 [--seconds 60] [--first 0]
 
-Each call starts from good arguments, of which some are replaced. It may succeed, if what replaced
-them is good too. Else it must raise ValueError, TypeError or umfa.UnsupportedError (in C: return
-the status) with a message that begins with the function's name, and it must have written nothing.
-The number of the call is in the file --progress before it begins, so that a crash can be repeated:
-``--first NUMBER``. Calls depend on seed and number alone.
+Each call starts from valid arguments and replaces some of them. It may succeed if the replacements
+are valid too. Otherwise it must raise ValueError, TypeError or umfa.UnsupportedError (in C: return
+the status) with a message that begins with the function's name, and must not write anything. Before
+each call its number is written to the file --progress, so that ``--first NUMBER`` can repeat a
+crash. A call depends only on the seed and its number.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def normal(rng: Rng, *shape: int) -> Array:
 
 
 def tensors_of(name: str, rng: Rng) -> dict[str, Any]:
-    """Good tensors for the function of this name, by parameter."""
+    """Valid tensors for the function of this name, by parameter."""
     batch, heads, rows, keys, width = 2, 2, int(rng.integers(1, 20)), int(rng.integers(20, 40)), 8
     q, k, v = (normal(rng, batch, n, heads, width) for n in (rows, keys, keys))
     starts_q, starts_k = (np.array([0, n // 2, n], np.int32) for n in (rows, keys))
@@ -95,7 +95,7 @@ FUNCTIONS: list[Callable[..., Any]] = [
 
 
 def changed_array(array: Array, rng: Rng) -> Any:
-    """The array with another dtype, shape, strides or contents, or something else in its place."""
+    """The array with another dtype, shape, strides or contents, or another object."""
     axis = int(rng.integers(0, max(array.ndim, 1)))
     whole = array.dtype.kind in "iu"
     ways: list[Callable[[], Any]] = [
@@ -117,7 +117,7 @@ def changed_array(array: Array, rng: Rng) -> Any:
         lambda: DlpackObject(
             tuple(max(n, 1) for n in (*array.shape, 1, 1)[:4]),
             code=int(rng.choice([0, 1, 2, 4, 6, 255])),
-            bits=int(rng.choice([1, 8, 12, 16, 32, 128])),  # not wider than what is there
+            bits=int(rng.choice([1, 8, 12, 16, 32, 128])),  # not wider than the memory
             lanes=int(rng.choice([0, 1, 2])),
             ndim=int(rng.choice([-1, 0, 1, 3, 4, 5, 60])),
             device_type=int(rng.choice([1, 1, 1, 0, 2, 8, -1, 99])),
@@ -145,7 +145,7 @@ def bad_call(rng: Rng) -> tuple[Callable[..., Any], dict[str, Any]]:
             arguments[name] = changed_array(arguments[name], rng)
         elif rng.random() < 0.5:
             arguments[name] = NUMBERS[rng.integers(len(NUMBERS))]
-        else:  # a tensor where an optional one, or a number, belongs
+        else:  # a tensor for an optional argument or a number
             shape = [int(n) for n in rng.integers(0, 9, rng.integers(0, 5))]
             kind = DTYPES[rng.integers(len(DTYPES))]
             arguments[name] = changed_array(normal(rng, *shape).astype(kind), rng)

@@ -14,7 +14,7 @@ import umfa
 from tests.capsules import _DLTensor
 
 Rng = np.random.Generator
-BYTES = 1 << 16  # in the middle of this, every tensor starts
+BYTES = 1 << 16  # memory of a tensor, which starts in the middle
 OK, INTERNAL, OUT_OF_MEMORY, DEVICE = 0, 5, 4, 6
 INTEGERS = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 7, 100, 2**31 - 1, 2**31, 2**63 - 1]
 REALS = [0.0, -0.0, 0.5, 1.0, -1.0, 3.0, 1e300, -1e300, float("nan"), float("inf"), 1e-300]
@@ -42,7 +42,7 @@ def options_type() -> type[ctypes.Structure]:
     for type_, names in re.findall(r"(size_t|u?int\d+_t|double|const DLTensor\*) ([\w, ]+);", body):
         fields += [(name.strip(), TYPES[type_]) for name in names.split(",")]
     assert len(fields) > 30
-    # A library that is older reads less of it, one that is newer must not read more.
+    # `beyond` is a field of a newer header: this library must not read it.
     return type("Options", (ctypes.Structure,), {"_fields_": [*fields, ("beyond", ctypes.c_int64)]})
 
 
@@ -54,7 +54,7 @@ def library() -> ctypes.CDLL:
 
 
 class Tensor:
-    """A DLTensor that lies inside memory of its own, whatever it claims of itself."""
+    """A DLTensor that stays inside its own memory, whatever its fields say."""
 
     def __init__(self, rng: Rng, shape: list[int], kinds: list[tuple[int, int]]) -> None:
         self.memory = np.zeros(BYTES, np.uint8)
@@ -94,7 +94,7 @@ class Tensor:
 
 
 def tensor_like(rng: Rng, shape: list[int], kinds: list[tuple[int, int]]) -> Tensor | None:
-    """The tensor asked for, most of the time."""
+    """Usually the requested tensor, sometimes another."""
     if rng.random() < 0.02:
         return None
     shape = list(shape)

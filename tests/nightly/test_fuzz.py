@@ -19,13 +19,13 @@ def test_no_function_is_left_out() -> None:
     names = {function.__name__ for function in fuzz.FUNCTIONS}
     others = {"backends", "get_include", "get_library", "get_num_threads", "set_num_threads"}
     others |= {"stats", "BackendInfo", "Stats", "UnsupportedError", "HINTS"}
-    others |= {"get_scheduler_metadata"}  # takes anything, and gives None
+    others |= {"get_scheduler_metadata"}  # accepts anything and returns None
     assert {*umfa.__all__, *fa3.__all__, *fa4.__all__} == names | others
 
 
 @pytest.mark.parametrize("what", ["python", "c"])
 def test_some_calls(what: str, tmp_path: Path) -> None:
-    """A second of it in every run, always the same calls first."""
+    """One second in every run, with a fixed seed."""
     run(what, 0, 1, tmp_path)
 
 
@@ -36,7 +36,7 @@ def test_fuzz(what: str, nightly_seed: int, nightly_seconds: float, tmp_path: Pa
 
 
 def run(what: str, seed: int, seconds: float, folder: Path) -> None:
-    """In a process of its own: if it crashes, the number of the call is in a file."""
+    """Runs in a separate process. After a crash, the progress file has the number of the call."""
     progress = folder / "progress"
     command = [sys.executable, "-W", "ignore", "-m", "tests.nightly.fuzz", what]
     command += ["--seed", str(seed), "--seconds", str(seconds), "--progress", str(progress)]

@@ -22,7 +22,7 @@ def test_the_table_names_what_exists() -> None:
 @pytest.mark.nightly
 def test_mutants_are_killed(nightly_seconds: float) -> None:
     script = str(mutate.ROOT / "tools" / "mutate.py")
-    seconds = str(8 * nightly_seconds)  # all of them, by default; each takes minutes
+    seconds = str(8 * nightly_seconds)  # enough for all mutants by default; each takes minutes
     done = subprocess.run(
         [sys.executable, script, "--seconds", seconds],
         capture_output=True,

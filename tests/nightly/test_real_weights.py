@@ -1,7 +1,7 @@
-"""A model that a PyPI package carries, with umfa in place of its own attention.
+"""A trained model from a PyPI package, with umfa in place of its own attention.
 
-rxnmapper (MIT) carries the ALBERT of Schwaller et al. (2021), trained on chemical reactions: 12
-layers of 8 heads of 32 channels. Only its files are read, so its dependencies are not needed::
+rxnmapper (MIT) contains the ALBERT model of Schwaller et al. (2021), trained on chemical reactions:
+12 layers of 8 heads of 32 channels. Only its files are read, so its dependencies are not needed::
 
     pip install --no-deps rxnmapper==0.4.3
 """
@@ -19,7 +19,7 @@ import umfa
 pytestmark = [
     pytest.mark.nightly,
     pytest.mark.models,
-    # Not ours to mend: what the model libraries warn about depends on their versions.
+    # The warnings of the model libraries depend on their versions.
     pytest.mark.filterwarnings("default"),
 ]
 
@@ -44,8 +44,8 @@ def folder() -> Path:
 
 
 def tokens_of(folder: Path, reactions: list[str]) -> tuple[Any, Any]:
-    """Indices and what of them counts, (batch, longest). A token of SMILES is found by its longest
-    match in the vocabulary."""
+    """Token indices and attention mask, (batch, longest). Each token is the longest match in the
+    vocabulary."""
     import torch
 
     words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
@@ -94,7 +94,7 @@ def test_the_logits_agree(folder: Path) -> None:
     ) -> tuple[Any, None]:
         assert not options.get("dropout")
         calls.append(tuple(query.shape))
-        # The padding's mask, written here: transformers makes none for what it does not know.
+        # Padding mask made here, because transformers makes none for an unknown attention.
         out = umfa.scaled_dot_product_attention(
             query, key, value, counts.bool()[:, None, None, :], scale=options.get("scaling")
         )
@@ -107,6 +107,6 @@ def test_the_logits_agree(folder: Path) -> None:
     assert calls == [(len(REACTIONS), 8, indices.shape[1], 32)] * 12
     real = counts.bool()
     assert (ours - stock)[real].abs().max().item() <= 2e-4
-    # The weights are real: of what stands there, most is what they expect.
+    # The weights are trained ones: the model predicts most of its input tokens.
     right = stock.argmax(-1)[real] == indices[real]
     assert right.float().mean() > 0.8

@@ -1,4 +1,4 @@
-"""Random problems with fresh seeds, for as long as there is time, against the reference."""
+"""Random problems with fresh seeds for a given time, compared with the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST = {"cpu": 400, "metal-emulated": 150}  # keys
 
 
 def pairs(backend: str, seed: int) -> None:
-    """Two features of all, and others by chance."""
+    """A problem with two given features and others at random."""
     first, second = combinations.PAIRS[seed % len(combinations.PAIRS)]
     combinations.check(first, second, seed, backend)
 
@@ -31,7 +31,7 @@ def varlen(backend: str, seed: int) -> None:
 
 
 def soak(check: Callable[[str, int], None], backend: str, seed: int, seconds: float) -> int:
-    """Checks problem after problem; how many. The error of one that fails says how to repeat it."""
+    """Checks problems for `seconds`; returns how many. A failure says how to repeat its problem."""
     end = time.monotonic() + seconds
     rng = np.random.default_rng(seed)
     for count in itertools.count(1):
@@ -58,7 +58,7 @@ def test_soak(
 
 
 def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reference that is wrong for one feature stands for an umfa that is."""
+    """A reference that ignores softcap has the same effect as an umfa that does."""
     right = reference.attention
 
     def wrong(*tensors: Any, **options: Any) -> Any:

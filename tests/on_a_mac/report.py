@@ -27,7 +27,7 @@ def search_path() -> str:
 
 
 def self_test_of(stage: Stage) -> str:
-    """UMFA_SELF_TEST of a stage: the others want to see every kernel, excluded or not."""
+    """UMFA_SELF_TEST of a stage: "0" in other stages, so that they run excluded kernels too."""
     return "force" if stage == stages.SELF_TEST else "0"
 
 

@@ -1,6 +1,6 @@
 """Stage: one small call for every kernel and feature, through umfa, compared with the CPU.
 
-Its calls are its own: it asks first whether the kernels run at all, and the whole suite follows.
+It does not use the test suite: it checks that the kernels run at all, before the suite runs.
 """
 
 from __future__ import annotations

@@ -314,7 +314,7 @@ class TestOnTheDouble:
         from tools.metal import double as metal_double
         from tools.metal.double import gpus
 
-        metal_double.load()  # before there is another cache
+        metal_double.load()  # before the cache folder changes
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         with metal_double.machine(gpus.Recorder(), report.self_test_of(stages.SELF_TEST)):
             self_test.run(part, quick=True)

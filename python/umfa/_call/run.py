@@ -125,11 +125,11 @@ def _seed(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> int:
 
 
 _SAID: set[str] = set()
-"""Warnings that the process has had."""
+"""Warnings already given in this process."""
 
 
 def _warn_of_dropout(call: Prepared) -> None:
-    """Warns, once, that a call drops weights where nothing is trained."""
+    """Warns once per process of dropout outside training."""
     if "dropout" in _SAID:
         return
     text = message(
@@ -139,9 +139,9 @@ def _warn_of_dropout(call: Prepared) -> None:
         "dropout_p=0 for inference, or a dropout_seed where dropout is wanted (Monte Carlo "
         "dropout). umfa says this once",
     )
-    # The caller of the public function, who called run(), which called _seed().
+    # The warning points at the caller of the public function, four frames up.
     warnings.warn(text, UserWarning, stacklevel=5)
-    _SAID.add("dropout")  # not before: a warning that is an error is one in every call
+    _SAID.add("dropout")  # after warn(): if a filter makes it an error, every call raises it
 
 
 def compute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:

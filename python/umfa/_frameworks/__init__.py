@@ -25,8 +25,8 @@ class Framework(Protocol):
 
     autocast: Callable[[str, dict[str, Any], tuple[str, ...], tuple[str, ...]], None] | None
     """autocast(function, tensors, written, cast) replaces the tensors `cast`, by argument name, by
-    copies in the dtype that the framework's automatic mixed precision wants, but not those that are
-    `written` in place. None: the framework has no such thing."""
+    copies in the dtype of the framework's automatic mixed precision, except tensors that are
+    `written` in place. None: the framework has no automatic mixed precision."""
 
     def export(self, tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
         """A DLPack object on the tensor's memory, which holds its value; raises if it cannot.
@@ -53,8 +53,8 @@ class Framework(Protocol):
     """A number below 2**63 from the framework's generator. None: it has none of its own."""
 
     def trains(self, tensors: Iterable[Any]) -> bool:
-        """Whether a call on these tensors may be a step of training. True where the framework does
-        not tell."""
+        """Whether a call on these tensors may be part of training. True if the framework does not
+        tell."""
 
     def mark_written(self, tensor: Any) -> None:
         """Tells the framework that the memory of a tensor has been written."""

@@ -40,7 +40,7 @@ def autocast(
         if tensor.device.type != device:
             continue
         if name in written:
-            continue  # read as it is
+            continue  # keeps its dtype
         tensors[name] = _cast_unexpanded(tensor, dtype)
 
 

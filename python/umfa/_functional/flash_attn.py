@@ -63,11 +63,11 @@ def flash_attn_func(
         jax, mlx or any library that speaks DLPack. ``head_dim`` from 1 to 576. Or an object with
         Python's buffer protocol (see Notes).
     k : tensor, shape (batch, seqlen_kv, nheads_kv, head_dim)
-        Key, same framework; any of these dtypes, which need not be that of `q` (see Notes).
+        Key, same framework; float32, float16 or bfloat16, also if `q` has another (see Notes).
         ``nheads`` is a multiple of ``nheads_kv``; query head ``h`` reads key head
         ``h // (nheads // nheads_kv)``.
     v : tensor, shape (batch, seqlen_kv, nheads_kv, head_dim_v)
-        Value, likewise. ``head_dim_v`` may differ from ``head_dim``, up to 512.
+        Value; as for `k`. ``head_dim_v`` may differ from ``head_dim``, up to 512.
     dropout_p : float
         Probability, below 1, with which each attention weight is left out; the others are divided
         by ``1 - dropout_p``. The log-sum-exp is that of all of them.
@@ -108,11 +108,11 @@ def flash_attn_func(
         the kernel for many queries, whose keys are not split: on the CPU it takes 10 to 14 times as
         long (docs/performance.md).
     out : tensor, shape (batch, seqlen_q, nheads, head_dim_v), optional
-        Where to write the result, which is then this tensor: float32, float16 or bfloat16, any
-        strides, and in no memory that is read. For torch and numpy, whose arrays can be written.
+        Tensor to write the result to and return: float32, float16 or bfloat16, any strides. It must
+        not overlap an input. Only for torch and numpy, whose arrays can be written.
     out_dtype : dtype of torch, numpy, jax or mlx, or its name, optional
-        "float32", "float16" or "bfloat16": the dtype of the result. If None, that of `out`, or else
-        of `q`. Beside `out` it must be the dtype of `out`.
+        Dtype of the result: float32, float16 or bfloat16. If None, that of `out`, or else of `q`.
+        If `out` is given too, it must be the dtype of `out`.
     prefix_lens : int32 or int64 tensor, shape (batch,), optional
         Every query of index ``b`` also sees the keys ``j < prefix_lens[b]`` (prefix-LM, as in
         PaliGemma) that `causal`, `window_size` or `attention_chunk` hide. `attn_mask` still hides
@@ -122,17 +122,16 @@ def flash_attn_func(
         transformers and vLLM. float32, float16 or bfloat16.
     qv : tensor, shape (batch, seqlen_q, nheads, head_dim_v), optional
         Adds ``qv vᵀ`` to ``q kᵀ`` (flash-attn 3): attention over a compressed cache, as in
-        DeepSeek's MLA, whose values are the larger part of its keys. In the dtype and framework of
-        `q`.
+        DeepSeek's MLA, whose values are the larger part of its keys. Dtype and framework of `q`.
     return_lse : bool
         Also return the log-sum-exp (flash-attn 4); excludes `return_attn_probs`.
     dropout_seed : int, optional
         0 to 2**64 - 1. With the same seed and offset the same weights are dropped, on every
         backend. If None, the framework's generator is asked for one (``torch.manual_seed``,
-        ``numpy.random.seed``, ``mx.random.seed``); jax has none, and needs a seed. Without a seed
-        and outside training (NumPy arrays; torch tensors of which none requires grad, or without
-        grad mode) the first such call of the process raises a `UserWarning`: pass ``dropout_p=0``
-        for inference, or a seed where dropout is meant, as in Monte Carlo dropout.
+        ``numpy.random.seed``, ``mx.random.seed``); jax has none, and needs a seed. Outside
+        training (NumPy arrays; no torch tensor requires grad; torch's grad mode is off), the first
+        call of the process without a seed gives a `UserWarning`: pass ``dropout_p=0`` for
+        inference, or a seed for intended dropout, as in Monte Carlo dropout.
     dropout_offset : int
         0 to 2**64 - 1; gives the same seed other weights to drop.
     causal_alignment : {"bottom_right", "top_left"}
@@ -143,7 +142,7 @@ def flash_attn_func(
     Returns
     -------
     out : tensor, shape (batch, seqlen_q, nheads, head_dim_v)
-        In the framework of `q`, and in its dtype unless `out` or `out_dtype` says another. A query
+        In the framework of `q`, and in its dtype unless `out` or `out_dtype` gives another. A query
         that sees no key, or none with a score above -inf, gets 0.
     softmax_lse : tensor, shape (batch, nheads, seqlen_q), float32
         Only with `return_attn_probs` or `return_lse`: natural log of the sum of ``exp(score)``;
@@ -163,9 +162,9 @@ def flash_attn_func(
 
     Notes
     -----
-    Where `q`, `k`, `v` and the result do not all have one dtype, each tensor is read as it is, with
-    no converted copy, and the arithmetic is that of float32: a cache of bfloat16 under a query of
-    float32 takes the memory and the traffic of bfloat16.
+    If `q`, `k`, `v` and the result do not all have the same dtype, each tensor is read in its own
+    dtype, without a converted copy, and the arithmetic is float32. A bfloat16 cache with a float32
+    query keeps the memory and the traffic of bfloat16.
 
     An object with Python's buffer protocol (a `memoryview`, an `array.array`, a ctypes array, ...)
     is read as the NumPy array on its memory, in every function and for every tensor; it may stand
@@ -179,7 +178,7 @@ def flash_attn_func(
     numbers. Slopes, sinks, rotary tables and the log-sum-exp keep their dtypes, and
     `flash_attn_combine` is not affected. Whole tensors are copied for it, a cache too; keep a cache
     in the autocast dtype. A cache that is appended to is never cast: it is read in its own dtype.
-    `out_dtype` still says the dtype of the result.
+    `out_dtype` still sets the dtype of the result.
 
     Online softmax over key tiles: Milakov & Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022
     (arXiv:2205.14135). Dropout by Philox-4x32-10, Salmon et al. 2011.

@@ -68,8 +68,8 @@ def flash_attn_with_kvcache(
     k, v : tensor, shape (batch, seqlen_new, nheads_kv, head_dim), optional
         Written into the caches **in place**, behind the `cache_seqlens` rows in use, before
         anything is read. Not for jax and mlx, whose arrays cannot be written, nor for caches that
-        are objects with the buffer protocol, which are only read. Their dtypes may differ from
-        those of the caches, to which they are rounded, new keys after their rotation. Under
+        are objects with the buffer protocol, which are only read. They are rounded to the
+        dtypes of the caches, which may differ; new keys are rotated first. Under
         ``torch.autocast`` the caches keep their dtypes.
     rotary_cos, rotary_sin : tensor, shape (positions, rotary_dim / 2), optional
         Only with `k` and `v`. Rotates the new keys by the angles of their positions in the cache.

@@ -58,8 +58,8 @@ def scaled_dot_product_attention(
         ``causal_lower_right`` of ``torch.nn.attention.bias``, which is not materialised.
     dropout_p : float
         Probability, below 1, with which each attention weight is left out; the others are divided
-        by ``1 - dropout_p``. As in torch, pass 0 outside training; umfa warns once of
-        dropout without a seed there (see `flash_attn_func`).
+        by ``1 - dropout_p``. As in torch, pass 0 outside training. There, umfa warns once
+        of dropout without a seed (see `flash_attn_func`).
     is_causal : bool
         Query ``i`` sees the keys ``j <= i`` (aligned at the top left, unlike `flash_attn_func`).
         Excludes `attn_mask`.
@@ -83,7 +83,7 @@ def scaled_dot_product_attention(
     -------
     tensor, shape (..., nheads, seqlen_q, head_dim_v)
         `out`, or else a contiguous tensor in the framework of `query`, and in its dtype unless
-        `out_dtype` says another. A query that attends to no key gets 0.
+        `out_dtype` gives another. A query that attends to no key gets 0.
 
     Raises
     ------

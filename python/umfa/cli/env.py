@@ -89,7 +89,7 @@ class Backend(TypedDict):
 
 
 class Test(TypedDict):
-    """A self-test of the GPU's kernels for one dtype; ``excluded`` says why, by family."""
+    """The GPU self-test for one dtype; ``excluded`` maps a kernel family to the reason."""
 
     dtype: str
     device: str
@@ -172,7 +172,7 @@ def environment() -> dict[str, str]:
 
 
 def self_tests() -> list[Test]:
-    """Return what the self-test of the GPU has found; it runs now if it has not."""
+    """Return the outcomes of the GPU self-test, which runs now if it has not run yet."""
     return [
         {
             "dtype": test.dtype,
@@ -202,7 +202,7 @@ def collect() -> Report:
             return None
 
     attempt(lambda: _ext.backend_name("auto"))
-    tests = attempt(self_tests) or []  # before backends() tells of it
+    tests = attempt(self_tests) or []  # first, since backends() reports the outcome
     libc = " ".join(platform.libc_ver()).strip()
     return {
         "umfa": {
@@ -260,7 +260,7 @@ def backend_rows(report: Report) -> dict[str, str]:
 
 
 def self_test_rows(report: Report) -> dict[str, str]:
-    """When the GPU was tested and with what result; nothing where there is none."""
+    """When each dtype was tested on the GPU and the outcome; empty without a test."""
     lines = []
     for test in report["self_tests"]:
         excluded = [f"{name} excluded: {why}" for name, why in test["excluded"].items()]

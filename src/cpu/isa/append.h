@@ -43,7 +43,7 @@ void append_row(const ForwardArgs& args, int64_t batch, int64_t row) {
     }
 }
 
-/// row[0, channels) = x, rounded to the element type. `x` is whole vectors.
+/// row[0, channels) = x, rounded to the element type. `x` is padded to whole vectors.
 template <class S>
 inline void store_elements(ElementType type, const float* x, int64_t channels, char* row,
                            int64_t stride) {
@@ -57,7 +57,7 @@ inline void store_elements(ElementType type, const float* x, int64_t channels, c
     });
 }
 
-/// The same of any types. Rows are rotated before they are rounded, once, to the type of the cache.
+/// append_row() for mixed dtypes: rotates a row in float32, then rounds once to the cache's dtype.
 template <class S>
 void append_any(const ForwardArgs& args, int64_t batch, int64_t row) {
     constexpr int64_t most = max_head_dim + S::W;

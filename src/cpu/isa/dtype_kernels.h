@@ -1,4 +1,4 @@
-// The kernels of one element type, and of several, for the tables of the kernel files.
+// Tables of the kernels for one element type and for mixed types. Each kernel file includes it.
 #pragma once
 
 #include "cpu/isa/append.h"

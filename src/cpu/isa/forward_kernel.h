@@ -246,7 +246,7 @@ struct ForwardBlock {
     /// `rows` or less, where the last group of S::mr is not whole.
     static int64_t height(int64_t rows) { return rows < S::mr ? rows : S::mr; }
 
-    /// pack_transposed() of rows of that type.
+    /// pack_transposed() of rows of element type `type`.
     static void pack(ElementType type, const storage* const* rows, int64_t count,
                      int64_t stride_channel, int64_t height, int64_t pitch, int64_t channels,
                      float* dst) {

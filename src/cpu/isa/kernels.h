@@ -64,13 +64,13 @@ struct Dropout {
     int64_t batch_first, batch_step;
 };
 
-/// Element types of the tensors, for kernels that read any (DtypeKernels `mixed`).
+/// Element types of the tensors, for the kernels `mixed`.
 struct Types {
     ElementType query, key, value, out, new_key, new_value;
 };
 
 struct ForwardArgs {
-    // For the `mixed` kernels, strides count bytes, but those between channels.
+    // For the `mixed` kernels, strides are in bytes, except channel strides.
     Rows query, key, value, out;
     Rows qv;                    // qv.value is added to query.key; data is null when there is none
     Rows lse;                   // data is null when not asked for
@@ -146,7 +146,7 @@ struct Kernels {
     const Kernels* base;  // has the kernels that are null here
     int lanes;            // queries that one panel holds
     DtypeKernels f32, f16, bf16;
-    DtypeKernels mixed;  // of any types together, with float32 arithmetic; does not combine
+    DtypeKernels mixed;  // for tensors of different types, float32 arithmetic; no combine
 };
 
 extern const Kernels portable_kernels;

@@ -48,7 +48,7 @@ inline typename S::vf row_units(const typename U::storage* row, int64_t stride, 
 }
 
 /// Transposes `count` rows (at most `height`): dst[unit * pitch + row], zeros for missing rows.
-/// Up to W floats after the panel may be overwritten. The rows are of U::storage, whatever `Row` is.
+/// Up to W floats after the panel may be overwritten. Rows hold U::storage, whatever `Row` is.
 template <class S, class U, class Row>
 inline void pack_transposed(const Row* const* rows, int64_t count, int64_t stride_channel,
                             int64_t height, int64_t pitch, int64_t channels, float* dst) {
@@ -81,8 +81,8 @@ struct PackedValues {
     bool finite;  // no inf and no NaN
 };
 
-/// dst[unit * pitch + channel] for a tile of V; up to W floats after each row may be written. The
-/// rows are of U::storage, whatever `Row` is.
+/// dst[unit * pitch + channel] for a tile of V; up to W floats after each row may be written.
+/// Rows hold U::storage, whatever `Row` is.
 template <class S, class U, class Row>
 inline PackedValues pack_values(const Row* const* rows, int64_t count, int64_t stride_channel,
                                 int64_t channels, int64_t pitch, float* dst) {

@@ -7,7 +7,7 @@
 namespace umfa::cpu {
 namespace {
 
-/// Rotates the row x, which stands at `position`.
+/// Rotates the row x by the angles of `position`.
 template <class S>
 inline void rotate(const Rotary& rotary, int64_t position, float* x) {
     constexpr int W = S::W, most = max_head_dim / 2 + W;
@@ -32,7 +32,7 @@ inline void rotate(const Rotary& rotary, int64_t position, float* x) {
     }
 }
 
-/// dst[0, channels) from a row at `position`, rounded to the row's type.
+/// dst[0, channels) = the row rotated by the angles of `position`, rounded to its type.
 template <class S, class T>
 inline void rotate_row(const Rotary& rotary, const typename T::storage* row, int64_t stride,
                        int64_t channels, int64_t position, typename T::storage* dst) {
@@ -49,7 +49,7 @@ inline void rotate_row(const Rotary& rotary, const typename T::storage* row, int
     for (int64_t i = 0; c + i < channels; ++i) dst[c + i] = tail[i];
 }
 
-/// The same of a row of that type.
+/// rotate_row() of a row of element type `type`.
 template <class S, class U>
 inline void rotate_row_of(ElementType type, const Rotary& rotary, const typename U::storage* row,
                           int64_t stride, int64_t channels, int64_t position,

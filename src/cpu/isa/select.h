@@ -12,7 +12,7 @@ const Kernels& kernels();
 
 /// Those of the set for an element type, or of a set that it builds on.
 const DtypeKernels& kernels_for(const Kernels& set, DType dtype);
-/// Those for several element types.
+/// The set's kernels for tensors of different types, or those of a set that it builds on.
 const DtypeKernels& mixed_kernels(const Kernels& set);
 
 }  // namespace umfa::cpu

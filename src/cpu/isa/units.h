@@ -84,9 +84,9 @@ struct Bf16Units {
     }
 };
 
-/// Floats, read from types that the arguments of a call say (ForwardArgs::types).
+/// Floats, converted from the types that ForwardArgs::types gives at run time.
 struct Any {
-    using storage = char;  // rows begin at bytes
+    using storage = char;  // row addresses count bytes
 };
 template <class S>
 struct AnyUnits : FloatUnits<S, F32> {
@@ -96,7 +96,7 @@ struct AnyUnits : FloatUnits<S, F32> {
     static constexpr bool any = true;
 };
 
-/// f(units) with U, or of AnyUnits with those of the type.
+/// Calls f with U; if U is AnyUnits, with the units of `type`.
 template <class S, class U, class F>
 UMFA_INLINE void with_units(ElementType type, F&& f) {
     if constexpr (!U::any)
@@ -113,7 +113,7 @@ inline int64_t size_of(ElementType element) {
     return element == ElementType::boolean ? 1 : element == ElementType::f32 ? 4 : 2;
 }
 
-/// So many elements, counted in U::storage.
+/// The length of `elements` elements in units of U::storage.
 template <class U>
 inline int64_t extent(ElementType type, int64_t elements) {
     return U::any ? elements * size_of(type) : elements;

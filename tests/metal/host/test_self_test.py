@@ -1,4 +1,4 @@
-"""The self-test of a GPU: what is wrong is excluded and named, the rest goes on."""
+"""The self-test of a GPU: it excludes faulty kernel families with a reason, and no others."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ OUT = 3  # the buffer of out, of forward and decode
 LARGE = (1, 512, 4, 64)
 TIMEOUT = 2
 NARROW = {"forward_f16_d64", "rotary_f16", "dropout_f16", "scores_f16", "sequences_f16"}
-"""What is tested with a head dim of 64."""
+"""Families tested with a head dim of 64."""
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's cache folder; the emulator keeps its own."""
+    """A fresh cache folder for umfa; the emulator keeps its own."""
     monkeypatch.setenv("UMFA_METAL_CACHE", str(cache_folder()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
@@ -52,19 +52,19 @@ Machine = Callable[..., AbstractContextManager[Double]]
 
 @pytest.fixture
 def emulated() -> Machine:
-    """Makes a machine that computes, or nearly so."""
+    """Makes a machine with an emulated GPU, which a test may make faulty."""
     return lambda gpu=None, mode="1": metal_double.machine(gpu or Emulator(), mode)
 
 
 @pytest.fixture
 def recorded(recorder: Recorder) -> Iterator[Double]:
-    """A GPU that computes nothing, so that every result of its test is NaN, fast."""
+    """A GPU that computes nothing: a fast self-test in which every result is NaN."""
     with metal_double.machine(recorder, "1") as machine:
         yield machine
 
 
 class Planted(Emulator):
-    """Computes, except for what a test plants."""
+    """An emulated GPU with a fault planted after one kernel."""
 
     def __init__(self, kernel: str, run: Callable[[Kernel], None]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Planted(Emulator):
 
 
 def negate_first(kernel: Kernel) -> None:
-    """Another sign for one number of out, of two bytes."""
+    """Flips the sign of the first 16-bit number of out."""
     bound = kernel.buffers[OUT]
     memory(bound)[bound.offset + 1] ^= 0x80
 
@@ -102,7 +102,7 @@ def files(cache: Path) -> list[Path]:
 
 
 def forget(double: Double) -> None:
-    """As in a new process."""
+    """Drops the host's state, as if the process were new."""
     double.library.umfa_double_release()
 
 
@@ -163,7 +163,7 @@ def test_a_wrong_kernel_is_excluded_and_the_rest_goes_on(emulated: Machine) -> N
         umfa.flash_attn_func(one_query, narrow, narrow, backend="metal")
         assert umfa.stats().metal_calls - before.metal_calls == 2
         faults = excluded(_known()[0])
-    # What needs the wrong kernel to be tested cannot be trusted either.
+    # Families whose cases need the faulty kernel are excluded too.
     assert set(faults) == NARROW
     assert faults["rotary_f16"] == f"forward_f16_d64: {faults['forward_f16_d64']}"
 
@@ -227,7 +227,7 @@ FAULTS = {
 def test_what_fails_is_excluded(fault: tuple[str, int], emulated: Machine) -> None:
     kind, value = fault
     with emulated() as double:
-        double.fault(kind, skip=1, value=value)  # after the map of lanes
+        double.fault(kind, skip=1, value=value)  # after the lane map
         x = half(1, 20, 2, 32)
         assert FAULTS[fault] in umfa.can_run(x, x, x, backend="metal")[1]
         test = _known()[0]
@@ -252,7 +252,7 @@ def one_after_can_run() -> umfa.SelfTest:
 
 
 class Hangs(Emulator):
-    """Some kernels never finish until the test lets them; the others write nothing, fast."""
+    """The given kernels hang until the test sets `free`; the others write nothing, fast."""
 
     def __init__(self, *kernels: str) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ def test_each_dtype_is_tested_when_it_is_used(recorded: Double, recorder: Record
 
 
 def test_tensors_of_different_dtypes_need_two_tests(recorded: Double) -> None:
-    """Kernels of float read them; what only writes results is of the results' dtype."""
+    """Float kernels read the tensors; kernels that only write results have the result's dtype."""
     q, k = half(1, 20, 2, 32), half(1, 20, 2, 32).astype(np.float32)
     assert not umfa.can_run(q, k, k, backend="metal")[0]
     assert [test.dtype for test in _known()] == ["float32"], "the first fault is reason enough"
@@ -526,7 +526,7 @@ def test_a_process_that_died(recorder: Recorder, cache: Path) -> None:
     assert outcome_of(child())[0] == report
 
 
-# ---- what tells of it ---------------------------------------------------------------------------
+# ---- where it is shown --------------------------------------------------------------------------
 
 
 def test_the_report_shows_it(recorded: Double) -> None:
@@ -561,7 +561,7 @@ CALLS: list[tuple[int, dict[str, Any]]] = [
 
 
 def launched(dtype: Any, family: int) -> set[str]:
-    """Families of what the planner asks for, of a dtype on a GPU family."""
+    """Kernel families that the planner launches for a dtype on a GPU family."""
     return {
         name
         for d, dv in [*((d, d) for d in range(8, 520, 8)), (192, 128), (576, 512), (64, 512)]
@@ -585,7 +585,7 @@ def test_every_family_has_a_case(dtype: Any, family: int, recorded: Double) -> N
     recorded.set_machine(family=family)
     tested = set(one(np.dtype(dtype).name).faults)
     asked = launched(dtype, family)
-    # Rows of one call are not rotated or appended here; the map of lanes is nobody's plan.
+    # CALLS neither rotate nor append nor mix dtypes, and no plan launches the lane map kernel.
     untried = ("lanes", "rotary", "append", "dtypes")
     others = {name for name in tested if name.split("_")[0] in untried}
     assert asked == tested - others - {f"combine_{name_of(dtype)}"}
@@ -596,7 +596,7 @@ def name_of(dtype: Any) -> str:
 
 
 def test_the_families_of_a_launch() -> None:
-    """Constants add arithmetic of their own."""
+    """Constants that add arithmetic add families."""
     (launch,) = plan(
         shape=(1, 20, 4, 80), dtype=np.float16, dropout_p=0.5, dropout_seed=1, softcap=5.0,
         alibi=True,

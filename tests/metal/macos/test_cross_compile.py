@@ -19,7 +19,7 @@ def compile_text(text: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "source",
-    # 2 s each. By default the others compile for the double, against the same headers.
+    # 2 s each. The default run compiles the other files for the double, with the same headers.
     [
         p if p.name == "executor.mm" else pytest.param(p, marks=pytest.mark.slow)
         for p in cross.host_sources()
@@ -43,7 +43,7 @@ def test_the_host_refers_to_core_graphics(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
-    # 2 s each. By default the others compile for the double, against the same headers.
+    # 2 s each. The default run compiles the other files for the double, with the same headers.
     [
         p if p.name == "executor.mm" else pytest.param(p, marks=pytest.mark.slow)
         for p in cross.host_sources()

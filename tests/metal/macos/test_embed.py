@@ -51,8 +51,8 @@ def test_in_an_object_for_macos(name: str, tmp_path: Path) -> None:
     assert image.content(compiled, "_umfa_metallib", len(METALLIB)) == METALLIB
 
 
-# With an empty cache, zig first builds its C++ library for a minute and a half. By default there
-# are the object for macOS and the library for Linux.
+# With an empty cache, zig first builds its C++ library, which takes a minute and a half. The
+# default run tests the object for macOS and the library for Linux.
 @pytest.mark.slow
 def test_in_a_library_for_macos(tmp_path: Path) -> None:
     shim = tmp_path / "shim.cpp"

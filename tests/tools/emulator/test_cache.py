@@ -1,4 +1,4 @@
-"""What was built before is found again, and only that."""
+"""The cache returns an earlier build, and only if nothing that it depends on has changed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ constant int factor [[function_constant(0)]];
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The texts that are preprocessed, with an empty cache."""
-    # The runtime stays where it is.
+    """Starts with an empty cache and collects the texts that are preprocessed."""
+    # Do not rebuild the runtime.
     runtime = build.runtime()
     monkeypatch.setattr(build, "runtime", lambda: runtime)
     monkeypatch.setenv("UMFA_METAL_CACHE", str(tmp_path / "cache"))

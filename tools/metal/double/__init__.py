@@ -65,7 +65,7 @@ def build(extra: tuple[Path, ...] = ()) -> Path:
     """The library, from the cache if nothing has changed. `extra`: more C++ files to put in."""
     library = Path(umfa.get_library())
     digest = _digest_of_sources()
-    digest.update(str(library).encode() + library.read_bytes())  # it is linked by that path
+    digest.update(str(library).encode() + library.read_bytes())  # linked by its path
     for file in extra:
         digest.update(file.read_bytes())
     path = cache_folder() / f"double-{digest.hexdigest()[:32]}.so"
@@ -79,7 +79,7 @@ def build(extra: tuple[Path, ...] = ()) -> Path:
 
 
 def _digest_of_sources() -> hashlib._Hash:
-    """Of all that decides what the objects of the host and of the double are."""
+    """Digest of everything that the objects of the host and the double are built from."""
     digest = hashlib.sha256(repr((clang(), COMPILE, OBJECTIVE_C)).encode())
     for file in sorted([*ROOT.glob("src/**/*"), *ROOT.glob("shaders/**/*.h"), *DOUBLE.rglob("*")]):
         if file.is_file() and "__pycache__" not in file.parts:
@@ -88,7 +88,7 @@ def _digest_of_sources() -> hashlib._Hash:
 
 
 def _make(path: Path, library: Path, extra: tuple[Path, ...]) -> None:
-    # Kept, because libraries with other extra files are made of the same objects.
+    # Kept, because libraries with other extra files link the same objects.
     folder = path.parent / f"double-objects-{_digest_of_sources().hexdigest()[:32]}"
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
@@ -394,7 +394,7 @@ class Double:
         self.library.umfa_double_fault(FAULTS.index(kind), skip, count, value)
 
     def self_test_patience(self, seconds: float) -> None:
-        """How long a case of the self-test may take until it counts as hanging."""
+        """Sets after how long a case of the self-test counts as hung."""
         self.library.umfa_double_self_test_patience(round(1000 * seconds))
 
     def live(self, patience: float = 5) -> tuple[int, str]:
@@ -420,10 +420,10 @@ class Double:
         return error.value.decode() if failed else ""
 
     def start(self, self_test: str = "0") -> None:
-        """`self_test`: UMFA_SELF_TEST meanwhile. A test of the GPU takes the emulator a while."""
+        """`self_test`: UMFA_SELF_TEST until stop(). Off by default: it is slow on the emulator."""
         self._self_test = os.environ.get("UMFA_SELF_TEST")
         os.environ["UMFA_SELF_TEST"] = self_test
-        self.self_test_patience(300)  # the emulator compiles for seconds
+        self.self_test_patience(300)  # the emulator takes seconds to compile
         self.library.umfa_double_clear_faults()
         self.library.umfa_double_set_gpu(self._prepare, self._run)
         self.set_machine()

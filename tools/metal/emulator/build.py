@@ -26,7 +26,7 @@ class Built:
     """A built library: the file to load, and what the text declares."""
 
     path: Path
-    kernels: dict[str, str]  # host names, and where each kernel is
+    kernels: dict[str, str]  # host name to source location
     sites: list[tuple[str, int]]
     variables: dict[int, list[tuple[str, int]]]  # of each kernel: name and bytes
     unset: list[tuple[str, str, int]]  # symbol, name and index of constants without a value
@@ -76,7 +76,7 @@ def build(
 
 
 def _digest(*parts: str) -> str:
-    """Names what is built from `parts` by this version of the emulator."""
+    """Cache key of a build from `parts` by this version of the emulator."""
     return hashlib.sha256("\0".join([toolchain.fingerprint(), *parts]).encode()).hexdigest()[:32]
 
 
@@ -84,7 +84,7 @@ _INCLUDES_A_FILE = re.compile(r'#\s*(?:include|embed)\s*"|__has_include')
 
 
 def _stands_alone(source: str | Path, include_dirs: Sequence[str | Path]) -> bool:
-    """Whether no file but the emulator's own has a say in the text."""
+    """Whether the text includes no files but the emulator's own."""
     if isinstance(source, Path) or "\n" not in source or include_dirs:
         return False
     return not _INCLUDES_A_FILE.search(source)
@@ -92,7 +92,7 @@ def _stands_alone(source: str | Path, include_dirs: Sequence[str | Path]) -> boo
 
 @functools.lru_cache(maxsize=1024)
 def _noted(notes: Path) -> Built:
-    """A library of a text that was built before: neither read nor checked again."""
+    """The library of an earlier build of the text, which is not parsed or checked again."""
     loaded = json.loads(notes.read_text())
     return Built(
         notes.parent / loaded["path"],
@@ -120,14 +120,14 @@ def _built(folder: Path, key: str, declared: structure.Structure) -> Built:
 
 
 class _Front(NamedTuple):
-    """What does not depend on the function constants."""
+    """The part of a build that does not depend on the function constants."""
 
     declared: structure.Structure
     code: str
-    second: str | None  # for the second reading, if bfloat is in it
+    second: str | None  # for the second reading, if the text uses bfloat
 
 
-@functools.lru_cache(maxsize=8)  # large, and the next kernel is often of the same text
+@functools.lru_cache(maxsize=8)  # entries are large; the next kernel often has the same text
 def _rewritten(flat: str, allow: frozenset[str]) -> _Front:
     declared = checked(flat, allow)
     second = rewrite(flat, declared, inexact=True) if _mentions_bfloat(declared) else None
@@ -140,7 +140,7 @@ def read(
     macros: Mapping[str, Any],
     allow: frozenset[str],
 ) -> tuple[str, structure.Structure]:
-    """The preprocessed text, and what it declares, checked by the linter."""
+    """The preprocessed text and its declarations, checked by the linter."""
     flat = preprocessed(source, include_dirs, macros)
     return flat, checked(flat, allow)
 
@@ -160,7 +160,7 @@ def preprocessed(
 
 
 def checked(flat: str, allow: frozenset[str]) -> structure.Structure:
-    """What the text declares. Raises SourceError if the linter refuses it."""
+    """The text's declarations. Raises SourceError if the linter refuses the text."""
     declared = structure.read(flat)
     lint.check(declared, allow)
     return declared
@@ -198,7 +198,7 @@ def _make(folder: Path, key: str, ir: str, checks: bool) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """All at once: another process sees the whole file or none."""
+    """Writes atomically: another process sees the whole file or none."""
     handle, name = tempfile.mkstemp(suffix=".json", dir=path.parent)
     with os.fdopen(handle, "w") as file:
         file.write(text)

@@ -22,7 +22,7 @@ class Case:
     head_dim: int = 64
     head_dim_v: int = 0  # 0: as head_dim
     dtype: str = "float16"
-    key_dtype: str = ""  # "": as dtype; likewise of the others
+    key_dtype: str = ""  # "": dtype; also for value and out
     value_dtype: str = ""
     out_dtype: str = ""
     layout: str = "bshd"  # see placement.py
@@ -88,7 +88,7 @@ class Case:
         return "-".join(parts)
 
     def dtype_of(self, tensor: str) -> str:
-        """Of "key", "value" or "out"; of others it is `dtype`."""
+        """The dtype of "key", "value" or "out"; `dtype` for other tensors."""
         own: str = getattr(self, f"{tensor}_dtype", "")
         return own or self.dtype
 
@@ -142,7 +142,7 @@ def _checks() -> list[Case]:
             replace(base, mask=dtype, causal="lower_right"),
             replace(base, mask="float32", mask_varies=(False, True, True, True), softcap=9.0),
         ]
-    # Every two dtypes of every two tensors.
+    # Every pair of dtypes for every pair of tensors.
     dtypes = ("float32", "float16", "bfloat16")
     for i, j in itertools.product(range(3), repeat=2):
         tiles = Case(

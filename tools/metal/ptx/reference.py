@@ -1,7 +1,7 @@
 """Exact attention in float64, by NumPy or by CuPy in blocks of rows.
 
-It is independent of tests/reference.py on purpose: it travels to a machine with a GPU, where
-neither umfa nor its tests are, and a mistake in one of the two shows as a difference.
+It is independent of tests/reference.py on purpose. It runs on a machine with a GPU that has neither
+umfa nor its tests, and a mistake in one of the two references shows as a difference.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ UMFA_DOUBLE_API int64_t umfa_double_violations(char* text, size_t capacity);
 UMFA_DOUBLE_API void umfa_double_install(int32_t on);
 /// Lets umfa's Metal backend go of everything that it keeps between calls.
 UMFA_DOUBLE_API void umfa_double_release(void);
-/// How long a case of umfa's self-test may take.
+/// Sets after how long a case of umfa's self-test counts as hung.
 UMFA_DOUBLE_API void umfa_double_self_test_patience(int64_t milliseconds);
 
 // ---- the machine ---------------------------------------------------------------------------------

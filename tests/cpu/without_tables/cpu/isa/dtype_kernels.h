@@ -1,5 +1,5 @@
-// In place of src/cpu/isa/dtype_kernels.h, for kernel_math.cpp: the same headers, and tables without
-// kernels. The tables instantiate all kernels, which takes the compiler most of its time.
+// Replaces src/cpu/isa/dtype_kernels.h for kernel_math.cpp: the same headers, but empty tables.
+// The real tables instantiate all kernels, which takes most of the compile time.
 #pragma once
 
 #include "cpu/isa/append.h"
