@@ -131,7 +131,7 @@ typedef struct umfa_attention_options {
        */
     int32_t batch_invariant;
     /* bounds of window_size below 0 count, -1 too: left -3 begins 3 keys right of the diagonal.
-       2147483647, or two bounds below 0: all keys (flash-attn 4) */
+       2147483647, or two bounds whose sum is below 0: all keys (flash-attn 4) */
     int32_t window_offsets;
     /* (batch + 1,): new_key and new_value are packed, (total_new, nheads_kv, head_dim) */
     const DLTensor* cu_seqlens_k_new;

@@ -3,7 +3,7 @@
 
 Results are always pairs, the log-sum-exp None unless asked for. Windows may lie beside the
 diagonal: None is unbounded, and a bound below 0 moves the window's edge across it. Two bounds
-below 0 are unbounded, as they are there.
+whose sum is below 0 are unbounded, as they are there.
 
 Dtypes, strides and head dims are those of `umfa.flash_attn_func`. ``backend`` is a keyword that
 flash-attention 4 does not have. `HINTS` lists the arguments that cannot change a result and are not
@@ -86,8 +86,9 @@ def flash_attn_func(
     v : tensor, shape (batch, seqlen_kv, nheads_kv, head_dim_v)
     window_size : (int or None, int or None)
         ``(left, right)``: query ``i`` sees the keys ``j`` with ``p - left <= j <= p + right``,
-        where ``p = i + seqlen_kv - seqlen_q``. None is unbounded, and so are two bounds below 0.
-        ``causal`` makes ``right`` 0.
+        where ``p = i + seqlen_kv - seqlen_q``. None is unbounded.
+        ``causal`` makes ``right`` 0. Two bounds whose sum is then below 0 are unbounded, too:
+        the call is causal, or sees all keys.
     num_splits : int
         Into how many parts, at most, the keys of few queries are cut; 0 for umfa's choice. The
         default, flash-attention 4's, cuts none, which over long caches is slower.

@@ -335,14 +335,16 @@ private:
     /// One bound of the window, UMFA_UNBOUNDED where there is none.
     int64_t bound(const char* side, int64_t width) const {
         const bool offsets = request_.window_offsets;
-        const bool both_below =
-            offsets && request_.window_size_left < 0 && request_.window_size_right < 0;
+        // As flash-attn 4 has it: bounds that leave no key bound nothing.
+        const bool leave_none =
+            offsets &&
+            request_.window_size_left + (request_.causal ? 0 : request_.window_size_right) < 0;
         if (width < (offsets ? -max_seqlen : -1) || width > max_seqlen)
             check_.value(names_[Field::window_size] + " " + side + " is out of range",
                          std::to_string(width),
                          offsets ? "a number of keys of at most " + std::to_string(max_seqlen)
                                  : "-1 (unbounded) or 0 to " + std::to_string(max_seqlen));
-        return both_below || (!offsets && width == -1) ? UMFA_UNBOUNDED : width;
+        return leave_none || (!offsets && width == -1) ? UMFA_UNBOUNDED : width;
     }
 
     /// A causal mask is a window whose right edge is the diagonal.
