@@ -36,13 +36,14 @@ bool is_plain(nb::handle value) {
            PyBool_Check(object);
 }
 
-/// The number in a NumPy scalar or in a tensor without dimensions; else the value itself.
+/// The number in a NumPy scalar or in a tensor of one element; else the value itself.
 nb::object unwrapped(const Argument& argument, nb::handle value) {
     nb::object kept = nb::borrow(value);
     if (is_plain(value) || PyUnicode_Check(value.ptr())) return kept;
     try {
         if (!nb::hasattr(value, "item") || !nb::hasattr(value, "shape")) return kept;
-        if (nb::len(nb::object(value.attr("shape"))) != 0) return kept;
+        for (nb::handle size : nb::object(value.attr("shape")))
+            if (!size.equal(nb::int_(1))) return kept;
     } catch (nb::python_error&) {  // tensors without a shape, of torch's nested kind
         return kept;
     }
@@ -55,6 +56,22 @@ nb::object unwrapped(const Argument& argument, nb::handle value) {
     } catch (nb::python_error&) {  // without a value: on torch's meta device, traced by jax
         return kept;
     }
+}
+
+/// The name of a dtype, given as that or by an object of a framework's; empty if it is none.
+std::string dtype_name(nb::handle value) {
+    nb::object name = nb::borrow(value);
+    if (!PyUnicode_Check(value.ptr())) {
+        if (PyType_Check(value.ptr()))  // numpy.float32
+            name = value.attr("__name__");
+        else if (nb::getattr(value, "isnative", nb::bool_(false)).is(nb::bool_(true)))
+            name = value.attr("name");  // numpy.dtype("float32"), not in another byte order
+        else
+            name = nb::str(value);  // torch.float32, mlx.core.float32
+        for (const char* module : {"torch.", "mlx.core."}) name = name.attr("removeprefix")(module);
+    }
+    if (!nb::cast<bool>(name.attr("isascii")())) return {};
+    return nb::cast<std::string>(name);
 }
 
 bool is_bool(nb::handle value) { return PyBool_Check(value.ptr()); }
@@ -159,20 +176,9 @@ size_t choice(const Argument& argument, nb::handle value, const char* const* nam
 
 std::optional<DType> dtype(const Argument& argument, nb::handle value) {
     if (value.is_none()) return {};
-    nb::object name = nb::borrow(value);
-    if (!PyUnicode_Check(value.ptr())) {
-        name = nb::getattr(value, "__name__", nb::none());  // numpy.float32
-        if (name.is_none())
-            name = nb::getattr(value, "name", nb::none());        // numpy.dtype("float32")
-        if (!PyUnicode_Check(name.ptr())) name = nb::str(value);  // torch.float32
-    }
-    const std::string text = nb::cast<std::string>(name.attr("rsplit")(".", 1).attr("pop")());
-    const std::optional<DType> found = dtype_named(text);
-    if (!found || !is_attention_dtype(*found)) {
-        const bool shows = nb::cast<bool>(name.attr("isprintable")()) && text.size() <= 64;
-        fail(ErrorKind::type, argument.function, argument.name + " is wrong",
-             shows ? text : short_repr(value), "float32, float16 or bfloat16");
-    }
+    const std::optional<DType> found = dtype_named(dtype_name(value));
+    if (!found || !is_attention_dtype(*found))
+        refuse_type(argument, " is wrong", value, "float32, float16 or bfloat16");
     return found;
 }
 

@@ -159,8 +159,8 @@ def test_bad_out() -> None:
         (ZERO, None, ValueError, "out has the wrong shape; got (2, 1, 3, 4, 8)"),
         (ZERO[0].copy(), np.float16, TypeError, "out and out_dtype differ"),
         (ZERO[0].astype(np.int32), None, TypeError, "out has the wrong dtype; got int32"),
-        (None, np.float64, TypeError, "out_dtype is wrong; got float64"),
-        (None, "text", TypeError, "out_dtype is wrong; got text"),
+        (None, np.float64, TypeError, "out_dtype is wrong; got <class 'numpy.float64'>"),
+        (None, "text", TypeError, "out_dtype is wrong; got 'text'"),
         (ZERO[0], None, ValueError, "out overlaps out_partial"),
     ):
         with pytest.raises(error) as caught:

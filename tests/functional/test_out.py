@@ -167,7 +167,14 @@ def test_in_any_spelling(framework: libraries.Framework) -> None:
     assert framework.dtype_name(umfa.flash_attn_func(q, k, v, out_dtype=None)) == "float16"
 
 
-@pytest.mark.parametrize("dtype", [np.int32, bool, "nonsense", 5, "float8_e4m3fn", np.float64, Q])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(np.int32, bool, "nonsense", 5, "float8_e4m3fn", np.float64, Q),
+        *("", "any.float16", "numpy.float16", np.float16(1), np.dtype(np.float32).newbyteorder()),
+    ],
+    ids=repr,
+)
 def test_what_is_no_dtype_of_a_result(dtype: Any) -> None:
     for function, tensors, options in CALLS.values():
         with pytest.raises(

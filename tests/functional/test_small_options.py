@@ -12,6 +12,8 @@ import umfa
 from tests import array_libraries as libraries
 from tests.array_libraries import Array
 from tests.cases import normal
+from tests.checks import assert_same_bits
+from umfa import fa3
 
 pytestmark = pytest.mark.cpu_only
 
@@ -42,7 +44,7 @@ def test_numbers_may_be_tensors_without_dimensions(name: str, value: Any) -> Non
     expected = result(**{name: value})
     assert expected.tobytes() != result().tobytes()
     narrow = {float: np.float32, bool: np.bool_, int: np.int32}[type(value)]
-    for given in numbers(name, narrow(value)):
+    for given in [*numbers(name, narrow(value)), np.array([[value]])]:
         assert result(**{name: given}).tobytes() == expected.tobytes(), type(given)
 
 
@@ -89,7 +91,7 @@ def test_tables_may_be_lists() -> None:
     found = umfa.flash_attn_with_kvcache(Q, K, V, cache_seqlens=[12, 3])
     expected = umfa.flash_attn_with_kvcache(Q, K, V, cache_seqlens=np.array([12, 3]))
     assert found.tobytes() == expected.tobytes()
-    with pytest.raises(TypeError, match="cu_seqlens_q has the wrong dtype; got float64"):
+    with pytest.raises(TypeError, match=r"cu_seqlens_q\[0\] is not an integer; got 0.0"):
         umfa.flash_attn_varlen_func(*tensors, [0.0, 14.0], [0, 24], 14, 24)
 
 
@@ -111,3 +113,71 @@ def test_options_that_are_kept_do_not_keep_the_tensors() -> None:
     umfa.flash_attn_func(q, K, V, softmax_scale=0.123)
     del q
     assert alive() is None
+
+
+LENGTHS: tuple[tuple[Any, str], ...] = (
+    ([1, [2]], "prefix_lens[1] is not an integer; got [2]; expected an integer"),
+    ([[1], 2], "prefix_lens[1] is no row like the first; got int; expected a list of 1 integers"),
+    ([[1], [2, 3]], "prefix_lens[1] is no row like the first; got 2 entries"),
+    ([None, 1], "prefix_lens[0] is not an integer; got None"),
+    ([2**70, 1], "prefix_lens[0] does not fit 64 bits; got 1180591620717411303424"),
+    (["3", "6"], "prefix_lens[0] is not an integer; got '3'"),
+    ([1.0, 2], "prefix_lens[0] is not an integer; got 1.0"),
+    ([True, 2], "prefix_lens[0] is not an integer; got True"),
+)
+
+
+@pytest.mark.parametrize(("table", "text"), LENGTHS, ids=lambda x: repr(x)[:20])
+def test_lists_that_are_no_tables(table: Any, text: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        umfa.flash_attn_func(Q, K, K, prefix_lens=table)
+    assert str(caught.value).startswith("[umfa.flash_attn_func] " + text)
+    possible, reason = umfa.can_run(Q, K, K, prefix_lens=table)
+    assert not possible
+    assert reason.startswith("[umfa.can_run] " + text)
+
+
+def test_lists_of_tensors_that_have_no_number_now() -> None:
+    torch = pytest.importorskip("torch")
+    endless: list[Any] = []
+    endless.append(endless)
+    learnt = torch.tensor(1.0, requires_grad=True)
+    for table in ([torch.empty((), device="meta", dtype=torch.int32), 2], [learnt, 2], endless):
+        possible, reason = umfa.can_run(Q, K, K, prefix_lens=table)
+        assert not possible
+        assert reason.startswith("[umfa.can_run] prefix_lens[0]")
+
+
+def test_empty_tables() -> None:
+    for table in ([], np.zeros(0, np.int64)):
+        assert umfa.flash_attn_func(Q[:0], K[:0], K[:0], prefix_lens=table).shape == Q[:0].shape
+        found = umfa.flash_attn_with_kvcache(Q[:0], K[:0], K[:0], cache_seqlens=table)
+        assert found.shape == Q[:0].shape
+
+
+def test_tables_in_another_byte_order() -> None:
+    table = np.array([3, 1], ">i4")
+    expected = umfa.flash_attn_func(Q, K, K, causal=True, prefix_lens=[3, 1])
+    assert_same_bits(umfa.flash_attn_func(Q, K, K, causal=True, prefix_lens=table), expected)
+
+
+def test_one_length_for_all_sequences() -> None:
+    """A number, or a tensor without dimensions, beside tables of any form."""
+    expected = umfa.flash_attn_with_kvcache(Q, K, K, cache_seqlens=np.array([5, 5]))
+    packed = Q.reshape(-1, *Q.shape[2:])
+    starts = [0, Q.shape[1], 2 * Q.shape[1]]
+    for length in (5, np.int32(5), np.array(5)):
+        assert_same_bits(umfa.flash_attn_with_kvcache(Q, K, K, cache_seqlens=length), expected)
+        for table in (starts, tuple(starts), np.array(starts, np.int32)):
+            found = fa3.flash_attn_with_kvcache(
+                packed, K, K, cache_seqlens=length, cu_seqlens_q=table, max_seqlen_q=Q.shape[1]
+            )
+            assert_same_bits(found.reshape(Q.shape), expected)
+
+
+def test_can_run_knows_what_is_no_function_of_umfa() -> None:
+    for function in (print, umfa.can_run, fa3.get_scheduler_metadata, np.add, lambda q: q):
+        possible, reason = umfa.can_run(function, Q, K, K)
+        assert not possible
+        assert reason.startswith("[umfa.can_run] the function is not known; got ")
+    assert umfa.can_run(umfa.flash_attn_func, Q, K, K) == umfa.can_run(Q, K, K) == (True, "")

@@ -9,6 +9,7 @@ from types import FunctionType
 from typing import Any, overload
 
 from .._errors import UnsupportedError, message
+from .._frameworks import shape_of
 from ._public import BODIES
 from .combine import Combination, judge_combination
 from .run import judge
@@ -53,7 +54,11 @@ def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
         ``(True, "")``, or False and the reason.
     """
     function: Callable[..., Any]
-    if args and isinstance(args[0], FunctionType) and args[0] in BODIES:
+    if args and callable(args[0]) and shape_of(args[0]) is None:
+        if not isinstance(args[0], FunctionType) or args[0] not in BODIES:
+            expected = "a function of umfa that computes, or tensors for flash_attn_func"
+            got = getattr(args[0], "__qualname__", type(args[0]).__qualname__)
+            return False, message("umfa.can_run", "the function is not known", got, expected)
         function, rest = args[0], args[1:]
     else:
         function = next(x for x in BODIES if x.__name__ == "flash_attn_func")

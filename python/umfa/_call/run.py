@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,10 +109,36 @@ def _on_host(function: str, name: str, table: Any) -> Any:
     """A table of integers, a list or of whatever framework: the host reads it before anything
     runs."""
     if type(table) in (list, tuple):
-        table = np.asarray(table)
+        table = _from_list(function, name, table)
     given = {name: table}
     framework = framework_of(function, given)
     return framework.to_host(given[name], function, name)
+
+
+def _from_list(function: str, name: str, values: Sequence[Any]) -> Any:
+    """Integers, or rows of as many each."""
+    if not values or type(values[0]) not in (list, tuple):
+        return np.array(_integers(function, name, values), np.int64)
+    rows = []
+    for i, row in enumerate(values):
+        if type(row) not in (list, tuple) or len(row) != len(values[0]):
+            got = f"{len(row)} entries" if type(row) in (list, tuple) else type(row).__name__
+            raise ValueError(
+                message(
+                    function, f"{name}[{i}] is no row like the first", got,
+                    f"a list of {len(values[0])} integers",
+                )
+            )  # fmt: skip
+        rows.append(_integers(function, f"{name}[{i}]", row))
+    return np.array(rows, np.int64)
+
+
+def _integers(function: str, name: str, values: Sequence[Any]) -> list[int]:
+    """Python's, NumPy's, or tensors without dimensions."""
+    return [
+        _ext.integer(function, f"{name}[{i}]", value, "an integer")
+        for i, value in enumerate(values)
+    ]
 
 
 def _seed(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> int:

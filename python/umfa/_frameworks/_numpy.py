@@ -86,7 +86,8 @@ call = None
 
 def to_host(tensor: Any, function: str, argument: str) -> Any:
     _check_not_masked(tensor, function, argument)
-    return tensor if tensor.flags.c_contiguous else np.ascontiguousarray(tensor)
+    native = tensor.dtype.newbyteorder("=")
+    return np.ascontiguousarray(tensor, dtype=native)
 
 
 def check_writable(tensor: Any, function: str, argument: str) -> None:

@@ -26,16 +26,17 @@ def check_rotary(function: Function, new: tuple[Any, Any], angles: tuple[Any, An
 
 def lengths(function: Function, cache_seqlens: Any, q: Any, cu_seqlens_q: Any = None) -> Any:
     """The rows in use as a table, where they are one number for all sequences."""
-    if cache_seqlens is None or hasattr(cache_seqlens, "__dlpack__"):
+    if cache_seqlens is None or type(cache_seqlens) in (list, tuple):
         return cache_seqlens
-    if type(cache_seqlens) in (list, tuple):
-        return cache_seqlens
-    if type(cache_seqlens) is not int and is_buffer(cache_seqlens):
+    is_number = type(cache_seqlens) is int or shape_of(cache_seqlens) == ()
+    if not is_number and (hasattr(cache_seqlens, "__dlpack__") or is_buffer(cache_seqlens)):
         return cache_seqlens
     length = integer(function.name, "cache_seqlens", cache_seqlens, "a number of rows, or a tensor")
     if cu_seqlens_q is None:
         shape = shape_of(q) or ()
         batch = shape[:1] if len(shape) == 4 else (0,)
+    elif type(cu_seqlens_q) in (list, tuple):
+        batch = (max(len(cu_seqlens_q) - 1, 0),)
     else:
         shape = shape_of(cu_seqlens_q) or ()
         batch = (max(shape[0] - 1, 0),) if len(shape) == 1 else (0,)
