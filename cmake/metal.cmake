@@ -100,7 +100,7 @@ if(umfa_metal STREQUAL "ON")
     COMPILE_OPTIONS "-fobjc-arc;-Wunguarded-availability-new")
   # CoreGraphics: without it in the process MTLCreateSystemDefaultDevice returns nil.
   target_link_libraries(libumfa PRIVATE "-framework Metal" "-framework Foundation"
-    "-framework CoreGraphics")
+    "-framework CoreGraphics" "-framework IOKit")
 endif()
 
 # The same sources, compiled by the clang of PyPI's ziglang for Apple's Objective-C ABI on ELF, which

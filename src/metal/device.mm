@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <string_view>
 
+#import "metal/gpu_cores.h"
 #import "metal/text.h"
 
 namespace umfa::metal {
@@ -30,9 +31,9 @@ std::optional<Family> family_of(id<MTLDevice> device) {
     return std::nullopt;
 }
 
-/// GPU cores of a chip by its name: those of its largest variant. Metal does not tell, and the I/O
-/// registry, which does, would be one more framework. Only how far work is split depends on it.
-int cores_of(std::string_view name) {
+/// GPU cores of a chip by its name: those of its largest variant. Only how far work is split depends
+/// on it.
+int assumed_cores(std::string_view name) {
     constexpr struct {
         std::string_view chip;
         int plain, pro, max, ultra;
@@ -69,7 +70,9 @@ __attribute__((availability(macos, introduced = 14.0))) std::optional<Gpu> open_
         return std::nullopt;
     }
     gpu.capabilities.family = *family;
-    gpu.capabilities.cores = cores_of(gpu.name);
+    const std::optional<int> cores = registered_cores(device.registryID);
+    gpu.cores_assumed = !cores;
+    gpu.capabilities.cores = cores ? *cores : assumed_cores(gpu.name);
     gpu.capabilities.max_threadgroup_bytes =
         static_cast<uint32_t>(device.maxThreadgroupMemoryLength);
     gpu.capabilities.max_threads = static_cast<uint32_t>(device.maxThreadsPerThreadgroup.width);
@@ -112,8 +115,9 @@ std::optional<Gpu> open_gpu(std::string& reason) {
 
 std::string describe(const Gpu& gpu) {
     char text[64];
-    std::snprintf(text, sizeof text, "Apple%d, %d cores assumed, %.1f GiB for the GPU",
+    std::snprintf(text, sizeof text, "Apple%d, %d cores%s, %.1f GiB for the GPU",
                   static_cast<int>(gpu.capabilities.family), gpu.capabilities.cores,
+                  gpu.cores_assumed ? " assumed" : "",
                   static_cast<double>(gpu.memory_bytes) / (1u << 30));
     return gpu.name + " (" + gpu.architecture + ", " + text + ")";
 }

@@ -215,7 +215,8 @@ void first_use() {
 int main() {
     setenv("UMFA_SELF_TEST", "0", 1);  // this GPU computes nothing, so it would fail
     umfa_double_set_gpu(prepare, run);
-    const umfa_double_device device{"Apple M4", "applegpu_g16g", 9, 1};
+    const umfa_double_device device{"Apple M4", "applegpu_g16g",   9, 1, "AGXAcceleratorG16G",
+                                    1,          UMFA_CORES_NUMBER, 10};
     const umfa_double_machine machine{1, &device, 1, 0, 1024, 7};
     umfa_double_set_machine(&machine);
     umfa_double_install(1);

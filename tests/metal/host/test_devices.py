@@ -8,6 +8,7 @@ import pytest
 import umfa
 from tests.metal.host.test_encode import VALUE_ERROR, c_library, encode
 from tests.metal.metal_tensors import MetalTensor
+from tests.metal.test_plan_forward import plan
 from tools.metal.double import PARAVIRTUAL, Device, Double
 from tools.metal.double.gpus import Recorder
 
@@ -82,6 +83,72 @@ def test_a_gpu_that_is_too_old(family: int, double: Double, recorder: Recorder) 
     umfa.flash_attn_func(x, x, x)
     assert umfa.stats().cpu_calls - before.cpu_calls == 1
     assert not recorder.prepared
+
+
+def cores(double: Double, *devices: Device) -> str:
+    """What umfa says of the cores of the device that it takes."""
+    double.set_machine(devices=devices)
+    device = umfa.backends()[0].device
+    return device[device.index("Apple9, ") + len("Apple9, ") : device.index(", 6.0 GiB")]
+
+
+M4_MAX = Device("Apple M4 Max", "applegpu_g16s", 9)
+ASSUMED = "40 cores assumed"
+
+
+@pytest.mark.parametrize("count", [1, 10, 32, 1024])
+def test_the_registry_says_how_many_cores_there_are(count: int, double: Double) -> None:
+    assert cores(double, M4_MAX._replace(cores=count)) == f"{count} cores"
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        M4_MAX._replace(driver=""),
+        M4_MAX._replace(driver="AppleParavirtGPU", cores=32),
+        M4_MAX._replace(cores=None),
+        M4_MAX._replace(cores="32"),
+        M4_MAX._replace(cores=0),
+        M4_MAX._replace(cores=-1),
+        M4_MAX._replace(cores=1025),
+        M4_MAX._replace(cores=2**32 + 32),
+    ],
+    ids=[
+        *("no driver", "another class", "no property", "text", "none", "negative", "too many"),
+        "too many for an int",
+    ],
+)
+def test_where_it_does_not_say_they_are_assumed(device: Device, double: Double) -> None:
+    assert cores(double, device) == ASSUMED
+
+
+def test_a_registry_that_fails(double: Double) -> None:
+    double.fault("registry")
+    assert cores(double, M4_MAX._replace(cores=32)) == ASSUMED
+    assert cores(double, M4_MAX._replace(cores=32)) == "32 cores"
+
+
+def test_the_driver_is_that_of_the_device(double: Double) -> None:
+    """By its ID; where no driver has it, the only driver."""
+    older = Device("Apple of another kind", "", 6, cores=4)
+    mine = M4_MAX._replace(cores=32)
+    assert cores(double, older, mine) == "32 cores"
+    assert cores(double, older, mine._replace(cores=None)) == ASSUMED
+    assert cores(double, mine._replace(same_id=False)) == "32 cores"
+    assert cores(double, older, mine._replace(same_id=False)) == ASSUMED
+
+
+def test_the_planner_is_told(double: Double, recorder: Recorder) -> None:
+    q, k = np.zeros((1, 1, 1, 64), np.float32), np.zeros((1, 16384, 1, 64), np.float32)
+    parts = []
+    for count in (1, 4):
+        double.set_machine(devices=[M4_MAX._replace(cores=count)])
+        umfa.flash_attn_func(q, k, k, backend="metal")
+        made = plan(np.float32, q.shape, seqlen_kv=k.shape[1], family=9, cores=count)
+        split = recorder.dispatches[-2]
+        assert split.threadgroups == made["launches"][0]["grid"]
+        parts.append(split.threadgroups[0])
+    assert parts[1] == 4 * parts[0], "more cores, more parts"
 
 
 def test_work_goes_to_the_device_that_was_taken(double: Double, recorder: Recorder) -> None:

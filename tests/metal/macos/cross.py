@@ -1,9 +1,9 @@
 """Compiles and links all of umfa for arm64 macOS on Linux, with PyPI's ``ziglang``.
 
-zig brings clang, a linker, a C++ library and Apple's libSystem; Foundation's and Metal's headers
-are those of the double, and what is linked is a list of symbols (``stubs/``), which thereby is the
-list of what umfa may use. Nothing is run, and nothing built here is shipped: macOS wheels are made
-on macOS.
+zig brings clang, a linker, a C++ library and Apple's libSystem; the headers of Foundation, Metal
+and IOKit are those of the double, and what is linked is a list of symbols (``stubs/``), which
+thereby is the list of what umfa may use. Nothing is run, and nothing built here is shipped: macOS
+wheels are made on macOS.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ TARGET = ("-target", f"aarch64-macos.{FLOOR}")
 METAL = "/System/Library/Frameworks/Metal.framework/Versions/A/Metal"
 FOUNDATION = "/System/Library/Frameworks/Foundation.framework/Versions/C/Foundation"
 CORE_GRAPHICS = "/System/Library/Frameworks/CoreGraphics.framework/Versions/A/CoreGraphics"
+IO_KIT = "/System/Library/Frameworks/IOKit.framework/Versions/A/IOKit"
 SYSTEM, OBJC = "/usr/lib/libSystem.B.dylib", "/usr/lib/libobjc.A.dylib"
-MAY_NEED = {METAL, FOUNDATION, CORE_GRAPHICS, SYSTEM, OBJC}
+MAY_NEED = {METAL, FOUNDATION, CORE_GRAPHICS, IO_KIT, SYSTEM, OBJC}
 # What the frameworks export, as far as umfa may use it.
 STUBBED = (
     *(f"-F{STUBS / 'frameworks'}", f"-L{STUBS / 'lib'}", "-lobjc"),
     *("-framework", "Metal", "-framework", "Foundation", "-framework", "CoreGraphics"),
+    *("-framework", "IOKit"),
 )
 
 CXX = (

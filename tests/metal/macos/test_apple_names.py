@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Of Foundation, known from its documentation: metal-cpp has no use for them.
-BEYOND_METAL_CPP = {"initWithBytes:length:encoding:", "new"}
+BEYOND_METAL_CPP = {"initWithBytes:length:encoding:", "new", "class", "isKindOfClass:"}
 
 
 @pytest.fixture(scope="module")

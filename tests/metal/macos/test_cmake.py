@@ -270,7 +270,7 @@ def test_how_the_host_is_compiled(tmp_path: Path) -> None:
         } <= set(commands[name]), name
     assert "unavailable.cpp" not in commands
     linked = (mac.build / "build.ninja").read_text()
-    for framework in ("Metal", "Foundation", "CoreGraphics"):
+    for framework in ("Metal", "Foundation", "CoreGraphics", "IOKit"):
         assert f"-framework {framework}" in linked
     built = {source.name for source in cross.core_sources()}
     assert set(commands) == {*built, "embedded_shaders.cpp"}, "what cross.py compiles, too"

@@ -113,6 +113,7 @@ def test_libumfa_needs_metal_and_nothing_strange(built: tuple[Path, Path]) -> No
     assert {"_MTLCopyAllDevices", "_MTLCreateSystemDefaultDevice"} <= image.undefined[cross.METAL]
     # Without it Metal has no default device; -dead_strip_dylibs keeps what is referred to.
     assert "_CGRectNull" in image.undefined[cross.CORE_GRAPHICS]
+    assert {"_IOServiceMatching", "_IOObjectRelease"} <= image.undefined[cross.IO_KIT]
 
 
 @pytest.mark.slow

@@ -123,6 +123,10 @@ class _Device(ctypes.Structure):
         ("architecture", ctypes.c_char_p),
         ("family", ctypes.c_int32),
         ("unified", ctypes.c_int32),
+        ("driver", ctypes.c_char_p),
+        ("same_id", ctypes.c_int32),
+        ("cores_kind", ctypes.c_int32),
+        ("cores", ctypes.c_int64),
     )
 
 
@@ -186,6 +190,7 @@ FAULTS = (
     "command_buffer",
     "encoder",
     "execution",
+    "registry",
 )
 
 _RESULTS = {
@@ -278,15 +283,28 @@ def _kernel(pointer: Any) -> Kernel:
 
 
 class Device(NamedTuple):
-    """What an MTLDevice says of itself."""
+    """What an MTLDevice says of itself, and the I/O registry of its driver."""
 
     name: str = "Apple M1"
     architecture: str = "applegpu_g13g"
     family: int = 7
     unified: bool = True
+    driver: str = "AGXAcceleratorG13G"
+    """Its class in the registry; empty: there is none."""
+    same_id: bool = True
+    """Whether Metal's registryID is that of the driver."""
+    cores: int | str | None = None
+    """The driver's "gpu-core-count"; a str: as text, which it should not be."""
+
+    def described(self) -> _Device:
+        kind = 0 if self.cores is None else 1 if isinstance(self.cores, int) else 2
+        return _Device(
+            *(self.name.encode(), self.architecture.encode(), self.family, self.unified),
+            *(self.driver.encode(), self.same_id, kind, int(self.cores or 0)),
+        )
 
 
-PARAVIRTUAL = Device("Apple Paravirtual device", "paravirtual", family=5)
+PARAVIRTUAL = Device("Apple Paravirtual device", "paravirtual", family=5, driver="AppleParavirtGPU")
 """What a virtual Mac shows, hosted CI among them: GPU family Apple5, no matrix operations."""
 
 
@@ -370,12 +388,7 @@ class Double:
         if devices is None:
             devices = [Device(name, architecture, family)] if present else []
         self.library.umfa_double_release()
-        described = (_Device * len(devices))(
-            *(
-                _Device(d.name.encode(), d.architecture.encode(), d.family, d.unified)
-                for d in devices
-            )
-        )
+        described = (_Device * len(devices))(*(device.described() for device in devices))
         self.library.umfa_double_set_machine(
             ctypes.byref(
                 _Machine(

@@ -12,6 +12,10 @@
 
 #include "runtime/double.h"
 
+@interface NSNumber (UMFADouble)
++ (NSNumber*)umfaWith:(long long)value __attribute__((ns_returns_retained));
+@end
+
 @interface NSArray (UMFADouble)
 - (void)umfaAdd:(id)object;
 @end
@@ -36,6 +40,11 @@ struct DeviceFacts {
     std::string name, architecture;
     int family = 7;
     bool unified = true;
+    uint64_t id = 0;     // what Metal says
+    std::string driver;  // the class of its driver in the I/O registry; empty: it has none
+    uint64_t driver_id = 0;
+    int cores_kind = UMFA_CORES_ABSENT;
+    int64_t cores = 0;
 };
 
 struct Machine {

@@ -115,6 +115,19 @@ const CGRect CGRectNull = {};
 }
 @end
 
+@implementation NSNumber {
+    long long _value;
+}
++ (NSNumber*)umfaWith:(long long)value {
+    NSNumber* number = [NSNumber new];
+    number->_value = value;
+    return number;
+}
+- (long long)longLongValue {
+    return _value;
+}
+@end
+
 @implementation NSArray {
     std::vector<id> _objects;
 }

@@ -177,7 +177,7 @@ bool survives_the_service(const std::string& macro) {
     return [MTLArchitecture umfaNamed:facts.architecture.c_str()];
 }
 - (uint64_t)registryID {
-    return 4294967296 + static_cast<uint64_t>(number);
+    return facts.id;
 }
 // The same GPU, however often it is asked for.
 - (BOOL)isEqual:(id)object {

@@ -126,8 +126,10 @@ void umfa_double_set_machine(const umfa_double_machine* machine) {
     current.devices.clear();
     for (int32_t i = 0; i < machine->device_count; ++i) {
         const umfa_double_device& device = machine->devices[i];
+        const uint64_t id = 4294967296 + static_cast<uint64_t>(i);
         current.devices.push_back(
-            {device.name, device.architecture, device.family, device.unified != 0});
+            {device.name, device.architecture, device.family, device.unified != 0, id,
+             device.driver, device.same_id != 0 ? id : id + 1000, device.cores_kind, device.cores});
     }
     current.listed = std::min(machine->listed, machine->device_count);
     current.usual = machine->usual;

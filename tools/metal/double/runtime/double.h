@@ -30,11 +30,17 @@ UMFA_DOUBLE_API void umfa_double_self_test_patience(int64_t milliseconds);
 
 // ---- the machine ---------------------------------------------------------------------------------
 
+enum { UMFA_CORES_ABSENT = 0, UMFA_CORES_NUMBER = 1, UMFA_CORES_TEXT = 2 };
+
 typedef struct {
     const char* name;          // e.g. "Apple M1"
     const char* architecture;  // e.g. "applegpu_g13g"
     int32_t family;            // newest of Apple's GPU families that it has: 5 to 10
     int32_t unified;           // whether it shares the CPU's memory
+    const char* driver;        // the class of its driver in the I/O registry; "": it has none
+    int32_t same_id;           // whether Metal's registryID is that of the driver
+    int32_t cores_kind;        // UMFA_CORES_...: how the driver says how many cores there are
+    int64_t cores;
 } umfa_double_device;
 
 typedef struct {
@@ -60,7 +66,8 @@ enum umfa_double_fault_kind {
     UMFA_FAULT_COMMAND_BUFFER = 8,  // commandBuffer returns nil
     UMFA_FAULT_ENCODER = 9,         // computeCommandEncoder returns nil
     UMFA_FAULT_EXECUTION = 10,      // the command buffer ends with error code `value`
-    UMFA_FAULT_KINDS = 11
+    UMFA_FAULT_REGISTRY = 11,       // IOServiceGetMatchingServices fails
+    UMFA_FAULT_KINDS = 12
 };
 /// After `skip` times, the operation fails `count` times. Replaces an earlier fault of the kind.
 UMFA_DOUBLE_API void umfa_double_fault(int32_t kind, int32_t skip, int32_t count, int64_t value);

@@ -96,6 +96,10 @@ typedef NS_ENUM(NSUInteger, NSStringEncoding) { NSUTF8StringEncoding = 4 };
 }
 @end
 
+@interface NSNumber : NSObject
+@property(readonly) long long longLongValue;
+@end
+
 @interface NSArray<__covariant Object> : NSObject
 @property(readonly) NSUInteger count;
 - (Object)objectAtIndex:(NSUInteger)index;
