@@ -95,6 +95,8 @@ class SelfTest(NamedTuple):
     """The file that stores the outcome for later processes; empty if there is none."""
     not_kept: str
     """Why `kept` is empty."""
+    tried_again: list[str]
+    """Kernel families tested again because an earlier process ended during their case."""
 
     @property
     def passed(self) -> bool:

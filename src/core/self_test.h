@@ -21,7 +21,8 @@ struct SelfTestReport {
     double seconds = 0;
     int64_t pipelines = 0;  // built for the test
     std::vector<SelfTestResult> results;
-    std::string kept;  // the file that stores it; if empty, not_kept says why
+    std::vector<std::string> tried_again;  // families during whose case an earlier process ended
+    std::string kept;                      // the file that stores it; if empty, not_kept says why
     std::string not_kept;
 
     bool passed() const {

@@ -5,13 +5,13 @@
 #include <sys/sysctl.h>
 #endif
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <ctime>
 #include <exception>
 #include <future>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <string_view>
@@ -28,6 +28,10 @@
 
 namespace umfa::metal {
 namespace {
+
+/// A family is excluded after more deaths in a row. One says little of the kernels: the process may
+/// have been killed for another reason.
+constexpr int most_deaths = 1;
 
 /// After this many hangs the remaining cases are not tested, since each hang makes the caller wait
 /// for the whole patience. macOS ends GPU work that hangs within seconds, and compiling takes less.
@@ -106,10 +110,10 @@ std::string without_function(const std::string& message) {
 
 class Tester {
 public:
-    /// `unfinished`: families to exclude without testing.
+    /// `deaths`: for each family, how many processes in a row ended during its case.
     Tester(std::shared_ptr<const Machine> machine, DType dtype, SelfTestRecord& record,
-           std::vector<std::string> unfinished)
-        : machine_(std::move(machine)), record_(record), unfinished_(std::move(unfinished)) {
+           std::map<std::string, int> deaths)
+        : machine_(std::move(machine)), record_(record), deaths_(std::move(deaths)) {
         report_.dtype = name_of(dtype);
         report_.device = machine_->device;
         report_.system = system_text();
@@ -134,9 +138,11 @@ private:
     std::string judge(const SelfTestCase& one) {
         if (const std::string fault = fault_of(one.needs); !fault.empty())
             return one.needs + ": " + fault;
-        if (std::find(unfinished_.begin(), unfinished_.end(), one.family) != unfinished_.end())
-            return "an earlier process did not survive the test";
+        const auto died = deaths_.find(one.family);
+        if (died != deaths_.end() && died->second > most_deaths)
+            return std::to_string(died->second) + " processes in a row did not survive the test";
         if (hangs_ >= most_hangs) return "not tested, since other kernels hang";
+        if (died != deaths_.end()) report_.tried_again.push_back(one.family);
         record_.begin(one.family);
         std::string fault = attempt(one);
         record_.end(one.family);
@@ -170,7 +176,7 @@ private:
 
     const std::shared_ptr<const Machine> machine_;
     SelfTestRecord& record_;
-    const std::vector<std::string> unfinished_;
+    const std::map<std::string, int> deaths_;
     SelfTestReport report_;
     int hangs_ = 0;
     bool out_of_memory_ = false;
@@ -203,7 +209,7 @@ SelfTestReport self_test(const std::shared_ptr<const Machine>& machine, DType dt
     // Another process may have tested while this one waited for the lock.
     if (!force)
         if (std::optional<SelfTestReport> known = record.read()) return *known;
-    return Tester(machine, dtype, record, force ? std::vector<std::string>{} : record.unfinished())
+    return Tester(machine, dtype, record, force ? std::map<std::string, int>{} : record.deaths())
         .run(self_test_cases(dtype, machine->capabilities));
 }
 

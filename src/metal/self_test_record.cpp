@@ -71,6 +71,7 @@ std::string text_of(const SelfTestReport& report, const std::string& key) {
          << one_line(report.device) << "\nsystem " << one_line(report.system) << "\nwhen "
          << report.when << "\nseconds " << report.seconds << "\npipelines " << report.pipelines
          << "\n";
+    for (const std::string& family : report.tried_again) text << "again " << family << "\n";
     for (const SelfTestResult& result : report.results) {
         text << "family " << result.family << "\n";
         if (!result.fault.empty()) text << "fault " << one_line(result.fault) << "\n";
@@ -91,6 +92,7 @@ SelfTestReport report_of(const std::string& text) {
         if (word == "when") report.when = rest;
         if (word == "seconds") report.seconds = std::atof(rest.c_str());
         if (word == "pipelines") report.pipelines = std::atoll(rest.c_str());
+        if (word == "again") report.tried_again.push_back(rest);
         if (word == "family") report.results.push_back({rest, ""});
         if (word == "fault" && !report.results.empty()) report.results.back().fault = rest;
     }
@@ -167,16 +169,15 @@ void SelfTestRecord::lock(std::chrono::seconds patience) {
     lock_ = opened;
 }
 
-std::vector<std::string> SelfTestRecord::unfinished() const {
-    std::vector<std::string> families;
-    if (lock_ < 0) return families;
+std::map<std::string, int> SelfTestRecord::deaths() const {
+    std::map<std::string, int> deaths;
+    if (lock_ < 0) return deaths;
     std::istringstream lines(content_of(file_ + ".journal"));
     for (std::string word, family; lines >> word >> family;) {
-        const auto at = std::find(families.begin(), families.end(), family);
-        if (word == "begin" && at == families.end()) families.push_back(family);
-        if (word == "end" && at != families.end()) families.erase(at);
+        if (word == "begin") ++deaths[family];
+        if (word == "end") deaths.erase(family);
     }
-    return families;
+    return deaths;
 }
 
 void SelfTestRecord::note(const std::string& line) {

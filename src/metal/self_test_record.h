@@ -3,9 +3,9 @@
 #pragma once
 
 #include <chrono>
+#include <map>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "core/self_test.h"
 
@@ -24,11 +24,11 @@ public:
 
     /// Locks the record against other processes until destruction; waits up to `patience`.
     void lock(std::chrono::seconds patience);
-    /// Families during whose case an earlier process ended. Requires lock().
-    std::vector<std::string> unfinished() const;
+    /// For each family, how many processes in a row ended during its case. Requires lock().
+    std::map<std::string, int> deaths() const;
     void begin(const std::string& family);
     void end(const std::string& family);
-    /// Stores the report, and sets its `kept` and `not_kept`. Clears unfinished().
+    /// Stores the report, and sets its `kept` and `not_kept`. Clears deaths().
     void write(SelfTestReport& report);
 
 private:

@@ -52,6 +52,9 @@ nb::list self_test_reports(bool run) {
         one["seconds"] = report.seconds;
         one["pipelines"] = report.pipelines;
         one["faults"] = faults;
+        nb::list tried_again;
+        for (const std::string& family : report.tried_again) tried_again.append(family);
+        one["tried_again"] = tried_again;
         one["kept"] = report.kept;
         one["not_kept"] = report.not_kept;
         all.append(one);

@@ -207,6 +207,7 @@ SCHEMA = {
             "excluded": dict,
             "kept": str,
             "not_kept": str,
+            "tried_again": [str],
         }
     ],
     "environment": dict,

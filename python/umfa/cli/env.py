@@ -101,6 +101,7 @@ class Test(TypedDict):
     excluded: dict[str, str]
     kept: str
     not_kept: str
+    tried_again: list[str]
 
 
 class Report(TypedDict):
@@ -185,6 +186,7 @@ def self_tests() -> list[Test]:
             "excluded": {name: tidy(fault) for name, fault in test.faults.items() if fault},
             "kept": tidy(test.kept),
             "not_kept": tidy(test.not_kept),
+            "tried_again": test.tried_again,
         }
         for test in umfa.self_test()
     ]
@@ -275,6 +277,10 @@ def self_test_rows(report: Report) -> dict[str, str]:
                 f"{test['pipelines']} pipelines in {test['seconds']:.1f} s, {kept}"
             ),
             *(escape(f"  {line}") for line in excluded),
+            *(
+                f"  {name} tested again: an earlier process ended during its test"
+                for name in test["tried_again"]
+            ),
         ]
     if not lines and os.environ.get("UMFA_SELF_TEST") == "0":
         lines = ["off: UMFA_SELF_TEST=0"]

@@ -511,19 +511,56 @@ def test_two_processes_at_once(recorder: Recorder) -> None:
     assert sorted(dispatches > 0 for _, dispatches in found) == [False, True], "one waits"
 
 
-def test_a_process_that_died(recorder: Recorder, cache: Path) -> None:
-    metal_double.load()
-    dying = child("clear_f16")
+def end_in(family: str) -> None:
+    """A process that ends during the case of a family, as one does that is killed."""
+    dying = child(family)
     dying.communicate(timeout=120)
     assert dying.returncode == 9
+
+
+def test_after_a_process_that_died_the_case_is_tried_again(recorder: Recorder, cache: Path) -> None:
+    metal_double.load()
+    whole = outcome_of(child())
+    (file,) = files(cache)
+    file.unlink()
+    end_in("clear_f16")
+    assert files(cache) == []
+    report, dispatches = outcome_of(child())
+    assert report["faults"] == whole[0]["faults"], "what it finds counts"
+    assert dispatches == whole[1]
+    assert report["tried_again"] == ["clear_f16"]
+    assert whole[0]["tried_again"] == []
+    (journal,) = cache.glob("umfa/*.journal")
+    assert journal.read_text() == ""
+    assert outcome_of(child("clear_f16")) == (report, 0), "a later process reads the outcome"
+    with metal_double.machine(recorder, "1"):
+        text = env.rows(env.collect())["self-test"]
+    assert "clear_f16 tested again: an earlier process ended during its test" in text
+
+
+def test_two_processes_that_died_exclude_the_case(recorder: Recorder, cache: Path) -> None:
+    metal_double.load()
+    end_in("clear_f16")
+    end_in("clear_f16")
     assert files(cache) == []
     report, dispatches = outcome_of(child("clear_f16"))
-    assert report["faults"]["clear_f16"] == "an earlier process did not survive the test"
+    assert report["faults"]["clear_f16"] == "2 processes in a row did not survive the test"
     assert "nan" in report["faults"]["combine_f16"]
     assert dispatches == 3, "lanes, append and combine"
+    assert report["tried_again"] == []
     (journal,) = cache.glob("umfa/*.journal")
     assert journal.read_text() == ""
     assert outcome_of(child())[0] == report
+
+
+def test_deaths_in_different_cases_exclude_none(recorder: Recorder, cache: Path) -> None:
+    """A process that survives a case also clears its earlier deaths."""
+    metal_double.load()
+    for family in ("clear_f16", "combine_f16", "clear_f16"):
+        end_in(family)
+    report, _ = outcome_of(child())
+    assert all("nan" in report["faults"][family] for family in ("clear_f16", "combine_f16"))
+    assert set(report["tried_again"]) == {"clear_f16", "combine_f16"}
 
 
 # ---- where it is shown --------------------------------------------------------------------------
