@@ -267,7 +267,12 @@ def test_can_run_about_a_call_that_does_not_fit(arguments: Any) -> None:
     assert not possible
     assert reason.startswith("[umfa.can_run] the arguments do not fit; got missing a required arg")
     reason = umfa.can_run(umfa.flash_attn_with_kvcache, X, X, X, dropout_p=0.1)[1]
-    assert "got an unexpected keyword argument 'dropout_p'" in reason
+    assert "; got an unexpected keyword argument 'dropout_p'; expected" in reason
+    reason = umfa.can_run(umfa.flash_attn_func, X, X, X, causal=True, nope=1)[1]
+    assert reason == (
+        "[umfa.can_run] the arguments do not fit; got an unexpected keyword argument 'nope'; "
+        "expected those of flash_attn_func"
+    )
 
 
 @pytest.mark.parametrize("name", ["dropout_seed", "dropout_offset", "attention_chunk", "softcap"])

@@ -68,7 +68,8 @@ def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
         inspect.signature(body).bind(*rest, **kwargs)
     except TypeError as error:
         expected = f"those of {function.__name__}"
-        return False, message("umfa.can_run", "the arguments do not fit", error, expected)
+        got = str(error).removeprefix("got ")  # the message has this word
+        return False, message("umfa.can_run", "the arguments do not fit", got, expected)
     try:
         record = body(*rest, **kwargs)
         if isinstance(record, Combination):
