@@ -122,13 +122,15 @@ Append checked_append(const Checker& check, const Problem& problem,
         const std::string &name = names[field], &cache_name = names[cache_field];
         const std::string channels =
             std::to_string(problem.nheads_kv) + ", " + std::to_string(size_at(cache, 1)) + ")";
+        const std::string rows = field == Field::new_value ? std::to_string(size_at(k, 3))
+                                 : packed                  ? "total of the new rows"
+                                                           : "new rows";
         if (view.ndim != ndim || (!packed && view.shape[0] != batch) ||
             size_at(view, 3) != size_at(k, 3) || size_at(view, 2) != problem.nheads_kv ||
             size_at(view, 1) != size_at(cache, 1))
-            check.value(name + " has the wrong shape", shape_text(view),
-                        (packed ? "(total of the new rows, "
-                                : "(" + std::to_string(batch) + ", new rows, ") +
-                            channels);
+            check.value(
+                name + " has the wrong shape", shape_text(view),
+                (packed ? "(" : "(" + std::to_string(batch) + ", ") + rows + ", " + channels);
         check_float_dtype(check, view, name);
         check_same_device(check, view, name, cache);
         check_memory(check, view, name);
@@ -185,9 +187,12 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
                           view.shape[1] * 2 <= problem.head_dim &&
                           view.shape[1] == rotary.cos.shape[1];
         if (!fits)
-            check.value(name + " has the wrong shape", shape_text(view),
-                        "(positions, half of the rotated channels), at most " +
-                            std::to_string(problem.head_dim / 2) + " of them");
+            check.value(
+                name + " has the wrong shape", shape_text(view),
+                &view == &rotary.sin
+                    ? "(positions, " + std::to_string(rotary.cos.shape[1]) + "), as " + cos_name
+                    : "(positions, half of the rotated channels), at most " +
+                          std::to_string(problem.head_dim / 2) + " of them");
         if (view.shape[0] < positions)
             check.value(name + " has too few positions", std::to_string(view.shape[0]),
                         "at least " + std::to_string(positions));

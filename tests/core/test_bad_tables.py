@@ -312,7 +312,10 @@ def append_cases() -> Iterator[Bad]:
         )  # fmt: skip
         yield Bad("append", {name: "new"}, TypeError, "'new'", f"{name} is not a tensor")
     rows = normal((3, 1, HEADS_K, HEAD_DIM), seed=4)
-    yield Bad("append", {"v": rows}, ValueError, "(3, 1, 2, 8)", "v has the wrong shape")
+    yield Bad(
+        "append", {"v": rows}, ValueError, "(3, 1, 2, 8)",
+        "v has the wrong shape; got (3, 1, 2, 8); expected (3, 2, 2, 8)",
+    )  # fmt: skip
     yield Bad(
         "append", {"k": None, "v": None}, ValueError, "no k and v",
         "rotary_cos and rotary_sin are for new keys",
@@ -347,7 +350,10 @@ def rotary_cases() -> Iterator[Bad]:
         change = {"rotary_cos": bad, "rotary_sin": bad}
         yield Bad("append", change, ValueError, str(dims), "rotary_cos has the wrong shape")
     narrow = {"rotary_sin": np.ascontiguousarray(sin[:, :2])}
-    yield Bad("append", narrow, ValueError, "(10, 2)", "rotary_sin has the wrong shape")
+    yield Bad(
+        "append", narrow, ValueError, "(10, 2)",
+        "rotary_sin has the wrong shape; got (10, 2); expected (positions, 4), as rotary_cos",
+    )  # fmt: skip
     for dtype in ("int32", "bool"):
         whole = cos.astype(dtype)
         yield Bad("append", {"rotary_cos": whole}, TypeError, dtype, "rotary_cos has the wrong")
