@@ -24,6 +24,22 @@ bool extent(const TensorView& view, int64_t& begin, int64_t& end) {
            !__builtin_mul_overflow(high, bytes, &end);
 }
 
+bool overlap(const TensorView& a, const TensorView& b) {
+    if (a.device != Device::cpu || b.device != Device::cpu) return false;
+    if (a.size() == 0 || b.size() == 0) return false;
+    int64_t begin = 0, end = 0, other_begin = 0, other_end = 0;
+    extent(a, begin, end);
+    extent(b, other_begin, other_end);
+    return a.address() + begin < b.address() + other_end &&
+           b.address() + other_begin < a.address() + end;
+}
+
+[[noreturn]] void refuse_overlap(const Checker& check, const std::string& name,
+                                 const std::string& other, const char* use) {
+    check.value(name + " overlaps " + other + " in memory", "overlapping ranges of addresses",
+                "memory of its own, since " + other + use);
+}
+
 }  // namespace
 
 void check_memory(const Checker& check, const TensorView& view, const std::string& name) {
@@ -86,16 +102,14 @@ void check_same_device(const Checker& check, const TensorView& view, const std::
 
 void check_overlap(const Checker& check, const TensorView& written, const std::string& name,
                    const TensorView& read, const std::string& other) {
-    if (written.device != Device::cpu || read.device != Device::cpu) return;
-    if (written.size() == 0 || read.size() == 0) return;
-    int64_t begin = 0, end = 0, other_begin = 0, other_end = 0;
-    extent(written, begin, end);
-    extent(read, other_begin, other_end);
-    const char *a = written.address(), *b = read.address();
-    if (a + begin < b + other_end && b + other_begin < a + end)
-        check.value(name + " overlaps " + other + " in memory", "overlapping ranges of addresses",
-                    "memory of its own, since " + other + " is still being read");
+    if (overlap(written, read)) refuse_overlap(check, name, other, " is still being read");
 }
+
+void check_both_written(const Checker& check, const TensorView& written, const std::string& name,
+                        const TensorView& too, const std::string& other) {
+    if (overlap(written, too)) refuse_overlap(check, name, other, " is also written");
+}
+
 bool elements_distinct(const TensorView& view) {
     int order[TensorView::max_ndim];
     int count = 0;

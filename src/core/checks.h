@@ -63,6 +63,9 @@ void check_same_device(const Checker& check, const TensorView& view, const std::
 
 void check_overlap(const Checker& check, const TensorView& written, const std::string& name,
                    const TensorView& read, const std::string& other);
+/// Likewise of two tensors that are both written.
+void check_both_written(const Checker& check, const TensorView& written, const std::string& name,
+                        const TensorView& too, const std::string& other);
 /// True when no two indices may name the same element: sorted by stride, each dimension steps over
 /// everything the smaller ones reach. Sufficient, and exact for every view made by slicing.
 bool elements_distinct(const TensorView& view);

@@ -140,7 +140,8 @@ Append checked_append(const Checker& check, const Problem& problem,
         check_overlap(check, cache, cache_name, *request.query, names[Field::query]);
     }
     if (!interleaved(*request.key, *request.value))
-        check_overlap(check, *request.key, names[Field::key], *request.value, names[Field::value]);
+        check_both_written(check, *request.key, names[Field::key], *request.value,
+                           names[Field::value]);
     Append append{operand_of(k, Layout::bshd), operand_of(v, Layout::bshd)};
     append.key.stride_batch = stride_at(k, 4);
     append.value.stride_batch = stride_at(v, 4);

@@ -65,7 +65,7 @@ const char* name_of(Feature feature) {
         case Feature::window: return "window_size";
         case Feature::softcap: return "softcap";
         case Feature::alibi: return "alibi_slopes";
-        case Feature::lse: return "softmax_lse";
+        case Feature::lse: return "the log-sum-exp";
         case Feature::gqa: return "grouped-query attention";
         case Feature::mask: return "attn_mask";
         case Feature::sinks: return "learnable_sink";
@@ -423,8 +423,8 @@ ForwardResults Problem::results(const TensorView& out, const std::optional<Tenso
     ForwardResults results{operand_of(out, layout), {}};
     results.out.stride_batch = stride_at(out, 4);
     if (!lse) return results;
-    check_writable(check, *this, *lse, lse_shape(), "softmax_lse");
-    check_overlap(check, *lse, "softmax_lse", out, "out");
+    check_writable(check, *this, *lse, lse_shape(), "lse");  // C's name: Python allocates it
+    check_both_written(check, *lse, "lse", out, "out");
     results.lse =
         Operand{*lse, stride_at(*lse, 3), stride_at(*lse, 2), lse->strides[lse->ndim - 1], 0};
     return results;

@@ -784,7 +784,9 @@ TEST(out_must_not_overlap) {
     make_problem(&p, UMFA_LAYOUT_BSHD);
     WITH(out.dl.data, p.query.dl.data, UMFA_ERROR_VALUE, "overlap");
     WITH(out.dl.data, p.value.dl.data, UMFA_ERROR_VALUE, "overlap");
-    WITH(lse.dl.data, p.out.dl.data, UMFA_ERROR_VALUE, "overlap");
+    WITH(lse.dl.data, p.out.dl.data, UMFA_ERROR_VALUE,
+         "] lse overlaps out in memory; got overlapping ranges of addresses; "
+         "expected memory of its own, since out is also written");
     WITH(out.strides[0], 0, UMFA_ERROR_VALUE, "out");
     {
         umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
@@ -794,7 +796,7 @@ TEST(out_must_not_overlap) {
         slopes.dl.data = p.out.dl.data;
         CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "out overlaps alibi_slopes");
         slopes.dl.data = p.lse.dl.data;
-        CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "lse overlaps alibi_slopes");
+        CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "] lse overlaps alibi_slopes");
     }
 }
 
@@ -887,12 +889,13 @@ TEST(combine_that_cannot_be) {
     CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, NULL, 0), UMFA_ERROR_VALUE,
                 "lse is missing");
     CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, &p.lse.dl, 0),
-                UMFA_ERROR_VALUE, "lse has the wrong shape");
+                UMFA_ERROR_VALUE, "] lse has the wrong shape");
     CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl, 7), UMFA_ERROR_VALUE,
                 "backend is unknown; got 7");
     lse.dl.data = p.out.dl.data;
     CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl, 0), UMFA_ERROR_VALUE,
-                "lse overlaps out");
+                "] lse overlaps out in memory; got overlapping ranges of addresses; "
+                "expected memory of its own, since out is also written");
     p.out.dl.data = out_partial.dl.data;
     CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl, 0), UMFA_ERROR_VALUE,
                 "out overlaps out_partial");

@@ -539,9 +539,12 @@ def test_expanded_caches(name: str) -> None:
 def test_overlapping_caches(written: str, read: str, framework: Framework) -> None:
     arguments = Bad("append", {}, ValueError, "", "").arguments(framework)
     arguments[read] = arguments[written] if read == "v_cache" else arguments[written][:3, :2]
+    use = "also written" if read == "v_cache" else "still being read"
     assert_refused(
-        KVCACHE, arguments, framework, ValueError, f"{written} overlaps {read} in memory"
-    )
+        KVCACHE, arguments, framework, ValueError,
+        f"{written} overlaps {read} in memory; got overlapping ranges of addresses; "
+        f"expected memory of its own, since {read} is {use}",
+    )  # fmt: skip
 
 
 def test_masked_arrays() -> None:
