@@ -112,10 +112,12 @@ TensorView view_of(const DLTensor& tensor, std::string_view function, std::strin
                  dlpack_device_text(tensor.device), "cpu or metal");
     }
     view.dtype = dtype_of(tensor.dtype, function, argument);
+    // The least number depends on the argument, whose own check follows.
     if (tensor.ndim < 0 || tensor.ndim > TensorView::max_ndim)
         fail(ErrorKind::value, function,
              std::string(argument) + " has an impossible number of dimensions",
-             std::to_string(tensor.ndim), "0 to " + std::to_string(TensorView::max_ndim));
+             std::to_string(tensor.ndim),
+             tensor.ndim < 0 ? "0 or more" : "at most " + std::to_string(TensorView::max_ndim));
     if (tensor.ndim > 0 && tensor.shape == nullptr)
         fail(ErrorKind::value, function, std::string(argument) + " has no shape", "NULL",
              "an array of " + std::to_string(tensor.ndim) + " sizes");

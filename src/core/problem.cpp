@@ -12,7 +12,8 @@ namespace umfa {
 namespace {
 
 std::string dims_text(Layout layout, bool broadcasts) {
-    if (broadcasts) return "at least 2: (..., nheads, seqlen, head_dim)";
+    if (broadcasts)
+        return "2 to " + std::to_string(TensorView::max_ndim) + ": (..., nheads, seqlen, head_dim)";
     return layout == Layout::bshd ? "4: (batch, seqlen, nheads, head_dim)"
                                   : "4: (batch, nheads, seqlen, head_dim)";
 }

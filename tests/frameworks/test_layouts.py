@@ -42,7 +42,7 @@ class Wrapper(torch.Tensor):  # type: ignore[misc]
 
 
 NESTED = (
-    "{} is a nested tensor; got layout torch.{}; expected a dense tensor "
+    "{} is a nested tensor; got a nested tensor with layout torch.{}; expected a dense tensor "
     "(see flash_attn_varlen_func for sequences of different lengths)"
 )
 DENSE = "{} is not a dense tensor; got torch.{}; expected a plain strided tensor"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -274,6 +275,22 @@ def test_a_result_past_64_bits_is_refused() -> None:
     assert "the result is too large" in reason
     with pytest.raises(ValueError, match="the result is too large; got query"):
         umfa.scaled_dot_product_attention(query, key, one)
+
+
+@pytest.mark.parametrize(
+    ("ndim", "text"),
+    [
+        (1, "has 1 dimensions; got shape (1,); expected 2 to 8: (..., nheads, seqlen, head_dim)"),
+        (9, "has an impossible number of dimensions; got 9; expected at most 8"),
+    ],
+)
+def test_2_to_8_dimensions(ndim: int, text: str) -> None:
+    for index, name in enumerate(("query", "key", "value")):
+        tensors: list[Any] = [np.ones((1, 1), np.float32)] * 3
+        umfa.scaled_dot_product_attention(*tensors)
+        tensors[index] = np.ones((1,) * ndim, np.float32)
+        with pytest.raises(ValueError, match=re.escape(f"] {name} {text}")):
+            umfa.scaled_dot_product_attention(*tensors)
 
 
 def test_an_output_in_pieces_is_one_call() -> None:

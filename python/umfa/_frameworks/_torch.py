@@ -134,7 +134,7 @@ def _check_plain(tensor: Any, function: str, argument: str) -> None:
             message(
                 function,
                 f"{argument} is a nested tensor",
-                f"layout {tensor.layout}",
+                f"a nested tensor with layout {tensor.layout}",
                 "a dense tensor (see flash_attn_varlen_func for sequences of different lengths)",
             )
         )
