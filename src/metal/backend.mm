@@ -7,6 +7,7 @@
 #include "metal/host.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
+#include "metal/self_test.h"
 #include "metal/trust.h"
 
 namespace umfa::metal {
@@ -31,6 +32,11 @@ bool worthwhile(const Problem& problem) {
 
 /// A merge reads each element once: on host memory the CPU needs no longer, and no launch.
 bool combine_is_worthwhile(const CombineProblem&) { return false; }
+
+Verdict available() {
+    self_test_mode();  // an invalid value is an error without a usable GPU too
+    return Context::available();
+}
 
 void* allocate(uint64_t bytes, std::string_view function) {
     const AutoreleasePool pool;
@@ -64,7 +70,7 @@ std::string describe_device() {
 }  // namespace
 
 const Backend backend{"metal",
-                      Context::available,
+                      available,
                       [](Device) { return true; },  // host memory is the GPU's too
                       {forward_features, can_plan_forward, forward, encode_forward, worthwhile,
                        trusts_forward, forward_may_wait},

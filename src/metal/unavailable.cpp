@@ -8,7 +8,11 @@
 namespace umfa::metal {
 namespace {
 
-Verdict unavailable() { return {false, "this build of umfa has no Metal backend"}; }
+Verdict unavailable() {
+    static const SelfTestMode checked = self_test_mode();  // an invalid value is always an error
+    (void)checked;
+    return {false, "this build of umfa has no Metal backend"};
+}
 
 template <class P>
 void refuse(const P& problem, const typename P::Results&) {

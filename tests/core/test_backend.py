@@ -123,3 +123,16 @@ def test_the_environment_names_no_backend(run_python: Any) -> None:
         "[umfa] UMFA_BACKEND is not a known backend; got 'gpu'; expected 'auto', 'metal' or 'cpu'"
     )
     assert process.stdout.splitlines() == [f"ValueError: {text}", str((False, text)), "done"]
+
+
+def test_the_environment_has_an_impossible_self_test(run_python: Any) -> None:
+    """Refused on every machine, also where there is no GPU to test."""
+    process = run_python(
+        CALL + "print(outcome()); print(umfa.can_run(x, x, x)); print(outcome(backend='cpu'));"
+        "print(umfa.backends()[0].reason)",
+        UMFA_SELF_TEST="9",
+    )
+    text = "[umfa] UMFA_SELF_TEST is wrong; got '9'; expected '0', '1' or 'force'"
+    assert process.stdout.splitlines() == [
+        f"ValueError: {text}", str((False, text)), "done", text,
+    ]  # fmt: skip
