@@ -76,9 +76,11 @@ def flash_attn_func(
     causal : bool
         Query ``i`` sees the keys ``j <= i + seqlen_kv - seqlen_q``: aligned at the bottom right, or
         as `causal_alignment` says. None is False.
-    window_size : (int, int)
+    window_size : pair of int or None, or None
         ``(left, right)``: query ``i`` sees the keys ``j`` with ``p - left <= j <= p + right``,
-        where ``p = i + seqlen_kv - seqlen_q``; -1 is unbounded. ``causal`` makes ``right`` 0.
+        where ``p = i + seqlen_kv - seqlen_q``. ``causal`` makes ``right`` 0. A bound of -1 or None
+        is unbounded, and so are both sides if `window_size` is None. The pair is a tuple, a list,
+        or an array or tensor of 2 integers.
     softcap : float
         If above 0, scores become ``softcap * tanh(score / softcap)`` before masking.
     alibi_slopes : tensor, shape (nheads,) or (batch, nheads), optional
