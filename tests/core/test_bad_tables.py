@@ -301,10 +301,8 @@ def append_cases() -> Iterator[Bad]:
         ):  # fmt: skip
             what = f"{name} has the wrong shape"
             yield Bad("append", {name: normal(dims, seed=4)}, ValueError, str(dims), what)
-        for dtype in ("float16", "bfloat16", "int32"):
-            new = np.zeros((3, 2, HEADS_K, HEAD_DIM), array_libraries.DTYPES.get(dtype, dtype))
-            what = f"{name} has the wrong dtype"
-            yield Bad("append", {name: new}, TypeError, dtype, what)
+        new = np.zeros((3, 2, HEADS_K, HEAD_DIM), "int32")
+        yield Bad("append", {name: new}, TypeError, "int32", f"{name} has the wrong dtype")
         other = "v" if name == "k" else "k"
         yield Bad(
             "append", {name: None, "rotary_cos": None, "rotary_sin": None}, ValueError,
