@@ -18,7 +18,8 @@ _LATER = [
     "batch_invariant",
 ]
 CACHE = [*_MASKS, *_LATER]
-EXTRAS = [*_MASKS, "return_lse", *DROPOUT, *_LATER]
+_SPLIT = _LATER.index("out_dtype") + 1
+EXTRAS = [*_MASKS, "return_lse", *DROPOUT, *_LATER[:_SPLIT], "num_splits", *_LATER[_SPLIT:]]
 
 
 def by_keyword(function: Callable[..., Any]) -> list[str]:

@@ -36,14 +36,13 @@ bool is_plain(nb::handle value) {
            PyBool_Check(object);
 }
 
-/// The number in a NumPy scalar or in a tensor of one element; else the value itself.
+/// The number in a NumPy scalar or in a tensor without dimensions; else the value itself.
 nb::object unwrapped(const Argument& argument, nb::handle value) {
     nb::object kept = nb::borrow(value);
     if (is_plain(value) || PyUnicode_Check(value.ptr())) return kept;
     try {
         if (!nb::hasattr(value, "item") || !nb::hasattr(value, "shape")) return kept;
-        for (nb::handle size : nb::object(value.attr("shape")))
-            if (!size.equal(nb::int_(1))) return kept;
+        if (nb::len(nb::object(value.attr("shape"))) != 0) return kept;
     } catch (nb::python_error&) {  // tensors without a shape, of torch's nested kind
         return kept;
     }
@@ -79,7 +78,8 @@ bool is_bool(nb::handle value) { return PyBool_Check(value.ptr()); }
 /// An int of any size; raises TypeError.
 nb::object index_of(const Argument& argument, nb::handle value, const std::string& expected) {
     const nb::object found = unwrapped(argument, value);
-    if (!is_bool(found)) {
+    // torch's tensors of one element are indices too, whatever their dimensions.
+    if (!is_bool(found) && (is_plain(found) || !nb::hasattr(found, "shape"))) {
         if (PyObject* index = PyNumber_Index(found.ptr())) return nb::steal(index);
         PyErr_Clear();
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import umfa
 from tests import reference
 from tests.array_libraries import DTYPES, Array
 from tests.attend import call_core
@@ -93,3 +94,19 @@ def test_many_queries_have_nothing_to_split() -> None:
     for splits in (1, 7):
         found, _ = call_core(q, k, v, num_splits=splits)
         assert_same_bits(found.view("u4"), expected.view("u4"))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+def test_every_function_takes_it(splits: int) -> None:
+    q, k, v = tensors(1, 2000)
+    starts_q, starts_k = offsets([1, 1]), offsets([2000, 2000])
+    packed = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    other, one = (call_core(q, k, v, num_splits=n)[0] for n in (3, splits))
+    assert other.tobytes() != one.tobytes()
+    cos, sin = np.ones((2000, 4), np.float32), np.zeros((2000, 4), np.float32)
+    for found in (
+        umfa.flash_attn_func(q, k, v, num_splits=splits),
+        umfa.flash_attn_varlen_func(*packed, starts_q, starts_k, 1, 2000, num_splits=splits),
+        umfa.fused_rope_attention(q, k, v, cos, sin, num_splits=splits),
+    ):
+        assert_same_bits(found.reshape(one.shape).view("u4"), one.view("u4"))

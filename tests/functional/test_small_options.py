@@ -44,8 +44,16 @@ def test_numbers_may_be_tensors_without_dimensions(name: str, value: Any) -> Non
     expected = result(**{name: value})
     assert expected.tobytes() != result().tobytes()
     narrow = {float: np.float32, bool: np.bool_, int: np.int32}[type(value)]
-    for given in [*numbers(name, narrow(value)), np.array([[value]])]:
+    for given in numbers(name, narrow(value)):
         assert result(**{name: given}).tobytes() == expected.tobytes(), type(given)
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "attention_chunk", "causal", "num_splits"])
+def test_tensors_with_dimensions_are_no_numbers(name: str) -> None:
+    torch = libraries.load("torch").module
+    for given in (torch.tensor([1]), np.array([1]), torch.tensor([[1]])):
+        with pytest.raises(TypeError, match=f"{name} is not a"):
+            result(**{name: given})
 
 
 def test_a_number_that_requires_grad_is_refused() -> None:

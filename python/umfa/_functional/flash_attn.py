@@ -49,6 +49,7 @@ def flash_attn_func(
     prefix_lens: Any = None,
     out: Any = None,
     out_dtype: Any = None,
+    num_splits: int = 0,
     batch_invariant: bool = False,
 ) -> Attention:
     """Exact attention: ``softmax(q kᵀ · softmax_scale) v`` for each head.
@@ -115,6 +116,9 @@ def flash_attn_func(
     out_dtype : dtype of torch, numpy, jax or mlx, or its name, optional
         Dtype of the result: float32, float16 or bfloat16. If None, that of `out`, or else of `q`.
         If `out` is given too, it must be the dtype of `out`.
+    num_splits : int
+        Largest number of parts into which the keys of few queries are split, so that all threads
+        have work. 1: no split; 0: umfa chooses. Calls with many queries never split the keys.
     prefix_lens : int32 or int64 tensor, shape (batch,), optional
         Every query of index ``b`` also sees the keys ``j < prefix_lens[b]`` (prefix-LM, as in
         PaliGemma) that `causal`, `window_size` or `attention_chunk` hide. `attn_mask` still hides
@@ -211,6 +215,7 @@ def flash_attn_func(
         prefix_lens=prefix_lens,
         out=out,
         out_dtype=out_dtype,
+        num_splits=num_splits,
         batch_invariant=batch_invariant,
         backend=backend,
     )
@@ -242,6 +247,7 @@ def flash_attn_qkvpacked_func(
     prefix_lens: Any = None,
     out: Any = None,
     out_dtype: Any = None,
+    num_splits: int = 0,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` on query, key and value stacked in one tensor.
@@ -280,6 +286,7 @@ def flash_attn_qkvpacked_func(
         prefix_lens=prefix_lens,
         out=out,
         out_dtype=out_dtype,
+        num_splits=num_splits,
         batch_invariant=batch_invariant,
         backend=backend,
     )
@@ -312,6 +319,7 @@ def flash_attn_kvpacked_func(
     prefix_lens: Any = None,
     out: Any = None,
     out_dtype: Any = None,
+    num_splits: int = 0,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` on key and value stacked in one tensor.
@@ -351,6 +359,7 @@ def flash_attn_kvpacked_func(
         prefix_lens=prefix_lens,
         out=out,
         out_dtype=out_dtype,
+        num_splits=num_splits,
         batch_invariant=batch_invariant,
         backend=backend,
     )

@@ -42,6 +42,7 @@ def fused_rope_attention(
     prefix_lens: Any = None,
     out: Any = None,
     out_dtype: Any = None,
+    num_splits: int = 0,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` with rotary embedding: the kernel rotates q and k when it loads them.
@@ -102,6 +103,7 @@ def fused_rope_attention(
         prefix_lens=prefix_lens,
         out=out,
         out_dtype=out_dtype,
+        num_splits=num_splits,
         batch_invariant=batch_invariant,
         backend=backend,
     )

@@ -59,6 +59,7 @@ def flash_attn_varlen_func(
     prefix_lens: Any = None,
     out: Any = None,
     out_dtype: Any = None,
+    num_splits: int = 0,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_func` on sequences of different lengths, packed one after the other.
@@ -143,6 +144,7 @@ def flash_attn_varlen_func(
         prefix_lens=prefix_lens,
         out=out,
         out_dtype=out_dtype,
+        num_splits=num_splits,
         batch_invariant=batch_invariant,
         backend=backend,
     )
@@ -176,6 +178,7 @@ def flash_attn_varlen_qkvpacked_func(
     prefix_lens: Any = None,
     out: Any = None,
     out_dtype: Any = None,
+    num_splits: int = 0,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_varlen_func` on query, key and value stacked in one tensor.
@@ -219,6 +222,7 @@ def flash_attn_varlen_qkvpacked_func(
         prefix_lens=prefix_lens,
         out=out,
         out_dtype=out_dtype,
+        num_splits=num_splits,
         batch_invariant=batch_invariant,
         backend=backend,
     )
@@ -255,6 +259,7 @@ def flash_attn_varlen_kvpacked_func(
     prefix_lens: Any = None,
     out: Any = None,
     out_dtype: Any = None,
+    num_splits: int = 0,
     batch_invariant: bool = False,
 ) -> Attention:
     """`flash_attn_varlen_func` on key and value stacked in one tensor.
@@ -298,6 +303,7 @@ def flash_attn_varlen_kvpacked_func(
         prefix_lens=prefix_lens,
         out=out,
         out_dtype=out_dtype,
+        num_splits=num_splits,
         batch_invariant=batch_invariant,
         backend=backend,
     )
