@@ -44,6 +44,12 @@ bool is_turn(const BatchLoop& outer, const BatchLoop& inner) {
 
 Merged merged_batch(const Problem& problem, const ForwardResults* results) {
     Merged merged;
+    if (problem.ndim <= 4) {  // at most one: the usual case, without memory for a list
+        if (problem.ndim == 4) merged.walked = dimension(problem, results, 0);
+        merged.batch = merged.walked.size;
+        if (merged.batch <= 1) merged.walked = {};
+        return merged;
+    }
     std::vector<BatchLoop>& groups = merged.loops;
     for (int i = 0; i < problem.ndim - 3; ++i) {
         BatchLoop one = dimension(problem, results, i);

@@ -210,6 +210,7 @@ AttentionRequest make_request(const Options& options, const nb::tuple& tensors, 
     if (nb::len(tensors) != options.given.size())
         fail(ErrorKind::internal, function.name, "tensors are missing",
              std::to_string(nb::len(tensors)), std::to_string(options.given.size()));
+    inputs.read.reserve(options.given.size());  // or it would grow, and move, with each tensor
     for (size_t i = 0; i < options.given.size(); ++i) {
         const TensorField& tensor = tensor_fields[options.given[i]];
         const std::string& name = options.spelled(options.given[i]);

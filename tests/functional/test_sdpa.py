@@ -312,7 +312,7 @@ def test_signature_is_that_of_torch() -> None:
     tensors = dict.fromkeys(["query", "key", "value"], inspect.Parameter.empty)
     assert list(by_position(function).items()) == list((tensors | tail).items())
     assert by_keyword(function) == [
-        "scale", "enable_gqa", "backend", *DROPOUT, "out", "batch_invariant",
+        "scale", "enable_gqa", "backend", *DROPOUT, "out", "out_dtype", "batch_invariant",
     ]  # fmt: skip
     assert inspect.signature(function).parameters["enable_gqa"].default is False
     assert inspect.signature(function).parameters["scale"].default is None
