@@ -13,6 +13,8 @@ namespace {
 
 template <class S, class U>
 constexpr DtypeKernels dtype_kernels{};
+template <class S>
+constexpr DtypeKernels mixed_kernels{};
 
 }  // namespace
 }  // namespace umfa::cpu
