@@ -156,7 +156,7 @@ def offset_cases() -> Iterator[Bad]:
     yield Bad("varlen", shape, ValueError, "(3,)", "cu_seqlens_k has the wrong shape")
     empty = {"cu_seqlens_q": i32(), "cu_seqlens_k": i32()}
     yield Bad("varlen", empty, ValueError, "(0,)", "cu_seqlens_q is empty")
-    yield Bad("varlen", {"cu_seqlens_q": ()}, TypeError, "float64", "has the wrong dtype")
+    yield Bad("varlen", {"cu_seqlens_q": ()}, ValueError, "(0,)", "cu_seqlens_q is empty")
     yield Bad("varlen", {"cu_seqlens_k": [0, 8]}, ValueError, "(2,)", "has the wrong shape")
     yield Bad("varlen", {"cu_seqlens_k": {0, 8}}, TypeError, "builtins.set", "is not a tensor")
     for side, length in (("q", 12), ("k", 15)):
@@ -191,7 +191,10 @@ def length_cases() -> Iterator[Bad]:
             table[b] = value
             change = {name: table}
             yield Bad(good, change, ValueError, str(value), f"{name}[{b}] is out of range")
-        for table in (i32(0), i32(0, 0, 0, 0), np.zeros((3, 1), np.int32), np.array(1, np.int32)):
+        tables = [i32(0), i32(0, 0, 0, 0), np.zeros((3, 1), np.int32)]
+        if name != "cache_seqlens":  # one number is the length of all
+            tables.append(np.array(1, np.int32))
+        for table in tables:
             shape = str(table.shape)
             yield Bad(good, {name: table}, ValueError, shape, f"{name} has the wrong shape")
     for value in (-1, 11):
@@ -554,7 +557,7 @@ def test_masked_arrays() -> None:
         assert_refused(GOOD[good][0], arguments, numpy, TypeError, text)
 
 
-@pytest.mark.parametrize("dtype", [">i4", "bfloat16", "U1", "complex64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "U1", "complex64"])
 def test_odd_numpy_tables(dtype: str) -> None:
     numpy = array_libraries.load("numpy")
     for good, name in (("varlen", "seqused_k"), ("append", "cache_seqlens")):

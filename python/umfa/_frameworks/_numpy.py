@@ -87,7 +87,7 @@ call = None
 def to_host(tensor: Any, function: str, argument: str) -> Any:
     _check_not_masked(tensor, function, argument)
     native = tensor.dtype.newbyteorder("=")
-    return np.ascontiguousarray(tensor, dtype=native)
+    return np.asarray(tensor, dtype=native, order="C")
 
 
 def check_writable(tensor: Any, function: str, argument: str) -> None:
