@@ -18,7 +18,15 @@ ROOT = Path(__file__).parents[2]
 def test_no_function_is_left_out() -> None:
     names = {function.__name__ for function in fuzz.FUNCTIONS}
     others = {"backends", "get_include", "get_library", "get_num_threads", "set_num_threads"}
-    others |= {"stats", "BackendInfo", "Stats", "UnsupportedError", "HINTS"}
+    others |= {
+        "stats",
+        "self_test",
+        "BackendInfo",
+        "SelfTest",
+        "Stats",
+        "UnsupportedError",
+        "HINTS",
+    }
     others |= {"get_scheduler_metadata"}  # accepts anything and returns None
     assert {*umfa.__all__, *fa3.__all__, *fa4.__all__} == names | others
 

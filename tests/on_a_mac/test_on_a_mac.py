@@ -330,7 +330,7 @@ class TestOnTheDouble:
         from tools.metal.double import gpus
 
         case = next(iter(smoke.calls()))
-        monkeypatch.setattr(smoke, "cases", lambda: [case])
+        monkeypatch.setattr(smoke, "calls", lambda: [case])
         with metal_double.machine(gpus.Recorder()):
             smoke.run(part, quick=False)
         assert "1 wrong." in self.text(part)
