@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <ctime>
 #include <exception>
 #include <future>
@@ -190,16 +189,6 @@ Operand placeholder(const TensorView& view) {
 }
 
 }  // namespace
-
-SelfTestMode self_test_mode() {
-    const char* text = std::getenv("UMFA_SELF_TEST");
-    const std::string_view wish = text ? text : "";
-    if (wish.empty() || wish == "1") return SelfTestMode::once;
-    if (wish == "0") return SelfTestMode::never;
-    if (wish == "force") return SelfTestMode::force;
-    fail(ErrorKind::value, "umfa", "UMFA_SELF_TEST is wrong", "'" + std::string(wish) + "'",
-         "'0', '1' or 'force'");
-}
 
 SelfTestReport self_test(const std::shared_ptr<const Machine>& machine, DType dtype, bool force) {
     SelfTestRecord record(key_of(*machine, dtype));

@@ -39,8 +39,10 @@ def kernel_sources() -> list[Path]:
 
 
 def other_sources() -> list[Path]:
-    # Of Metal, the planner: routing asks what it could do. kernel_text.cpp would need the shaders.
-    patterns = ("core/*.cpp", "capi/*.cpp", "cpu/*.cpp", "metal/[!k]*.cpp")
+    # Of Metal, the planner: routing asks what it could do. The texts of kernels, and their self-test,
+    # would need the shaders.
+    metal = ("plan*.cpp", "launch_builder.cpp", "self_test_mode.cpp", "unavailable.cpp")
+    patterns = ("core/*.cpp", "capi/*.cpp", "cpu/*.cpp", *(f"metal/{name}" for name in metal))
     return [path for pattern in patterns for path in sorted((ROOT / "src").glob(pattern))]
 
 
