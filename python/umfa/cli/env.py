@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from rich.markup import escape
 
@@ -88,22 +88,6 @@ class Backend(TypedDict):
     device: str
 
 
-class Test(TypedDict):
-    """The GPU self-test for one dtype; ``excluded`` maps a kernel family to the reason."""
-
-    dtype: str
-    device: str
-    system: str
-    when: str
-    seconds: float
-    pipelines: int
-    families: list[str]
-    excluded: dict[str, str]
-    kept: str
-    not_kept: str
-    tried_again: list[str]
-
-
 class Report(TypedDict):
     """All of it, as ``env --json`` prints it."""
 
@@ -112,7 +96,8 @@ class Report(TypedDict):
     platform: System
     cpu: Cpu
     backends: list[Backend]
-    self_tests: list[Test]
+    self_tests: list[dict[str, Any]]
+    """The fields of `umfa.SelfTest`, for each dtype."""
     environment: dict[str, str]
     packages: dict[str, str]
     problems: list[str]  # what umfa refuses to work with, such as a mistyped environment variable
@@ -172,22 +157,14 @@ def environment() -> dict[str, str]:
     }
 
 
-def self_tests() -> list[Test]:
+def self_tests() -> list[dict[str, Any]]:
     """Return the outcomes of the GPU self-test, which runs now if it has not run yet."""
     return [
-        {
-            "dtype": test.dtype,
-            "device": test.device,
-            "system": test.system,
-            "when": test.when,
-            "seconds": test.seconds,
-            "pipelines": test.pipelines,
-            "families": list(test.faults),
-            "excluded": {name: tidy(fault) for name, fault in test.faults.items() if fault},
-            "kept": tidy(test.kept),
-            "not_kept": tidy(test.not_kept),
-            "tried_again": test.tried_again,
-        }
+        test._replace(
+            faults={name: tidy(fault) for name, fault in test.faults.items()},
+            kept=tidy(test.kept),
+            not_kept=tidy(test.not_kept),
+        )._asdict()
         for test in umfa.self_test()
     ]
 
@@ -265,13 +242,13 @@ def self_test_rows(report: Report) -> dict[str, str]:
     """When each dtype was tested on the GPU and the outcome; empty without a test."""
     lines = []
     for test in report["self_tests"]:
-        excluded = [f"{name} excluded: {why}" for name, why in test["excluded"].items()]
-        passed = len(test["families"]) - len(excluded)
+        faults = test["faults"]
+        excluded = [f"{name} excluded: {why}" for name, why in faults.items() if why]
+        passed = len(faults) - len(excluded)
         kept = f"in {test['kept']}" if test["kept"] else f"not kept: {test['not_kept']}"
         colour = "yellow" if excluded else "green"
         lines += [
-            f"[{colour}]{test['dtype']}: {passed} of {len(test['families'])} families of kernels "
-            "pass[/]",
+            f"[{colour}]{test['dtype']}: {passed} of {len(faults)} families of kernels pass[/]",
             escape(
                 f"  {test['device']}, {test['system']}, {test['when']}, "
                 f"{test['pipelines']} pipelines in {test['seconds']:.1f} s, {kept}"
