@@ -181,8 +181,8 @@ private:
     bool out_of_memory_ = false;
 };
 
-/// Stands for a result in a plan that is not run: the planner reads only its strides.
-Operand placeholder(const TensorView& view) {
+/// A result without memory, for a plan that is not run: the planner reads only its strides.
+Operand without_memory(const TensorView& view) {
     Operand operand{view};
     operand.stride_channel = 1;
     return operand;
@@ -250,7 +250,7 @@ Verdict trusts(const SelfTestReport& report, const LaunchPlan& plan) {
 }
 
 LaunchPlan plan_without_results(const Problem& problem, const Capabilities& gpu) {
-    return plan_forward(problem, {placeholder(problem.out_shape()), {}}, gpu);
+    return plan_forward(problem, {without_memory(problem.out_shape()), {}}, gpu);
 }
 
 LaunchPlan plan_without_results(const CombineProblem& problem, const Capabilities& gpu) {

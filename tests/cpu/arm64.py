@@ -39,7 +39,7 @@ def kernel_sources() -> list[Path]:
 
 
 def other_sources() -> list[Path]:
-    # Of Metal, the planner: routing asks what it could do. The texts of kernels, and their self-test,
+    # Of Metal, the planner: routing asks what it could do. The texts of kernels and their self-test
     # would need the shaders.
     metal = ("plan*.cpp", "launch_builder.cpp", "self_test_mode.cpp", "unavailable.cpp")
     patterns = ("core/*.cpp", "capi/*.cpp", "cpu/*.cpp", *(f"metal/{name}" for name in metal))
