@@ -18,12 +18,12 @@ namespace umfa {
 template <typename T>
 inline device uchar* place_of(device uchar* cache, int kind, constant OperandStrides& strides,
                               thread const SequenceParams& sequence, device const int* page_table,
-                              int page_size, int key) {
+                              int pages, int key) {
     int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
     if (has_pages) {
-        const int at = int(sequence.kv_row) + key;
-        batch = page_table[sequence.pages + at / page_size];
-        row = at % page_size;
+        const PageRow<int> at = row_in_pages(int(sequence.kv_row) + key, pages);
+        batch = page_table[sequence.pages + at.page];
+        row = at.row;
     }
     return moved<T>(cache, kind, batch * strides.batch + row * strides.row);
 }
@@ -71,14 +71,14 @@ template <typename T>
         if (has_rotary && 2 * pair < rotary.params.channels)
             rotate_pair(a, b, rotary, task.position + row, pair);
         device uchar* to = place_of<T>(key, key_kind, params.key, sequence, page_table,
-                                       params.page_size, task.first_key + row);
+                                       params.pages, task.first_key + row);
         store_any<T>(to, key_kind, at.x * channel_stride(params.key), a);
         if (at.y < columns) store_any<T>(to, key_kind, at.y * channel_stride(params.key), b);
     }
     for (int i = first; i < rows * params.head_dim_v; i += threads.x) {
         const int row = i / params.head_dim_v, column = i % params.head_dim_v;
         device uchar* to = place_of<T>(value, value_kind, params.value, sequence, page_table,
-                                       params.page_size, task.first_key + row);
+                                       params.pages, task.first_key + row);
         store_any<T>(to, value_kind, column * channel_stride(params.value),
                      any_element<T, T>(new_value, new_value_kind, params.new_value, row, rows,
                                        column, params.head_dim_v));

@@ -81,7 +81,7 @@ struct ClearParams {
 struct AppendParams {
     OperandStrides key, value, new_key, new_value;
     RotaryParams rotary;
-    int32_t page_size;
+    int32_t pages;  // as in ForwardParams
     int32_t head_dim, head_dim_v;
     int32_t reserved;
 };

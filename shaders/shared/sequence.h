@@ -6,6 +6,7 @@
 
 #include "shared/constants.h"
 #include "shared/kinds.h"
+#include "shared/pages.h"
 #include "shared/params.h"
 #include "shared/visible.h"
 
@@ -43,6 +44,12 @@ inline Visible<int> visible_of(constant ForwardParams& params,
     return found;
 }
 
+/// Row `at` of a sequence in pages. `size`: as params have it.
+inline PageRow<int> row_in_pages(int at, int size) {
+    if (shifts_pages) return page_row_by_shift(at, size);
+    return page_row(at, size);
+}
+
 /// Pages of one sequence.
 struct Pages {
     device const int* table;
@@ -77,10 +84,8 @@ template <typename T>
 inline device const T* key_row(device const T* rows, constant OperandStrides& strides,
                                thread const Pages& pages, int row) {
     if (!has_pages) return rows + row * strides.row;
-    const int at = pages.first + row;
-    const int page = shifts_pages ? at >> pages.size : at / pages.size;
-    const int begin = shifts_pages ? page << pages.size : page * pages.size;
-    return rows + pages.table[page] * strides.batch + (at - begin) * strides.row;
+    const PageRow<int> at = row_in_pages(pages.first + row, pages.size);
+    return rows + pages.table[at.page] * strides.batch + at.row * strides.row;
 }
 
 }  // namespace umfa

@@ -28,7 +28,7 @@ AppendParams append_params(const Problem& problem) {
     params.new_key = strides_of(append.key);
     params.new_value = strides_of(append.value);
     params.rotary = rotary_params(problem);
-    params.page_size = static_cast<int32_t>(problem.page_size);
+    params.pages = pages_param(problem);
     params.head_dim = static_cast<int32_t>(problem.head_dim);
     params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
     return params;

@@ -145,6 +145,11 @@ DropoutParams dropout_params(const Problem& problem) {
     return params;
 }
 
+int32_t pages_param(const Problem& problem) {
+    const auto size = static_cast<uint64_t>(problem.page_size);
+    return static_cast<int32_t>(shifts_pages(problem) ? std::countr_zero(size) : problem.page_size);
+}
+
 ForwardParams forward_params(const Problem& problem, const ForwardResults& results) {
     ForwardParams params{};
     params.query = strides_of(problem.query);
@@ -167,8 +172,7 @@ ForwardParams forward_params(const Problem& problem, const ForwardResults& resul
     if (problem.qv) params.qv = strides_of(*problem.qv);
     params.rotary = rotary_params(problem);
     params.dropout = dropout_params(problem);
-    params.pages = static_cast<int32_t>(
-        shifts_pages(problem) ? std::countr_zero(uint64_t(problem.page_size)) : problem.page_size);
+    params.pages = pages_param(problem);
     params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
     params.head_dim = static_cast<int32_t>(problem.head_dim);
     params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);

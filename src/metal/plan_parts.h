@@ -30,6 +30,8 @@ std::vector<PlanTensor> tensors_of(const Problem& problem, const ForwardResults&
 OperandStrides strides_of(const Operand& operand);
 RotaryParams rotary_params(const Problem& problem);
 DropoutParams dropout_params(const Problem& problem);
+/// The size of pages, or where kernels shift, its exponent.
+int32_t pages_param(const Problem& problem);
 ForwardParams forward_params(const Problem& problem, const ForwardResults& results);
 
 /// Whether the kernel may read K and V 16 bytes at a time.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/isa/kernels.h"
+#include "shared/pages.h"
 
 namespace umfa::cpu {
 namespace {
@@ -25,9 +26,9 @@ inline storage* key_row(const Rows& rows, const Sequence& sequence, int64_t page
                         int64_t key) {
     int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
     if (sequence.pages) {
-        const int64_t page = row / page_size;
-        batch = sequence.pages[page];
-        row -= page * page_size;
+        const PageRow<int64_t> at = page_row(row, page_size);
+        batch = sequence.pages[at.page];
+        row = at.row;
     }
     return static_cast<storage*>(rows.data) + batch * rows.stride_batch + head * rows.stride_head +
            row * rows.stride_row;
