@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,8 @@ class Settings:
     """Else kernels are launched as PyTorch and MLX launch them: constants are text, and parameters,
     tables and what a call leaves out are buffers like any other."""
     options: Options = field(default_factory=Options)
+    tiles: list[str] = field(default_factory=list)
+    """Kernels that `python -m umfa tune` might have chosen."""
 
 
 MACHINES = {
@@ -86,6 +89,16 @@ def memory_of(array: Array) -> tuple[Array, int]:
     # A window onto the same memory, not a copy: what the kernel writes must arrive.
     window = np.asarray(_Memory(low, high - low, array))
     return window, array.__array_interface__["data"][0] - low
+
+
+def spread_out(shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    """A float16 tensor of zeros with these strides in elements, however large; memory that is never
+    written takes no space."""
+    size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    no_reserve = 0x4000  # Linux; mmap has no name for it
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = np.frombuffer(mmap.mmap(-1, 2 * size, flags=flags), np.float16)
+    return np.lib.stride_tricks.as_strided(memory, shape, [2 * stride for stride in strides])
 
 
 class _Memory:
@@ -184,6 +197,7 @@ def compute(framework: Any, call: Prepared, tensors: dict[str, Array]) -> tuple[
         exported(_numpy, call, tensors),
         _numpy.export(out, "umfa.test", "out"),
         lse,
+        settings.tiles,
     )
     last_plan.clear()
     last_plan.update(plan)
@@ -197,6 +211,55 @@ def compute(framework: Any, call: Prepared, tensors: dict[str, Array]) -> tuple[
     for launch in plan["launches"]:
         counters.append(_play(launch, pieces))
     return out, lse
+
+
+def backward(
+    attention: _ext.Attention,
+    saved: tuple[Array, Array, Array, Array | None],
+    wanted: Sequence[str] = ("dq", "dk", "dv"),
+    *,
+    float32: bool = False,
+) -> dict[str, Array]:
+    """`_ext.attention_backward` on the emulated GPU: gradients by their names.
+
+    saved: (out, lse, dout, dlse).
+    """
+    call = prepared(attention.options)
+    named = dict(zip(call.options.fields, attention.tensors.values(), strict=True))
+    # Poisoned, as recycled memory may be: every element must be written.
+    gradients = {}
+    for name in wanted:
+        of = named[GRADIENT_OF[name]]
+        gradients[name] = np.full(of.shape, np.nan, np.float32 if float32 else of.dtype)
+    saved_names = ("out", "lse", "dout", "dlse")
+    plan = _ext.metal_plan_backward(
+        call.options,
+        settings.family,
+        settings.cores,
+        exported(_numpy, call, attention.tensors),
+        tuple(
+            None if array is None else _numpy.export(array, "umfa.test", name)
+            for name, array in zip(saved_names, saved, strict=True)
+        ),
+        [(name, _numpy.export(array, "umfa.test", name)) for name, array in gradients.items()],
+    )
+    last_plan.clear()
+    last_plan.update(plan)
+    all_tensors = {**named, **dict(zip(saved_names, saved, strict=True)), **gradients}
+    pieces = {
+        "tensor": [all_tensors[name] for name, _ in plan["tensors"]],
+        "scratch": [np.full(size, 0xFF, np.uint8) for size in plan["scratch_bytes"]],  # NaN
+        "data": plan["data"],
+    }
+    for launch in plan["launches"]:
+        counters.append(_play(launch, pieces))
+    return gradients
+
+
+GRADIENT_OF = {
+    "dq": "query", "dk": "key", "dv": "value", "dqv": "qv", "dmask": "attn_mask",
+    "dsinks": "learnable_sink", "dalibi_slopes": "alibi_slopes",
+}  # fmt: skip
 
 
 def combine(out_partial: Array, lse_partial: Array, out: Array, lse: Array) -> None:

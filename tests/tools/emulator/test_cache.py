@@ -58,7 +58,45 @@ def test_what_is_read_decides(reads: list[str]) -> None:
     assert result(more=7) == 21
     assert result(HEADER + TEXT.replace("factor *", "-factor *")) == -3
     assert result(options=Options(checks=False)) == 3
-    assert len(reads) == 5
+    assert len(reads) == 4  # a text is read once for all values of an int
+
+
+CONSTANTS = """
+constant bool negative [[function_constant(0)]];
+namespace a { namespace b { constant int factor [[function_constant(1)]]; } }
+constant float more [[function_constant(2)]];
+constant float added = is_function_constant_defined(more) ? more : 0.25f;
+[[kernel]] void f(device float* x [[buffer(0)]]) {
+    x[0] = (negative ? -1.0f : 1.0f) * float(a::b::factor) + added;
+}
+"""
+
+
+def test_values_of_bool_and_int_share_a_compilation(
+    reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    compile_kernel = toolchain.compile_kernel
+    monkeypatch.setattr(
+        toolchain, "compile_kernel", lambda *given: compiled.append(1) or compile_kernel(*given)
+    )
+
+    def run(*values: Any) -> float:
+        x = np.zeros(1, np.float32)
+        library = Library(HEADER + CONSTANTS, constants=dict(enumerate(values)))
+        library.dispatch("f", 1, 1, {0: x})
+        return float(x[0])
+
+    assert run(False, 7) == 7.25
+    assert run(True, 7) == -6.75
+    assert run(False, -(2**31)) == -(2.0**31)
+    assert len(compiled) == 1
+    assert run(True, 7, 0.5) == -6.5
+    assert run(False, 7, 0.5) == 7.5
+    assert len(compiled) == 2
+    for wrong in (2**31, True, 1.0):
+        with pytest.raises(SourceError, match=r"factor.* has type int"):
+            run(False, wrong)
 
 
 def test_a_refused_text_is_refused_again(reads: list[str]) -> None:

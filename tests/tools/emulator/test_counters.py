@@ -57,3 +57,24 @@ def test_counts() -> None:
         if checks:
             assert counters.buffer_bytes_read == {0: 16 * n, 1: 0, 2: 4 * n}
             assert counters.buffer_bytes_written == {0: 0, 1: 4 * n, 2: 0}
+
+
+def test_functions_that_stay_out_of_line_are_counted() -> None:
+    """Their names may hold those of the emulator's types, which pass structs on."""
+    body = """
+struct Place { short row, column; };
+__attribute__((noinline)) float at(threadgroup const float* tile, Place place) {
+    return tile[place.row * 8 + place.column] * 3.0f;
+}
+kernel void f(device float* out [[buffer(0)]], uint t [[thread_index_in_threadgroup]]) {
+    threadgroup float tile[64];
+    tile[t] = float(t);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    Place place;
+    place.row = t / 8;
+    place.column = t % 8;
+    out[t] = at(tile, place);
+}"""
+    counters = run(body, {0: np.zeros(64, np.float32)}, threads=64)
+    assert counters.threadgroup_bytes_read == 4 * 64
+    assert counters.flops == 64

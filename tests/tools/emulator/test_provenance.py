@@ -256,6 +256,7 @@ def test_the_rows_from_mlx_are_in_mlx() -> None:
         ("attribute", "[[host_name(...)]]"),
         ("function", "simd_max(1)"),
         ("function", "simd_shuffle_xor(2)"),
+        ("function", "simd_sum(1)"),
         ("instantiation", "template [[host_name]] [[kernel]] decltype f<...>"),
         ("pragma", "clang loop unroll_count(N)"),
         ("unrolled loop", "unroll_count by ++"),

@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 from . import lint, structure, toolchain
 from .early import read_early
 from .instrument import instrument
-from .launcher import launcher
+from .launcher import constants_in_ir, constants_in_text, launcher, with_constants
 from .rewrite import rewrite
 
 
@@ -57,18 +58,21 @@ def build(
     alone = _stands_alone(source, include_dirs)
     if alone and notes.exists():
         return _noted(notes)
-    front = _rewritten(preprocessed(source, include_dirs, macros), allow)
-    code = front.code + launcher(front.declared, constants)
-    key = _digest(code, str(checks), *sorted(allow))
+    flat = None if alone else preprocessed(source, include_dirs, macros)
+    front = _Front(
+        folder,
+        _digest(flat or str(source), asked[1], str(checks), *sorted(allow)),
+        lambda: _rewritten(flat or preprocessed(source, include_dirs, macros), allow),
+    )
+    values = constants_in_ir(front.declared.constants, constants)
+    ir = front.ir(constants_in_text(front.declared.constants, constants))
+    key = _digest(ir.name, repr(sorted(values.items())))
     if not (folder / f"{key}.json").exists():
         runtime()  # part of building, so that the first dispatch does not wait for it
-        passed = folder / f"passed-{_digest(front.second or '')}"
-        second = None if passed.exists() else front.second
-        late = structure.initialised_late(front.declared)
-        ir = toolchain.compile_kernel(code, second, late)
-        passed.touch()
-        ir = toolchain.optimise(read_early(ir, toolchain.OWN_HEADERS, allow, checks))
-        _make(folder, key, ir, checks)
+        if not ir.exists():
+            front.compile(ir, constants, allow, checks)
+        text = with_constants(zlib.decompress(ir.read_bytes()).decode(), values)
+        _make(folder, key, toolchain.optimise(text), checks)
     built = _built(folder, key, front.declared)
     if alone:
         _write(notes, json.dumps({**asdict(built), "path": built.path.name}))
@@ -103,11 +107,11 @@ def _noted(notes: Path) -> Built:
     )
 
 
-def _built(folder: Path, key: str, declared: structure.Structure) -> Built:
+def _built(folder: Path, key: str, declared: _Declared) -> Built:
     loaded = json.loads((folder / f"{key}.json").read_text())
     return Built(
         folder / f"{key}.so",
-        {name: entry.kernel.token.location for name, entry in declared.entries.items()},
+        declared.kernels,
         [(f, n) for f, n in loaded["sites"]],
         {int(k): [(n, s) for n, s in v] for k, v in loaded["variables"].items()},
         [
@@ -119,19 +123,60 @@ def _built(folder: Path, key: str, declared: structure.Structure) -> Built:
     )
 
 
-class _Front(NamedTuple):
-    """The part of a build that does not depend on the function constants."""
+class _Declared(NamedTuple):
+    """What a build must know of a text that is compiled already."""
 
+    kernels: dict[str, str]  # host name to source location
+    constants: list[structure.FunctionConstant]
+
+
+class _Front:
+    """The part of a build that does not depend on the values of bool and int function constants,
+    in the cache: umfa's kernels have hundreds of sets of such values, for about a hundred texts.
+    """
+
+    def __init__(self, folder: Path, name: str, read: Callable[[], _Rewritten]) -> None:
+        self._folder, self._name = folder, name
+        self._read = functools.cache(read)
+        notes = folder / f"declared-{name}.json"
+        if not notes.exists():
+            found = self._read().declared
+            kernels = {name: x.kernel.token.location for name, x in found.entries.items()}
+            constants = [asdict(c) for c in found.constants]
+            _write(notes, json.dumps({"kernels": kernels, "constants": constants}))
+        loaded = json.loads(notes.read_text())
+        self.declared = _Declared(
+            loaded["kernels"], [structure.FunctionConstant(**c) for c in loaded["constants"]]
+        )
+
+    def ir(self, in_text: list[str]) -> Path:
+        """Where the IR is, or shall be, of the text with these definitions of constants."""
+        return self._folder / f"ir-{_digest(self._name, *in_text)}"
+
+    def compile(
+        self, ir: Path, constants: Mapping[int, Any], allow: frozenset[str], checks: bool
+    ) -> None:
+        rewritten = self._read()
+        code = rewritten.code + launcher(rewritten.declared, constants)
+        passed = self._folder / f"passed-{_digest(rewritten.second or '')}"
+        second = None if passed.exists() else rewritten.second
+        late = structure.initialised_late(rewritten.declared)
+        text = toolchain.compile_kernel(code, second, late, self._folder)
+        passed.touch()
+        text = read_early(text, toolchain.OWN_HEADERS, allow, checks)
+        _write_bytes(ir, zlib.compress(text.encode(), 1))
+
+
+class _Rewritten(NamedTuple):
     declared: structure.Structure
     code: str
     second: str | None  # for the second reading, if the text uses bfloat
 
 
-@functools.lru_cache(maxsize=8)  # entries are large; the next kernel often has the same text
-def _rewritten(flat: str, allow: frozenset[str]) -> _Front:
+def _rewritten(flat: str, allow: frozenset[str]) -> _Rewritten:
     declared = checked(flat, allow)
     second = rewrite(flat, declared, inexact=True) if _mentions_bfloat(declared) else None
-    return _Front(declared, rewrite(flat, declared), second)
+    return _Rewritten(declared, rewrite(flat, declared), second)
 
 
 def read(
@@ -198,10 +243,14 @@ def _make(folder: Path, key: str, ir: str, checks: bool) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    _write_bytes(path, text.encode())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
     """Writes atomically: another process sees the whole file or none."""
-    handle, name = tempfile.mkstemp(suffix=".json", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
     os.replace(name, path)
 
 

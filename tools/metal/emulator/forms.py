@@ -44,7 +44,7 @@ def raw_forms(text: str, file: str) -> Iterator[Form]:
         for m in pattern.finditer(text):
             shown = re.sub(r"\d+", "N", m.group(1).strip()) if kind == "pragma" else m.group(1)
             line = text.count("\n", 0, m.start()) + 1
-            yield Form(kind, shown, Token("marker", m.group(), 0, 0, file, line))
+            yield Form(kind, shown, Token("marker", m.group(), 0, 0, file, line, m.group()))
 
 
 _LOOP = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+clang loop (unroll\w*)\([^\n]*", re.MULTILINE)

@@ -17,6 +17,9 @@ from .sites import Sites
 _READ, _WRITE, _ATOMIC = 1 << 12, 1 << 13, 1 << 14
 _MARGIN = 64
 _FUNCTION = re.compile(r"^define .*?@([\w$.]+|\"[^\"]+\")\(")
+_ATTRIBUTES = re.compile(r"^define .*\) .*?#(\d+)", re.MULTILINE)
+_BACKEND = re.compile(r"_ZNK?12umfa_backend")  # of its namespace; others may take its types
+_EFFECTS = re.compile(r" memory\([^)]*\)")
 _DEBUG = re.compile(r", !dbg !(\d+)")
 _ACCESS = re.compile(
     r"^\s*(?:%[\w.\"$]+ = )?(?:(?:tail|musttail|notail) )?"
@@ -154,6 +157,7 @@ class _Writer:
 
     def __init__(self, text: str, own_headers: tuple[str, ...], checks: bool) -> None:
         self.lines = text.split("\n")
+        self.attributes = tuple(f"attributes #{n} =" for n in set(_ATTRIBUTES.findall(text)))
         self.named = {m.group(1): m.group(2) for x in self.lines if (m := _NAMED_TYPE.match(x))}
         self.sites = Sites(self.lines, own_headers)
         self.checks = checks
@@ -186,6 +190,10 @@ class _Writer:
                 continue
             elif line.startswith("@"):
                 line = _global(line, self.variables, self.result.unset, self.named)
+            elif self.attributes and line.startswith(self.attributes):
+                # That a function writes no memory ends with the calls of the runtime put in: the
+                # code generator drops calls of a function without effects.
+                line = _EFFECTS.sub("", line)
             self.out.append(line)
         for n, kernel in self.kernels.items():
             owner = f"_ZZ{kernel[2:]}E"
@@ -196,7 +204,7 @@ class _Writer:
 
     def _start(self, name: str, line: str) -> None:
         # The back end's combining functions run once for a simdgroup, not on the GPU.
-        self.counting = "umfa_backend" not in name
+        self.counting = not _BACKEND.match(name)
         self.entry = int(name[11:]) if re.fullmatch(r"umfa_entry_\d+", name) else None
         debug = re.search(r" !dbg !(\d+)", line)
         self.function_site = self.sites.of_function(int(debug.group(1))) if debug else 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,67 @@ import numpy as np
 from .errors import SourceError
 from .structure import BUILTIN_SYNONYMS, EntryPoint, FunctionConstant, Structure
 
+_EXTERNAL = re.compile(
+    r"^@(\S+) = external addrspace\(2\) constant (i8|i32)(, align \d+)$", re.MULTILINE
+)
 ABSENT_BUFFER = 31  # no index of Metal's: the runtime reports its use
 
 
 def launcher(s: Structure, constants: Mapping[int, Any]) -> str:
-    """Text to append to the library: definitions of the function constants, and the entries."""
+    """Text to append to the library: the entries, and definitions of those function constants that
+    `constants_in_ir` does not define."""
     lines = ["", '# 1 "<launcher>"', "#include <umfa_launch.h>"]
-    lines += definitions(s, constants)
+    lines += constants_in_text(s.constants, constants)
     for i, entry in enumerate(s.entries.values()):
         lines += _entry(i, entry)
     return "\n".join(lines) + "\n"
+
+
+def constants_in_text(
+    declared: Sequence[FunctionConstant], constants: Mapping[int, Any]
+) -> list[str]:
+    """Definitions of the given constants that are neither bool nor int."""
+    return [_given(c, constants) for c in declared if not _in_ir(c) and c.index in constants]
+
+
+def constants_in_ir(
+    declared: Sequence[FunctionConstant], constants: Mapping[int, Any]
+) -> dict[str, int]:
+    """Values of bool and int constants, by their symbols in LLVM IR, and whether each constant is
+    defined: one reading of a text serves all of these values."""
+    values = {}
+    for c in declared:
+        values[_symbol(_scoped(c, "umfa_defined_" + c.name))] = int(c.index in constants)
+        if _in_ir(c) and c.index in constants:
+            given = constants[c.index]
+            _value_of_scalar(c, given)  # refuses another type
+            if not -(1 << 31) <= int(given) < 1 << 31:
+                raise _unfit(c, given)
+            values[_symbol(c.qualified)] = int(given)
+    return values
+
+
+def with_constants(ir: str, values: Mapping[str, int]) -> str:
+    """The IR with these values, as a definition in the text would give them."""
+
+    def defined(found: re.Match[str]) -> str:
+        symbol, type_, rest = found.groups()
+        if symbol not in values:
+            return found.group()  # it has no value: the runtime reports its use
+        return f"@{symbol} = addrspace(2) constant {type_} {values[symbol]}{rest}"
+
+    return _EXTERNAL.sub(defined, ir)
+
+
+def _in_ir(c: FunctionConstant) -> bool:
+    return c.type in ("bool", "int")
+
+
+def _symbol(qualified: str) -> str:
+    """The mangled name of a variable with external linkage."""
+    *spaces, name = qualified.split("::")
+    names = "".join(f"{len(x)}{x}" for x in (*spaces, name))
+    return f"_ZN{names}E" if spaces else name
 
 
 def definitions(s: Structure, constants: Mapping[int, Any]) -> list[str]:
@@ -29,11 +81,13 @@ def definitions(s: Structure, constants: Mapping[int, Any]) -> list[str]:
 
 
 def _definition(c: FunctionConstant, constants: Mapping[int, Any]) -> str:
-    given = c.index in constants
-    text = f"constant bool {_scoped(c, 'umfa_defined_' + c.name)} = {str(given).lower()};"
-    if given:
-        text += f" constant {c.type} {c.qualified} = {_value(c, constants[c.index])};"
-    return text
+    given = str(c.index in constants).lower()
+    text = f"constant bool {_scoped(c, 'umfa_defined_' + c.name)} = {given};"
+    return f"{text} {_given(c, constants)}" if c.index in constants else text
+
+
+def _given(c: FunctionConstant, constants: Mapping[int, Any]) -> str:
+    return f"constant {c.type} {c.qualified} = {_value(c, constants[c.index])};"
 
 
 def _scoped(c: FunctionConstant, name: str) -> str:
@@ -58,15 +112,19 @@ def _value_of_scalar(c: FunctionConstant, value: Any) -> str:
         else is_integer
     )
     if not fits:
-        raise SourceError(
-            f"function constant '{c.name}' (index {c.index}) has type {c.type}; got {value!r}",
-            ("function-constant-type",),
-        )
+        raise _unfit(c, value)
     if is_bool:
         return "true" if value else "false"
     if is_integer and scalar not in ("float", "half", "bfloat"):
         return f"static_cast<{scalar}>({int(value)}L)"
     return f"static_cast<{scalar}>({float(value).hex()})"
+
+
+def _unfit(c: FunctionConstant, value: Any) -> SourceError:
+    return SourceError(
+        f"function constant '{c.name}' (index {c.index}) has type {c.type}; got {value!r}",
+        ("function-constant-type",),
+    )
 
 
 def _entry(number: int, entry: EntryPoint) -> list[str]:

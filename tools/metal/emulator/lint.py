@@ -371,6 +371,7 @@ def component_address(s: Structure) -> Iterator[Finding]:
     """No pointer to a component of a vector."""
     tokens = s.tokens
     swizzle = re.compile(r"[xyzw]{1,4}|[rgba]{1,4}")
+    members = any(t.kind == "name" and t.text in s.records for t in tokens)
     for i, token in enumerate(tokens[:-3]):
         if token.text != "&" or tokens[i - 1].kind in ("name", "number"):
             continue
@@ -379,7 +380,6 @@ def component_address(s: Structure) -> Iterator[Finding]:
         k = i + 2
         while tokens[k].text == "[":
             k = matching(tokens, k) + 1
-        members = {t.text for t in tokens if t.kind == "name"} & s.records
         if tokens[k].text == "." and swizzle.fullmatch(tokens[k + 1].text) and not members:
             yield token, "a component of a vector has no address"
 

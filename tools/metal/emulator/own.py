@@ -19,7 +19,8 @@ from .words import MACROS
 KNOWN_CONDITIONS = frozenset(
     (
         *("__METAL__", "__METAL_VERSION__", "UMFA_METAL_EMULATOR"),
-        *("UMFA_KERNEL", "UMFA_MERGES", "UMFA_SHAPE", "UMFA_M", "UMFA_INLINE_CONSTANTS"),
+        *("UMFA_KERNEL", "UMFA_MERGES", "UMFA_SHAPE", "UMFA_M"),
+        *("UMFA_OF", "UMFA_INLINE_CONSTANTS"),
     )
 )
 _MACRO = "'{}' is a macro of Metal, and here the name of a {} [predeclared-macro]"
@@ -45,12 +46,17 @@ def _variants(path: Path) -> list[tuple[bool, tuple[tuple[str, str], ...]]]:
     shape = {
         "forward": (("UMFA_SHAPE", "64, 64, 32, 2, 4, 1, false"),),
         "decode": (("UMFA_SHAPE", "64, 64, 1, 4"),),
+        "decode_vector": (("UMFA_SHAPE", "64, 64, 4"),),
+        "backward_mask": (("UMFA_SHAPE", "64, 64, 16, 2, 4, 1"),),
     }
     one += shape.get(path.stem, ())
     found = [(True, ()), (False, ()), (False, one), (False, one + _inline_constants(path))]
     if path.stem == "decode":
-        merge = tuple(x for x in one if x[0] != "UMFA_SHAPE")
-        found.append((False, (*merge, ("UMFA_MERGES", "1"), ("UMFA_SHAPE", "8, 4"))))
+        others = tuple(x for x in one if x[0] != "UMFA_SHAPE")
+        found.append((False, (*others, ("UMFA_MERGES", "1"), ("UMFA_SHAPE", "8, 4"))))
+    if path.stem == "backward":
+        shape_of = ("UMFA_SHAPE", "64, 64, 16, 2, 4, 1")
+        found.append((False, (*one, ("UMFA_OF", "umfa_dq"), shape_of)))
     return found
 
 

@@ -19,7 +19,7 @@ _TOKEN = re.compile(
 _LINE_MARKER = re.compile(r'#\s*(?:line\s+)?(\d+)\s+"((?:[^"\\]|\\.)*)"')
 
 
-@dataclass
+@dataclass(slots=True)
 class Token:
     """One token; ``text`` may be replaced, ``original`` stays as it was read."""
 
@@ -29,10 +29,7 @@ class Token:
     end: int
     file: str
     line: int
-    original: str = ""
-
-    def __post_init__(self) -> None:
-        self.original = self.text
+    original: str
 
     @property
     def location(self) -> str:
@@ -43,20 +40,20 @@ def tokenize(text: str) -> list[Token]:
     """Tokens of ``text``, following the line markers of the preprocessor. ``>`` is always single,
     so that the end of nested template arguments needs no care."""
     result: list[Token] = []
-    file, line, at = "<source>", 1, 0
+    file, line = "<source>", 1
     for match in _TOKEN.finditer(text):
-        line += text.count("\n", at, match.start())
-        at = match.start()
-        kind = str(match.lastgroup)
+        kind, word = str(match.lastgroup), match.group()
         if kind == "space":
+            line += word.count("\n")
             continue
         if kind == "marker":
-            found = _LINE_MARKER.match(match.group())
+            found = _LINE_MARKER.match(word)
             if found:
                 # The marker names the line after it; the newline still to come adds one.
                 line, file = int(found.group(1)) - 1, found.group(2)
             continue
-        result.append(Token(kind, match.group(), match.start(), match.end(), file, line))
+        start, end = match.span()
+        result.append(Token(kind, word, start, end, file, line, word))
     return result
 
 
