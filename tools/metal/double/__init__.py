@@ -33,7 +33,7 @@ DOUBLE = Path(__file__).parent
 HOST = ROOT / "src" / "metal"
 
 COMPILE = (
-    *("-std=c++20", "-g", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
+    *("-std=c++20", "-g", "-O0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
     *(f"-I{ROOT / folder}" for folder in ("src", "shaders", "include")),
     f"-I{DOUBLE}",
 )
@@ -191,12 +191,20 @@ FAULTS = (
     "encoder",
     "execution",
     "registry",
+    "archive",
+    "archive_add",
+    "archive_write",
+    "archive_crash",
 )
+
+SWITCHES = {"pipeline_archive": "0", "background_compile": "0", "tune": "0"}
+"""Environment variables of umfa, without ``UMFA_``, and their values while a test has a machine."""
 
 _RESULTS = {
     "umfa_double_live": ctypes.c_int64,
     "umfa_double_without_pool": ctypes.c_int64,
     "umfa_double_violations": ctypes.c_int64,
+    "umfa_double_count": ctypes.c_int64,
     "umfa_double_compile": ctypes.c_int32,
     "umfa_double_new_buffer": ctypes.c_void_p,
     "umfa_double_buffer_contents": ctypes.c_void_p,
@@ -207,6 +215,7 @@ _RESULTS = {
 }
 _ARGUMENTS = {
     "umfa_double_fault": (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64),
+    "umfa_double_count": (ctypes.c_int32,),
     "umfa_double_self_test_patience": (ctypes.c_int64,),
     "umfa_double_new_buffer": (ctypes.c_uint64,),
     "umfa_double_new_buffer_on": (ctypes.c_int32, ctypes.c_uint64),
@@ -406,6 +415,11 @@ class Double:
         """After `skip` times, the operation fails `count` times."""
         self.library.umfa_double_fault(FAULTS.index(kind), skip, count, value)
 
+    def compiled(self) -> tuple[int, int]:
+        """(libraries from text, pipelines) that Metal's compiler has made so far."""
+        libraries, pipelines = (self.library.umfa_double_count(kind) for kind in range(2))
+        return libraries, pipelines
+
     def self_test_patience(self, seconds: float) -> None:
         """Sets after how long a case of the self-test counts as hung."""
         self.library.umfa_double_self_test_patience(round(1000 * seconds))
@@ -432,10 +446,17 @@ class Double:
         failed = compile_(name.encode(), value.encode(), error, ctypes.c_size_t(4096))
         return error.value.decode() if failed else ""
 
-    def start(self, self_test: str = "0") -> None:
-        """`self_test`: UMFA_SELF_TEST until stop(). Off by default: it is slow on the emulator."""
-        self._self_test = os.environ.get("UMFA_SELF_TEST")
-        os.environ["UMFA_SELF_TEST"] = self_test
+    def start(self, self_test: str = "0", **switches: str) -> None:
+        """`self_test`: UMFA_SELF_TEST until stop(). Off by default: it is slow on the emulator.
+        `switches`: those of `SWITCHES`, by their names; they too are off by default, so that tests
+        do not depend on the user's files and on each other."""
+        wanted = {**SWITCHES, **switches}
+        unknown = wanted.keys() - SWITCHES.keys()
+        assert not unknown, unknown
+        environment = {"UMFA_SELF_TEST": self_test}
+        environment |= {f"UMFA_{name.upper()}": value for name, value in wanted.items()}
+        self._before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
         self.self_test_patience(300)  # the emulator takes seconds to compile
         self.library.umfa_double_clear_faults()
         self.library.umfa_double_set_gpu(self._prepare, self._run)
@@ -445,9 +466,10 @@ class Double:
 
     def stop(self) -> None:
         """Takes the GPU away, and fails if it was not used properly."""
-        os.environ.pop("UMFA_SELF_TEST")
-        if self._self_test is not None:
-            os.environ["UMFA_SELF_TEST"] = self._self_test
+        for name, value in self._before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
         self.library.umfa_double_clear_faults()
         count, alive = self.live()
         self.library.umfa_double_install(0)
@@ -461,10 +483,11 @@ class Double:
 
 
 @contextmanager
-def machine(gpu: Gpu, self_test: str = "0") -> Iterator[Double]:
-    """An Apple GPU for umfa. On the way out: no object may be left, nothing misused."""
+def machine(gpu: Gpu, self_test: str = "0", **switches: str) -> Iterator[Double]:
+    """An Apple GPU for umfa. On the way out: no object may be left, nothing misused. `self_test`,
+    `switches`: as in `Double.start`."""
     double = Double(load(), gpu)
-    double.start(self_test)
+    double.start(self_test, **switches)
     try:
         yield double
     finally:

@@ -62,6 +62,9 @@ id<MTLDevice> new_device(int number);
 /// Whether the next operation of a kind is to fail, and with which value.
 bool fault(umfa_double_fault_kind kind, int64_t* value = nullptr);
 
+/// Counts what the compiler did.
+void count(umfa_double_count_kind kind);
+
 /// What Metal's validation layer would have stopped at.
 void violation(const std::string& text);
 

@@ -131,6 +131,11 @@ const CGRect CGRectNull = {};
 @implementation NSArray {
     std::vector<id> _objects;
 }
++ (instancetype)arrayWithObject:(id)object {
+    NSArray* array = [NSArray new];
+    [array umfaAdd:object];
+    return [array autorelease];
+}
 - (void)dealloc {
     for (id object : _objects) [object release];
     [super dealloc];
@@ -143,6 +148,23 @@ const CGRect CGRectNull = {};
 }
 - (void)umfaAdd:(id)object {
     _objects.push_back([object retain]);
+}
+@end
+
+@implementation NSURL {
+    NSString* _path;
+}
++ (NSURL*)fileURLWithPath:(NSString*)path {
+    NSURL* url = [NSURL new];
+    url->_path = [path retain];
+    return [url autorelease];
+}
+- (void)dealloc {
+    [_path release];
+    [super dealloc];
+}
+- (NSString*)path {
+    return [[_path retain] autorelease];
 }
 @end
 

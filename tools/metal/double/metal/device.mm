@@ -4,6 +4,9 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <fstream>
+#include <functional>
+#include <set>
 
 using namespace metal_double;
 
@@ -78,10 +81,12 @@ void set_error(NSError** error, NSString* domain, NSInteger code, const char* te
 
 @implementation MTLComputePipelineDescriptor
 @synthesize label = _label, computeFunction = _computeFunction,
-            threadGroupSizeIsMultipleOfThreadExecutionWidth = _multiple;
+            threadGroupSizeIsMultipleOfThreadExecutionWidth = _multiple,
+            binaryArchives = _binaryArchives;
 - (void)dealloc {
     [_label release];
     [_computeFunction release];
+    [_binaryArchives release];
     [super dealloc];
 }
 @end
@@ -159,6 +164,56 @@ bool survives_the_service(const std::string& macro) {
         return nil;
     }
     return function;
+}
+@end
+
+@implementation MTLBinaryArchiveDescriptor
+@synthesize url = _url;
+- (void)dealloc {
+    [_url release];
+    [super dealloc];
+}
+@end
+
+@interface UMFAArchive : NSObject <MTLBinaryArchive> {
+@public
+    std::set<std::string> kernels;
+}
+@end
+
+namespace {
+
+constexpr const char* archive_start = "archive of the double";
+
+/// One line that stands for a compiled kernel.
+std::string line_of(const Kernel& kernel) {
+    std::string all = kernel.name + " " + std::to_string(std::hash<std::string>{}(kernel.source));
+    for (const auto& [index, constant] : kernel.constants)
+        all += " " + std::to_string(index) + ":" + std::to_string(constant.value);
+    return all;
+}
+
+}  // namespace
+
+@implementation UMFAArchive
+- (BOOL)addComputePipelineFunctionsWithDescriptor:(MTLComputePipelineDescriptor*)descriptor
+                                            error:(NSError**)error {
+    if (fault(UMFA_FAULT_ARCHIVE_ADD)) {
+        set_error(error, @"MTLBinaryArchiveDomain", 3, "injected: compilation failure");
+        return NO;
+    }
+    count(UMFA_COUNT_COMPILED);
+    kernels.insert(line_of(((UMFAFunction*)descriptor.computeFunction)->kernel));
+    return YES;
+}
+- (BOOL)serializeToURL:(NSURL*)url error:(NSError**)error {
+    std::ofstream stream(url.path.UTF8String);
+    stream << archive_start << "\n";
+    for (const std::string& kernel : kernels) stream << kernel << "\n";
+    stream.close();
+    if (stream && !fault(UMFA_FAULT_ARCHIVE_WRITE)) return YES;
+    set_error(error, @"MTLBinaryArchiveDomain", 1, "the archive was not written");
+    return NO;
 }
 @end
 
@@ -261,6 +316,7 @@ bool survives_the_service(const std::string& macro) {
         }
         defines += "#define " + name + " " + value + "\n";
     }
+    count(UMFA_COUNT_LIBRARIES);
     UMFALibrary* library = [UMFALibrary new];
     library->source = defines + source.UTF8String;
     return library;
@@ -271,8 +327,20 @@ bool survives_the_service(const std::string& macro) {
                                reflection:(MTLComputePipelineReflection**)reflection
                                     error:(NSError**)error {
     if (!descriptor.computeFunction) violation("newComputePipelineState: no function");
-    if (options != MTLPipelineOptionNone || reflection)
+    if ((options != MTLPipelineOptionNone && options != MTLPipelineOptionFailOnBinaryArchiveMiss) ||
+        reflection)
         violation("newComputePipelineState: options that the double does not know");
+    const std::string line = line_of(((UMFAFunction*)descriptor.computeFunction)->kernel);
+    bool found = false;
+    for (NSUInteger i = 0; i < descriptor.binaryArchives.count; ++i)
+        found =
+            found ||
+            ((UMFAArchive*)[descriptor.binaryArchives objectAtIndex:i])->kernels.count(line) > 0;
+    if (!found && options == MTLPipelineOptionFailOnBinaryArchiveMiss) {
+        set_error(error, @"AGXMetal", 2, "the archives have no such pipeline");
+        return nil;
+    }
+    if (!found) count(UMFA_COUNT_COMPILED);
     if (fault(UMFA_FAULT_PIPELINE)) {
         set_error(error, @"AGXMetal", 3, "injected: compiler encountered an internal error");
         return nil;
@@ -294,6 +362,23 @@ bool survives_the_service(const std::string& macro) {
     if (fault(UMFA_FAULT_PIPELINE_MEMORY, &limit))
         pipeline->static_bytes = static_cast<NSUInteger>(limit);
     return pipeline;
+}
+- (id<MTLBinaryArchive>)newBinaryArchiveWithDescriptor:(MTLBinaryArchiveDescriptor*)descriptor
+                                                 error:(NSError**)error {
+    if (fault(UMFA_FAULT_ARCHIVE)) {
+        set_error(error, @"MTLBinaryArchiveDomain", 1, "injected: no archive");
+        return nil;
+    }
+    UMFAArchive* archive = [UMFAArchive new];
+    if (!descriptor.url) return archive;
+    if (fault(UMFA_FAULT_ARCHIVE_CRASH)) _exit(9);
+    std::ifstream stream(descriptor.url.path.UTF8String);
+    std::string line;
+    // What Metal does with a damaged archive is not documented.
+    if (!std::getline(stream, line) || line != archive_start)
+        violation("newBinaryArchiveWithDescriptor: the file is no archive");
+    while (std::getline(stream, line)) archive->kernels.insert(line);
+    return archive;
 }
 @end
 

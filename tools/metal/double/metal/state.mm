@@ -1,5 +1,6 @@
 // The settings of the double: the machine, the faults, the violations, and who computes.
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 
 #include "../doubles.h"
@@ -15,6 +16,7 @@ struct Fault {
 std::mutex lock;
 Machine current;
 Fault faults[UMFA_FAULT_KINDS];
+std::atomic<int64_t> counts[UMFA_COUNT_KINDS];
 std::vector<std::string> found;
 umfa_double_prepare_fn prepare_function = nullptr;
 umfa_double_run_fn run_function = nullptr;
@@ -60,6 +62,8 @@ bool fault(umfa_double_fault_kind kind, int64_t* value) {
     if (value) *value = planned.value;
     return true;
 }
+
+void count(umfa_double_count_kind kind) { ++counts[kind]; }
 
 void violation(const std::string& text) {
     const std::lock_guard guard(lock);
@@ -152,6 +156,8 @@ void umfa_double_set_gpu(umfa_double_prepare_fn prepare, umfa_double_run_fn run)
     prepare_function = prepare;
     run_function = run;
 }
+
+int64_t umfa_double_count(int32_t kind) { return counts[kind].load(); }
 
 int64_t umfa_double_violations(char* text, size_t capacity) {
     const std::lock_guard guard(lock);

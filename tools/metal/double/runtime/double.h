@@ -67,11 +67,23 @@ enum umfa_double_fault_kind {
     UMFA_FAULT_ENCODER = 9,         // computeCommandEncoder returns nil
     UMFA_FAULT_EXECUTION = 10,      // the command buffer ends with error code `value`
     UMFA_FAULT_REGISTRY = 11,       // IOServiceGetMatchingServices fails
-    UMFA_FAULT_KINDS = 12
+    UMFA_FAULT_ARCHIVE = 12,        // newBinaryArchiveWithDescriptor fails
+    UMFA_FAULT_ARCHIVE_ADD = 13,    // addComputePipelineFunctionsWithDescriptor fails
+    UMFA_FAULT_ARCHIVE_WRITE = 14,  // serializeToURL fails
+    UMFA_FAULT_ARCHIVE_CRASH = 15,  // the process ends when it opens an archive's file
+    UMFA_FAULT_KINDS = 16
 };
 /// After `skip` times, the operation fails `count` times. Replaces an earlier fault of the kind.
 UMFA_DOUBLE_API void umfa_double_fault(int32_t kind, int32_t skip, int32_t count, int64_t value);
 UMFA_DOUBLE_API void umfa_double_clear_faults(void);
+
+enum umfa_double_count_kind {
+    UMFA_COUNT_LIBRARIES = 0,  // compiled from text
+    UMFA_COUNT_COMPILED = 1,   // pipelines that no archive had
+    UMFA_COUNT_KINDS = 2
+};
+/// How often Metal's compiler has run since the double was loaded.
+UMFA_DOUBLE_API int64_t umfa_double_count(int32_t kind);
 
 // ---- the GPU -------------------------------------------------------------------------------------
 

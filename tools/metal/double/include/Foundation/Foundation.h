@@ -50,7 +50,7 @@ typedef signed char BOOL;
 NS_ASSUME_NONNULL_BEGIN
 
 typedef double CFTimeInterval;
-@class NSString, NSError, NSArray, NSDictionary;
+@class NSString, NSError, NSArray, NSDictionary, NSURL;
 
 #ifndef __APPLE__
 @protocol NSObject
@@ -101,8 +101,14 @@ typedef NS_ENUM(NSUInteger, NSStringEncoding) { NSUTF8StringEncoding = 4 };
 @end
 
 @interface NSArray<__covariant Object> : NSObject
++ (instancetype)arrayWithObject:(Object)object;
 @property(readonly) NSUInteger count;
 - (Object)objectAtIndex:(NSUInteger)index;
+@end
+
+@interface NSURL : NSObject
++ (NSURL*)fileURLWithPath:(NSString*)path;
+@property(nullable, readonly, copy) NSString* path;
 @end
 
 @interface NSDictionary<__covariant Key, __covariant Value> : NSObject

@@ -42,7 +42,10 @@ typedef NS_ENUM(NSInteger, MTLMathFloatingPointFunctions) {
     MTLMathFloatingPointFunctionsPrecise = 1,
 };
 #endif
-typedef NS_OPTIONS(NSUInteger, MTLPipelineOption) { MTLPipelineOptionNone = 0 };
+typedef NS_OPTIONS(NSUInteger, MTLPipelineOption) {
+    MTLPipelineOptionNone = 0,
+    MTLPipelineOptionFailOnBinaryArchiveMiss = 1 << 2,
+};
 typedef NS_ENUM(NSUInteger, MTLDispatchType) {
     MTLDispatchTypeSerial = 0,
     MTLDispatchTypeConcurrent = 1,
@@ -65,7 +68,7 @@ typedef NS_ENUM(NSUInteger, MTLCommandBufferError) {
 
 @protocol MTLDevice
 , MTLLibrary, MTLFunction, MTLBuffer, MTLCommandQueue, MTLCommandBuffer, MTLComputeCommandEncoder,
-    MTLComputePipelineState;
+    MTLComputePipelineState, MTLBinaryArchive;
 @class MTLComputePipelineReflection;
 
 typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
@@ -92,6 +95,12 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
 @property(nullable, copy, nonatomic) NSString* label;
 @property(nullable, readwrite, nonatomic, strong) id<MTLFunction> computeFunction;
 @property(readwrite, nonatomic) BOOL threadGroupSizeIsMultipleOfThreadExecutionWidth;
+@property(readwrite, nullable, nonatomic, copy)
+    NSArray<id<MTLBinaryArchive>>* binaryArchives UMFA_MACOS(11.0);
+@end
+
+@interface MTLBinaryArchiveDescriptor : NSObject
+@property(readwrite, nullable, nonatomic, copy) NSURL* url UMFA_MACOS(11.0);
 @end
 
 @protocol MTLDevice <NSObject>
@@ -123,6 +132,16 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> buffer);
                                reflection:
                                    (MTLComputePipelineReflection* _Nullable* _Nullable)reflection
                                     error:(NSError* _Nullable* _Nullable)error;
+- (nullable id<MTLBinaryArchive>)newBinaryArchiveWithDescriptor:
+                                     (MTLBinaryArchiveDescriptor*)descriptor
+                                                          error:(NSError* _Nullable* _Nullable)error
+    UMFA_MACOS(11.0);
+@end
+
+@protocol MTLBinaryArchive <NSObject>
+- (BOOL)addComputePipelineFunctionsWithDescriptor:(MTLComputePipelineDescriptor*)descriptor
+                                            error:(NSError* _Nullable* _Nullable)error;
+- (BOOL)serializeToURL:(NSURL*)url error:(NSError* _Nullable* _Nullable)error;
 @end
 
 @protocol MTLLibrary <NSObject>
