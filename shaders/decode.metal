@@ -10,11 +10,14 @@
 // neighbours in memory.
 //
 // Each simdgroup goes through every SIMDGROUPS-th run of 8 keys, alone; they merge at the end.
+//
+// decode_vector.metal has the kernel for a key head with a single row.
 #include <metal_simdgroup>
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
 
 #include "shared/constants.h"
+#include "shared/decode_rows.h"
 #include "shared/decode_shapes.h"
 #include "shared/dropout.h"
 #include "shared/fragment.h"
@@ -35,69 +38,12 @@ using namespace umfa;
 
 namespace umfa {
 
-/// How a lane's `per_lane` channels of a row are cut into chunks of up to 16 bytes; `lanes` lanes
-/// hold the row. Chunk i of lane n starts at channel (i * lanes + n) * chunk.
-template <typename T>
-constexpr int chunk_of(int per_lane) {
-    return per_lane % (16 / int(sizeof(T))) == 0  ? 16 / int(sizeof(T))
-           : per_lane % (8 / int(sizeof(T))) == 0 ? 8 / int(sizeof(T))
-                                                  : 4 / int(sizeof(T));
-}
-
-/// Channel that fragment d of Q and K has in its row or column `place` (0 to 7).
-template <typename T, int D>
-inline int key_channel(int d, int place) {
-    constexpr int CHUNK = chunk_of<T>(D / 8);
-    return (d / CHUNK * 8 + place) * CHUNK + d % CHUNK;
-}
-
 /// Channel that fragment d of V and O has in its column.
 template <typename T, int DV>
 inline int value_channel(int d, int column) {
     constexpr int CHUNK = chunk_of<T>(DV / 4);
     const int nth = d * 2 + column % 2;  // of this lane's channels
     return (nth / CHUNK * 4 + column / 2) * CHUNK + nth % CHUNK;
-}
-
-/// A lane's elements of one row of K or V, chunk by chunk; zeros past the last row and channel.
-template <int CHUNK, int LANES, int PER_LANE, typename M, typename T>
-inline void load_chunks(thread M (&elements)[PER_LANE], device const T* rows,
-                        constant OperandStrides& strides, thread const Pages& pages, int row,
-                        int row_count, int lane, int columns) {
-    const bool there = row < row_count;
-    // Rows past the end are in no page.
-    device const T* at = has_pages && !there ? rows : key_row(rows, strides, pages, row);
-#pragma clang loop unroll(full)
-    for (int i = 0; i < PER_LANE / CHUNK; ++i) {
-        M chunk[CHUNK];
-        load_elements<CHUNK>(chunk, at, strides, there, (i * LANES + lane) * CHUNK, columns);
-#pragma clang loop unroll(full)
-        for (int e = 0; e < CHUNK; ++e) elements[i * CHUNK + e] = chunk[e];
-    }
-}
-
-/// load_chunks() for the dtype that `kind` gives, in chunks of the kernel's own type.
-template <typename T, int LANES, int PER_LANE, typename M>
-inline void load_any_chunks(thread M (&elements)[PER_LANE], device const uchar* rows, int kind,
-                            constant OperandStrides& strides, thread const Pages& pages, int row,
-                            int row_count, int lane, int columns) {
-    constexpr int CHUNK = chunk_of<T>(PER_LANE);
-    if (kind == UMFA_MASK_F16)
-        load_chunks<CHUNK, LANES>(elements,
-                                  reinterpret_cast<device const typename Narrow<T>::Half*>(rows),
-                                  strides, pages, row, row_count, lane, columns);
-    else if (kind == UMFA_MASK_BF16)
-        load_chunks<CHUNK, LANES>(elements,
-                                  reinterpret_cast<device const typename Narrow<T>::Bfloat*>(rows),
-                                  strides, pages, row, row_count, lane, columns);
-    else
-        load_chunks<CHUNK, LANES>(elements, reinterpret_cast<device const T*>(rows), strides, pages,
-                                  row, row_count, lane, columns);
-}
-
-/// Where a sequence's first run of keys begins: dropout decides about aligned ones.
-inline int first_key_of(int first_visible) {
-    return has_dropout ? first_visible / 8 * 8 : first_visible;
 }
 
 /// Scores of 8 keys. B(channel, key) of K takes two keys a lane.
@@ -122,25 +68,6 @@ UMFA_INLINE void score_tile(thread Fragment<float> (&s)[QF],
             simdgroup_multiply_accumulate(s[f], q[f][Q_STAYS ? d : 0], b, s[f]);
         }
     }
-}
-
-/// A lane's scores of one row with all that depends on positions, and `lowest` for hidden keys.
-/// `mixed`: among the keys are some that some row must not see.
-template <bool GUARDED>
-UMFA_INLINE float2 mask_tile(float2 x, thread const ScoreRow& row, int column, bool mixed, int end,
-                             int pass, Visible<int> range, constant ForwardParams& params,
-                             device const uchar* mask) {
-    x.x = biased(x.x, row, column, params);
-    x.y = biased(x.y, row, column + 1, params);
-    if (has_mask) x = masked(x, row, column, range.seqlen_kv, params, mask);
-    if (mixed) {
-        VisibleRow seen = whole_row(range, row.row);
-        seen.end = min(seen.end, end);
-        seen.prefix = has_prefix ? min(seen.prefix, end) : 0;
-        if (!sees(seen, column)) x.x = lowest;
-        if (!sees(seen, column + 1)) x.y = lowest;
-    }
-    return GUARDED && counts(pass) ? seen_scores(x) : x;
 }
 
 /// A lane's weights of one row, before dropout. The row's O follows where the reference moves.
@@ -194,15 +121,19 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
 #pragma clang loop unroll(full)
         for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
     }
+    key = carried<T>(key, key_kind, params.key, first);
+    value = carried<T>(value, value_kind, params.value, first);
     for (int k0 = first; k0 < end; k0 += 8 * SIMDGROUPS) {
         if (has_prefix && !touches(bounds, k0, 8)) continue;  // between prefix and window
         M k0_row[DF], k1_row[DF], v_row[2 * DVF];
-        load_any_chunks<T, 8>(k0_row, key, key_kind, params.key, pages, k0 + at.column, end, at.row,
-                              params.head_dim);
-        load_any_chunks<T, 8>(k1_row, key, key_kind, params.key, pages, k0 + at.column + 1, end,
+        load_any_chunks<T, 8>(k0_row, key, key_kind, params.key, pages, k0, at.column, end - k0,
                               at.row, params.head_dim);
-        load_any_chunks<T, 4>(v_row, value, value_kind, params.value, pages, k0 + at.row, end,
+        load_any_chunks<T, 8>(k1_row, key, key_kind, params.key, pages, k0, at.column + 1, end - k0,
+                              at.row, params.head_dim);
+        load_any_chunks<T, 4>(v_row, value, value_kind, params.value, pages, k0, at.row, end - k0,
                               at.column / 2, params.head_dim_v);
+        key = carried<T>(key, key_kind, params.key, 8 * SIMDGROUPS);
+        value = carried<T>(value, value_kind, params.value, 8 * SIMDGROUPS);
 
         Fragment<float> s[QF];
         score_tile(s, q, parked_q, k0_row, k1_row, lane);
@@ -358,7 +289,7 @@ UMFA_INLINE void store_row(device uchar* out, device float* lse, device const uc
 
 /// Long, since threadgroup memory is declared in kernels alone.
 template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
-[[kernel]] void umfa_decode(
+[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS)]] void umfa_decode(
     device const uchar* query [[buffer(UMFA_DECODE_QUERY)]],
     device const uchar* key [[buffer(UMFA_DECODE_KEY)]],
     device const uchar* value [[buffer(UMFA_DECODE_VALUE)]],
@@ -372,8 +303,8 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     device const int* page_table UMFA_BUFFER_IF(UMFA_DECODE_PAGES, has_pages),
     device const uchar* rotary_cos UMFA_BUFFER_IF(UMFA_DECODE_ROTARY_COS, has_rotary),
     device const uchar* rotary_sin UMFA_BUFFER_IF(UMFA_DECODE_ROTARY_SIN, has_rotary),
-    device float* partial_out UMFA_BUFFER_IF(UMFA_DECODE_PARTIAL_OUT, is_split),
-    device float2* partial_state UMFA_BUFFER_IF(UMFA_DECODE_PARTIAL_STATE, is_split),
+    device float* partial_out [[buffer(UMFA_DECODE_PARTIAL_OUT)]],
+    device float2* partial_state [[buffer(UMFA_DECODE_PARTIAL_STATE)]],
     constant DecodeParams& decode_params [[buffer(UMFA_DECODE_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -387,6 +318,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     threadgroup float2 parked_q[decode_parked_q(D, QF, sizeof(M))];  // in lane order
 
     constant ForwardParams& params = decode_params.forward;
+    group = place_in_grid(group, params);
     const LaneMap at = lane_map(lane);
     int split = group.x, batch = group.z;
     if (has_sequences) {
@@ -427,7 +359,9 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     }
     const int begin = first + split * decode_params.keys_per_split;
     const int end = min(begin + decode_params.keys_per_split, last);
-    const bool hides = has_mask || !covers(seen_bounds(range, 0, last_query), begin, end - begin);
+    // Behind the last key of a run that is not full, that key is read again, and hidden.
+    const bool hides = has_mask || (end - begin) % 8 != 0 ||
+                       !covers(seen_bounds(range, 0, last_query), begin, end - begin);
     // Each simdgroup decides for itself whether it must guard.
     if (lane == 0) first_run[simdgroup] = begin + int(simdgroup) * 8;
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -458,7 +392,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     for (int f = 0; f < QF; ++f) {
         if (first_row + f * 8 + at.row >= row_count) continue;
         const int row = rows[f].row;
-        if (is_split) {
+        if (is_split(decode_params)) {
             const int64_t heads_q = decode_params.heads;
             int64_t to = ((batch * heads_q + heads[f]) * seqlen_q + row) * decode_params.splits;
             if (has_sequences)
@@ -475,7 +409,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
 /// One threadgroup merges one row: its simdgroups take every SIMDGROUPS-th split, its lanes the
 /// channels, and the parts are added in a fixed order.
 template <typename T, int SIMDGROUPS, int PER_LANE>
-[[kernel]] void umfa_decode_merge(
+[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS)]] void umfa_decode_merge(
     device const float* partial_out [[buffer(UMFA_MERGE_PARTIAL_OUT)]],
     device const float2* partial_state [[buffer(UMFA_MERGE_PARTIAL_STATE)]],
     device T* out [[buffer(UMFA_MERGE_OUT)]],
@@ -581,8 +515,11 @@ UMFA_DECODE_SHAPES(UMFA_F32)
 UMFA_DECODE_SHAPES(UMFA_BF16_AS_F32)
 UMFA_MERGE("decode_merge_f16_d128", half, 8, 4)
 UMFA_MERGE("decode_merge_f16_d256", half, 8, 8)
+UMFA_MERGE("decode_merge_f16_d512", half, 8, 16)
 UMFA_MERGE("decode_merge_bf16_d128", bfloat, 8, 4)
 UMFA_MERGE("decode_merge_bf16_d256", bfloat, 8, 8)
+UMFA_MERGE("decode_merge_bf16_d512", bfloat, 8, 16)
 UMFA_MERGE("decode_merge_f32_d128", float, 8, 4)
 UMFA_MERGE("decode_merge_f32_d256", float, 8, 8)
+UMFA_MERGE("decode_merge_f32_d512", float, 8, 16)
 #endif

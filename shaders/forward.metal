@@ -7,6 +7,10 @@
 // lane holds two adjacent columns of a row (fragment.h), for S and P alike, so P feeds P V without
 // a move.
 //
+// Of few queries that the decode kernel does not take, a threadgroup owns BQ rows of a key head: queries
+// of all heads that share it (packs_heads), over a part of the keys (splits > 1). decode.metal's merge
+// puts the parts together.
+//
 // Finite arithmetic only: under fast math Metal leaves infinities undefined.
 #include <metal_simdgroup>
 #include <metal_simdgroup_matrix>
@@ -19,10 +23,12 @@
 #include "shared/indices.h"
 #include "shared/operand.h"
 #include "shared/params.h"
+#include "shared/products.h"
 #include "shared/rotary.h"
 #include "shared/scores.h"
 #include "shared/sequence.h"
 #include "shared/softmax.h"
+#include "shared/staged.h"
 #include "shared/threadgroup_memory.h"
 #include "shared/tile.h"
 #include "shared/values.h"
@@ -34,59 +40,24 @@ using namespace umfa;
 
 namespace umfa {
 
-/// S += A B^T, from the rows of B as they lie in threadgroup memory: transposed by the load.
-template <int ROW, int QF, int KF, int DF, typename M>
-inline void add_products(thread Fragment<float> (&s)[QF][KF], thread Fragment<M> (&a)[QF][DF],
-                         threadgroup const M* rows) {
-    // Channels outside: the products that follow each other add to different scores, none waits for
-    // another.
-#pragma clang loop unroll(full)
-    for (int d = 0; d < DF; ++d) {
-#pragma clang loop unroll(full)
-        for (int j = 0; j < KF; ++j) {
-            Fragment<M> b;
-            simdgroup_load(b, rows + j * 8 * ROW + d * 8, ROW, ulong2(0, 0), true);
-#pragma clang loop unroll(full)
-            for (int f = 0; f < QF; ++f)
-                simdgroup_multiply_accumulate(s[f][j], a[f][d], b, s[f][j]);
-        }
-    }
-}
+/// What each of a lane's rows is. With packs_heads row n of a key head is query n % seqlen_q of its head
+/// n / seqlen_q, and rows past the end repeat the last one.
+template <int QF>
+struct RowPlaces {
+    int head[QF], query[QF];
+};
 
-/// Partial scores of SPLIT simdgroups, added in the same order by each of them: they go on with the
-/// same bits.
-template <int SPLIT, int QF, int KF>
-inline void add_parts(thread Fragment<float> (&s)[QF][KF], threadgroup float2* parts,
-                      ushort simdgroup, ushort lane) {
-    threadgroup float2* mine = parts + simdgroup * (QF * KF * 32) + lane;
+template <int QF>
+inline RowPlaces<QF> row_places(int head, int first, int seqlen_q, int row_count, LaneMap at) {
+    RowPlaces<QF> places;
 #pragma clang loop unroll(full)
-    for (int i = 0; i < QF * KF; ++i) mine[i * 32] = pair_of(s[i / KF][i % KF]);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    threadgroup const float2* first = parts + simdgroup / SPLIT * SPLIT * (QF * KF * 32) + lane;
-#pragma clang loop unroll(full)
-    for (int i = 0; i < QF * KF; ++i) {
-        float2 sum = first[i * 32];
-#pragma clang loop unroll(full)
-        for (int part = 1; part < SPLIT; ++part) sum += first[(part * QF * KF + i) * 32];
-        set_pair(s[i / KF][i % KF], sum);
+    for (int f = 0; f < QF; ++f) {
+        const int row = first + f * 8 + at.row;
+        const int packed = min(row, row_count - 1);
+        places.head[f] = packs_heads ? head + packed / seqlen_q : head;
+        places.query[f] = packs_heads ? packed % seqlen_q : row;
     }
-}
-
-/// O += P V, from the rows of V as they lie in threadgroup memory.
-template <int ROW, int QF, int KF, int DVF, typename M>
-inline void accumulate(thread Fragment<float> (&o)[QF][DVF], thread Fragment<M> (&p)[QF][KF],
-                       threadgroup const M* rows) {
-#pragma clang loop unroll(full)
-    for (int j = 0; j < KF; ++j) {
-#pragma clang loop unroll(full)
-        for (int d = 0; d < DVF; ++d) {
-            Fragment<M> b;
-            simdgroup_load(b, rows + j * 8 * ROW + d * 8, ROW);
-#pragma clang loop unroll(full)
-            for (int f = 0; f < QF; ++f)
-                simdgroup_multiply_accumulate(o[f][d], p[f][j], b, o[f][d]);
-        }
-    }
+    return places;
 }
 
 /// Whether a row of the threadgroup holds NaN or an infinity. All threads get the same answer.
@@ -107,28 +78,30 @@ inline bool any_spoiled(thread Fragment<float> (&o)[QF][DVF], thread const Score
 }
 
 /// Queries of a simdgroup and their second part, as fragments, and what the scores of their rows
-/// need. `query`: the first of the sequence and head.
+/// need. `query`: the first of the sequence and of head 0.
 template <typename T, int QF, int DF, int DVF, typename M>
 UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][DF], thread Fragment<M> (&qv)[QF][DVF],
                               thread ScoreRow (&rows)[QF], device const uchar* query,
                               device const uchar* query_v, device const float* slopes,
                               constant ForwardParams& params, thread const Rotary& rotary,
-                              thread const SequenceParams& sequence, int batch, int head,
-                              int my_row, int part, LaneMap at) {
+                              thread const SequenceParams& sequence, int batch,
+                              thread const RowPlaces<QF>& places, int part, LaneMap at) {
+    constexpr int APART = Staged<T, M>::APART;
     const int seqlen_q = sequence.seqlen_q;
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
-        const int row = my_row + f * 8 + at.row;
+        const int row = places.query[f], head = places.head[f];
+        device const uchar* queries = moved<T>(query, query_kind, head * params.query.head);
         rows[f] = score_row(params, slopes, batch, head, row, sequence.visibility.offset);
         const int position = sequence.position_q + row * params.rotary.advance;
 #pragma clang loop unroll(full)
         for (int d = 0; d < DF; ++d) {
-            const int column = (part * DF + d) * 8 + at.column;
+            const int column = Staged<T, M>::channel(part * DF + d, at.column);
             set(q[f][d],
-                any_query_element<M, T>(query, query_kind, params.query, rotary, position, row,
+                any_query_element<M, T>(queries, query_kind, params.query, rotary, position, row,
                                         seqlen_q, column, params.head_dim),
-                any_query_element<M, T>(query, query_kind, params.query, rotary, position, row,
-                                        seqlen_q, column + 1, params.head_dim));
+                any_query_element<M, T>(queries, query_kind, params.query, rotary, position, row,
+                                        seqlen_q, column + APART, params.head_dim));
         }
         if (has_qv) {
             device const uchar* of_head =
@@ -137,15 +110,26 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][DF], thread Fragment<M
                              sequence.query_row * params.qv.row + head * params.qv.head);
 #pragma clang loop unroll(full)
             for (int d = 0; d < DVF; ++d) {
-                const int column = (part * DVF + d) * 8 + at.column;
+                const int column = Staged<T, M>::channel(part * DVF + d, at.column);
                 set(qv[f][d],
                     any_element<M, T>(of_head, query_kind, params.qv, row, seqlen_q, column,
                                       params.head_dim_v),
-                    any_element<M, T>(of_head, query_kind, params.qv, row, seqlen_q, column + 1,
+                    any_element<M, T>(of_head, query_kind, params.qv, row, seqlen_q, column + APART,
                                       params.head_dim_v));
             }
         }
     }
+}
+
+/// A lane's elements of the mask for a tile.
+template <int QF, int KF>
+UMFA_INLINE void load_mask(thread uint2 (&bits)[QF][KF], thread const ScoreRow (&rows)[QF], int k0,
+                           int seqlen_kv, constant ForwardParams& params, device const uchar* mask,
+                           LaneMap at) {
+#pragma clang loop unroll(full)
+    for (int i = 0; i < QF * KF; ++i)
+        bits[i / KF][i % KF] =
+            mask_bits(mask, rows[i / KF].mask, k0 + i % KF * 8 + at.column, seqlen_kv, params);
 }
 
 /// Scores of one row in a tile with all that depends on positions, and `lowest` for hidden keys.
@@ -153,20 +137,19 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][DF], thread Fragment<M
 template <int QF, int KF>
 UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[QF][KF], int f, thread const ScoreRow& row,
                            int k0, bool mixed, int pass, Visible<int> range,
-                           constant ForwardParams& params, device const uchar* mask, LaneMap at) {
+                           constant ForwardParams& params, thread uint2 (&mask)[QF][KF],
+                           float scale, LaneMap at) {
     const bool counting = counts(pass);
 #pragma clang loop unroll(full)
     for (int j = 0; j < KF; ++j) {
         const int column = k0 + j * 8 + at.column;
         const float2 x = pair_of(s[f][j]);
-        set(s[f][j], biased(x.x, row, column, params), biased(x.y, row, column + 1, params));
+        set(s[f][j], biased(x.x, row, column, scale, params),
+            biased(x.y, row, column + 1, scale, params));
     }
     if (has_mask) {
 #pragma clang loop unroll(full)
-        for (int j = 0; j < KF; ++j) {
-            const int column = k0 + j * 8 + at.column;
-            set_pair(s[f][j], masked(pair_of(s[f][j]), row, column, range.seqlen_kv, params, mask));
-        }
+        for (int j = 0; j < KF; ++j) set_pair(s[f][j], masked(pair_of(s[f][j]), mask[f][j]));
     }
     if (mixed || counting) {  // few tiles need this, so the branch is cheap
         const VisibleRow seen = whole_row(range, row.row);
@@ -215,6 +198,21 @@ UMFA_INLINE void softmax_tile(thread Fragment<M> (&p)[QF][KF], thread Fragment<f
     }
 }
 
+/// What a split found of a row: O as it is, and the softmax state.
+template <int QF, int DVF>
+UMFA_INLINE void store_part(device float* partial_out, device float2* partial_state, int64_t to,
+                            thread Fragment<float> (&o)[QF][DVF], int f,
+                            thread const SoftmaxRow& softmax, int columns, int part, LaneMap at) {
+#pragma clang loop unroll(full)
+    for (int d = 0; d < DVF; ++d) {
+        const int column = (part * DVF + d) * 8 + at.column;
+        const float2 x = pair_of(o[f][d]);
+        if (column < columns) partial_out[to * columns + column] = x.x;
+        if (column + 1 < columns) partial_out[to * columns + column + 1] = x.y;
+    }
+    if (part == 0 && at.column == 0) partial_state[to] = float2(softmax.reference, softmax.sum);
+}
+
 /// A row of O, divided by its sum, and its log-sum-exp. `out`: the first row of the sequence and head.
 template <typename T, int QF, int DVF>
 UMFA_INLINE void store_row(device uchar* out, device float* lse, device const uchar* sinks,
@@ -243,8 +241,8 @@ UMFA_INLINE void store_row(device uchar* out, device float* lse, device const uc
 /// Long, since threadgroup memory is declared in kernels alone and a tile's scores and staging share
 /// their barriers.
 template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS, int SPLIT,
-          bool ONE_TILE>
-[[kernel]] void umfa_forward(
+          bool ONE_TILE, int FENCES>
+[[kernel, max_total_threads_per_threadgroup(32 * SIMDGROUPS)]] void umfa_forward(
     device const uchar* query [[buffer(UMFA_FORWARD_QUERY)]],
     device const uchar* key [[buffer(UMFA_FORWARD_KEY)]],
     device const uchar* value [[buffer(UMFA_FORWARD_VALUE)]],
@@ -259,40 +257,72 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     device const uchar* rotary_cos UMFA_BUFFER_IF(UMFA_FORWARD_ROTARY_COS, has_rotary),
     device const uchar* rotary_sin UMFA_BUFFER_IF(UMFA_FORWARD_ROTARY_SIN, has_rotary),
     device const uchar* query_v UMFA_BUFFER_IF(UMFA_FORWARD_QV, has_qv),
+    device const SplitParams* split_params UMFA_BUFFER_IF(UMFA_FORWARD_SPLIT, packs_heads),
+    device float* partial_out UMFA_BUFFER_IF(UMFA_FORWARD_PARTIAL_OUT, packs_heads),
+    device float2* partial_state UMFA_BUFFER_IF(UMFA_FORWARD_PARTIAL_STATE, packs_heads),
     constant ForwardParams& params [[buffer(UMFA_FORWARD_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
     constexpr int THREADS = 32 * SIMDGROUPS, BQ = 8 * QF * SIMDGROUPS / SPLIT;
     constexpr int KF = BK / 8, DF = D / SPLIT / 8, DVF = DV / SPLIT / 8;  // fragments
-    constexpr int K_ROW = tile_row<M>(D), V_ROW = tile_row<M>(DV);
+    using E = typename Staged<T, M>::Type;
+    constexpr int K_ROW = tile_row<E>(D), V_ROW = tile_row<E>(DV);
     constexpr int FLAGS = forward_flags(DV, QF, SPLIT);
-    threadgroup uint4 k_words[tile_words(BK, D, sizeof(M))];
-    threadgroup uint4 v_words[forward_v_words(BK, DV, ONE_TILE, sizeof(M))];
+    threadgroup uint4 k_words[tile_words(BK, D, sizeof(E))];
+    threadgroup uint4 v_words[second_tile_words(BK, DV, ONE_TILE, sizeof(E))];
     threadgroup float2 parts[forward_parts(BK, QF, SIMDGROUPS, SPLIT)];
     threadgroup uint votes[SIMDGROUPS];
     threadgroup uint flags[2 * FLAGS * THREADS];
     threadgroup int first_tile[forward_first_tile()];
-    threadgroup M* k_tile = reinterpret_cast<threadgroup M*>(k_words);
-    threadgroup M* v_tile = ONE_TILE ? k_tile : reinterpret_cast<threadgroup M*>(v_words);
+    threadgroup E* k_tile = reinterpret_cast<threadgroup E*>(k_words);
+    threadgroup E* v_tile = ONE_TILE ? k_tile : reinterpret_cast<threadgroup E*>(v_words);
 
+    group = place_in_grid(group, params);
     const LaneMap at = lane_map(lane);
     const ushort thread_index = simdgroup * 32 + lane;
-    const int head = group.y, head_kv = head / params.group;
-    int batch = group.z, first_row = group.x * BQ;
+    int head = group.y, head_kv = head / params.group;
+    int batch = group.z, first_row = group.x * BQ, split = group.x;
     if (has_sequences) {
         batch = tasks[group.x].sequence;
         first_row = tasks[group.x].first_row;
+        split = tasks[group.x].split;
     }
     const SequenceParams sequence = sequence_at(params, sequences, batch);
     const int seqlen_q = sequence.seqlen_q, seqlen_kv = sequence.visibility.seqlen_kv;
+    const int row_count = packs_heads ? params.group * seqlen_q : seqlen_q;
+    if (packs_heads) {
+        const int row_blocks = has_sequences ? 1 : (row_count + BQ - 1) / BQ;
+        head_kv = int(group.y) / row_blocks;
+        head = head_kv * params.group;
+        if (!has_sequences) first_row = int(group.y) % row_blocks * BQ;
+    }
     const int my_row = first_row + simdgroup / SPLIT * 8 * QF;
     const int part = simdgroup % SPLIT;
 
-    query = moved<T>(query, query_kind,
-                     sequence.query_batch * params.query.batch +
-                         sequence.query_row * params.query.row + head * params.query.head);
+    // The threadgroup's rows say which tiles it reads, a simdgroup's whether a tile is hidden, whole
+    // or mixed for it.
+    const Visible<int> range = visible_of(params, sequence);
+    // Packed rows are of all queries.
+    const int first_query = packs_heads ? 0 : first_row;
+    const int last_query = packs_heads ? seqlen_q - 1 : min(first_row + BQ, seqlen_q) - 1;
+    int split_begin = 0, tiles_end = span_end(range, last_query);
+    if (packs_heads) {
+        const int keys = split_params->keys_per_split;  // a multiple of BK
+        split_begin = span_begin(range, 0) / BK * BK + split * keys;
+        tiles_end = min(tiles_end, split_begin + keys);
+    }
+    const int tiles_begin = next_tile(range, first_query, last_query, split_begin, BK);
+
+    query =
+        moved<T>(query, query_kind,
+                 sequence.query_batch * params.query.batch + sequence.query_row * params.query.row);
     key = first_key<T>(key, key_kind, params.key, sequence, head_kv);
     value = first_key<T>(value, value_kind, params.value, sequence, head_kv);
+    key = rotates_keys ? carried<T>(key, key_kind, params.key, tiles_begin)
+                       : first_rows<T, D, BK, THREADS>(key, key_kind, params.key, tiles_begin,
+                                                       params.head_dim, thread_index);
+    value = first_rows<T, DV, BK, THREADS>(value, value_kind, params.value, tiles_begin,
+                                           params.head_dim_v, thread_index);
     const Pages pages = pages_of(params, page_table, sequence);
     const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
     out = moved<T>(out, out_kind,
@@ -303,20 +333,18 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     Fragment<float> o[QF][DVF];
     SoftmaxRow softmax[QF];
     ScoreRow rows[QF];
-    load_queries<T>(q, qv, rows, query, query_v, slopes, params, rotary, sequence, batch, head,
-                    my_row, part, at);
+    const RowPlaces<QF> places = row_places<QF>(head, my_row, seqlen_q, row_count, at);
+    load_queries<T>(q, qv, rows, query, query_v, slopes, params, rotary, sequence, batch, places,
+                    part, at);
 
-    // The threadgroup's rows say which tiles it reads, a simdgroup's whether a tile is hidden, whole
-    // or mixed for it.
-    const Visible<int> range = visible_of(params, sequence);
-    const int last_row = min(first_row + BQ, seqlen_q) - 1;
-    const int tiles_begin = next_tile(range, first_row, last_row, 0, BK);
-    const int tiles_end = span_end(range, last_row);
-    const SeenBounds<int> mine = seen_bounds(range, my_row, min(my_row + 8 * QF, seqlen_q) - 1);
+    const SeenBounds<int> mine =
+        seen_bounds(range, packs_heads ? 0 : my_row,
+                    packs_heads ? last_query : min(my_row + 8 * QF, seqlen_q) - 1);
     const int staged_end = min((tiles_end + BK - 1) / BK * BK, seqlen_kv);
-    const bool hides = has_mask || !covers(seen_bounds(range, first_row, last_row), tiles_begin,
+    const bool hides = has_mask || !covers(seen_bounds(range, first_query, last_query), tiles_begin,
                                            staged_end - tiles_begin);
-    const float unit = scale_last ? params.score_scale : 1.0f;
+    const float scale = params.score_scale;  // here, or each tile waits for it
+    const float unit = scale_last ? scale : 1.0f;
 
     // The first tile of later passes is kept in threadgroup memory. In a register it stays live through
     // pass 0, and the kernel for D = 128 spills (ptxas, sm_90, three threadgroups a multiprocessor: 36
@@ -331,38 +359,48 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 #pragma clang loop unroll(full)
             for (int d = 0; d < DVF; ++d) set(o[f][d], 0.0f, 0.0f);
         }
-        for (int k0 = from; k0 < tiles_end; k0 = tile_after(range, first_row, last_row, k0, BK)) {
+        for (int k0 = from; k0 < tiles_end;
+             k0 = tile_after(range, first_query, last_query, k0, BK)) {
             threadgroup_barrier(mem_flags::mem_threadgroup);
             if (rotates_keys)
-                stage_any_rotated<M, T, D, BK, THREADS>(k_tile, key, key_kind, params.key, pages,
-                                                        k0, seqlen_kv - k0, params.head_dim, rotary,
-                                                        thread_index);
+                key = stage_any_rotated<E, T, D, BK, THREADS>(
+                    k_tile, key, key_kind, params.key, pages, k0, seqlen_kv - k0, params.head_dim,
+                    rotary, thread_index);
             else
-                stage_any<M, T, D, BK, THREADS>(k_tile, key, key_kind, params.key, pages, k0,
-                                                seqlen_kv - k0, params.head_dim, thread_index);
+                key =
+                    stage_any<E, T, D, BK, THREADS>(k_tile, key, key_kind, params.key, pages, k0,
+                                                    seqlen_kv - k0, params.head_dim, thread_index);
             if (!ONE_TILE)
-                stage_any<M, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value, pages, k0,
-                                                 seqlen_kv - k0, params.head_dim_v, thread_index);
+                value = stage_any<E, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value,
+                                                         pages, k0, seqlen_kv - k0,
+                                                         params.head_dim_v, thread_index);
             threadgroup_barrier(mem_flags::mem_threadgroup);
-            const bool sees = my_row < seqlen_q && touches(mine, k0, BK);
+            const bool sees = my_row < row_count && touches(mine, k0, BK);
             // In pass 0 with SPLIT 1 no barrier follows in this tile, so the simdgroup may skip it.
             if (SPLIT == 1 && !sees && pass <= 0) continue;
 
+            // After the staging: before it, the mask takes registers from V, and some loads of V wait
+            // for the barrier (ptxas, D = 128). Before Q K: its products hide the time of the loads.
+            // After Q K nothing does: 0.81 to 0.87 of the speed without a mask (H200, D = 128).
+            uint2 mask_words[QF][KF];
+            if (has_mask) load_mask(mask_words, rows, k0, seqlen_kv, params, mask, at);
             Fragment<float> s[QF][KF];
 #pragma clang loop unroll(full)
             for (int i = 0; i < QF * KF; ++i) set(s[i / KF][i % KF], 0.0f, 0.0f);
-            if (sees) add_products<K_ROW>(s, q, k_tile + part * DF * 8);
+            if (sees) add_products<K_ROW, FENCES>(s, q, k_tile + part * DF * 8, at);
             if (ONE_TILE && has_qv) {
                 threadgroup_barrier(mem_flags::mem_threadgroup);  // K has been read
-                stage_any<M, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value, pages, k0,
-                                                 seqlen_kv - k0, params.head_dim_v, thread_index);
+                value = stage_any<E, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value,
+                                                         pages, k0, seqlen_kv - k0,
+                                                         params.head_dim_v, thread_index);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             }
-            if (has_qv && sees) add_products<V_ROW>(s, qv, v_tile + part * DVF * 8);
+            if (has_qv && sees) add_products<V_ROW, FENCES>(s, qv, v_tile + part * DVF * 8, at);
             if (SPLIT > 1) add_parts<SPLIT>(s, parts, simdgroup, lane);
             if (ONE_TILE && !has_qv) {
-                stage_any<M, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value, pages, k0,
-                                                 seqlen_kv - k0, params.head_dim_v, thread_index);
+                value = stage_any<E, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value,
+                                                         pages, k0, seqlen_kv - k0,
+                                                         params.head_dim_v, thread_index);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             }
             if (pass > 0) {
@@ -376,11 +414,11 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             Fragment<M> p[QF][KF];
 #pragma clang loop unroll(full)
             for (int f = 0; f < QF; ++f) {
-                mask_tile(s, f, rows[f], k0, mixed, pass, range, params, mask, at);
-                softmax_tile(p, o, softmax[f], s, f, batch, head, rows[f].row, k0, pass, unit,
-                             params, at);
+                mask_tile(s, f, rows[f], k0, mixed, pass, range, params, mask_words, scale, at);
+                softmax_tile(p, o, softmax[f], s, f, batch, places.head[f], rows[f].row, k0, pass,
+                             unit, params, at);
             }
-            accumulate<V_ROW>(o, p, v_tile + part * DVF * 8);
+            accumulate<V_ROW, FENCES>(o, p, v_tile + part * DVF * 8, at);
         }
         if (pass == 3 || pass < 0) break;
         if (pass > 0)
@@ -389,15 +427,29 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             break;
         threadgroup_barrier(mem_flags::mem_threadgroup);  // keeps the load here
         from = first_tile[0];
+        // Pointers are behind the last whole tile.
+        const int64_t read = max(staged_end / BK * BK - from, 0);
+        key = carried<T>(key, key_kind, params.key, -read);
+        value = carried<T>(value, value_kind, params.value, -read);
     }
     if (pass > 0) spoil<THREADS>(o, flags + thread_index, flags + FLAGS * THREADS + thread_index);
 
 #pragma clang loop unroll(full)
     for (int f = 0; f < QF; ++f) {
         softmax[f].sum = total(softmax[f]);
-        if (rows[f].row < seqlen_q)
-            store_row<T>(out, lse, sinks, o, f, softmax[f], rows[f].row, params, sequence, head,
-                         part, at);
+        if (my_row + f * 8 + at.row >= row_count) continue;
+        const int row = rows[f].row, own_head = places.head[f];
+        if (packs_heads && split_params->splits > 1) {
+            int64_t to = ((batch * int64_t(split_params->heads) + own_head) * seqlen_q + row) *
+                         split_params->splits;
+            if (has_sequences)
+                to = sequence.part + int64_t(own_head * seqlen_q + row) * sequence.splits;
+            store_part(partial_out, partial_state, to + split, o, f, softmax[f], params.head_dim_v,
+                       part, at);
+            continue;
+        }
+        store_row<T>(moved<T>(out, out_kind, (own_head - head) * params.out.head), lse, sinks, o, f,
+                     softmax[f], row, params, sequence, own_head, part, at);
     }
 }
 
@@ -409,22 +461,39 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
 // Compiled from text for one problem: the planner names the kernel and its shape.
 UMFA_FORWARD(UMFA_KERNEL, UMFA_T, UMFA_M, UMFA_SHAPE)
 #else
-// Compiled ahead: every shape that the planner can ask for.
+// Compiled ahead: every shape that the planner can ask for. Alternatives are named by all that differs.
 #define UMFA_NAME(TYPE, D, DV, BK) "forward_" TYPE "_d" #D "_v" #DV "_k" #BK
-#define UMFA_F16(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FIRST, LAST)                   \
+#define UMFA_OTHER(TYPE, D, DV, BK, QF, FENCES) UMFA_NAME(TYPE, D, DV, BK) "_q" #QF "_f" #FENCES
+#define UMFA_F16(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FENCES, FIRST, LAST)           \
     UMFA_FORWARD(UMFA_NAME("f16", D, DV, BK), half, half, D, DV, BK, QF, SIMDGROUPS, SPLIT, \
-                 ONE_TILE)
-#define UMFA_BF16(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FIRST, LAST)                       \
+                 ONE_TILE, FENCES)
+#define UMFA_BF16(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FENCES, FIRST, LAST)               \
     UMFA_FORWARD(UMFA_NAME("bf16", D, DV, BK), bfloat, bfloat, D, DV, BK, QF, SIMDGROUPS, SPLIT, \
-                 ONE_TILE)
-#define UMFA_F32(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FIRST, LAST)                     \
+                 ONE_TILE, FENCES)
+#define UMFA_F32(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FENCES, FIRST, LAST)             \
     UMFA_FORWARD(UMFA_NAME("f32", D, DV, BK), float, float, D, DV, BK, QF, SIMDGROUPS, SPLIT, \
-                 ONE_TILE)
-#define UMFA_BF16_AS_F32(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FIRST, LAST)               \
+                 ONE_TILE, FENCES)
+#define UMFA_BF16_AS_F32(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FENCES, FIRST, LAST)       \
     UMFA_FORWARD(UMFA_NAME("bf16_as_f32", D, DV, BK), bfloat, float, D, DV, BK, QF, SIMDGROUPS, \
-                 SPLIT, ONE_TILE)
+                 SPLIT, ONE_TILE, FENCES)
 UMFA_FORWARD_SHAPES_16(UMFA_F16)
 UMFA_FORWARD_SHAPES_16(UMFA_BF16)
 UMFA_FORWARD_SHAPES_32(UMFA_F32)
-UMFA_FORWARD_SHAPES_32(UMFA_BF16_AS_F32)
+UMFA_FORWARD_SHAPES_WIDENED(UMFA_BF16_AS_F32)
+#define UMFA_OTHER_F16(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FENCES, FIRST, LAST)           \
+    UMFA_FORWARD(UMFA_OTHER("f16", D, DV, BK, QF, FENCES), half, half, D, DV, BK, QF, SIMDGROUPS, \
+                 SPLIT, ONE_TILE, FENCES)
+#define UMFA_OTHER_BF16(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FENCES, FIRST, LAST)   \
+    UMFA_FORWARD(UMFA_OTHER("bf16", D, DV, BK, QF, FENCES), bfloat, bfloat, D, DV, BK, QF, \
+                 SIMDGROUPS, SPLIT, ONE_TILE, FENCES)
+#define UMFA_OTHER_F32(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FENCES, FIRST, LAST) \
+    UMFA_FORWARD(UMFA_OTHER("f32", D, DV, BK, QF, FENCES), float, float, D, DV, BK, QF, \
+                 SIMDGROUPS, SPLIT, ONE_TILE, FENCES)
+#define UMFA_OTHER_BF16_AS_F32(D, DV, BK, QF, SIMDGROUPS, SPLIT, ONE_TILE, FENCES, FIRST, LAST)  \
+    UMFA_FORWARD(UMFA_OTHER("bf16_as_f32", D, DV, BK, QF, FENCES), bfloat, float, D, DV, BK, QF, \
+                 SIMDGROUPS, SPLIT, ONE_TILE, FENCES)
+UMFA_FORWARD_ALTERNATIVES_16(UMFA_OTHER_F16)
+UMFA_FORWARD_ALTERNATIVES_16(UMFA_OTHER_BF16)
+UMFA_FORWARD_ALTERNATIVES_32(UMFA_OTHER_F32)
+UMFA_FORWARD_ALTERNATIVES_WIDENED(UMFA_OTHER_BF16_AS_F32)
 #endif

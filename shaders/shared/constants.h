@@ -19,8 +19,9 @@
     X(6, bool, unit_channels) /* every channel stride is 1 */                               \
     /* Rows of K and V start on 16 bytes and their channels come in whole 16 bytes. */      \
     X(7, bool, wide_loads)                                                                  \
-    /* Several threadgroups share a row's keys: what one finds is only a part. */           \
-    X(8, bool, is_split)                                                                    \
+    /* Less than 2^31 elements lie between rows of a tile or a page of K and V, and */      \
+    /* between neighbouring pages. */                                                       \
+    X(8, bool, near_rows)                                                                   \
     X(9, bool, has_chunk)                                                                   \
     /* Sequences lie where a buffer says, and threadgroups find what they do in a list */   \
     /* of tasks. */                                                                         \
@@ -52,7 +53,27 @@
     X(28, bool, unit_mask) /* the mask's column stride is 1 */                              \
     /* Also, the mask consists of column pairs (2n, 2n + 1) that one aligned load reads. */ \
     X(29, bool, wide_mask)                                                                  \
-    X(30, bool, shifts_pages) /* page_size is a power of two: params.pages is its exponent */
+    X(30, bool, shifts_pages) /* page_size is 2 to the power of params.pages */             \
+    /* The grid begins at params.origin. If every launch added it, D = 64 would spill */    \
+    /* (ptxas, sm_90, four threadgroups a multiprocessor: 40 bytes). */                     \
+    X(31, bool, is_slice)                                                                   \
+    /* Rows of the forward kernel are all queries of all heads that share a key head. */    \
+    X(32, bool, packs_heads)                                                                \
+    /* Of a backward pass: dtypes of dO and of the results, F32 where that is not the */    \
+    /* kernel's own; and what is wanted. */                                                 \
+    X(33, int, dout_kind)                                                                   \
+    X(34, int, dq_kind)                                                                     \
+    X(35, int, dk_kind)                                                                     \
+    X(36, int, dv_kind)                                                                     \
+    X(37, bool, wants_dk)                                                                   \
+    X(38, bool, wants_dv)                                                                   \
+    X(39, bool, has_dlse)                                                                   \
+    X(40, bool, whole_channels) /* the head dims are the kernel's own */                    \
+    X(41, int, dmask_kind)                                                                  \
+    X(42, bool, wants_dq)                                                                   \
+    X(43, bool, wants_dslopes)                                                              \
+    X(44, int, dqv_kind)                                                                    \
+    X(45, bool, wants_dqv)
 
 // Values of mask_kind. The other kinds use them too, except BOOL.
 #define UMFA_MASK_NONE 0

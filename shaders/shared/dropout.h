@@ -29,4 +29,13 @@ inline void drop(thread float& first, thread float& second, thread const Philox&
     second = b >= threshold ? second : 0.0f;
 }
 
+/// Whether one probability is kept.
+inline bool keeps(constant DropoutParams& params, int batch, int head, int row, int column) {
+    const Philox words = words_of(params, batch, head, row, column);
+    const bool second_fragment = column / 8 % 2 != 0, second = column % 2 != 0;
+    const uint of_first = second ? words.word[1] : words.word[0];
+    const uint of_second = second ? words.word[3] : words.word[2];
+    return (second_fragment ? of_second : of_first) >= params.threshold;
+}
+
 }  // namespace umfa

@@ -17,10 +17,13 @@
 #define UMFA_FORWARD_ROTARY_COS 11
 #define UMFA_FORWARD_ROTARY_SIN 12
 #define UMFA_FORWARD_QV 13
-#define UMFA_FORWARD_PARAMS 14
-#define UMFA_FORWARD_BUFFERS 15
+#define UMFA_FORWARD_SPLIT 14
+#define UMFA_FORWARD_PARTIAL_OUT 15    // split-KV, as of decode
+#define UMFA_FORWARD_PARTIAL_STATE 16  //
+#define UMFA_FORWARD_PARAMS 17
+#define UMFA_FORWARD_BUFFERS 18
 
-// Buffers of umfa_decode of decode.metal.
+// Buffers of umfa_decode of decode.metal, and of umfa_decode_vector of decode_vector.metal.
 #define UMFA_DECODE_QUERY 0
 #define UMFA_DECODE_KEY 1
 #define UMFA_DECODE_VALUE 2
@@ -83,3 +86,57 @@
 #define UMFA_LANES_HELD 1
 #define UMFA_LANES_PARAMS 2
 #define UMFA_LANES_BUFFERS 3
+
+// Buffers of umfa_dq and umfa_dkv of backward.metal.
+#define UMFA_BACKWARD_QUERY 0
+#define UMFA_BACKWARD_KEY 1
+#define UMFA_BACKWARD_VALUE 2
+#define UMFA_BACKWARD_DOUT 3
+#define UMFA_BACKWARD_STATISTICS 4
+#define UMFA_BACKWARD_MASK 5
+#define UMFA_BACKWARD_SLOPES 6
+#define UMFA_BACKWARD_SEQUENCES 7
+#define UMFA_BACKWARD_TASKS 8
+#define UMFA_BACKWARD_DQ 9
+#define UMFA_BACKWARD_DK 10
+#define UMFA_BACKWARD_DV 11
+#define UMFA_BACKWARD_SLOPE_TERMS 12
+#define UMFA_BACKWARD_ROTARY_COS 13
+#define UMFA_BACKWARD_ROTARY_SIN 14
+#define UMFA_BACKWARD_QV 15
+#define UMFA_BACKWARD_DQV 16
+#define UMFA_BACKWARD_PARAMS 17
+#define UMFA_BACKWARD_BUFFERS 18
+
+// Buffers of umfa_delta of backward.metal.
+#define UMFA_DELTA_OUT 0
+#define UMFA_DELTA_LSE 1
+#define UMFA_DELTA_DOUT 2
+#define UMFA_DELTA_DLSE 3
+#define UMFA_DELTA_STATISTICS 4
+#define UMFA_DELTA_PARAMS 5
+#define UMFA_DELTA_BUFFERS 6
+
+// Buffers of backward_mask.metal.
+#define UMFA_DMASK_QUERY 0
+#define UMFA_DMASK_KEY 1
+#define UMFA_DMASK_VALUE 2
+#define UMFA_DMASK_DOUT 3
+#define UMFA_DMASK_STATISTICS 4
+#define UMFA_DMASK_MASK 5
+#define UMFA_DMASK_SLOPES 6
+#define UMFA_DMASK_SEQUENCES 7
+#define UMFA_DMASK_DMASK 8
+#define UMFA_DMASK_ROTARY_COS 9
+#define UMFA_DMASK_ROTARY_SIN 10
+#define UMFA_DMASK_QV 11
+#define UMFA_DMASK_PARAMS 12
+#define UMFA_DMASK_BUFFERS 13
+
+// Buffers of row_sums.metal.
+#define UMFA_ROW_SUMS_ROWS 0
+#define UMFA_ROW_SUMS_SINKS 1
+#define UMFA_ROW_SUMS_SEQUENCES 2
+#define UMFA_ROW_SUMS_SUMS 3
+#define UMFA_ROW_SUMS_PARAMS 4
+#define UMFA_ROW_SUMS_BUFFERS 5

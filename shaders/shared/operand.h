@@ -17,23 +17,39 @@ inline int64_t channel_stride(constant OperandStrides& strides) {
     return unit_channels ? 1 : strides.channel;
 }
 
-/// One element, zero past the last row and column: padding is never read, and 0 * NaN never reaches
-/// P V.
+// Past the last row or channel, loads read the last one again and take zero in its place: padding is
+// never read, and 0 * NaN never reaches P V. A load under a condition becomes a branch, because no
+// compiler reads memory that the program might not read. LLVM makes one again if the condition that
+// chooses zero also chooses the address, or if it chooses several words: hence minima and bits.
+
+/// Whether the tensors have this channel.
+inline bool is_channel(int column, int columns) { return whole_channels || column < columns; }
+
+/// The channel where N of them can be read instead of those at `column`.
+template <int N>
+inline int existing(int column, int columns) {
+    return whole_channels ? column : min(column, columns - N);
+}
+
+/// All bits where words are kept, none where zeros replace them.
+inline uint kept_bits(bool keeps) { return keeps ? 0xffffffffu : 0u; }
+
+/// One element, zero past the last row and column.
 template <typename M, typename T>
 inline M element(device const T* rows, constant OperandStrides& strides, int row, int row_count,
                  int column, int columns) {
-    return row < row_count && column < columns
-               ? M(rows[row * strides.row + column * channel_stride(strides)])
-               : M(0);
+    const T found = rows[min(row, row_count - 1) * strides.row +
+                         existing<1>(column, columns) * channel_stride(strides)];
+    return row < row_count && is_channel(column, columns) ? M(found) : M(0);
 }
 
 /// The same of K and V, whose rows may lie in pages.
 template <typename M, typename T>
 inline M element(device const T* rows, constant OperandStrides& strides, thread const Pages& pages,
                  int row, int row_count, int column, int columns) {
-    return row < row_count && column < columns
-               ? M(key_row(rows, strides, pages, row)[column * channel_stride(strides)])
-               : M(0);
+    device const T* at = key_row(rows, strides, pages, min(row, row_count - 1));
+    const T found = at[existing<1>(column, columns) * channel_stride(strides)];
+    return row < row_count && is_channel(column, columns) ? M(found) : M(0);
 }
 
 /// element() for the dtype that `kind` gives.
@@ -112,22 +128,27 @@ struct Words<4> {
     }
 };
 
-/// N neighbours of the row that starts at `row`, which take 4, 8 or 16 bytes; zeros past the last
-/// channel, and where there is no row.
+/// N neighbours of the existing row that starts at `row`, which take 4, 8 or 16 bytes; zeros past the
+/// last channel, and where not `there`.
 template <int N, typename M, typename T>
 inline void load_elements(thread M* elements, device const T* row, constant OperandStrides& strides,
                           bool there, int column, int columns) {
     if (wide_loads) {
         constexpr int PER_WORD = 4 / sizeof(T), WORDS = N / PER_WORD;
-        uint words[WORDS] = {};
-        if (there && column < columns) Words<WORDS>::load(words, row + column);
+        uint words[WORDS];
+        Words<WORDS>::load(words, row + existing<N>(column, columns));
+        const uint kept = kept_bits(there && is_channel(column, columns));
+#pragma clang loop unroll(full)
+        for (int i = 0; i < WORDS; ++i) words[i] &= kept;
 #pragma clang loop unroll(full)
         for (int i = 0; i < N; ++i)
             elements[i] = Unpack<M, T>::get(words[i / PER_WORD], i % PER_WORD != 0);
     } else {
 #pragma clang loop unroll(full)
-        for (int i = 0; i < N; ++i)
-            elements[i] = element<M>(row, strides, 0, int(there), column + i, columns);
+        for (int i = 0; i < N; ++i) {
+            const M found = element<M>(row, strides, 0, 1, column + i, columns);
+            elements[i] = there ? found : M(0);
+        }
     }
 }
 

@@ -30,6 +30,11 @@ struct DropoutParams {
     float factor;                      // 1 / (1 - p)
 };
 
+/// Where a slice of a launch begins in the grid of all its slices, in threadgroups.
+struct GridOrigin {
+    uint32_t x, y, z, reserved;
+};
+
 struct ForwardParams {
     OperandStrides query, key, value, out;
     OperandStrides lse;  // row: stride between queries; channel unused
@@ -39,6 +44,7 @@ struct ForwardParams {
     OperandStrides qv;
     RotaryParams rotary;
     DropoutParams dropout;
+    GridOrigin origin;
     int32_t seqlen_q;              // of the longest sequence
     int32_t pages;                 // rows of a page of keys; with shifts_pages, their log2
     int32_t head_dim, head_dim_v;  // what the tensors have; the kernel's D may be larger
@@ -111,6 +117,48 @@ struct DecodeParams {
     int32_t keys_per_split, splits;
     int32_t heads;  // of the query
     int32_t reserved;
+};
+
+/// Of the forward kernel where rows pack heads: the keys that any query sees, from a whole tile on, in
+/// `splits` equal pieces.
+struct SplitParams {
+    int32_t keys_per_split, splits;
+    int32_t heads;  // of the query
+    int32_t reserved;
+};
+
+/// Gradients. `forward`: the call, with the strides of its out and lse.
+struct BackwardParams {
+    ForwardParams forward;
+    OperandStrides dout, dlse, dq, dk, dv, dqv;
+    OperandStrides statistics;  // of the rows of queries; channel unused
+    float score_factor;         // on dQ, dK and dQV
+    float value_factor;         // on dV
+    float qv_factor;            // with qv, on dS in dV, beside value_factor
+    float raised;               // P is 2^raised times as large (gradients.h)
+    int32_t rows;               // of an index of the batch in the tensors of queries
+    int32_t reserved;
+};
+
+/// Gradient of a mask. Each threadgroup has some rows and columns of it.
+struct MaskGradientParams {
+    BackwardParams backward;
+    int64_t batch, head, row, column;  // strides of the gradient
+    float factor;
+    int32_t batches, heads;         // that share an element
+    int32_t rows, columns;          // of the gradient
+    int32_t tiles;                  // of its columns
+    int32_t all_rows, all_columns;  // not 0: one row is for all queries, one column for all keys
+};
+
+/// Sums over all rows of some sequences and heads.
+struct RowSumsParams {
+    OperandStrides rows;  // channel unused
+    int64_t sum_batch, sum_head;
+    int64_t sink;          // stride between heads
+    float factor;          // on each sum
+    int32_t batch, heads;  // of one sum
+    int32_t seqlen_q;
 };
 
 /// Merge of what the splits found. Rows are (batch, query head, query), as the partial results lie.

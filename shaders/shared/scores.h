@@ -64,23 +64,52 @@ inline float to_log2(float x) {
     return is_minus_infinity(x) ? lowest : at_least_finite(x) * log2_e;
 }
 
-/// One element of the mask; for a bool mask, 1 if the key is visible, else 0.
-inline float mask_at(device const uchar* mask, int64_t at) {
-    if (mask_kind == UMFA_MASK_BOOL) return mask[at] != 0 ? 1.0f : 0.0f;
-    return number_at(mask, mask_kind, at);
+/// Size of an element of the mask.
+inline int mask_bytes() {
+    return mask_kind == UMFA_MASK_F32 ? 4 : mask_kind == UMFA_MASK_BOOL ? 1 : 2;
 }
 
-/// Two neighbouring elements in one load. Requires `wide_mask`.
-inline float2 mask_pair_at(device const uchar* mask, int64_t at) {
-    if (mask_kind == UMFA_MASK_F32) return *reinterpret_cast<device const float2*>(mask + 4 * at);
-    if (mask_kind == UMFA_MASK_F16)
-        return float2(*reinterpret_cast<device const half2*>(mask + 2 * at));
-    if (mask_kind == UMFA_MASK_BF16) {
-        const uint pair = *reinterpret_cast<device const uint*>(mask + 2 * at);
-        return float2(as_type<float>(pair << 16), as_type<float>(pair & 0xffff0000u));
+/// Bits of two neighbouring elements of the mask. With `wide_mask`, those of both begin in x.
+inline uint2 mask_bits(device const uchar* mask, int64_t row, int column, int seqlen_kv,
+                       constant ForwardParams& params) {
+    // The start of the row first: it stays the same, and what follows has 32 bits, which one
+    // instruction adds. Columns past the last key read the last key's mask, which avoids a branch.
+    const int last = seqlen_kv - 1;
+    device const uchar* from = mask + row * mask_bytes();
+    if (wide_mask) {
+        const int at = min(column, last & ~1);
+        if (mask_kind == UMFA_MASK_F32)
+            return *reinterpret_cast<device const uint2*>(from + int64_t(at) * 4);
+        if (mask_kind == UMFA_MASK_BOOL)
+            return uint2(*reinterpret_cast<device const ushort*>(from + at), 0u);
+        return uint2(*reinterpret_cast<device const uint*>(from + int64_t(at) * 2), 0u);
     }
-    const uint pair = *reinterpret_cast<device const ushort*>(mask + at);
-    return float2((pair & 0xffu) != 0u ? 1.0f : 0.0f, pair >> 8 != 0u ? 1.0f : 0.0f);
+    const int64_t stride = unit_mask ? 1 : params.mask_column;
+    const int64_t first = min(column, last) * stride;
+    const int64_t second = min(column + 1, last) * stride;
+    if (mask_kind == UMFA_MASK_F32)
+        return uint2(reinterpret_cast<device const uint*>(from)[first],
+                     reinterpret_cast<device const uint*>(from)[second]);
+    if (mask_kind == UMFA_MASK_BOOL) return uint2(from[first], from[second]);
+    return uint2(reinterpret_cast<device const ushort*>(from)[first],
+                 reinterpret_cast<device const ushort*>(from)[second]);
+}
+
+/// The elements; of a bool mask, 1 if the key is visible, else 0.
+inline float2 mask_elements(uint2 bits) {
+    uint first = bits.x;
+    uint second = bits.y;
+    if (mask_kind == UMFA_MASK_F32) return float2(as_type<float>(first), as_type<float>(second));
+    if (mask_kind == UMFA_MASK_BOOL) {
+        if (wide_mask) second = first >> 8;
+        if (wide_mask) first &= 0xffu;
+        return float2(first != 0u ? 1.0f : 0.0f, second != 0u ? 1.0f : 0.0f);
+    }
+    if (wide_mask) second = first >> 16;
+    first &= 0xffffu;
+    if (mask_kind == UMFA_MASK_F16)
+        return float2(float(as_type<half>(ushort(first))), float(as_type<half>(ushort(second))));
+    return float2(as_type<float>(first << 16), as_type<float>(second << 16));
 }
 
 /// A head's sink: the logit of one more column of the softmax, which has no value. In units of log2.
@@ -89,10 +118,10 @@ inline float sink_at(device const uchar* sinks, int64_t at) {
 }
 
 /// x = q.k with all that depends on positions alone: with `scale_last` x itself, else in units of
-/// log2.
-inline float biased(float x, thread const ScoreRow& row, int column,
+/// log2. `scale`: params.score_scale.
+inline float biased(float x, thread const ScoreRow& row, int column, float scale,
                     constant ForwardParams& params) {
-    if (!scale_last) x *= params.score_scale;
+    if (!scale_last) x *= scale;
     if (has_softcap) x = params.softcap * precise::tanh(x);
     if (has_alibi) x -= row.slope * abs(float(row.diagonal - column));
     return x;
@@ -105,21 +134,9 @@ inline float masked(float x, float element) {
     return is_minus_infinity(element) ? lowest : x + added * log2_e;
 }
 
-/// Applies the mask to the scores of two neighbouring keys; `column` must be even with `wide_mask`.
-/// Columns past the last key read the last key's mask, which avoids a branch. Before, with single
-/// elements and a 64-bit product for each address, a call took 1.28 times the time without a mask
-/// (bool; float16 1.35; H200, D = 128).
-inline float2 masked(float2 x, thread const ScoreRow& row, int column, int seqlen_kv,
-                     constant ForwardParams& params, device const uchar* mask) {
-    const int last = seqlen_kv - 1;
-    float2 elements;
-    if (wide_mask) {
-        elements = mask_pair_at(mask, row.mask + min(column, last & ~1));
-    } else {
-        const int64_t stride = unit_mask ? 1 : params.mask_column;
-        elements.x = mask_at(mask, row.mask + min(column, last) * stride);
-        elements.y = mask_at(mask, row.mask + min(column + 1, last) * stride);
-    }
+/// Applies two neighbouring elements of the mask to the scores of their keys.
+inline float2 masked(float2 x, uint2 bits) {
+    const float2 elements = mask_elements(bits);
     return float2(masked(x.x, elements.x), masked(x.y, elements.y));
 }
 

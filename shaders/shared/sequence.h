@@ -14,6 +14,11 @@ using namespace metal;
 
 namespace umfa {
 
+/// Place of a slice's threadgroup in the grid of all slices.
+inline uint3 place_in_grid(uint3 group, constant ForwardParams& params) {
+    return is_slice ? group + uint3(params.origin.x, params.origin.y, params.origin.z) : group;
+}
+
 inline SequenceParams sequence_at(constant ForwardParams& params,
                                   device const SequenceParams* sequences, int index) {
     if (has_sequences) {
@@ -77,15 +82,44 @@ inline device const uchar* first_key(device const uchar* rows, int kind,
     return rows;
 }
 
+/// Whether a kernel carries pointers to the rows of K and V from tile to tile, which saves a product
+/// of 64 bits for each. Pages have no next row, and behind a prefix tiles are left out.
+inline bool carries_rows() { return !has_pages && !has_prefix; }
+
+/// `rows` of K or V moved by `count` rows, if they are carried.
+template <typename T>
+inline device const T* carried(device const T* rows, constant OperandStrides& strides,
+                               int64_t count) {
+    return carries_rows() ? rows + count * strides.row : rows;
+}
+template <typename T>
+inline device const uchar* carried(device const uchar* rows, int kind,
+                                   constant OperandStrides& strides, int64_t count) {
+    return carries_rows() ? moved<T>(rows, kind, count * strides.row) : rows;
+}
+
+/// The rows of the tile at `k0`; with pages, the start of their memory.
+template <typename T>
+inline device const T* tile_rows(device const T* rows, constant OperandStrides& strides, int k0) {
+    return has_pages || carries_rows() ? rows : rows + k0 * strides.row;
+}
+
+/// Elements from one row of a tile or a page to the row that is `count` rows behind it.
+inline int64_t rows_apart(int count, constant OperandStrides& strides) {
+    if (near_rows) return count * int(strides.row);
+    return count * strides.row;
+}
+
 /// Start of an existing row; `rows` is row 0, or with pages the start of the page memory. Decoding
 /// from pages of 16 keys takes 1.38 times as long as without pages if it divides, 1.06 if it shifts
 /// (H200).
 template <typename T>
 inline device const T* key_row(device const T* rows, constant OperandStrides& strides,
                                thread const Pages& pages, int row) {
-    if (!has_pages) return rows + row * strides.row;
+    if (!has_pages) return rows + rows_apart(row, strides);
     const PageRow<int> at = row_in_pages(pages.first + row, pages.size);
-    return rows + pages.table[at.page] * strides.batch + at.row * strides.row;
+    const int64_t page = near_rows ? int64_t(int(strides.batch)) : strides.batch;
+    return rows + pages.table[at.page] * page + rows_apart(at.row, strides);
 }
 
 }  // namespace umfa

@@ -16,13 +16,15 @@ constexpr int tile_words(int rows, int columns, int element_bytes) {
 /// Words that hold two bits for each of `fragments` (values.h).
 constexpr int flag_words(int fragments) { return (fragments + 15) / 16; }
 
-// The forward kernel, for its template parameters. An array that a shape does not need has one
-// element.
+// An array that a shape does not need has one element.
 
-/// Words of 16 bytes of the tile of V, unless it takes the place of K's.
-constexpr int forward_v_words(int bk, int dv, bool one_tile, int element_bytes) {
-    return one_tile ? 1 : tile_words(bk, dv, element_bytes);
+/// Words of 16 bytes of a kernel's second tile, unless it takes the place of the first.
+constexpr int second_tile_words(int rows, int columns, bool one_tile, int element_bytes) {
+    return one_tile ? 1 : tile_words(rows, columns, element_bytes);
 }
+
+// The forward kernel, for its template parameters.
+
 /// Pairs of partial scores, where simdgroups share the channels.
 constexpr int forward_parts(int bk, int qf, int simdgroups, int split) {
     return split > 1 ? simdgroups * qf * (bk / 8) * 32 : 1;
@@ -35,10 +37,42 @@ constexpr int forward_first_tile() { return 4; }
 constexpr int forward_bytes(int d, int dv, int bk, int qf, int simdgroups, int split, bool one_tile,
                             int element_bytes) {
     return 16 * tile_words(bk, d, element_bytes) +
-           16 * forward_v_words(bk, dv, one_tile, element_bytes) +
+           16 * second_tile_words(bk, dv, one_tile, element_bytes) +
            8 * forward_parts(bk, qf, simdgroups, split) +
            4 * (simdgroups + 2 * forward_flags(dv, qf, split) * 32 * simdgroups +
                 forward_first_tile());
+}
+
+// The kernels of the backward pass: a tile of K and one of V, or of Q and of dO with the statistics of
+// their rows. With ONE_TILE the second takes the place of the first.
+
+/// Pairs of partial S and dP, where simdgroups share the channels.
+constexpr int backward_parts(int block, int rows, int simdgroups, int split) {
+    return split > 1 ? 2 * simdgroups * rows * (block / 8) * 32 : 1;
+}
+
+/// Words of 16 bytes of the tile of K, or of Q: when it is done with, eight rows of dQ or dK are rotated
+/// back there as float32.
+constexpr int rotated_back_words(int block, int d, int element_bytes) {
+    return tile_words(block, d, element_bytes) > 2 * d ? tile_words(block, d, element_bytes)
+                                                       : 2 * d;
+}
+
+constexpr int dmask_bytes(int d, int dv, int block, int rows, int simdgroups, int split,
+                          bool one_tile, int element_bytes) {
+    return 16 * tile_words(block, d, element_bytes) +
+           16 * second_tile_words(block, dv, one_tile, element_bytes) +
+           8 * backward_parts(block, rows, simdgroups, split);
+}
+constexpr int dq_bytes(int d, int dv, int block, int rows, int simdgroups, int split, bool one_tile,
+                       int element_bytes) {
+    return dmask_bytes(d, dv, block, rows, simdgroups, split, one_tile, element_bytes) +
+           4 * simdgroups +
+           16 * (rotated_back_words(block, d, element_bytes) - tile_words(block, d, element_bytes));
+}
+constexpr int dkv_bytes(int d, int dv, int block, int rows, int simdgroups, int split,
+                        bool one_tile, int element_bytes) {
+    return dq_bytes(d, dv, block, rows, simdgroups, split, one_tile, element_bytes) + 8 * block;
 }
 
 // The decode kernel.
@@ -63,6 +97,15 @@ constexpr int decode_bytes(int d, int dv, int qf, int simdgroups, int element_by
                 decode_parked_q(d, qf, element_bytes)) +
            4 * (2 * decode_flags(dv, qf) * 32 * simdgroups + simdgroups);
 }
+
+// The kernel for a single row.
+
+/// Runs of 8 keys that a simdgroup has on their way at once: 64 registers a lane, and at most four.
+constexpr int vector_runs(int d, int element_bytes) {
+    return d * element_bytes <= 128 ? 4 : d * element_bytes <= 256 ? 2 : 1;
+}
+
+constexpr int vector_bytes(int dv, int simdgroups) { return 4 * simdgroups * dv + 8 * simdgroups; }
 
 /// Floats that the simdgroups of a merge hand over, beside a sum each.
 constexpr int merge_parts(int simdgroups, int per_lane) { return simdgroups * per_lane * 32; }

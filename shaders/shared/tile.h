@@ -44,58 +44,154 @@ struct Store<float, bfloat> {
     }
 };
 
-/// Copies ROWS rows of D channels of K or V into threadgroup memory, from key `first` on; zeros past
-/// the last row and channel.
+/// How the threads of a threadgroup load a tile of ROWS rows of D channels of T, 16 bytes at a time.
+template <int D, int ROWS, int THREADS, typename T>
+struct Loads {
+    static constant constexpr int N = 16 / sizeof(T), CHUNKS = D / N,
+                                  STEPS = 1 + (ROWS * CHUNKS - 1) / THREADS;
+    /// In each step whole rows, one behind the other: a thread stays in its channels.
+    static constant constexpr bool IN_ROWS = THREADS % CHUNKS == 0 && ROWS * CHUNKS % THREADS == 0;
+
+    static int row(int step, ushort thread_index) {
+        return IN_ROWS ? thread_index / CHUNKS + step * (THREADS / CHUNKS)
+                       : (step * THREADS + thread_index) / CHUNKS;
+    }
+    static int column(int step, ushort thread_index) {
+        return (IN_ROWS ? thread_index : step * THREADS + thread_index) % CHUNKS * N;
+    }
+    /// Whether a thread walks from row to row and on to the next tile by additions. Products for each
+    /// row would be kept in registers from tile to tile: float32 with D = 128 then spills 36 bytes
+    /// instead of 8 (ptxas, sm_90, three threadgroups a multiprocessor).
+    static bool walk() { return IN_ROWS && wide_loads && carries_rows(); }
+    /// From the first row of a tile to where the thread's walk begins.
+    static int64_t start(constant OperandStrides& strides, int columns, ushort thread_index) {
+        return rows_apart(row(0, thread_index), strides) +
+               existing<N>(column(0, thread_index), columns);
+    }
+};
+
+/// Loads a tile from where the thread's walk begins; returns where it does in the next one. WHOLE: the
+/// tile has ROWS rows; else it is the last, with zeros past `row_count`.
+template <bool WHOLE, int D, int ROWS, int THREADS, int STEPS, typename T>
+inline device const T* walk_tile(thread uint4 (&words)[STEPS], device const T* at,
+                                 constant OperandStrides& strides, int row_count, int columns,
+                                 ushort thread_index) {
+    typedef Loads<D, ROWS, THREADS, T> Mine;
+#pragma clang loop unroll(full)
+    for (int step = 0; step < STEPS; ++step) {
+        const int more = row_count - 1 - Mine::row(0, thread_index);  // rows behind the first
+        words[step] = *reinterpret_cast<device const uint4*>(
+            WHOLE ? at : at + rows_apart(min(step * (THREADS / Mine::CHUNKS), more), strides));
+        if (WHOLE) at += rows_apart(THREADS / Mine::CHUNKS, strides);
+    }
+    if (WHOLE && whole_channels) return at;
+#pragma clang loop unroll(full)
+    for (int step = 0; step < STEPS; ++step)
+        words[step] &= kept_bits(
+            (WHOLE || step * (THREADS / Mine::CHUNKS) < row_count - Mine::row(0, thread_index)) &&
+            is_channel(Mine::column(0, thread_index), columns));
+    return at;
+}
+
+/// Loads a tile from its first row on. WHOLE: it has ROWS rows; else zeros past `row_count`.
+template <bool WHOLE, int D, int ROWS, int THREADS, int STEPS, typename T>
+inline void load_tile(thread uint4 (&words)[STEPS], device const T* rows,
+                      constant OperandStrides& strides, thread const Pages& pages, int row_count,
+                      int columns, ushort thread_index) {
+    typedef Loads<D, ROWS, THREADS, T> Mine;
+#pragma clang loop unroll(full)
+    for (int step = 0; step < STEPS; ++step) {
+        int row = Mine::row(step, thread_index);
+        if (!WHOLE)
+            row = min(row, row_count - 1);
+        else if (!Mine::IN_ROWS)
+            row = min(row, ROWS - 1);
+        words[step] = *reinterpret_cast<device const uint4*>(
+            key_row(rows, strides, pages, row) +
+            existing<Mine::N>(Mine::column(step, thread_index), columns));
+    }
+    if (WHOLE && whole_channels) return;
+#pragma clang loop unroll(full)
+    for (int step = 0; step < STEPS; ++step)
+        words[step] &= kept_bits((WHOLE || Mine::row(step, thread_index) < row_count) &&
+                                 is_channel(Mine::column(step, thread_index), columns));
+}
+
+/// Copies ROWS rows of D channels of K or V into threadgroup memory; zeros past the last row and
+/// channel. `rows`: what first_rows() returned, or this for the tile before. Returns the same for the
+/// next tile, but `rows` where this one is not whole, since none follows. There is a row.
 template <typename M, int D, int ROWS, int THREADS, typename T>
-inline void stage(threadgroup M* staged, device const T* keys, constant OperandStrides& strides,
-                  Pages pages, int first, int row_count, int columns, ushort thread_index) {
-    device const T* rows = has_pages ? keys : keys + first * strides.row;
-    pages.first += first;
+inline device const T* stage(threadgroup M* staged, device const T* rows,
+                             constant OperandStrides& strides, Pages pages, int first,
+                             int row_count, int columns, ushort thread_index) {
+    typedef Loads<D, ROWS, THREADS, T> Mine;
     constexpr int ROW = tile_row<M>(D);
+    pages.first += first;
+    device const T* start = tile_rows(rows, strides, first);
+    const bool whole = row_count >= ROWS;
+    device const T* next = whole ? carried(rows, strides, ROWS) : rows;
     if (wide_loads) {
-        constexpr int N = 16 / sizeof(T), STEPS = (ROWS * D / N + THREADS - 1) / THREADS;
-        uint4 words[STEPS];
-        // All loads are under way before the first is stored.
+        uint4 words[Mine::STEPS];  // all loads are under way before the first is stored
+        if (Mine::walk() && whole)
+            next = walk_tile<true, D, ROWS, THREADS>(words, start, strides, row_count, columns,
+                                                     thread_index);
+        else if (Mine::walk())
+            next = walk_tile<false, D, ROWS, THREADS>(words, start, strides, row_count, columns,
+                                                      thread_index);
+        else if (whole)
+            load_tile<true, D, ROWS, THREADS>(words, start, strides, pages, row_count, columns,
+                                              thread_index);
+        else
+            load_tile<false, D, ROWS, THREADS>(words, start, strides, pages, row_count, columns,
+                                               thread_index);
 #pragma clang loop unroll(full)
-        for (int step = 0; step < STEPS; ++step) {
-            const int i = step * THREADS + thread_index, row = i / (D / N),
-                      column = i % (D / N) * N;
-            words[step] = uint4(0u);
-            if (row < ROWS && row < row_count && column < columns)
-                words[step] = *reinterpret_cast<device const uint4*>(
-                    key_row(rows, strides, pages, row) + column);
-        }
-#pragma clang loop unroll(full)
-        for (int step = 0; step < STEPS; ++step) {
-            const int i = step * THREADS + thread_index, row = i / (D / N),
-                      column = i % (D / N) * N;
-            if (row < ROWS) Store<M, T>::words(staged + row * ROW + column, words[step]);
+        for (int step = 0; step < Mine::STEPS; ++step) {
+            const int row = Mine::row(step, thread_index);
+            if (Mine::IN_ROWS || row < ROWS)
+                Store<M, T>::words(staged + row * ROW + Mine::column(step, thread_index),
+                                   words[step]);
         }
     } else {
         for (int i = thread_index; i < ROWS * D; i += THREADS) {
             const int row = i / D, column = i % D;
             staged[row * ROW + column] =
-                element<M>(rows, strides, pages, row, row_count, column, columns);
+                element<M>(start, strides, pages, row, row_count, column, columns);
         }
     }
+    return next;
+}
+
+/// What stage() takes for the first tile, at `first`; `rows`: of the sequence.
+template <typename T, int D, int ROWS, int THREADS>
+inline device const uchar* first_rows(device const uchar* rows, int kind,
+                                      constant OperandStrides& strides, int first, int columns,
+                                      ushort thread_index) {
+    rows = carried<T>(rows, kind, strides, first);
+    if (kind != UMFA_MASK_NONE && Loads<D, ROWS, THREADS, ushort>::walk())
+        return moved<T>(rows, kind,
+                        Loads<D, ROWS, THREADS, ushort>::start(strides, columns, thread_index));
+    if (kind == UMFA_MASK_NONE && Loads<D, ROWS, THREADS, T>::walk())
+        return moved<T>(rows, kind,
+                        Loads<D, ROWS, THREADS, T>::start(strides, columns, thread_index));
+    return rows;
 }
 
 /// stage() for the dtype that `kind` gives.
 template <typename M, typename T, int D, int ROWS, int THREADS>
-inline void stage_any(threadgroup M* staged, device const uchar* keys, int kind,
-                      constant OperandStrides& strides, thread const Pages& pages, int first,
-                      int row_count, int columns, ushort thread_index) {
+inline device const uchar* stage_any(threadgroup M* staged, device const uchar* rows, int kind,
+                                     constant OperandStrides& strides, thread const Pages& pages,
+                                     int first, int row_count, int columns, ushort thread_index) {
     if (kind == UMFA_MASK_F16)
-        stage<M, D, ROWS, THREADS>(staged,
-                                   reinterpret_cast<device const typename Narrow<T>::Half*>(keys),
-                                   strides, pages, first, row_count, columns, thread_index);
-    else if (kind == UMFA_MASK_BF16)
-        stage<M, D, ROWS, THREADS>(staged,
-                                   reinterpret_cast<device const typename Narrow<T>::Bfloat*>(keys),
-                                   strides, pages, first, row_count, columns, thread_index);
-    else
-        stage<M, D, ROWS, THREADS>(staged, reinterpret_cast<device const T*>(keys), strides, pages,
-                                   first, row_count, columns, thread_index);
+        return reinterpret_cast<device const uchar*>(stage<M, D, ROWS, THREADS>(
+            staged, reinterpret_cast<device const typename Narrow<T>::Half*>(rows), strides, pages,
+            first, row_count, columns, thread_index));
+    if (kind == UMFA_MASK_BF16)
+        return reinterpret_cast<device const uchar*>(stage<M, D, ROWS, THREADS>(
+            staged, reinterpret_cast<device const typename Narrow<T>::Bfloat*>(rows), strides,
+            pages, first, row_count, columns, thread_index));
+    return reinterpret_cast<device const uchar*>(
+        stage<M, D, ROWS, THREADS>(staged, reinterpret_cast<device const T*>(rows), strides, pages,
+                                   first, row_count, columns, thread_index));
 }
 
 // 16 bytes of elements as words.
@@ -128,18 +224,20 @@ struct Pack<float> {
 /// The same of keys that are rotated on the way, each by the angles of its position. By single
 /// elements this took more than the products (H100, D = 64: 2.2 times the time of a call without).
 template <typename M, int D, int ROWS, int THREADS, typename T>
-inline void stage_rotated(threadgroup M* staged, device const T* keys,
-                          constant OperandStrides& strides, Pages pages, int first, int row_count,
-                          int columns, thread const Rotary& rotary, ushort thread_index) {
-    device const T* rows = has_pages ? keys : keys + first * strides.row;
+inline device const T* stage_rotated(threadgroup M* staged, device const T* rows,
+                                     constant OperandStrides& strides, Pages pages, int first,
+                                     int row_count, int columns, thread const Rotary& rotary,
+                                     ushort thread_index) {
     pages.first += first;
+    device const T* start = tile_rows(rows, strides, first);
+    device const T* next = row_count >= ROWS ? carried(rows, strides, ROWS) : rows;
     if (wide_rotary) {
         constexpr int ROW = tile_row<M>(D), N = 16 / sizeof(T), RUNS = D / (2 * N);
         for (int i = thread_index; i < ROWS * RUNS; i += THREADS) {
             const int row = i / RUNS, pair = i % RUNS * N;
             const int2 at = runs_of<N>(rotary, pair);
             const bool there = row < row_count;
-            device const T* key = has_pages && !there ? rows : key_row(rows, strides, pages, row);
+            device const T* key = key_row(start, strides, pages, min(row, row_count - 1));
             T x[2 * N];
             load_elements<N>(x, key, strides, there, at.x, columns);
             load_elements<N>(x + N, key, strides, there, at.y, columns);
@@ -148,38 +246,40 @@ inline void stage_rotated(threadgroup M* staged, device const T* keys,
             Store<M, T>::words(staged + row * ROW + at.x, Pack<T>::words(x));
             Store<M, T>::words(staged + row * ROW + at.y, Pack<T>::words(x + N));
         }
-        return;
+        return next;
     }
     constexpr int ROW = tile_row<M>(D), PAIRS = D / 2;
     for (int i = thread_index; i < ROWS * PAIRS; i += THREADS) {
         const int row = i / PAIRS, pair = i % PAIRS;
         const int2 at = channels_of(rotary, pair);
-        T a = element<T>(rows, strides, pages, row, row_count, at.x, columns);
-        T b = element<T>(rows, strides, pages, row, row_count, at.y, columns);
+        T a = element<T>(start, strides, pages, row, row_count, at.x, columns);
+        T b = element<T>(start, strides, pages, row, row_count, at.y, columns);
         if (row < row_count && 2 * pair < rotary.params.channels)
             rotate_pair(a, b, rotary, first + row, pair);
         staged[row * ROW + at.x] = M(a);
         staged[row * ROW + at.y] = M(b);
     }
+    return next;
 }
 
 /// stage_rotated() for the dtype that `kind` gives.
 template <typename M, typename T, int D, int ROWS, int THREADS>
-inline void stage_any_rotated(threadgroup M* staged, device const uchar* keys, int kind,
-                              constant OperandStrides& strides, thread const Pages& pages,
-                              int first, int row_count, int columns, thread const Rotary& rotary,
-                              ushort thread_index) {
+inline device const uchar* stage_any_rotated(threadgroup M* staged, device const uchar* rows,
+                                             int kind, constant OperandStrides& strides,
+                                             thread const Pages& pages, int first, int row_count,
+                                             int columns, thread const Rotary& rotary,
+                                             ushort thread_index) {
     if (kind == UMFA_MASK_F16)
-        stage_rotated<M, D, ROWS, THREADS>(
-            staged, reinterpret_cast<device const typename Narrow<T>::Half*>(keys), strides, pages,
-            first, row_count, columns, rotary, thread_index);
-    else if (kind == UMFA_MASK_BF16)
-        stage_rotated<M, D, ROWS, THREADS>(
-            staged, reinterpret_cast<device const typename Narrow<T>::Bfloat*>(keys), strides,
-            pages, first, row_count, columns, rotary, thread_index);
-    else
-        stage_rotated<M, D, ROWS, THREADS>(staged, reinterpret_cast<device const T*>(keys), strides,
-                                           pages, first, row_count, columns, rotary, thread_index);
+        return reinterpret_cast<device const uchar*>(stage_rotated<M, D, ROWS, THREADS>(
+            staged, reinterpret_cast<device const typename Narrow<T>::Half*>(rows), strides, pages,
+            first, row_count, columns, rotary, thread_index));
+    if (kind == UMFA_MASK_BF16)
+        return reinterpret_cast<device const uchar*>(stage_rotated<M, D, ROWS, THREADS>(
+            staged, reinterpret_cast<device const typename Narrow<T>::Bfloat*>(rows), strides,
+            pages, first, row_count, columns, rotary, thread_index));
+    return reinterpret_cast<device const uchar*>(
+        stage_rotated<M, D, ROWS, THREADS>(staged, reinterpret_cast<device const T*>(rows), strides,
+                                           pages, first, row_count, columns, rotary, thread_index));
 }
 
 }  // namespace umfa

@@ -8,6 +8,8 @@
 //   visible_row or whole_row, sees   whether a query sees a key
 // or, with fewer operations a tile, seen_bounds, touches and covers; span_begin and span_end bound
 // the keys where no tile is left out.
+// Kernels whose blocks are keys ask the other way round, which queries see a key, by the same
+// functions about seers(): seer_bounds, seer_row.
 // Kernels rely on no more than that: inside seen_by_some and outside seen_by_all, only `sees`
 // tells. So another rule, also one under which a query sees several ranges of keys, is added here
 // alone.
@@ -220,6 +222,39 @@ UMFA_INLINE VisibleRow whole_row(Visible<Int> v, Int i) {
 /// Whether the query sees a key. Without a prefix, which constants may say, nothing asks for one.
 UMFA_INLINE bool sees(VisibleRow row, int key) {
     return (key >= row.begin && key < row.end) || (row.prefix > 0 && key < row.prefix);
+}
+
+// ---- the other way round: which queries see a key ----------------------------------------------
+
+/// The same rules read from the keys: key j is seen by the queries that "query" j of this sees as
+/// "keys", if it does not lie in the prefix. A position p of the keys is the position p - offset of the
+/// queries.
+template <typename Int>
+UMFA_INLINE Visible<Int> seers(Visible<Int> v, Int seqlen_q) {
+    Visible<Int> by = {seqlen_q, -v.offset, v.right, v.left, v.chunk, 0, 0};
+    // A query at index i has the place of center i + offset in its chunk.
+    if (v.chunk > 0) by.chunk_offset = place_in_chunk(v, v.offset);
+    return by;
+}
+
+/// Bounds of the queries that see keys of [first, last]: seen_bounds() of seers(). `prefix`: of v.
+template <typename Int>
+UMFA_INLINE SeenBounds<Int> seer_bounds(Visible<Int> by, Int prefix, Int first, Int last) {
+    SeenBounds<Int> bounds = seen_bounds(by, first, last);
+    if (first < prefix) {  // a key that all queries see
+        bounds.some_begin = 0;
+        bounds.some_end = by.seqlen_kv;
+        bounds.all_begin = last < prefix ? 0 : visible_begin(by, last);
+        bounds.all_end = last < prefix ? by.seqlen_kv : visible_end(by, prefix);
+    }
+    return bounds;
+}
+
+/// All queries that see one key, as whole_row() has the keys that one query sees.
+template <typename Int>
+UMFA_INLINE VisibleRow seer_row(Visible<Int> by, Int prefix, Int key) {
+    if (key < prefix) return {0, static_cast<int>(by.seqlen_kv), 0};
+    return whole_row(by, key);
 }
 
 #ifndef __METAL_VERSION__  // the CPU's vectors

@@ -15,6 +15,8 @@
 namespace umfa {
 struct Problem;
 struct ForwardResults;
+struct BackwardProblem;
+struct BackwardResults;
 }  // namespace umfa
 
 namespace umfa::cpu {
@@ -64,9 +66,12 @@ UMFA_CORE_API std::vector<std::string> families_of(const KernelLaunch& launch);
 UMFA_CORE_API std::string constant_defines(const KernelLaunch& launch);
 /// What the GPU would do for the problem, which a GPU of that family (7 to 10) and so many cores could
 /// run; throws `Error` if there is no kernel for it, or if it takes several plans.
+/// `tiles`: as Tuning has them.
 UMFA_CORE_API LaunchPlan plan(const Problem& problem, const ForwardResults& results, int family,
-                              int cores);
+                              int cores, const std::vector<std::string>& tiles = {});
 UMFA_CORE_API LaunchPlan plan(const CombineProblem& problem, const CombineResults& results,
+                              int family, int cores);
+UMFA_CORE_API LaunchPlan plan(const BackwardProblem& problem, const BackwardResults& results,
                               int family, int cores);
 /// The metallib of all shaders; empty where the build had no compiler of Apple's.
 UMFA_CORE_API std::string_view metallib();

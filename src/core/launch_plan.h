@@ -55,9 +55,15 @@ struct KernelLaunch {
     Size3 grid;                      // in threadgroups
     Size3 threadgroup;               // in threads
     uint32_t threadgroup_bytes = 0;  // static threadgroup memory, for the limit check
+    double seconds = 0;              // an estimate; 0 for launches that only move each byte once
+    // A launch that may take too long is cut into slices: launches of parts of its grid. They write
+    // apart from each other, so a further slice need not wait for those before it.
+    Size3 origin{0, 0, 0};  // of the slice, in threadgroups; the parameters have it too
+    bool further_slice = false;
 };
 
-/// Launches run in order, each seeing what the ones before it wrote.
+/// Launches run in order, each seeing what the ones before it wrote; slices of one launch do not
+/// see each other's.
 struct LaunchPlan {
     std::vector<PlanTensor> tensors;
     std::vector<KernelLaunch> launches;

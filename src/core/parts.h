@@ -27,6 +27,11 @@ Rotary checked_rotary(const Checker& check, const Problem& problem,
                       const AttentionRequest& request);
 Dropout checked_dropout(const Checker& check, const AttentionRequest& request);
 
+/// What must hold of a tensor that the call writes: that it has the shape, dtype and device of
+/// `shape`, and shares no memory with what the problem reads.
+void check_writable(const Checker& check, const Problem& problem, const TensorView& view,
+                    const TensorView& shape, const std::string& name);
+
 /// Sets `batch`, `loops` and the batch strides of the inputs.
 void merge_batch(Problem& problem);
 

@@ -2,6 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/tuning.h"
 
 namespace umfa::metal {
 
@@ -13,6 +17,8 @@ struct Capabilities {
     int cores = 8;
     uint32_t max_threadgroup_bytes = 32768;
     uint32_t max_threads = 1024;
+    int64_t decode_threadgroups_per_core = Tuning{}.decode_threadgroups_per_core;
+    std::vector<std::string> tiles = {};  // as Tuning has them
 
     /// bfloat arithmetic is native from Apple9 on; before, fragments of bfloat become float.
     bool native_bfloat() const { return family >= Family::apple9; }

@@ -40,12 +40,18 @@ std::string bounded(int head_dim, std::initializer_list<int> bounds) {
     return "_d" + std::to_string(head_dim);
 }
 
+bool is_backward(std::string_view name) {
+    return starts(name, "dq_") || starts(name, "dkv_") || starts(name, "dmask_");
+}
+
 std::string family_of(const std::string& kernel) {
     const size_t at = shape_of(kernel);
     const std::string stem = kernel.substr(0, at);
     const int head_dim = head_dim_of(std::string_view(kernel).substr(at));
     if (starts(kernel, "decode_merge_")) return stem;
     if (starts(kernel, "forward_")) return stem + bounded(head_dim, {64, 128, 256, 576});
+    // 640 is 576, padded (backward_shapes.h).
+    if (is_backward(kernel)) return stem + bounded(std::min(head_dim, 576), {64, 128, 256, 576});
     if (starts(kernel, "decode_")) return stem + bounded(head_dim, {128, 256});
     // Named by the input dtype; the output dtype is left out.
     if (starts(kernel, "combine_")) return stem.substr(0, stem.rfind('_'));
@@ -54,21 +60,28 @@ std::string family_of(const std::string& kernel) {
 
 /// The operand type in a family's name: "f16" for "forward_f16_d64".
 std::string operands_of(const std::string& family) {
-    const size_t from = family.find('_') + 1;
+    const std::string_view vector = "decode_vector_";
+    const size_t from = starts(family, vector) ? vector.size() : family.find('_') + 1;
     return family.substr(from, shape_of(family) - from);
 }
 
-/// Families of the constants that add arithmetic or addressing to a kernel with matrices.
+/// Whether a kernel of the family attends, with all options.
+bool attends(std::string_view family) {
+    return has_matrices(family) || starts(family, "decode_vector_");
+}
+
+/// Families of the constants that add arithmetic or addressing to a kernel that attends.
 constexpr struct {
     const char* name;
     constant::Index index;
 } additions[] = {
-    {"rotary_", constant::has_rotary},       {"dropout_", constant::has_dropout},
-    {"scores_", constant::has_mask},         {"scores_", constant::has_alibi},
-    {"scores_", constant::has_softcap},      {"scores_", constant::has_sinks},
-    {"sequences_", constant::has_sequences}, {"sequences_", constant::has_pages},
-    {"dtypes_", constant::query_kind},       {"dtypes_", constant::key_kind},
-    {"dtypes_", constant::value_kind},       {"dtypes_", constant::out_kind},
+    {"rotary_", constant::has_rotary},   {"dropout_", constant::has_dropout},
+    {"scores_", constant::has_mask},     {"scores_", constant::has_alibi},
+    {"scores_", constant::has_softcap},  {"scores_", constant::has_sinks},
+    {"packed_", constant::packs_heads},  {"sequences_", constant::has_sequences},
+    {"sequences_", constant::has_pages}, {"dtypes_", constant::query_kind},
+    {"dtypes_", constant::key_kind},     {"dtypes_", constant::value_kind},
+    {"dtypes_", constant::out_kind},     {"dtypes_", constant::dout_kind},
 };
 
 bool is_on(const KernelLaunch& launch, constant::Index index) {
@@ -80,18 +93,20 @@ bool is_on(const KernelLaunch& launch, constant::Index index) {
 
 std::vector<std::string> families_of(const KernelLaunch& launch) {
     std::vector<std::string> families = {family_of(launch.kernel)};
-    if (!has_matrices(families[0])) return families;
+    if (!attends(families[0])) return families;
     const std::string operands = operands_of(families[0]);
+    const std::string first = is_backward(families[0]) ? "backward_" : "";
     for (const auto& addition : additions) {
-        const std::string family = addition.name + operands;
+        const std::string family = first + addition.name + operands;
         if (is_on(launch, addition.index) && families.back() != family) families.push_back(family);
     }
     return families;
 }
 
 bool has_matrices(std::string_view family) {
-    return starts(family, "forward_") ||
-           (starts(family, "decode_") && !starts(family, "decode_merge_"));
+    return starts(family, "forward_") || is_backward(family) ||
+           (starts(family, "decode_") && !starts(family, "decode_merge_") &&
+            !starts(family, "decode_vector_"));
 }
 
 }  // namespace umfa::metal

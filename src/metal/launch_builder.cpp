@@ -1,5 +1,6 @@
 #include "metal/launch_builder.h"
 
+#include <cstddef>
 #include <string_view>
 #include <utility>
 
@@ -68,5 +69,19 @@ LaunchBuilder& LaunchBuilder::threadgroup_bytes(int bytes) {
 }
 
 void LaunchBuilder::add() { plan_.launches.push_back(std::move(launch_)); }
+
+void LaunchBuilder::add(const std::vector<GridSlice>& slices) {
+    for (const GridSlice& slice : slices) {
+        KernelLaunch launch = launch_;
+        launch.further_slice = &slice != slices.data();
+        launch.origin = slice.origin;
+        launch.grid = slice.size;
+        launch.seconds = slice.seconds;
+        launch.constants[constant::is_slice].value = slices.size() > 1;
+        const GridOrigin origin{slice.origin.x, slice.origin.y, slice.origin.z, 0};
+        std::memcpy(launch.params.data() + offsetof(ForwardParams, origin), &origin, sizeof origin);
+        plan_.launches.push_back(std::move(launch));
+    }
+}
 
 }  // namespace umfa::metal

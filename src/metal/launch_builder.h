@@ -13,6 +13,7 @@
 #include "core/problem.h"
 #include "metal/capabilities.h"
 #include "metal/plan_parts.h"
+#include "metal/slices.h"
 
 namespace umfa::metal {
 
@@ -96,11 +97,14 @@ public:
         return *this;
     }
     LaunchBuilder& grid(int64_t x, int64_t y, int64_t z = 1);
+    const Size3& grid() const { return launch_.grid; }
     LaunchBuilder& simdgroups(int count);
     LaunchBuilder& threadgroup_bytes(int bytes);
 
     /// Adds the launch to the plan, behind those that are there.
     void add();
+    /// The same in slices. Requires that the parameters begin with ForwardParams.
+    void add(const std::vector<GridSlice>& slices);
 
 private:
     LaunchPlan& plan_;

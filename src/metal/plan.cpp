@@ -3,6 +3,7 @@
 
 #include "core/error.h"
 #include "core/instruments.h"
+#include "metal/plan_backward.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
 
@@ -26,19 +27,25 @@ void check_can(const Verdict& verdict, std::string_view function) {
              "what one has");
 }
 
+LaunchPlan only_plan(std::vector<LaunchPlan> plans, std::string_view function) {
+    if (plans.size() != 1)
+        fail(ErrorKind::unsupported, function, "no single plan for this",
+             std::to_string(plans.size()) + " plans", "batch dimensions that are one");
+    return std::move(plans.front());
+}
+
 }  // namespace
 
-LaunchPlan plan(const Problem& problem, const ForwardResults& results, int family, int cores) {
-    const Capabilities gpu = capabilities_of(family, cores, problem.function);
+LaunchPlan plan(const Problem& problem, const ForwardResults& results, int family, int cores,
+                const std::vector<std::string>& tiles) {
+    Capabilities gpu = capabilities_of(family, cores, problem.function);
+    gpu.tiles = tiles;
     check_can(can_plan_forward(problem), problem.function);
     std::vector<LaunchPlan> plans;
     for_each_part(problem, results, [&](const Problem& part, const ForwardResults& own) {
         plans.push_back(plan_forward(part, own, gpu));
     });
-    if (plans.size() != 1)
-        fail(ErrorKind::unsupported, problem.function, "no single plan for this",
-             std::to_string(plans.size()) + " plans", "batch dimensions that are one");
-    return std::move(plans.front());
+    return only_plan(std::move(plans), problem.function);
 }
 
 LaunchPlan plan(const CombineProblem& problem, const CombineResults& results, int family,
@@ -46,6 +53,18 @@ LaunchPlan plan(const CombineProblem& problem, const CombineResults& results, in
     const Capabilities gpu = capabilities_of(family, cores, problem.function);
     check_can(can_plan_combine(problem), problem.function);
     return plan_combine(problem, results, gpu);
+}
+
+LaunchPlan plan(const BackwardProblem& problem, const BackwardResults& results, int family,
+                int cores) {
+    const std::string_view function = problem.forward.function;
+    const Capabilities gpu = capabilities_of(family, cores, function);
+    check_can(can_plan_backward(problem), function);
+    std::vector<LaunchPlan> plans;
+    for_each_part(problem, results, [&](const BackwardProblem& part, const BackwardResults& own) {
+        plans.push_back(plan_backward(part, own, gpu));
+    });
+    return only_plan(std::move(plans), function);
 }
 
 }  // namespace umfa::metal

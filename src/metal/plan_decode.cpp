@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "metal/launch_builder.h"
+#include "metal/plan_tiles.h"
 #include "shared/decode_shapes.h"
 #include "shared/indices.h"
 #include "shared/threadgroup_memory.h"
@@ -10,7 +11,6 @@
 namespace umfa::metal {
 namespace {
 
-// The sinks are bound by the kernel that divides.
 constexpr Slot layout[] = {
     {UMFA_DECODE_QUERY, "query"},
     {UMFA_DECODE_KEY, "key"},
@@ -19,6 +19,7 @@ constexpr Slot layout[] = {
     {UMFA_DECODE_LSE, "lse"},
     {UMFA_DECODE_MASK, "attn_mask"},
     {UMFA_DECODE_SLOPES, "alibi_slopes"},
+    {UMFA_DECODE_SINKS, "learnable_sink"},
     {UMFA_DECODE_ROTARY_COS, "rotary_cos"},
     {UMFA_DECODE_ROTARY_SIN, "rotary_sin"},
 };
@@ -34,14 +35,19 @@ struct Shape {
 #define UMFA_ROW(...) {__VA_ARGS__},
 constexpr Shape shapes[] = {UMFA_DECODE_SHAPES(UMFA_ROW)};
 #undef UMFA_ROW
+/// Of the kernel for a single row, which has no fragments of queries.
+#define UMFA_ROW(D, DV, SIMDGROUPS) {D, DV, 0, SIMDGROUPS},
+constexpr Shape vector_shapes[] = {UMFA_VECTOR_SHAPES(UMFA_ROW)};
+#undef UMFA_ROW
+
+bool is_vector(const Shape& shape) { return shape.qf == 0; }
+
+/// Rows of a threadgroup.
+int rows_of(const Shape& shape) { return is_vector(shape) ? 1 : 8 * shape.qf; }
 
 /// Beyond, tiles of the full-length kernel are filled well enough (MLX and PyTorch draw the line at
 /// the same length).
 constexpr int64_t max_queries = 8;
-/// Threadgroups that a core holds at once: three of 128 threads, at about 120 registers a lane, fill
-/// its 208 KB of registers. A fourth would only wait for one of them (H100, 16k keys, 32/8 heads: 44
-/// us with four for each of its multiprocessors, which hold three as well).
-constexpr int64_t threadgroups_per_core = 3;
 /// Below, writing and merging the partial results costs more than the longer loop.
 constexpr int64_t min_keys_per_split = 128;
 /// Simdgroups of a threadgroup that merges; each takes every eighth split.
@@ -50,9 +56,14 @@ constexpr int merge_simdgroups = 8;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const Shape* shape_of(const Problem& problem, int64_t rows) {
+    const auto holds = [&](const Shape& shape) {
+        return shape.d >= problem.head_dim && shape.dv >= problem.head_dim_v;
+    };
+    for (const Shape& shape : vector_shapes)
+        if (rows == 1 && holds(shape)) return &shape;
     const Shape* found = nullptr;
     for (const Shape& shape : shapes) {
-        if (shape.d < problem.head_dim || shape.dv < problem.head_dim_v) continue;
+        if (!holds(shape)) continue;
         if (found && (shape.d != found->d || shape.dv != found->dv)) break;
         found = &shape;
         if (8 * shape.qf >= rows) break;
@@ -68,9 +79,23 @@ int64_t group_of(const Problem& problem) {
 /// Rows of a key head.
 int64_t rows_of(const Problem& problem, int64_t seqlen_q) { return group_of(problem) * seqlen_q; }
 
+/// What a threadgroup takes at once.
+struct Block {
+    int rows;        // of a key head
+    int keys;        // of its simdgroups together
+    int alignment;   // of the first key
+    int simdgroups;  // of the threadgroup
+};
+
+Block block_of(const Problem& problem, const Shape& shape) {
+    // As decode_rows.h's first_key_of.
+    return {rows_of(shape), 8 * shape.simdgroups, problem.dropout ? 8 : 1, shape.simdgroups};
+}
+Block block_of(const Tiles& tiles) { return {tiles.rows(), tiles.bk, tiles.bk, tiles.simdgroups}; }
+
 /// Number of blocks of rows; a threadgroup computes one block.
-int64_t blocks_of(const Problem& problem, int64_t seqlen_q, const Shape& shape) {
-    return ceil_div(rows_of(problem, seqlen_q), 8 * shape.qf);
+int64_t blocks_of(const Problem& problem, int64_t seqlen_q, const Block& block) {
+    return ceil_div(rows_of(problem, seqlen_q), block.rows);
 }
 
 /// Keys that any query of a sequence sees.
@@ -79,12 +104,11 @@ struct Range {
     int64_t size() const { return last - first; }
 };
 
-Range keys_of(const Problem& problem, int64_t b) {
+Range keys_of(const Problem& problem, int64_t b, const Block& block) {
     const SequenceRows rows = problem.sequence(b);
     if (rows.seqlen_q == 0) return {};
     const Visible<int64_t> visible = problem.visible_of(rows);
-    int64_t first = span_begin(visible, int64_t{0});
-    if (problem.dropout) first = first / 8 * 8;  // as decode.metal's first_key_of
+    const int64_t first = span_begin(visible, int64_t{0}) / block.alignment * block.alignment;
     return {first, std::max(first, span_end(visible, rows.seqlen_q - 1))};
 }
 
@@ -97,19 +121,21 @@ struct Split {
 /// The keys that any query sees, in pieces of whole rounds of the simdgroups: as many as the caller
 /// allows or as fill the GPU, equal also where sequences are not.
 Split split_keys(const Problem& problem, const Capabilities& gpu, const Chosen& chosen,
-                 const Shape& shape) {
+                 const Block& block) {
     int64_t keys = 0, work = 0;  // of the longest sequence; of all, in keys of a threadgroup
     for (const int64_t b : chosen) {
-        const int64_t own = keys_of(problem, b).size();
+        const int64_t own = keys_of(problem, b, block).size();
         keys = std::max(keys, own);
-        work += own * problem.nheads_kv * blocks_of(problem, problem.sequence(b).seqlen_q, shape);
+        work += own * problem.nheads_kv * blocks_of(problem, problem.sequence(b).seqlen_q, block);
     }
-    const int64_t filling =
-        std::max<int64_t>(gpu.cores * threadgroups_per_core * keys / std::max<int64_t>(work, 1), 1);
+    // A threadgroup that counts has 4 simdgroups.
+    const int64_t threadgroups =
+        gpu.cores * std::max<int64_t>(1, 4 * gpu.decode_threadgroups_per_core / block.simdgroups);
+    const int64_t filling = std::max<int64_t>(threadgroups * keys / std::max<int64_t>(work, 1), 1);
     const int64_t wanted = problem.num_splits > 0
                                ? problem.num_splits
                                : std::clamp<int64_t>(keys / min_keys_per_split, 1, filling);
-    const int64_t round = 8 * shape.simdgroups;
+    const int64_t round = block.keys;
     const int64_t each = std::max(round, ceil_div(ceil_div(keys, wanted), round) * round);
     return {std::max<int64_t>(1, ceil_div(keys, each)), each};
 }
@@ -121,7 +147,7 @@ struct Places {
     int64_t parts = 0;
 };
 
-Places places_of(LaunchPlan& plan, const Problem& problem, const Chosen& chosen,
+Places places_of(LaunchPlan& plan, const Problem& problem, const Chosen& chosen, const Block& block,
                  const Split& split) {
     Places places;
     if (!problem.sequences.given) return places;
@@ -129,7 +155,7 @@ Places places_of(LaunchPlan& plan, const Problem& problem, const Chosen& chosen,
     for (const int64_t b : chosen) {
         SequenceParams& own = places.sequences[static_cast<size_t>(b)];
         own.splits = static_cast<int32_t>(
-            std::max<int64_t>(1, ceil_div(keys_of(problem, b).size(), split.keys)));
+            std::max<int64_t>(1, ceil_div(keys_of(problem, b, block).size(), split.keys)));
         own.part = places.parts;
         places.parts += problem.nheads_q * own.seqlen_q * own.splits;
     }
@@ -161,11 +187,12 @@ std::vector<SequenceTask> merge_tasks(const std::vector<SequenceParams>& sequenc
 }
 
 DecodeParams decode_params(const Problem& problem, const ForwardResults& results,
-                           const Split& split) {
+                           const Block& block, const Split& split) {
     DecodeParams params{};
     params.forward = forward_params(problem, results);
-    params.first_key = static_cast<int32_t>(keys_of(problem, 0).first);  // where there is no list
-    params.last_key = static_cast<int32_t>(keys_of(problem, 0).last);
+    const Range keys = keys_of(problem, 0, block);  // where there is no list
+    params.first_key = static_cast<int32_t>(keys.first);
+    params.last_key = static_cast<int32_t>(keys.last);
     params.keys_per_split = static_cast<int32_t>(split.keys);
     params.splits = static_cast<int32_t>(split.count);
     params.heads = static_cast<int32_t>(problem.nheads_q);
@@ -177,19 +204,27 @@ LaunchBuilder decode_launch(LaunchPlan& plan, const Problem& problem, const Forw
                             const Capabilities& gpu, const Shape& shape, const std::string& suffix,
                             const Split& split) {
     const ElementType type = element_type(problem, gpu);
-    LaunchBuilder builder(plan, problem.function, constants_of(problem, results),
-                          std::string("decode_") + type.name + "_d" + std::to_string(shape.d) +
-                              "_v" + std::to_string(shape.dv) + "_q" + std::to_string(shape.qf) +
-                              suffix,
-                          "decode.metal", UMFA_DECODE_BUFFERS);
-    builder.computes(type)
-        .shape(shape.d, shape.dv, shape.qf, shape.simdgroups)
+    const std::string named =
+        std::string(type.name) + "_d" + std::to_string(shape.d) + "_v" + std::to_string(shape.dv);
+    LaunchBuilder builder(
+        plan, problem.function, constants_of(problem, results),
+        is_vector(shape) ? "decode_vector_" + named + suffix
+                         : "decode_" + named + "_q" + std::to_string(shape.qf) + suffix,
+        is_vector(shape) ? "decode_vector.metal" : "decode.metal", UMFA_DECODE_BUFFERS);
+    builder.computes(type);
+    if (is_vector(shape))
+        builder.shape(shape.d, shape.dv, shape.simdgroups)
+            .threadgroup_bytes(vector_bytes(shape.dv, shape.simdgroups));
+    else
+        builder.shape(shape.d, shape.dv, shape.qf, shape.simdgroups)
+            .threadgroup_bytes(
+                decode_bytes(shape.d, shape.dv, shape.qf, shape.simdgroups, type.operand_bytes));
+    builder.constant(constant::whole_channels, has_dims(problem, shape.d, shape.dv))
         .tensors(layout)
         .constant(constant::wide_mask, false)  // a range of keys may begin at an odd one
-        .params(UMFA_DECODE_PARAMS, decode_params(problem, results, split))
-        .simdgroups(shape.simdgroups)
-        .threadgroup_bytes(
-            decode_bytes(shape.d, shape.dv, shape.qf, shape.simdgroups, type.operand_bytes));
+        .params(UMFA_DECODE_PARAMS,
+                decode_params(problem, results, block_of(problem, shape), split))
+        .simdgroups(shape.simdgroups);
     return builder;
 }
 
@@ -211,7 +246,7 @@ void plan_merge(LaunchPlan& plan, const Problem& problem, const ForwardResults& 
                 const Capabilities& gpu, const Chosen& chosen, const Split& split,
                 const Places& places) {
     const ElementType type = stored_type(problem.out_dtype);
-    const int channels = problem.head_dim_v <= 128 ? 128 : 256;
+    const int channels = problem.head_dim_v <= 128 ? 128 : problem.head_dim_v <= 256 ? 256 : 512;
     const Simdgroups simdgroups = fit_simdgroups(merge_simdgroups, 1, gpu);
     LaunchBuilder merge(plan, problem.function, constants_of(problem, results),
                         std::string("decode_merge_") + type.name + "_d" + std::to_string(channels) +
@@ -220,7 +255,6 @@ void plan_merge(LaunchPlan& plan, const Problem& problem, const ForwardResults& 
     merge.macro("UMFA_MERGES", "1")
         .stores(type)
         .shape(simdgroups.count, channels / 32)
-        .constant(constant::is_split, true)
         .tensors(merge_layout)
         .scratch(UMFA_MERGE_PARTIAL_OUT, 0)
         .scratch(UMFA_MERGE_PARTIAL_STATE, 1)
@@ -237,56 +271,98 @@ void plan_merge(LaunchPlan& plan, const Problem& problem, const ForwardResults& 
     merge.add();
 }
 
+/// The place of what splits need in a kernel's layout.
+struct SplitSlots {
+    uint32_t sequences, tasks, pages, partial_out, partial_state;
+};
+
+/// Adds a launch of `seconds` for each threadgroup, and if the keys are split the merge.
+void add_split(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+               const Capabilities& gpu, const Chosen& chosen, std::optional<uint32_t> pages,
+               LaunchBuilder launch, const SplitSlots& slots, const Block& block,
+               const Split& split, const Places& places, double seconds) {
+    int64_t seqlen_q = 0;  // the longest
+    for (const int64_t b : chosen) seqlen_q = std::max(seqlen_q, problem.sequence(b).seqlen_q);
+    if (problem.sequences.given) {
+        const std::vector<SequenceTask> tasks =
+            decode_tasks(places.sequences, chosen, group_of(problem), block.rows);
+        launch.data(slots.sequences, places.data)
+            .new_data(slots.tasks, tasks)
+            .data(slots.pages, pages)
+            .grid(static_cast<int64_t>(tasks.size()), problem.nheads_kv);
+    } else {
+        launch.grid(split.count, problem.nheads_kv * blocks_of(problem, seqlen_q, block),
+                    problem.batch);
+    }
+    const std::vector<GridSlice> slices =
+        slices_of(launch.grid(), seconds, gpu, [&](uint32_t) { return seconds; });
+    // The kernel is the same with and without a split, so it has the buffers of both.
+    int64_t parts = 0;
+    if (split.count > 1)
+        parts = problem.sequences.given ? places.parts
+                                        : problem.batch * problem.nheads_q * seqlen_q * split.count;
+    plan.scratch_bytes = {
+        std::max<uint64_t>(static_cast<uint64_t>(parts * problem.head_dim_v), 1) * sizeof(float),
+        std::max<uint64_t>(static_cast<uint64_t>(parts), 1) * 2 * sizeof(float)};
+    launch.scratch(slots.partial_out, 0).scratch(slots.partial_state, 1).add(slices);
+    if (split.count > 1) plan_merge(plan, problem, results, gpu, chosen, split, places);
+}
+
+/// By tiles, whose rows are packed: all that is not for the decode kernel.
+void plan_packed(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                 const Capabilities& gpu, const Chosen& chosen, std::optional<uint32_t> pages) {
+    constexpr SplitSlots slots{UMFA_FORWARD_SEQUENCES, UMFA_FORWARD_TASKS, UMFA_FORWARD_PAGES,
+                               UMFA_FORWARD_PARTIAL_OUT, UMFA_FORWARD_PARTIAL_STATE};
+    const Tiles tiles = tiles_of(problem, gpu);
+    const Block block = block_of(tiles);
+    const Split split = split_keys(problem, gpu, chosen, block);
+    const Places places = places_of(plan, problem, chosen, block, split);
+    const SplitParams params{static_cast<int32_t>(split.keys), static_cast<int32_t>(split.count),
+                             static_cast<int32_t>(problem.nheads_q), 0};
+    LaunchBuilder launch = tile_launch(plan, problem, results, gpu, tiles);
+    launch.constant(constant::packs_heads, true)
+        .new_data(UMFA_FORWARD_SPLIT, std::vector<SplitParams>{params});
+    add_split(plan, problem, results, gpu, chosen, pages, std::move(launch), slots, block, split,
+              places, tile_seconds(problem, tiles, static_cast<double>(split.keys), gpu));
+}
+
 }  // namespace
 
 bool is_decode(const Problem& problem, int64_t seqlen_q) {
-    // Keys are rotated, and values meet queries, where they are staged.
-    if ((problem.rotary && problem.rotary->keys) || problem.qv) return false;
     // Rows of the full-length kernel are computed by themselves; splits of the keys round otherwise.
-    if (problem.batch_invariant) return false;
-    return seqlen_q <= max_queries && shape_of(problem, rows_of(problem, seqlen_q));
+    return seqlen_q <= max_queries && !problem.batch_invariant;
 }
 
 void plan_decode(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
                  const Capabilities& gpu, const Chosen& chosen, std::optional<uint32_t> pages) {
     int64_t seqlen_q = 0;  // the longest
     for (const int64_t b : chosen) seqlen_q = std::max(seqlen_q, problem.sequence(b).seqlen_q);
-    Shape shape = *shape_of(problem, rows_of(problem, seqlen_q));
-    const Simdgroups simdgroups = fit_simdgroups(shape.simdgroups, 2, gpu);
-    shape.simdgroups = simdgroups.count;
-    const Split split = split_keys(problem, gpu, chosen, shape);
-    const Places places = places_of(plan, problem, chosen, split);
-
-    LaunchBuilder decode =
-        decode_launch(plan, problem, results, gpu, shape, simdgroups.suffix, split);
-    if (problem.sequences.given) {
-        const std::vector<SequenceTask> tasks =
-            decode_tasks(places.sequences, chosen, group_of(problem), 8 * shape.qf);
-        decode.data(UMFA_DECODE_SEQUENCES, places.data)
-            .new_data(UMFA_DECODE_TASKS, tasks)
-            .data(UMFA_DECODE_PAGES, pages)
-            .grid(static_cast<int64_t>(tasks.size()), problem.nheads_kv);
-    } else {
-        decode.grid(split.count, problem.nheads_kv * blocks_of(problem, seqlen_q, shape),
-                    problem.batch);
-    }
-    if (split.count == 1) {
-        decode.tensor({UMFA_DECODE_SINKS, "learnable_sink"}).add();
+    const Shape* usual = shape_of(problem, rows_of(problem, seqlen_q));
+    // Keys are rotated, and values meet queries, where they are staged.
+    if (!usual || problem.qv || (problem.rotary && problem.rotary->keys)) {
+        plan_packed(plan, problem, results, gpu, chosen, pages);
         return;
     }
-    const int64_t parts = problem.sequences.given
-                              ? places.parts
-                              : problem.batch * problem.nheads_q * seqlen_q * split.count;
-    plan.scratch_bytes = {static_cast<uint64_t>(parts * problem.head_dim_v) * sizeof(float),
-                          static_cast<uint64_t>(parts) * 2 * sizeof(float)};
-    decode
-        .constant(constant::is_split, true)
-        // The merge divides, so the sinks are its.
-        .constant(constant::has_sinks, false)
-        .scratch(UMFA_DECODE_PARTIAL_OUT, 0)
-        .scratch(UMFA_DECODE_PARTIAL_STATE, 1)
-        .add();
-    plan_merge(plan, problem, results, gpu, chosen, split, places);
+    constexpr SplitSlots slots{UMFA_DECODE_SEQUENCES, UMFA_DECODE_TASKS, UMFA_DECODE_PAGES,
+                               UMFA_DECODE_PARTIAL_OUT, UMFA_DECODE_PARTIAL_STATE};
+    Shape shape = *usual;
+    const Simdgroups simdgroups = fit_simdgroups(shape.simdgroups, 2, gpu);
+    shape.simdgroups = simdgroups.count;
+    const Block block = block_of(problem, shape);
+    const Split split = split_keys(problem, gpu, chosen, block);
+    const Places places = places_of(plan, problem, chosen, block, split);
+    // Keys and values are read once; products of padding count too.
+    const double keys = static_cast<double>(split.keys);
+    const double seconds = core_seconds(
+        {2.0 * block.rows * keys * (shape.d + shape.dv),
+         keys *
+             static_cast<double>(problem.head_dim * bits_of(problem.key.view.dtype) +
+                                 problem.head_dim_v * bits_of(problem.value.view.dtype)) /
+             8},
+        gpu);
+    add_split(plan, problem, results, gpu, chosen, pages,
+              decode_launch(plan, problem, results, gpu, shape, simdgroups.suffix, split), slots,
+              block, split, places, seconds);
 }
 
 }  // namespace umfa::metal

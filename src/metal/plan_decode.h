@@ -6,7 +6,7 @@
 
 namespace umfa::metal {
 
-/// Whether so many queries are few enough, and the head_dim one that the decode kernel holds.
+/// Whether so many queries are few enough for splitting the keys.
 bool is_decode(const Problem& problem, int64_t seqlen_q);
 
 /// Adds the launches for the chosen indices of the batch (where there are no sequences: all) to the

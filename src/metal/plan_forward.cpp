@@ -1,49 +1,16 @@
 #include "metal/plan_forward.h"
 
-#include "core/error.h"
+#include <algorithm>
+
 #include "metal/launch_builder.h"
 #include "metal/plan_append.h"
 #include "metal/plan_decode.h"
 #include "metal/plan_sequences.h"
-#include "shared/forward_shapes.h"
+#include "metal/plan_tiles.h"
 #include "shared/indices.h"
-#include "shared/threadgroup_memory.h"
 
 namespace umfa::metal {
 namespace {
-
-constexpr Slot layout[] = {
-    {UMFA_FORWARD_QUERY, "query"},
-    {UMFA_FORWARD_KEY, "key"},
-    {UMFA_FORWARD_VALUE, "value"},
-    {UMFA_FORWARD_OUT, "out"},
-    {UMFA_FORWARD_LSE, "lse"},
-    {UMFA_FORWARD_MASK, "attn_mask"},
-    {UMFA_FORWARD_SLOPES, "alibi_slopes"},
-    {UMFA_FORWARD_SINKS, "learnable_sink"},
-    {UMFA_FORWARD_ROTARY_COS, "rotary_cos"},
-    {UMFA_FORWARD_ROTARY_SIN, "rotary_sin"},
-    {UMFA_FORWARD_QV, "qv"},
-};
-
-struct Shape {
-    int d, dv, bk, qf, simdgroups, split;
-    bool one_tile;
-    int first_family, last_family;
-};
-#define UMFA_ROW(...) {__VA_ARGS__},
-constexpr Shape shapes_16[] = {UMFA_FORWARD_SHAPES_16(UMFA_ROW)};
-constexpr Shape shapes_32[] = {UMFA_FORWARD_SHAPES_32(UMFA_ROW)};
-#undef UMFA_ROW
-
-template <size_t N>
-const Shape* first_fit(const Shape (&shapes)[N], const Problem& problem, int family) {
-    for (const Shape& shape : shapes)
-        if (shape.d >= problem.head_dim && shape.dv >= problem.head_dim_v &&
-            shape.first_family <= family && family <= shape.last_family)
-            return &shape;
-    return nullptr;
-}
 
 /// One threadgroup for each block of queries of each sequence.
 std::vector<SequenceTask> tasks_of(const Problem& problem, const Chosen& chosen, int block_q) {
@@ -54,43 +21,39 @@ std::vector<SequenceTask> tasks_of(const Problem& problem, const Chosen& chosen,
     return tasks;
 }
 
+/// Keys that any of the rows reads: more where they are two ranges.
+double keys_of(const Problem& problem, const SequenceRows& rows, int64_t first_row, int block_q) {
+    const Visible<int64_t> visible = problem.visible_of(rows);
+    const int64_t last_row = std::min(first_row + block_q, rows.seqlen_q) - 1;
+    return static_cast<double>(
+        std::max<int64_t>(0, span_end(visible, last_row) - span_begin(visible, first_row)));
+}
+
 /// Adds the launch for the chosen indices of the batch, as plan_decode.
 void plan_tiles(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
                 const Capabilities& gpu, const Chosen& chosen, std::optional<uint32_t> pages) {
-    const ElementType type = element_type(problem, gpu);
-    const int family = static_cast<int>(gpu.family);
-    const Shape* usual = type.operand_bytes == 2 ? first_fit(shapes_16, problem, family)
-                                                 : first_fit(shapes_32, problem, family);
-    if (!usual)
-        fail(ErrorKind::internal, problem.function, "no tile shape",
-             std::to_string(std::max(problem.head_dim, problem.head_dim_v)),
-             "one in forward_shapes.h for every head_dim");
-    Shape shape = *usual;
-    const Simdgroups simdgroups = fit_simdgroups(shape.simdgroups, shape.split, gpu);
-    shape.simdgroups = simdgroups.count;
-    const int block_q = 8 * shape.qf * shape.simdgroups / shape.split;
-
-    LaunchBuilder builder(plan, problem.function, constants_of(problem, results),
-                          std::string("forward_") + type.name + "_d" + std::to_string(shape.d) +
-                              "_v" + std::to_string(shape.dv) + "_k" + std::to_string(shape.bk) +
-                              simdgroups.suffix,
-                          "forward.metal", UMFA_FORWARD_BUFFERS);
-    builder.computes(type)
-        .shape(shape.d, shape.dv, shape.bk, shape.qf, shape.simdgroups, shape.split, shape.one_tile)
-        .tensors(layout)
-        .params(UMFA_FORWARD_PARAMS, forward_params(problem, results))
-        .grid((problem.seqlen_q + block_q - 1) / block_q, problem.nheads_q, problem.batch)
-        .simdgroups(shape.simdgroups)
-        .threadgroup_bytes(forward_bytes(shape.d, shape.dv, shape.bk, shape.qf, shape.simdgroups,
-                                         shape.split, shape.one_tile, type.operand_bytes));
+    const Tiles tiles = tiles_of(problem, gpu);
+    const int block_q = tiles.rows();
+    LaunchBuilder builder = tile_launch(plan, problem, results, gpu, tiles);
+    builder.grid((problem.seqlen_q + block_q - 1) / block_q, problem.nheads_q, problem.batch);
+    std::vector<SequenceTask> tasks;
     if (problem.sequences.given) {
-        const std::vector<SequenceTask> tasks = tasks_of(problem, chosen, block_q);
+        tasks = tasks_of(problem, chosen, block_q);
         builder.new_data(UMFA_FORWARD_SEQUENCES, sequence_params(problem))
             .new_data(UMFA_FORWARD_TASKS, tasks)
             .data(UMFA_FORWARD_PAGES, pages)
             .grid(static_cast<int64_t>(tasks.size()), problem.nheads_q);
     }
-    builder.add();
+    const auto seconds = [&](double keys) { return tile_seconds(problem, tiles, keys, gpu); };
+    builder.add(slices_of(
+        builder.grid(), seconds(static_cast<double>(problem.seqlen_kv)), gpu, [&](uint32_t x) {
+            if (tasks.empty())
+                return seconds(
+                    keys_of(problem, problem.sequence(0), int64_t{x} * block_q, block_q));
+            const SequenceTask& task = tasks[x];
+            return seconds(
+                keys_of(problem, problem.sequence(task.sequence), task.first_row, block_q));
+        }));
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 #include "metal/plan_parts.h"
 
+#include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <type_traits>
 
 namespace umfa::metal {
@@ -22,15 +24,6 @@ uint64_t start_of(const TensorView& view) {
                                       : view.byte_offset;
 }
 
-/// Whether every row is 16-byte aligned and a multiple of 16 bytes long.
-bool rows_are_wide(const Operand& operand, int64_t channels) {
-    const TensorView& view = operand.view;
-    const int64_t wide = 16 / (bits_of(view.dtype) / 8);
-    return start_of(view) % 16 == 0 && channels % wide == 0 && operand.stride_channel == 1 &&
-           operand.stride_row % wide == 0 && operand.stride_head % wide == 0 &&
-           operand.stride_batch % wide == 0;
-}
-
 /// Whether the mask consists of column pairs (2n, 2n + 1) that one aligned load reads.
 bool wide_mask(const TensorView& mask) {
     const int64_t bytes = bits_of(mask.dtype) / 8;
@@ -38,6 +31,19 @@ bool wide_mask(const TensorView& mask) {
     return mask.strides[3] == 1 && even(mask.shape[3]) && even(mask.strides[0]) &&
            even(mask.strides[1]) && even(mask.strides[2]) &&
            start_of(mask) % static_cast<uint64_t>(2 * bytes) == 0;
+}
+
+/// Whether 32 bits hold the distance of any rows of a tile of keys or of a page, and of two pages
+/// that follow each other.
+bool near_rows(const Problem& problem) {
+    constexpr int64_t limit = int64_t{1} << 31;
+    constexpr int64_t tile = 128;  // no kernel has more keys on their way
+    const int64_t rows = std::max(tile, problem.page_size);
+    const auto is_near = [&](const Operand& operand) {
+        return std::abs(operand.stride_row) < limit / rows &&
+               (problem.page_size == 0 || std::abs(operand.stride_batch) < limit);
+    };
+    return is_near(problem.key) && is_near(problem.value);
 }
 
 bool shifts_pages(const Problem& problem) {
@@ -67,11 +73,11 @@ bool wide_rotary(const Problem& problem) {
 
 ElementType element_type(DType dtype, const Capabilities& gpu) {
     switch (dtype) {
-        case DType::f16: return {"half", "half", "f16", 2};
+        case DType::f16: return {"half", "half", "f16", 2, 2};
         case DType::bf16:
-            if (gpu.native_bfloat()) return {"bfloat", "bfloat", "bf16", 2};
-            return {"bfloat", "float", "bf16_as_f32", 4};
-        default: return {"float", "float", "f32", 4};
+            if (gpu.native_bfloat()) return {"bfloat", "bfloat", "bf16", 2, 2};
+            return {"bfloat", "float", "bf16_as_f32", 4, 2};
+        default: return {"float", "float", "f32", 4, 4};
     }
 }
 
@@ -83,7 +89,7 @@ int narrow_kind(DType dtype) { return dtype == DType::f32 ? UMFA_MASK_NONE : kin
 
 ElementType stored_type(DType dtype) { return element_type(dtype, {Family::apple10}); }
 
-std::vector<PlanTensor> tensors_of(const Problem& problem, const ForwardResults& results) {
+std::vector<PlanTensor> input_tensors(const Problem& problem) {
     std::vector<PlanTensor> tensors;
     const auto add = [&](const char* name, const TensorView& view) -> PlanTensor& {
         return tensors.emplace_back(PlanTensor{name, view});
@@ -104,10 +110,13 @@ std::vector<PlanTensor> tensors_of(const Problem& problem, const ForwardResults&
         add("rotary_cos", problem.rotary->cos);
         add("rotary_sin", problem.rotary->sin);
     }
+    return tensors;
+}
+
+std::vector<PlanTensor> tensors_of(const Problem& problem, const ForwardResults& results) {
+    std::vector<PlanTensor> tensors = input_tensors(problem);
     const auto add_result = [&](const char* name, const TensorView& view) {
-        PlanTensor& result = add(name, view);
-        result.read = false;
-        result.written = true;
+        tensors.push_back({name, view, false, true});
     };
     add_result("out", results.out.view);
     if (results.lse) add_result("lse", results.lse->view);
@@ -183,9 +192,21 @@ ForwardParams forward_params(const Problem& problem, const ForwardResults& resul
     return params;
 }
 
+bool rows_are_wide(const Operand& operand, int64_t channels) {
+    const TensorView& view = operand.view;
+    const int64_t wide = 16 / (bits_of(view.dtype) / 8);
+    return start_of(view) % 16 == 0 && channels % wide == 0 && operand.stride_channel == 1 &&
+           operand.stride_row % wide == 0 && operand.stride_head % wide == 0 &&
+           operand.stride_batch % wide == 0;
+}
+
 bool wide_loads(const Problem& problem) {
     return rows_are_wide(problem.key, problem.head_dim) &&
            rows_are_wide(problem.value, problem.head_dim_v);
+}
+
+bool has_dims(const Problem& problem, int d, int dv) {
+    return problem.head_dim == d && problem.head_dim_v == dv;
 }
 
 #define UMFA_ELEMENT(INDEX, TYPE, NAME) \
@@ -228,6 +249,7 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     flag(constant::has_prefix, has_prefix(problem));
     flag(constant::unit_mask, problem.mask && problem.mask->view.strides[3] == 1);
     flag(constant::shifts_pages, shifts_pages(problem));
+    flag(constant::near_rows, near_rows(problem));
     flag(constant::wide_mask, problem.mask && wide_mask(problem.mask->view));
     if (problem.one_dtype()) return constants;
     constants[constant::query_kind].value = narrow_kind(problem.query.view.dtype);

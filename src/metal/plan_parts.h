@@ -17,6 +17,7 @@ struct ElementType {
     const char* operand;  // of the fragments
     const char* name;
     int operand_bytes;
+    int staged_bytes;  // of an element of a tile in threadgroup memory (shared/staged.h)
 };
 ElementType element_type(DType dtype, const Capabilities& gpu);
 /// Element type of the forward and decode kernels: float if the tensors' dtypes differ.
@@ -24,7 +25,9 @@ ElementType element_type(const Problem& problem, const Capabilities& gpu);
 /// For kernels without fragments, which are the same for every GPU.
 ElementType stored_type(DType dtype);
 
-/// The plan's table of tensors.
+/// The tensors that the problem reads, for a plan's table.
+std::vector<PlanTensor> input_tensors(const Problem& problem);
+/// The table of a forward pass.
 std::vector<PlanTensor> tensors_of(const Problem& problem, const ForwardResults& results);
 
 OperandStrides strides_of(const Operand& operand);
@@ -34,8 +37,13 @@ DropoutParams dropout_params(const Problem& problem);
 int32_t pages_param(const Problem& problem);
 ForwardParams forward_params(const Problem& problem, const ForwardResults& results);
 
+/// Whether every row is 16-byte aligned and a multiple of 16 bytes long.
+bool rows_are_wide(const Operand& operand, int64_t channels);
 /// Whether the kernel may read K and V 16 bytes at a time.
 bool wide_loads(const Problem& problem);
+
+/// Whether the head dims are exactly a kernel's.
+bool has_dims(const Problem& problem, int d, int dv);
 
 /// Indices of the constants, in whose order constants_of has them.
 namespace constant {

@@ -48,25 +48,54 @@ std::optional<uint32_t> add_pages(LaunchPlan& plan, const Problem& problem) {
     return add_data(plan, problem.sequences.pages);
 }
 
-void plan_unused_rows(LaunchPlan& plan, const Problem& problem, const ForwardResults& results) {
-    const std::vector<UnusedRows> unused = pieces_of(problem.unused_rows());
-    if (unused.empty()) return;
+void plan_cleared_rows(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                       const char* name, const std::vector<RowRange>& rows, int64_t nheads,
+                       int64_t channels) {
+    const std::vector<UnusedRows> unused = pieces_of(rows);
+    if (unused.empty() || nheads == 0) return;
     ClearParams params{};
     params.out = strides_of(results.out);
     if (results.lse) params.lse = strides_of(*results.lse);
-    params.head_dim_v = static_cast<int32_t>(problem.head_dim_v);
+    params.head_dim_v = static_cast<int32_t>(channels);
 
-    constexpr Slot layout[] = {{UMFA_CLEAR_OUT, "out"}, {UMFA_CLEAR_LSE, "lse"}};
-    const ElementType type = stored_type(problem.out_dtype);
+    const ElementType type = stored_type(results.out.view.dtype);
     LaunchBuilder(plan, problem.function, constants_of(problem, results),
                   std::string("clear_") + type.name, "clear.metal", UMFA_CLEAR_BUFFERS)
         .stores(type)
-        .tensors(layout)
+        .tensor({UMFA_CLEAR_OUT, name})
+        .tensor({UMFA_CLEAR_LSE, "lse"})
         .new_data(UMFA_CLEAR_ROWS, unused)
         .params(UMFA_CLEAR_PARAMS, params)
-        .grid(static_cast<int64_t>(unused.size()), problem.nheads_q)
+        .grid(static_cast<int64_t>(unused.size()), nheads)
         .simdgroups(4)
         .add();
+}
+
+void plan_unused_rows(LaunchPlan& plan, const Problem& problem, const ForwardResults& results) {
+    plan_cleared_rows(plan, problem, results, "out", problem.unused_rows(), problem.nheads_q,
+                      problem.head_dim_v);
+}
+
+std::vector<RowRange> unused_key_rows(const Problem& problem) {
+    const TensorView& view = problem.key.view;
+    const int64_t batches = view.ndim == 4 ? view.shape[0] : 1;
+    const int64_t rows = view.shape[view.ndim - 3];  // sequences come in the layout bshd
+    std::vector<SequenceRows> used = problem.sequences.rows;
+    std::sort(used.begin(), used.end(), [](const SequenceRows& a, const SequenceRows& b) {
+        return a.kv_batch != b.kv_batch ? a.kv_batch < b.kv_batch : a.kv_row < b.kv_row;
+    });
+    std::vector<RowRange> found;
+    auto next = used.begin();
+    for (int64_t batch = 0; batch < batches; ++batch) {
+        int64_t at = 0;  // the first row that is not accounted for
+        for (; next != used.end() && next->kv_batch == batch; ++next) {
+            if (next->seqlen_kv == 0) continue;
+            if (at < next->kv_row) found.push_back({batch, at, next->kv_row - at});
+            at = std::max(at, next->kv_row + next->seqlen_kv);
+        }
+        if (at < rows) found.push_back({batch, at, rows - at});
+    }
+    return found;
 }
 
 }  // namespace umfa::metal

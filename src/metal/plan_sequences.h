@@ -24,5 +24,12 @@ std::optional<uint32_t> add_pages(LaunchPlan& plan, const Problem& problem);
 /// Launches a kernel that writes the rows of out and lse that belong to no sequence, if there are
 /// any.
 void plan_unused_rows(LaunchPlan& plan, const Problem& problem, const ForwardResults& results);
+/// Launches it for other rows: those of `results.out`, which the plan's table has as `name`.
+void plan_cleared_rows(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                       const char* name, const std::vector<RowRange>& rows, int64_t nheads,
+                       int64_t channels);
+
+/// Rows of key and value that belong to no sequence.
+std::vector<RowRange> unused_key_rows(const Problem& problem);
 
 }  // namespace umfa::metal

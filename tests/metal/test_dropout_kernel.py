@@ -105,9 +105,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@KINDS
-def test_options(lengths: tuple[int, int], name: str) -> None:
+@pytest.mark.parametrize(("name", "lengths"), crossed(list(OPTIONS), [MANY, FEW]), ids=str)
+def test_options(name: str, lengths: tuple[int, int]) -> None:
     """A window whose first key is no multiple of four among them."""
     options = dict(OPTIONS[name])
     tensors = dense(lengths)
@@ -124,10 +123,18 @@ def test_options(lengths: tuple[int, int], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "head_dim",
-    [40, pytest.param(160, marks=pytest.mark.slow), 192, pytest.param(300, marks=pytest.mark.slow)],
+    ("dtype", "head_dim"),
+    [
+        ("float16", 40),
+        ("float32", 192),
+        *(
+            pytest.param(dtype, head_dim, marks=pytest.mark.slow)
+            for dtype in ("float16", "float32")
+            for head_dim in (40, 160, 192, 300)
+            if (dtype, head_dim) not in (("float16", 40), ("float32", 192))
+        ),
+    ],
 )
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_shape_of_tile(dtype: str, head_dim: int) -> None:
     check(dense((20, 45), dtype, head_dim, batch=1))
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests import reference
 from tests.cases import normal
-from tests.checks import BASE, LSE, assert_close
+from tests.checks import BASE, LSE, Tolerance, assert_close
 from tests.metal import emulated
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -41,6 +41,25 @@ def test_the_lowest_number_is_not_minus_infinity(rows: str, seqlen_q: int) -> No
     exact, _ = reference.attention(query, key, value)
     exact[:, lowest] = value.astype(np.float64).mean(axis=1, keepdims=True)
     assert_close(out.astype(np.float64), exact, BASE["float32"])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.034, 0.3, 1.0, 2.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("seqlen_q", [4, 40], ids=["decode", "forward"])
+def test_masks_beside_every_scale(seqlen_q: int, dtype: Any, scale: float) -> None:
+    """Some keys of each row are far below the others, and so are all keys of one row. What two such
+    scores differ by must be exact."""
+    query, key, value = arrays(seqlen_q, 70)
+    far = -1e36 if dtype == np.float32 else -6e4
+    mask = normal((1, 1, seqlen_q, 70), seed=5)
+    mask[..., ::5] = far
+    mask[..., 2, :] = far
+    mask[..., 2, 7] = far / 2
+    mask = mask.astype(dtype)
+    exact = reference.attention(query, key, value, mask=mask, softmax_scale=scale)
+    out, lse = emulated.attention(query, key, value, mask=mask, softmax_scale=scale)
+    assert_close(out.astype(np.float64), exact[0], BASE["float32"])
+    assert_close(lse.astype(np.float64), exact[1], Tolerance(LSE.atol, 1e-6), "lse")
 
 
 @pytest.mark.parametrize("seqlen_q", [4, 40], ids=["decode", "forward"])

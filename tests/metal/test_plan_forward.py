@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import umfa
-from tests.metal.emulated import FUNCTION, SHADERS, exported_of
+from tests.metal.emulated import FUNCTION, SHADERS, exported_of, spread_out
 from tools.metal.emulator import structure, toolchain
 from umfa import _ext
 from umfa._frameworks import _numpy
@@ -64,9 +64,10 @@ def plan_of(
     lse: Any = None,
     family: int = 7,
     cores: int = 8,
+    tiles: list[str] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
-    """`fields`: by their names in the record."""
+    """`fields`: by their names in the record. `tiles`: as tuning chose them."""
     attention = _ext.Attention(
         FUNCTION, query=query, key=key, value=value, backend="metal", **fields
     )
@@ -77,6 +78,7 @@ def plan_of(
         exported_of(attention),
         _numpy.export(out, "umfa.test", "out"),
         lse,
+        tiles or [],
     )
 
 
@@ -94,7 +96,7 @@ def layout(kernel: str) -> dict[str, int]:
     return found
 
 
-DECODE, MERGE = layout("DECODE"), layout("MERGE")
+DECODE, MERGE, FORWARD = layout("DECODE"), layout("MERGE"), layout("FORWARD")
 
 
 def layout_of(launch: dict[str, Any]) -> dict[str, int]:
@@ -154,7 +156,11 @@ def test_kernels_compiled_ahead_are_all_asked_for() -> None:
     """No shape in the lists that no problem reaches, for one of the families and dtypes."""
     asked = set()
     for family, dtype, head_dim, seqlen_q, nheads in itertools.product(
-        (7, 9), DTYPES.values(), [32, 64, 80, 96, 128, 160, 192, 256, 512, 576], (1, 50), (1, 16)
+        (7, 9),
+        DTYPES.values(),
+        [32, 64, 80, 96, 128, 160, 192, 256, 512, 576],
+        (1, 50),
+        (1, 4, 16),
     ):
         for head_dim_v in {min(head_dim, 512), 128, 512}:
             made = plan(
@@ -162,9 +168,17 @@ def test_kernels_compiled_ahead_are_all_asked_for() -> None:
                 head_dim_v=head_dim_v, family=family,
             )  # fmt: skip
             asked |= {launch["kernel"] for launch in made["launches"]}
-    # A row of Apple7 and 8 alone, of which bfloat makes no use: it is float there.
-    spare = {"forward_bf16_d128_v128_k16"}
-    assert asked | spare == host_names("forward.metal") | host_names("decode.metal")
+    # Rows of Apple7 and 8 alone, of which bfloat makes no use: it is float there.
+    spare = {"forward_bf16_d128_v128_k16", "forward_bf16_d256_v256_k32"}
+    spare |= {f"forward_bf16_d128_v128_{rest}" for rest in ("k32_q1_f2", "k16_q1_f0")}
+    for kernel in host_names("forward.metal") - asked - spare:  # that tuning may choose
+        head_dim = int(re.findall(r"_d(\d+)_", kernel)[0])
+        for family, dtype in itertools.product((7, 9), DTYPES.values()):
+            x = np.zeros((1, 50, 1, head_dim), dtype)
+            (launch,) = plan_of(x, x, x, x.copy(), family=family, tiles=[kernel])["launches"]
+            asked.add(launch["kernel"])
+    sources = ("forward.metal", "decode.metal", "decode_vector.metal")
+    assert asked | spare == set().union(*map(host_names, sources))
 
 
 def test_value_head_dim_has_a_kernel_of_its_own() -> None:
@@ -191,24 +205,69 @@ def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
 
 
 def test_constants_follow_the_problem() -> None:
-    # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix; dtypes; the mask; pages again.
+    # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix; dtypes; the mask; pages again;
+    # slices; packed heads; gradients; head dims.
     rest = {9: False, 10: False, 11: False, 12: False, 13: 0}
     rest |= {14: False, 15: False, 16: False, 17: 0, 18: False, 19: False, 20: False,
              21: False, 22: 0, 23: 0, 24: 0, 25: 0, 26: 0, 27: 0, 28: False,
-             29: False, 30: False}  # fmt: skip
+             29: False, 30: False, 31: False, 32: False,
+             33: 0, 34: 0, 35: 0, 36: 0, 37: False, 38: False, 39: False, 40: True, 41: 0,
+             42: False, 43: False, 44: 0, 45: False}  # fmt: skip
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
-        0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True, 8: False,
+        0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True, 8: True,
     }  # fmt: skip
     assert only_launch()["constants"][0] is True
     assert only_launch(alibi=True)["constants"] | {0: True} == rest | {
-        0: True, 1: 0, 2: False, 3: True, 4: False, 5: False, 6: True, 7: True, 8: False,
+        0: True, 1: 0, 2: False, 3: True, 4: False, 5: False, 6: True, 7: True, 8: True,
     }  # fmt: skip
     assert only_launch(softcap=5.0)["constants"][4] is True
     assert only_launch(softmax_scale=-1.0)["constants"][5] is False
     for prefix in (0, 3):
         launch = only_launch(others={"prefix_lens": np.array([prefix])})
         assert launch["constants"][21] is (prefix > 0)
+
+
+@pytest.mark.parametrize("family", [7, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_tiles_fit_the_registers(head_dim: int, dtype: str, family: int) -> None:
+    """Of M1 and M2, by the count of forward_shapes.h, which says what the limits are."""
+    launch = only_launch(
+        dtype=DTYPES[dtype], shape=(1, 50, 2, head_dim), head_dim_v=min(head_dim, 512),
+        family=family,
+    )  # fmt: skip
+    d, dv, keys, fragments, _, split = shape(launch)
+    of_q = 8 if launch["macros"]["UMFA_M"] == "half" else 4
+    o, q = fragments * dv / split / 4, fragments * d / split / of_q
+    assert o + fragments * keys * 3 / 8 + q + 20 <= (110 if head_dim <= 256 else 122)
+
+
+def test_padded_channels_are_known() -> None:
+    for head_dim, head_dim_v in ((64, 64), (72, 72), (64, 40), (40, 64), (192, 128)):
+        launch = only_launch(shape=(1, 100, 4, head_dim), head_dim_v=head_dim_v)
+        *dims, _, _, _, _ = shape(launch)
+        assert launch["constants"][40] is (dims == [head_dim, head_dim_v])
+
+
+def test_far_rows_are_known() -> None:
+    """32 bits must hold the distance of any two rows of a tile, or of a page, in elements."""
+
+    def is_near(row_stride: int, page_size: int = 0, page_stride: int = 0) -> bool:
+        strides = (page_stride, row_stride, 32, 1)
+        key = spread_out((2, page_size or 20, 1, 32), strides)
+        query = np.zeros((2, 100, 1, 32), np.float16)
+        tables = {"block_table": np.zeros((2, 4), np.int32)} if page_size else {}
+        for launch in plan_of(query, key, key, query.copy(), **tables)["launches"]:
+            if launch["kernel"].startswith("forward"):
+                return bool(launch["constants"][8])
+        raise AssertionError
+
+    assert is_near(2**24 - 1)
+    assert not is_near(2**24)
+    assert is_near(2**21, 512, 2**30)
+    assert not is_near(2**22, 512, 2**30)
+    assert not is_near(32, 16, 2**31)
 
 
 @pytest.mark.parametrize("page_size", [1, 7, 16, 48, 64])
@@ -401,7 +460,7 @@ def test_scratch_holds_every_part() -> None:
 def test_few_keys_need_no_merge() -> None:
     made = plan(shape=(1, 1, 8, 64), seqlen_kv=200)
     assert len(made["launches"]) == 1
-    assert made["scratch_bytes"] == []
+    assert made["scratch_bytes"] == [4, 8], "one element for each buffer of partial results"
 
 
 def test_a_window_is_all_that_is_split() -> None:
@@ -655,8 +714,10 @@ def test_every_buffer_of_a_layout_is_bound_where_a_call_has_everything(seqlen_q:
         bound = {index for index, *_ in launch["buffers"]} | {launch["params_index"]}
         assert launch["buffer_count"] == len(indices)
         missing = {name for name, index in indices.items() if index not in bound}
-        # The kernel that divides takes in the sinks.
-        assert missing == ({"SINKS"} if indices == DECODE else set())
+        # Of many queries nothing is split.
+        parts = {"SPLIT", "PARTIAL_OUT", "PARTIAL_STATE"}
+        tiles = parts if seqlen_q == 50 else {"QV"}
+        assert missing == (tiles if indices == FORWARD else set())
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 50])
@@ -682,3 +743,34 @@ def test_dropout_starts_at_whole_runs_of_keys() -> None:
         made = plan(**arguments, window_size=(298, -1), dropout_p=p)
         first, last = struct.unpack("<2i", made["launches"][0]["params"][-24:-16])
         assert (first, last) == (begin, 100_000)
+
+
+# ---- decode by tiles -----------------------------------------------------------------------------
+
+PACKS_HEADS = 32
+TILES: dict[str, dict[str, Any]] = {
+    "head_dim": {"shape": (1, 1, 8, 320), "nheads_kv": 2},
+    "mla": {"shape": (1, 2, 16, 576), "nheads_kv": 1, "head_dim_v": 512},
+    "qv": {"shape": (1, 1, 8, 64), "nheads_kv": 2, "others": {"qv": np.zeros((1, 1, 8, 64), "f2")}},
+    "rotary": {"shape": (1, 1, 8, 64), "nheads_kv": 2, "others": rotary(20000)},
+}
+"""What the decode kernel does not have."""
+
+
+@pytest.mark.parametrize("cores", [8, 40])
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_of_few_queries_split_the_keys(name: str, cores: int) -> None:
+    arguments = TILES[name] | {"seqlen_kv": 16384, "cores": cores}
+    forward, merge = plan(**arguments)["launches"]
+    assert forward["constants"][PACKS_HEADS] is True
+    assert merge["kernel"].startswith("decode_merge_f16_d")
+    batch, seqlen_q, nheads, _ = arguments["shape"]
+    blocks = -(-(nheads // arguments["nheads_kv"] * seqlen_q) // shape_rows(forward))
+    splits, y, z = forward["grid"]
+    assert (y, z) == (blocks * arguments["nheads_kv"], batch)
+    threadgroups = cores * max(1, 12 // shape(forward)[4])
+    assert threadgroups / 2 < splits * y <= max(threadgroups, y)
+    unsplit = plan(**arguments, num_splits=1)["launches"]
+    assert [launch["grid"][0] for launch in unsplit] == [1]
+    (alone,) = plan(**arguments, batch_invariant=True)["launches"]
+    assert alone["constants"][PACKS_HEADS] is False

@@ -23,7 +23,10 @@ def test_the_document_has_rows() -> None:
     assert len(STATED) >= 6
 
 
-@pytest.mark.parametrize(("dtype", "head_dim", "family", "cells"), STATED)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "family", "cells"),
+    [pytest.param(*row, marks=pytest.mark.slow if n % 3 else ()) for n, row in enumerate(STATED)],
+)
 def test_forward_moves_what_is_stated(dtype: str, head_dim: str, family: str, cells: str) -> None:
     emulated.settings.family = int(family)
     query, key, value = (
