@@ -2,39 +2,39 @@
 #include "core/error.h"
 #include "core/instruments.h"
 #import "metal/autorelease.h"
+#import "metal/background.h"
 #import "metal/context.h"
 #import "metal/executor.h"
 #include "metal/host.h"
+#include "metal/plan_backward.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
-#include "metal/self_test.h"
+#include "metal/plan_tiles.h"
+#include "metal/switches.h"
 #include "metal/trust.h"
+#include "metal/tuning.h"
 
 namespace umfa::metal {
 namespace {
 
-/// Below this many FLOP a call on host memory stays on the CPU unless "metal" is asked for. Committing
-/// a command buffer and waiting for it costs a fraction of a millisecond, in which the CPU kernels do
-/// about this much. An estimate: it has not been measured on Apple hardware. The argument `backend`
-/// and UMFA_BACKEND overrule it.
-constexpr double worthwhile_flop = 2e7;
+double worthwhile_flop(std::string_view caller) {
+    return Context::current(caller)->tuned().values.worthwhile_flop;
+}
 
 bool worthwhile(const Problem& problem) {
-    double pairs = 0;
-    for (int64_t b = 0; b < problem.batch; ++b) {
-        const SequenceRows rows = problem.sequence(b);
-        pairs += static_cast<double>(rows.seqlen_q) * static_cast<double>(rows.seqlen_kv);
-    }
-    const double flop = 2.0 * pairs * static_cast<double>(problem.nheads_q) *
-                        static_cast<double>(problem.head_dim + problem.head_dim_v);
-    return (problem.causal ? flop / 2 : flop) >= worthwhile_flop;
+    return flop_of(problem) >= worthwhile_flop(problem.function);
+}
+
+/// Five products instead of two.
+bool backward_is_worthwhile(const BackwardProblem& problem) {
+    return 2.5 * flop_of(problem.forward) >= worthwhile_flop(problem.forward.function);
 }
 
 /// A merge reads each element once: on host memory the CPU needs no longer, and no launch.
 bool combine_is_worthwhile(const CombineProblem&) { return false; }
 
 Verdict available() {
-    self_test_mode();  // an invalid value is an error without a usable GPU too
+    check_environment();
     return Context::available();
 }
 
@@ -64,7 +64,27 @@ void* contents(void* memory) {
 std::string describe_device() {
     const AutoreleasePool pool;
     return describe(Context::current("umfa.backends")->gpu()) +
-           (metallib().empty() ? ", kernels compiled when first used" : ", kernels compiled ahead");
+           (metallib().empty() ? ", kernels compiled when first used"
+                               : ", kernels compiled ahead") +
+           (compiles_in_background() ? "; some are being compiled now" : "");
+}
+
+Tuned tuning() {
+    const AutoreleasePool pool;
+    const std::shared_ptr<Context> context = Context::current("umfa.tune");
+    Tuned tuned = context->tuned();
+    tuned.tile_choices = tile_choices(context->capabilities());
+    return tuned;
+}
+
+Tuned tune(const Tuned& wanted, bool keep) {
+    const AutoreleasePool pool;
+    const std::shared_ptr<Context> context = Context::current("umfa.tune");
+    check_tuning(wanted.values);
+    Tuned tuned{wanted.values, {}, {}, {}, wanted.measured, {}, {}, {}};
+    if (keep) keep_tuning(describe(context->gpu()), tuned);
+    context->tune(tuned);
+    return tuned;
 }
 
 }  // namespace
@@ -73,15 +93,22 @@ const Backend backend{"metal",
                       available,
                       [](Device) { return true; },  // host memory is the GPU's too
                       {forward_features, can_plan_forward, forward, encode_forward, worthwhile,
-                       trusts_forward, forward_may_wait},
+                       trusts_forward, forward_may_wait, prepare_forward, postpone_forward},
                       {0, can_plan_combine, combine, nullptr, combine_is_worthwhile, trusts_combine,
-                       combine_may_wait},
+                       combine_may_wait, prepare_combine},
+                      {backward_features, can_plan_backward, backward, nullptr,
+                       backward_is_worthwhile, trusts_backward, backward_may_wait},
                       allocate,
                       deallocate,
                       contents,
                       describe_device,
-                      self_tests};
+                      self_tests,
+                      tuning,
+                      tune};
 
-void release() { Context::release(); }
+void release() {
+    wait_for_background();  // its threads hold the context
+    Context::release();
+}
 
 }  // namespace umfa::metal

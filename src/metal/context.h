@@ -24,8 +24,13 @@ public:
     /// Forgets it: calls that run keep theirs, the next makes another.
     static void release();
 
-    explicit Context(Gpu gpu) : gpu_(std::move(gpu)) {}
+    explicit Context(Gpu gpu);
     const Gpu& gpu() const { return gpu_; }
+    /// The GPU's, with what is tuned.
+    Capabilities capabilities();
+    Tuned tuned();
+    /// Throws `Error` if a value is out of range.
+    void tune(const Tuned& tuned);
     PipelineCache& pipelines() { return pipelines_; }
     ScratchPool& scratch() { return scratch_; }
     SelfTests& self_tests() { return self_tests_; }
@@ -42,6 +47,7 @@ private:
     ScratchPool scratch_;
     SelfTests self_tests_;
     std::mutex lock_;
+    Tuned tuned_;
     id<MTLCommandQueue> queue_ = nil;
 };
 

@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "core/stats.h"
 #import "metal/autorelease.h"
+#include "metal/tuning.h"
 
 namespace umfa::metal {
 namespace {
@@ -59,6 +60,27 @@ void Context::release() {
     std::shared_ptr<Context> last;
     const std::lock_guard guard(slot().lock);
     last.swap(slot().context);
+}
+
+Context::Context(Gpu gpu) : gpu_(std::move(gpu)), tuned_(read_tuning(describe(gpu_))) {}
+
+Capabilities Context::capabilities() {
+    const std::lock_guard guard(lock_);
+    Capabilities all = gpu_.capabilities;
+    all.decode_threadgroups_per_core = tuned_.values.decode_threadgroups_per_core;
+    all.tiles = tuned_.values.tiles;
+    return all;
+}
+
+Tuned Context::tuned() {
+    const std::lock_guard guard(lock_);
+    return tuned_;
+}
+
+void Context::tune(const Tuned& tuned) {
+    check_tuning(tuned.values);
+    const std::lock_guard guard(lock_);
+    tuned_ = tuned;
 }
 
 id<MTLCommandQueue> Context::queue(std::string_view caller) {

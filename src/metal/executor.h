@@ -4,6 +4,8 @@
 #include <functional>
 #include <string_view>
 
+#include "core/backend.h"
+#include "core/backward.h"
 #include "core/combine.h"
 #include "core/launch_plan.h"
 #include "core/problem.h"
@@ -16,11 +18,14 @@ class Context;
 /// Plans a problem for a GPU.
 using Planner = std::function<LaunchPlan(const Capabilities&)>;
 
-/// Runs the plan on umfa's own queue, and waits.
+/// Runs the plan on umfa's own queue, in command buffers of slice_seconds(), and waits.
 void run(Context& context, std::string_view caller, const Planner& plan);
 
 void forward(const Problem& problem, const ForwardResults& results);
+Kernels prepare_forward(const Problem& problem, const ForwardResults& results);
+Kernels prepare_combine(const CombineProblem& problem, const CombineResults& results);
 void encode_forward(const Problem& problem, const ForwardResults& results, void* command_buffer);
+void backward(const BackwardProblem& problem, const BackwardResults& results);
 void combine(const CombineProblem& problem, const CombineResults& results);
 
 }  // namespace umfa::metal

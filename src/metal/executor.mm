@@ -1,5 +1,6 @@
 #import "metal/executor.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -8,8 +9,10 @@
 #import "metal/autorelease.h"
 #import "metal/buffers.h"
 #import "metal/context.h"
+#import "metal/plan_backward.h"
 #import "metal/plan_combine.h"
 #import "metal/plan_forward.h"
+#include "metal/slices.h"
 #import "metal/text.h"
 
 namespace umfa::metal {
@@ -22,18 +25,21 @@ constexpr size_t max_set_bytes = 4096;
 struct Work {
     LaunchPlan plan;
     std::vector<Pipeline> pipelines;
+    int64_t built = 0;  // pipelines that no earlier call had
 };
 
 /// Plans, and builds the pipelines. How many threads a pipeline takes shows only when it is built,
 /// since it falls with the registers that Apple's compiler spends: a plan that asks for more is made
 /// again for fewer.
 Work prepare(Context& context, std::string_view caller, const Planner& plan) {
-    Capabilities gpu = context.gpu().capabilities;
+    Capabilities gpu = context.capabilities();
+    int64_t built = 0;
     for (;;) {
         Work work{plan(gpu), {}};
         bool fits = true;
         for (const KernelLaunch& launch : work.plan.launches) {
-            const Pipeline pipeline = context.pipelines().get(context.gpu(), launch, caller);
+            const Pipeline pipeline =
+                context.pipelines().get(context.gpu(), launch, caller, &built);
             if (launch.params.size() >= max_set_bytes)
                 fail(ErrorKind::internal, caller, "a kernel's parameters are too many",
                      std::to_string(launch.params.size()) + " bytes", "less than 4096");
@@ -56,8 +62,19 @@ Work prepare(Context& context, std::string_view caller, const Planner& plan) {
             }
             work.pipelines.push_back(pipeline);
         }
+        work.built = built;
         if (fits) return work;
     }
+}
+
+Kernels prepare_kernels(std::string_view caller, const Planner& plan) {
+    const AutoreleasePool pool;
+    const Work work = prepare(*Context::current(caller), caller, plan);
+    std::vector<id<MTLComputePipelineState>> states;
+    for (const Pipeline& pipeline : work.pipelines)
+        if (std::find(states.begin(), states.end(), pipeline.state) == states.end())
+            states.push_back(pipeline.state);
+    return {static_cast<int64_t>(states.size()), work.built};
 }
 
 using Leases = std::vector<ScratchPool::Lease>;
@@ -107,15 +124,21 @@ private:
 
 MTLSize metal_size(const Size3& size) { return MTLSizeMake(size.x, size.y, size.z); }
 
-void encode(Context& context, const Work& work, const Operands& operands, const Leases& scratch,
-            id<MTLCommandBuffer> commands, std::string_view caller) {
-    const std::vector<id<MTLBuffer>> uploaded = upload(context, work, caller);
+/// Some of a plan's launches: [begin, end).
+struct Range {
+    size_t begin, end;
+};
+
+void encode(const Work& work, Range range, const Operands& operands, const Leases& scratch,
+            const std::vector<id<MTLBuffer>>& uploaded, id<MTLCommandBuffer> commands,
+            std::string_view caller) {
     const Encoder owner(commands, caller);
     id<MTLComputeCommandEncoder> encoder = owner.get();
-    for (size_t i = 0; i < work.plan.launches.size(); ++i) {
+    for (size_t i = range.begin; i < range.end; ++i) {
         const KernelLaunch& launch = work.plan.launches[i];
         // Launches see what those before them wrote, whatever kind of encoder this is.
-        if (i > 0) [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
+        if (i > range.begin && !launch.further_slice)
+            [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
         [encoder setComputePipelineState:work.pipelines[i].state];
         for (const Binding& binding : launch.buffers) {
             Operands::Bound bound;
@@ -141,6 +164,75 @@ void encode(Context& context, const Work& work, const Operands& operands, const 
     }
 }
 
+/// "(64, 3, 0)"
+std::string text_of(const Size3& size) {
+    return "(" + std::to_string(size.x) + ", " + std::to_string(size.y) + ", " +
+           std::to_string(size.z) + ")";
+}
+
+/// Which part of a call did not succeed; empty if it is all of it.
+std::string place_text(const Work& work, Range range) {
+    if (range.end - range.begin == work.plan.launches.size()) return {};
+    std::string text = " in its slices";
+    for (size_t i = range.begin; i < range.end; ++i) {
+        const KernelLaunch& launch = work.plan.launches[i];
+        const Size3 end{launch.origin.x + launch.grid.x, launch.origin.y + launch.grid.y,
+                        launch.origin.z + launch.grid.z};
+        if (i < range.begin + 3 || i == range.end - 1)
+            text += " " + std::to_string(i + 1) + " (" + launch.kernel + ", threadgroups " +
+                    text_of(launch.origin) + " to " + text_of(end) + ")";
+    }
+    return text + " of " + std::to_string(work.plan.launches.size());
+}
+
+/// The command buffers of a call that the GPU has not finished: two, so that it always has work.
+class Running {
+public:
+    Running(Context& context, id<MTLCommandQueue> queue, const Work& work, std::string_view caller)
+        : context_(context), queue_(queue), work_(work), caller_(caller) {}
+    /// Also after an error nothing may run that uses the tensors.
+    ~Running() {
+        for (const Commands& commands : running_) [commands.buffer waitUntilCompleted];
+    }
+    Running(const Running&) = delete;
+    Running& operator=(const Running&) = delete;
+
+    void commit(id<MTLCommandBuffer> buffer, Range range) {
+        if (running_.size() == 2) wait();
+        [buffer commit];
+        ++stats().command_buffers;
+        running_.push_back({buffer, range});
+    }
+    /// Until all are finished. Throws `Error` if one fails.
+    void finish() {
+        while (!running_.empty()) wait();
+    }
+
+private:
+    struct Commands {
+        id<MTLCommandBuffer> buffer;
+        Range range;
+    };
+
+    void wait() {
+        const Commands first = running_.front();
+        running_.erase(running_.begin());
+        [first.buffer waitUntilCompleted];
+        if (first.buffer.status != MTLCommandBufferStatusCompleted) {
+            context_.replace_queue(queue_);
+            fail_command_buffer(caller_, first.buffer.error, place_text(work_, first.range));
+        }
+        stats().gpu_nanoseconds +=
+            static_cast<uint64_t>((first.buffer.GPUEndTime - first.buffer.GPUStartTime) * 1e9);
+    }
+
+    Context& context_;
+    id<MTLCommandQueue> queue_;
+    const Work& work_;
+    const std::string_view caller_;
+    std::vector<Commands> running_;
+};
+
 }  // namespace
 
 void run(Context& context, std::string_view caller, const Planner& plan) {
@@ -150,22 +242,24 @@ void run(Context& context, std::string_view caller, const Planner& plan) {
     const Operands operands(work.plan, caller, context.gpu(), Operands::Copies::allowed);
     const Leases scratch = take_scratch(context, work, caller);
 
+    const std::vector<id<MTLBuffer>> uploaded = upload(context, work, caller);
+
     id<MTLCommandQueue> queue = context.queue(caller);
-    // Waits while 64 of the queue's are unfinished: for as many threads, since each sees its own end.
-    id<MTLCommandBuffer> commands = [queue commandBuffer];
-    if (!commands)
-        fail(ErrorKind::device, caller, "Metal made no command buffer", "nil",
-             "a queue that takes work");
-    encode(context, work, operands, scratch, commands, caller);
-    [commands commit];
-    ++stats().command_buffers;
-    [commands waitUntilCompleted];
-    if (commands.status != MTLCommandBufferStatusCompleted) {
-        context.replace_queue(queue);
-        fail_command_buffer(caller, commands.error);
+    Running running(context, queue, work, caller);
+    for (size_t begin = 0; begin < work.plan.launches.size();) {
+        const AutoreleasePool of_buffer;
+        const Range range{begin, begin + launches_together(work.plan, begin)};
+        // Waits while 64 of the queue's are unfinished: for as many threads, since each sees its own
+        // end.
+        id<MTLCommandBuffer> commands = [queue commandBuffer];
+        if (!commands)
+            fail(ErrorKind::device, caller, "Metal made no command buffer", "nil",
+                 "a queue that takes work");
+        encode(work, range, operands, scratch, uploaded, commands, caller);
+        running.commit(commands, range);
+        begin = range.end;
     }
-    stats().gpu_nanoseconds +=
-        static_cast<uint64_t>((commands.GPUEndTime - commands.GPUStartTime) * 1e9);
+    running.finish();
     operands.copy_back();
 }
 
@@ -174,9 +268,27 @@ void forward(const Problem& problem, const ForwardResults& results) {
         [&](const Capabilities& gpu) { return plan_forward(problem, results, gpu); });
 }
 
+void backward(const BackwardProblem& problem, const BackwardResults& results) {
+    const std::string_view caller = problem.forward.function;
+    run(*Context::current(caller), caller,
+        [&](const Capabilities& gpu) { return plan_backward(problem, results, gpu); });
+}
+
 void combine(const CombineProblem& problem, const CombineResults& results) {
     run(*Context::current(problem.function), problem.function,
         [&](const Capabilities& gpu) { return plan_combine(problem, results, gpu); });
+}
+
+Kernels prepare_forward(const Problem& problem, const ForwardResults& results) {
+    return prepare_kernels(problem.function, [&](const Capabilities& gpu) {
+        return plan_forward(problem, results, gpu);
+    });
+}
+
+Kernels prepare_combine(const CombineProblem& problem, const CombineResults& results) {
+    return prepare_kernels(problem.function, [&](const Capabilities& gpu) {
+        return plan_combine(problem, results, gpu);
+    });
 }
 
 void encode_forward(const Problem& problem, const ForwardResults& results, void* command_buffer) {
@@ -197,7 +309,8 @@ void encode_forward(const Problem& problem, const ForwardResults& results, void*
     const Operands operands(work.plan, problem.function, context->gpu(), Operands::Copies::refused);
     // The command buffer retains the buffers it uses; scratch must not reach another call before.
     const auto scratch = std::make_shared<Leases>(take_scratch(*context, work, problem.function));
-    encode(*context, work, operands, *scratch, commands, problem.function);
+    encode(work, {0, work.plan.launches.size()}, operands, *scratch,
+           upload(*context, work, problem.function), commands, problem.function);
     if (!scratch->empty())
         [commands addCompletedHandler:^(id<MTLCommandBuffer>) {
           scratch->clear();

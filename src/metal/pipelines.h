@@ -18,8 +18,13 @@ struct Pipeline {
 
 class PipelineCache {
 public:
-    /// The pipeline of a launch; throws `Error`. Its limits are the caller's to look at.
-    Pipeline get(const Gpu& gpu, const KernelLaunch& launch, std::string_view caller);
+    /// The pipeline of a launch; throws `Error`. Its limits are the caller's to look at. `built`
+    /// counts those that the cache did not have.
+    Pipeline get(const Gpu& gpu, const KernelLaunch& launch, std::string_view caller,
+                 int64_t* built = nullptr);
+
+    /// Whether an earlier call needed the launch's pipeline, or claimed it.
+    bool claim(const KernelLaunch& launch);
 
 private:
     Libraries libraries_;

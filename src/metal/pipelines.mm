@@ -1,6 +1,7 @@
 #import "metal/pipelines.h"
 
 #include "core/stats.h"
+#import "metal/archive.h"
 #include "metal/kernel_text.h"
 #import "metal/text.h"
 
@@ -21,15 +22,22 @@ Pipeline build(Libraries& libraries, const Gpu& gpu, const KernelLaunch& launch,
     descriptor.label = ns_string(launch.kernel);
     descriptor.computeFunction = found.function;
     descriptor.threadGroupSizeIsMultipleOfThreadExecutionWidth = YES;
-    NSError* error = nil;
-    id<MTLComputePipelineState> state =
-        [gpu.device newComputePipelineStateWithDescriptor:descriptor
-                                                  options:MTLPipelineOptionNone
-                                               reflection:nil
-                                                    error:&error];
-    if (!state)
-        fail(ErrorKind::device, caller, "Metal could not build the kernel " + launch.kernel,
-             text_of(error), "a pipeline; report this as a bug");
+    const PipelineArchive archive(gpu, key_of(launch));
+    id<MTLComputePipelineState> state = archive.read(descriptor);
+    if (state) {
+        ++stats().pipelines_from_archive;
+    } else {
+        id<MTLBinaryArchive> compiled = archive.compile(descriptor);
+        NSError* error = nil;
+        state = [gpu.device newComputePipelineStateWithDescriptor:descriptor
+                                                          options:MTLPipelineOptionNone
+                                                       reflection:nil
+                                                            error:&error];
+        if (!state)
+            fail(ErrorKind::device, caller, "Metal could not build the kernel " + launch.kernel,
+                 text_of(error), "a pipeline; report this as a bug");
+        if (compiled) archive.write(compiled);
+    }
     if (state.threadExecutionWidth != 32)
         fail(ErrorKind::unsupported, caller, "this GPU's simdgroups have another size",
              std::to_string(state.threadExecutionWidth), "32 threads");
@@ -41,8 +49,12 @@ Pipeline build(Libraries& libraries, const Gpu& gpu, const KernelLaunch& launch,
 
 }  // namespace
 
-Pipeline PipelineCache::get(const Gpu& gpu, const KernelLaunch& launch, std::string_view caller) {
-    return pipelines_.get(key_of(launch), [&] { return build(libraries_, gpu, launch, caller); });
+Pipeline PipelineCache::get(const Gpu& gpu, const KernelLaunch& launch, std::string_view caller,
+                            int64_t* built) {
+    return pipelines_.get(
+        key_of(launch), [&] { return build(libraries_, gpu, launch, caller); }, built);
 }
+
+bool PipelineCache::claim(const KernelLaunch& launch) { return pipelines_.claim(key_of(launch)); }
 
 }  // namespace umfa::metal

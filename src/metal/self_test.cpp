@@ -1,26 +1,20 @@
 #include "metal/self_test.h"
 
-#include <sys/utsname.h>
-#if defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
-
 #include <atomic>
 #include <cmath>
-#include <ctime>
 #include <exception>
 #include <future>
 #include <map>
 #include <mutex>
 #include <optional>
-#include <string_view>
 #include <thread>
 #include <utility>
 
 #include "core/error.h"
-#include "core/instruments.h"
 #include "core/stats.h"
+#include "metal/build_facts.h"
 #include "metal/kernel_families.h"
+#include "metal/plan_backward.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
 #include "metal/self_test_record.h"
@@ -38,52 +32,10 @@ constexpr int most_hangs = 2;
 
 std::atomic<int64_t> patience_ms{20000};
 
-/// "macOS 14.5 (23F79)"
-std::string system_text() {
-#if defined(__APPLE__)
-    const auto ask = [](const char* name) {
-        char text[64] = {};
-        size_t size = sizeof text - 1;
-        return sysctlbyname(name, text, &size, nullptr, 0) == 0 ? std::string(text) : "unknown";
-    };
-    return "macOS " + ask("kern.osproductversion") + " (" + ask("kern.osversion") + ")";
-#else
-    utsname names{};
-    uname(&names);
-    return std::string(names.sysname) + " " + names.release;
-#endif
-}
-
-/// Version and a hash of the kernels, since builds of one version may have different kernels.
-const std::string& kernels_text() {
-    static const std::string text = [] {
-        uint64_t hash = 14695981039346656037u;
-        const auto add = [&](std::string_view bytes) {
-            for (const char c : bytes)
-                hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
-        };
-        for (const char* file : {"append.metal", "clear.metal", "combine.metal", "decode.metal",
-                                 "forward.metal", "lanes.metal"})
-            add(shader_text(file));
-        add(metallib());
-        return std::string(UMFA_VERSION) + " " + std::to_string(hash);
-    }();
-    return text;
-}
-
 /// Everything that the outcome depends on.
 std::string key_of(const Machine& machine, DType dtype) {
     return "umfa " + kernels_text() + "; " + machine.device + "; " + system_text() + "; " +
            name_of(dtype);
-}
-
-std::string time_text() {
-    const std::time_t now = std::time(nullptr);
-    std::tm parts{};
-    gmtime_r(&now, &parts);
-    char text[32];
-    std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &parts);
-    return text;
 }
 
 /// Runs `body` in a thread and returns its result; nullopt if it takes too long. The thread is then
@@ -218,6 +170,8 @@ std::shared_ptr<const SelfTestReport> SelfTests::of(DType dtype, const MakeMachi
 
 std::shared_ptr<const SelfTestReport> SelfTests::known(DType dtype, const MakeMachine& machine) {
     Slot& slot = slot_of(dtype);
+    // Without the lock, which another reader may hold for a moment.
+    if (slot.done.load(std::memory_order_acquire)) return slot.report;
     const std::unique_lock guard(slot.lock, std::try_to_lock);
     if (!guard.owns_lock()) return nullptr;
     if (!slot.done && !slot.looked && self_test_mode() == SelfTestMode::once) {
@@ -255,6 +209,23 @@ LaunchPlan plan_without_results(const Problem& problem, const Capabilities& gpu)
 
 LaunchPlan plan_without_results(const CombineProblem& problem, const Capabilities& gpu) {
     return plan_combine(problem, {{problem.out_shape()}, {problem.lse_shape()}}, gpu);
+}
+
+LaunchPlan plan_without_results(const BackwardProblem& problem, const Capabilities& gpu) {
+    BackwardResults results;
+    const auto add = [&](Gradient gradient, std::optional<Operand>& result) {
+        if (problem.wants(gradient)) result = without_memory(problem.shape_of(gradient));
+    };
+    add(Gradient::query, results.query);
+    add(Gradient::key, results.key);
+    add(Gradient::value, results.value);
+    add(Gradient::qv, results.qv);
+    if (problem.wants(Gradient::sinks)) results.sinks = Sinks{problem.shape_of(Gradient::sinks)};
+    if (problem.wants(Gradient::mask))
+        results.mask = problem.mask_gradient(problem.shape_of(Gradient::mask));
+    if (problem.wants(Gradient::alibi_slopes))
+        results.alibi_slopes = Alibi{problem.shape_of(Gradient::alibi_slopes), 0, 1};
+    return plan_backward(problem, results, gpu);
 }
 
 void set_self_test_patience(std::chrono::milliseconds patience) { patience_ms = patience.count(); }

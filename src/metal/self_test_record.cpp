@@ -2,68 +2,20 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstdint>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <fstream>
 #include <sstream>
 #include <thread>
 #include <utility>
+
+#include "metal/cache_folder.h"
 
 namespace umfa::metal {
 namespace {
 
 constexpr const char* first_line = "umfa self-test 1";
-
-/// FNV-1a: detects damage and names the file. It need not resist deliberate collisions.
-std::string digest(std::string_view text) {
-    uint64_t hash = 14695981039346656037u;
-    for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
-    char hex[17];
-    std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(hash));
-    return hex;
-}
-
-std::string one_line(std::string text) {
-    std::replace_if(text.begin(), text.end(), [](char c) { return c == '\n' || c == '\r'; }, ' ');
-    return text;
-}
-
-std::string error_text(const std::string& path) { return path + ": " + std::strerror(errno); }
-
-/// The user's folder for caches; empty if there is none.
-std::string cache_folder() {
-    const char* caches = std::getenv("XDG_CACHE_HOME");
-    if (caches && *caches == '/') return caches;
-    const char* home = std::getenv("HOME");
-    if (!home || *home != '/') return {};
-#if defined(__APPLE__)
-    return std::string(home) + "/Library/Caches";
-#else
-    return std::string(home) + "/.cache";
-#endif
-}
-
-/// Makes the folder and its parents. Returns whether the folder exists.
-bool make_folder(const std::string& path) {
-    for (size_t at = path.find('/', 1); at != path.npos; at = path.find('/', at + 1))
-        mkdir(path.substr(0, at).c_str(), 0700);  // most exist
-    if (mkdir(path.c_str(), 0700) == 0 || errno == EEXIST) return true;
-    return false;
-}
-
-std::string content_of(const std::string& path) {
-    std::ifstream stream(path, std::ios::binary);
-    std::ostringstream text;
-    if (stream) text << stream.rdbuf();
-    return text.str();
-}
 
 std::string text_of(const SelfTestReport& report, const std::string& key) {
     std::ostringstream text;
@@ -103,22 +55,6 @@ bool write_all(int file, const std::string& text) {
     return ::write(file, text.data(), text.size()) == static_cast<ssize_t>(text.size());
 }
 
-/// Writes to another name and renames, so that no process reads an incomplete file.
-bool replace_file(const std::string& path, const std::string& text) {
-    const std::string part = path + "." + std::to_string(getpid());
-    {
-        std::ofstream stream(part, std::ios::binary);
-        stream << text;
-        stream.close();
-        if (!stream) return false;
-    }
-    if (std::rename(part.c_str(), path.c_str()) == 0) return true;
-    const int problem = errno;
-    std::remove(part.c_str());
-    errno = problem;
-    return false;
-}
-
 }  // namespace
 
 SelfTestRecord::SelfTestRecord(std::string key) : key_(one_line(std::move(key))) {
@@ -126,7 +62,7 @@ SelfTestRecord::SelfTestRecord(std::string key) : key_(one_line(std::move(key)))
     if (folder.empty())
         trouble_ = "there is no HOME";
     else
-        file_ = folder + "/umfa/self-test-" + digest(key_) + ".txt";
+        file_ = folder + "/self-test-" + digest(key_) + ".txt";
 }
 
 SelfTestRecord::~SelfTestRecord() {
@@ -134,13 +70,10 @@ SelfTestRecord::~SelfTestRecord() {
 }
 
 std::optional<SelfTestReport> SelfTestRecord::read() const {
-    const std::string text = content_of(file_);
-    const size_t last = text.rfind("sum ");
-    if (last == text.npos) return {};
-    const std::string body = text.substr(0, last);
-    if (text.substr(last) != "sum " + digest(body) + "\n") return {};
-    if (body.rfind(std::string(first_line) + "\nkey " + key_ + "\n", 0) != 0) return {};
-    SelfTestReport report = report_of(body);
+    const std::optional<std::string> text =
+        checked_content(file_, std::string(first_line) + "\nkey " + key_ + "\n");
+    if (!text) return {};
+    SelfTestReport report = report_of(*text);
     report.kept = file_;
     return report;
 }
@@ -194,8 +127,7 @@ void SelfTestRecord::begin(const std::string& family) {
 void SelfTestRecord::end(const std::string& family) { note("end " + family + "\n"); }
 
 void SelfTestRecord::write(SelfTestReport& report) {
-    const std::string body = text_of(report, key_);
-    if (trouble_.empty() && !replace_file(file_, body + "sum " + digest(body) + "\n"))
+    if (trouble_.empty() && !replace_checked(file_, text_of(report, key_)))
         trouble_ = error_text(file_);
     report.kept = trouble_.empty() ? file_ : "";
     report.not_kept = trouble_;

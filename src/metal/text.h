@@ -28,7 +28,8 @@ inline std::string text_of(NSError* error) {
            std::to_string(error.code) + ")";
 }
 
-/// Throws the `Error` that describes a failed command buffer.
-[[noreturn]] void fail_command_buffer(std::string_view function, NSError* error);
+/// Throws the `Error` that describes a failed command buffer. `where`: which of several, or empty.
+[[noreturn]] void fail_command_buffer(std::string_view function, NSError* error,
+                                      const std::string& where);
 
 }  // namespace umfa::metal

@@ -1,22 +1,28 @@
 // The Metal backend of a build without Metal: its planner says what it could do, but it cannot run.
 #include "core/backend.h"
 #include "core/error.h"
+#include "metal/plan_backward.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
 #include "metal/self_test.h"
+#include "metal/switches.h"
 
 namespace umfa::metal {
 namespace {
 
 Verdict unavailable() {
-    static const SelfTestMode checked = self_test_mode();  // an invalid value is always an error
+    static const bool checked = (check_environment(), true);
     (void)checked;
     return {false, "this build of umfa has no Metal backend"};
 }
 
+std::string_view function_of(const Problem& problem) { return problem.function; }
+std::string_view function_of(const CombineProblem& problem) { return problem.function; }
+std::string_view function_of(const BackwardProblem& problem) { return problem.forward.function; }
+
 template <class P>
 void refuse(const P& problem, const typename P::Results&) {
-    fail(ErrorKind::internal, problem.function, "the Metal backend was called", "metal", "cpu");
+    fail(ErrorKind::internal, function_of(problem), "the Metal backend was called", "metal", "cpu");
 }
 
 }  // namespace
@@ -26,6 +32,7 @@ const Backend backend{"metal",
                       [](Device) { return true; },
                       {forward_features, can_plan_forward, refuse<Problem>},
                       {0, can_plan_combine, refuse<CombineProblem>},
+                      {backward_features, can_plan_backward, refuse<BackwardProblem>},
                       nullptr,
                       nullptr,
                       nullptr,

@@ -5,6 +5,7 @@ The double's metallib is flattened text, which it takes for compiled.
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,15 +22,19 @@ from tools.metal.double.gpus import Recorder
 EMBED = emulated.SHADERS / "embed.py"
 
 
-@pytest.fixture
-def double(recorder: Recorder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Double]:
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if metal_double.built_in():
         pytest.skip("this umfa has its double built in, without a metallib")
     folder = tmp_path_factory.mktemp("metallib")
     (folder / "metallib").write_text(emulated.embed.flatten("forward.metal"))
     embedded = folder / "embedded.cpp"
     subprocess.run([sys.executable, EMBED, embedded, "--metallib", folder / "metallib"], check=True)
-    library = metal_double.open_library(metal_double.build((embedded,)))
+    return metal_double.open_library(metal_double.build((embedded,)))
+
+
+@pytest.fixture
+def double(recorder: Recorder, library: ctypes.CDLL) -> Iterator[Double]:
     machine = Double(library, recorder)
     machine.start()
     yield machine
