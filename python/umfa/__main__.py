@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import umfa
-from umfa.cli import bench, demo, env, features
+from umfa.cli import bench, demo, env, features, tune
 
 # What a shell reports for a program ended by Ctrl-C: 128 + SIGINT.
 INTERRUPTED = 130
@@ -42,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_arguments(comparison)
     comparison.set_defaults(run=bench.run)
+
+    choices = commands.add_parser(
+        "tune", help="measure this machine's GPU", description=tune.DESCRIPTION
+    )
+    tune.add_arguments(choices)
+    choices.set_defaults(run=tune.run)
     return root
 
 

@@ -45,9 +45,13 @@ def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[bytes]:
 
 def run_on_terminal(*arguments: str, **changes: str) -> tuple[int, bytes]:
     """Run ``python -m umfa`` on a pseudo-terminal; returns the exit status and what it drew."""
+    return python_on_terminal("-m", "umfa", *arguments, **changes)
+
+
+def python_on_terminal(*arguments: str, **changes: str) -> tuple[int, bytes]:
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "umfa", *arguments],
+        [sys.executable, *arguments],
         stdin=slave,
         stdout=slave,
         stderr=slave,
@@ -108,8 +112,16 @@ def test_pipe_gets_neither_escapes_nor_a_bar(piped: subprocess.CompletedProcess[
     assert b"%" not in re.sub(rb"[\d.]+% of the allowed", b"", piped.stdout)
 
 
-def test_bar_moves_on_a_terminal() -> None:
-    status, drawn = run_on_terminal()
+FEWER_TOKENS = "from umfa.cli import demo; raise SystemExit(demo.run((1, 512, 24, 128)))"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("-c", FEWER_TOKENS), pytest.param(("-m", "umfa"), marks=pytest.mark.slow)],
+    ids=["fewer tokens", "whole"],
+)
+def test_bar_moves_on_a_terminal(arguments: tuple[str, ...]) -> None:
+    status, drawn = python_on_terminal(*arguments)
     assert status == 0, drawn.decode(errors="replace")
     assert COLOUR.search(drawn)
     text = drawn.decode()
@@ -209,6 +221,7 @@ SCHEMA = {
             "tried_again": [str],
         }
     ],
+    "tuning": dict | None,
     "environment": dict,
     "packages": dict,
     "problems": [str],
@@ -262,7 +275,7 @@ def test_env_says_the_same_to_a_reader() -> None:
         assert fact in text
 
 
-VARIABLES = ["UMFA_NUM_THREADS", "UMFA_CPU_ISA", "UMFA_BACKEND", "UMFA_SELF_TEST"]
+VARIABLES = ["UMFA_NUM_THREADS", "UMFA_CPU_ISA", "UMFA_BACKEND", "UMFA_SELF_TEST", "UMFA_TUNE"]
 
 
 @pytest.mark.parametrize("name", VARIABLES)

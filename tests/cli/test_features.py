@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import umfa
@@ -35,6 +37,36 @@ def test_what_the_table_says_of_the_cpu_is_done(row: features.Row) -> None:
         before = umfa.stats().cpu_calls
         assert function(*tensors, **options, backend="cpu") is not None
         assert umfa.stats().cpu_calls > before
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.gradients], ids=lambda row: row.text)
+def test_gradients_that_the_table_names_exist(row: features.Row) -> None:
+    torch = pytest.importorskip("torch")
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, np.ndarray):
+            return x
+        tensor = torch.from_numpy(x.copy())
+        return tensor.requires_grad_() if tensor.is_floating_point() else tensor
+
+    for function, tensors, options in row.calls:
+        given = [leaf(x) for x in tensors]
+        named = {name: leaf(x) for name, x in options.items()}
+        function(*given, **named, backend="cpu").sum().backward()
+        leaves = [x for x in (*given, *named.values()) if getattr(x, "requires_grad", False)]
+        assert len(leaves) >= 3
+        assert all(x.grad is not None and x.grad.shape == x.shape for x in leaves)
+
+
+def test_a_line_about_gradients_asks_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention to pages has a result and no gradients."""
+    query, pages = features.zeros(1, 2, 1, 16), features.zeros(3, 16, 1, 16)
+    options = {"block_table": np.zeros((1, 3), np.int32), "cache_seqlens": np.full(1, 20, np.int32)}
+    paged = (umfa.flash_attn_with_kvcache, (query, pages, pages), options)
+    rows = [features.Row("result", [paged]), features.Row("gradients", [paged], gradients=True)]
+    monkeypatch.setattr(features, "rows", lambda: rows)
+    lines = features.markdown().splitlines()
+    assert lines[2:] == [f"| result | yes | {features.WRITTEN} |", "| gradients | no | no |"]
 
 
 def test_a_line_with_an_impossible_call_says_no(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,7 @@ def run(shape: tuple[int, int, int, int] = FLUX) -> int:
     rows = {
         **env.backend_rows(report),
         **env.self_test_rows(report),
+        **env.tuning_rows(report["tuning"]),
         **env.cpu_rows(report),
         **env.problem_rows(report),
     }

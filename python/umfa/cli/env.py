@@ -98,6 +98,8 @@ class Report(TypedDict):
     backends: list[Backend]
     self_tests: list[dict[str, Any]]
     """The fields of `umfa.SelfTest`, for each dtype."""
+    tuning: dict[str, Any] | None
+    """What `python -m umfa tune` chose, or the defaults; None without a GPU."""
     environment: dict[str, str]
     packages: dict[str, str]
     problems: list[str]  # what umfa refuses to work with, such as a mistyped environment variable
@@ -169,6 +171,14 @@ def self_tests() -> list[dict[str, Any]]:
     ]
 
 
+def tuning() -> dict[str, Any] | None:
+    """Return the GPU's tuned choices and where they come from; None without a GPU."""
+    found = _ext.tuning()
+    if found is None:
+        return None
+    return found | {name: tidy(found[name]) for name in ("kept", "ignored")}
+
+
 def collect() -> Report:
     """Gather the report; a value that umfa cannot tell goes to ``problems``."""
     problems = []
@@ -177,7 +187,9 @@ def collect() -> Report:
         try:
             return ask()
         except ValueError as error:
-            problems.append(tidy(str(error)))
+            text = tidy(str(error))
+            if text not in problems:  # several questions may meet the same one
+                problems.append(text)
             return None
 
     attempt(lambda: _ext.backend_name("auto"))
@@ -218,6 +230,7 @@ def collect() -> Report:
             for backend in umfa.backends()
         ],
         "self_tests": tests,
+        "tuning": attempt(tuning),
         "environment": environment(),
         "packages": packages(),
         "problems": problems,
@@ -264,6 +277,26 @@ def self_test_rows(report: Report) -> dict[str, str]:
     return {"self-test": "\n".join(lines)} if lines else {}
 
 
+def tuning_rows(tuned: dict[str, Any] | None) -> dict[str, str]:
+    """The choices in use, and what they follow from; empty without a GPU."""
+    if tuned is None:
+        return {}
+    values = (
+        f"'auto' uses the GPU from {tuned['worthwhile_flop']:.1e} FLOP, keys are split among "
+        f"{tuned['decode_threadgroups_per_core']} threadgroups per core"
+    )
+    if tuned["tiles"]:
+        values += f"; tiles: {', '.join(tuned['tiles'])}"
+    if tuned["kept"]:
+        source = f"measured {tuned['when']} on {tuned['device']}, {tuned['system']}"
+        source += f", in {tuned['kept']}"
+    elif tuned["ignored"]:
+        source = f"defaults; the record is not used: {tuned['ignored']}"
+    else:
+        source = "defaults; python -m umfa tune measures"
+    return {"tuning": escape("\n  ".join([values, source, *tuned["measured"]]))}
+
+
 def cpu_rows(report: Report) -> dict[str, str]:
     """The CPU, the kernels in use and the threads."""
     cpu = report["cpu"]
@@ -301,6 +334,7 @@ def rows(report: Report) -> dict[str, str]:
         **cpu_rows(report),
         **backend_rows(report),
         **self_test_rows(report),
+        **tuning_rows(report["tuning"]),
         "environment": escape(
             "\n".join(f"{key}={value}" for key, value in report["environment"].items())
             or "no UMFA_* variable, no OMP_NUM_THREADS"

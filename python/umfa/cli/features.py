@@ -10,6 +10,7 @@ from rich.table import Table
 
 import umfa
 from umfa import _ext, fa3, fa4
+from umfa._call.can_run import gradients_can_run
 from umfa.cli import terminal
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -23,6 +24,8 @@ class Row(NamedTuple):
 
     text: str
     calls: list[Call]
+    gradients: bool = False
+    """Whether the line is about the gradients of all float tensors of the calls."""
 
 
 def zeros(*shape: int, dtype: str = "float32") -> Any:
@@ -217,16 +220,40 @@ def rows() -> list[Row]:
             ],
         ),
         Row(
+            "gradients of query, key and value for all head dims, with and without causal, window, "
+            "softcap, packed sequences, GQA and dropout",
+            [
+                *_dims("float32"),
+                _flash(heads_kv=1, causal=True),
+                _flash(window_size=(5, 3), softcap=30.0),
+                _flash(**dropped),
+                _varlen(causal=True),
+                _torch_like(2, is_causal=True),
+            ],
+            gradients=True,
+        ),
+        Row(
+            "gradients of float masks (in the mask's own shape), sinks, ALiBi slopes and `qv`",
+            [
+                _torch_like(2, mask=zeros(4, 1, 30)),
+                _flash(learnable_sink=slopes),
+                _flash(alibi_slopes=slopes),
+                _flash(qv=zeros(2, 9, 4, 16)),
+            ],
+            gradients=True,
+        ),
+        Row(
             "merging of partial results over keys (`flash_attn_combine`)",
             [(umfa.flash_attn_combine, (zeros(3, 2, 9, 4, 16), zeros(3, 2, 9, 4)), {})],
         ),
     ]
 
 
-def reason(call: Call, backend: str) -> str:
-    """Why the backend cannot carry the call out; empty if it can."""
+def reason(call: Call, backend: str, *, gradients: bool = False) -> str:
+    """Why the backend cannot run the call, or its backward pass; empty if it can."""
     function, tensors, options = call
-    possible, why = umfa.can_run(function, *tensors, **options, backend=backend)
+    ask = gradients_can_run if gradients else umfa.can_run
+    possible, why = ask(function, *tensors, **options, backend=backend)
     return "" if possible else why
 
 
@@ -239,7 +266,7 @@ def absent() -> dict[str, str]:
 
 def reasons(row: Row, backend: str, missing: dict[str, str]) -> set[str]:
     """Why not; empty if the backend can, or could if it were there."""
-    found = {reason(call, backend) for call in row.calls}
+    found = {reason(call, backend, gradients=row.gradients) for call in row.calls}
     return found - {"", missing.get(backend)}
 
 
