@@ -7,6 +7,7 @@ probability. The cases are the same in every run; one is repeated by ``check(fir
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +50,11 @@ PER_CALL = {
 }  # other words for the reference
 
 
-def drawn_features(pair: tuple[str, str], rng: np.random.Generator) -> set[str]:
+def drawn_features(
+    pair: tuple[str, str], rng: np.random.Generator, features: Sequence[str] = FEATURES
+) -> set[str]:
     found = set(pair)
-    for feature in rng.permutation(FEATURES):
+    for feature in rng.permutation(features):
         fits = not any(feature in two and two & found - {feature} for two in APART)
         if fits and rng.random() < 0.15:
             found.add(str(feature))

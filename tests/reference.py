@@ -6,6 +6,7 @@ hand them in; this module widens them to float64 and from there on rounding does
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -107,74 +108,252 @@ def attention(
     lse : float64 array (batch, heads, seqlen_q)
         Natural logarithm; in rows that see no key ``-inf``, or the sink.
     """
-    query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
-    batch, seqlen_q, heads, head_dim = query.shape
-    _, seqlen_k, heads_k, head_dim_v = value.shape
-    if qv is not None:  # more channels of the same product
-        head_dim += head_dim_v
-        query = np.concatenate([query, np.asarray(qv).astype(np.float64)], axis=3)
-        key = np.concatenate([key, value], axis=3)
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    offset = seqlen_k - seqlen_q if alignment == "lower_right" else 0
-    slopes = np.zeros((batch, heads))
-    if alibi_slopes is not None:
-        slopes = np.broadcast_to(np.asarray(alibi_slopes, dtype=np.float64), (batch, heads))
-
-    sinks = np.full(heads, -np.inf)
-    if learnable_sink is not None:
-        sinks = np.asarray(learnable_sink).astype(np.float64)
-
-    shown, bias = None, None
-    if mask is not None:
-        full = (batch, heads, seqlen_q, seqlen_k)
-        shown = np.broadcast_to(np.asarray(mask), full)
-        if shown.dtype != bool:
-            bias = np.broadcast_to(np.asarray(mask).astype(np.float64), full)
-            shown = ~np.isneginf(bias)
-
-    out = np.zeros((batch, seqlen_q, heads, head_dim_v))
+    call = _Call(
+        query,
+        key,
+        value,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        alignment=alignment,
+        window_size=window_size,
+        window_offsets=window_offsets,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        mask=mask,
+        attention_chunk=attention_chunk,
+        attention_chunk_offset=attention_chunk_offset,
+        prefix_len=prefix_len,
+        learnable_sink=learnable_sink,
+        qv=qv,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
+        first_index=first_index,
+    )
+    batch, seqlen_q, heads, _ = call.query.shape
+    out = np.zeros((batch, seqlen_q, heads, call.value.shape[3]))
     lse = np.full((batch, heads, seqlen_q), -np.inf)
-    for b, h in np.ndindex(batch, heads):
-        h_k = h // (heads // heads_k)
-        for start in range(0, seqlen_q, ROWS_AT_A_TIME):
-            rows = slice(start, min(start + ROWS_AT_A_TIME, seqlen_q))
-            positions = np.arange(rows.start, rows.stop) + offset
-            sees = visible(
-                positions,
-                seqlen_k,
-                causal=causal,
-                window_size=window_size,
-                window_offsets=window_offsets,
-                attention_chunk=attention_chunk,
-                attention_chunk_offset=attention_chunk_offset,
-            )
-            scores = scale * (query[b, rows, h] @ key[b, :, h_k].T)
-            if softcap > 0.0:
-                scores = softcap * np.tanh(scores / softcap)
-            if slopes[b, h] != 0.0:
-                distance = np.abs(positions[:, None] - np.arange(seqlen_k)[None, :])
-                scores -= slopes[b, h] * distance
-            sees[:, :prefix_len] = True
-            if bias is not None:
-                scores = scores + bias[b, h, rows]
-            if shown is not None:
-                sees = sees & shown[b, h, rows]
-            kept = None
-            if dropout_p > 0:
-                kept = ~philox.dropped(
-                    dropout_p,
-                    dropout_seed,
-                    dropout_offset,
-                    batch=first_index + b,
-                    head=h,
-                    rows=np.arange(rows.start, rows.stop),
-                    seqlen_k=seqlen_k,
-                )
-            out[b, rows, h], lse[b, h, rows] = softmax_times(
-                scores, sees, value[b, :, h_k], sinks[h], kept
-            )
+    for b, h, rows in call.blocks():
+        at = call.scores(b, h, rows)
+        out[b, rows, h], lse[b, h, rows] = softmax_times(
+            at.scores, at.sees, call.value[b, :, call.key_head(h)], call.sinks[h], at.kept
+        )
     out /= 1.0 - dropout_p
     return out, lse
+
+
+class Scores(NamedTuple):
+    """Rows of one head: (rows, seqlen_k) each."""
+
+    scores: FloatArray
+    sees: NDArray[np.bool_]
+    kept: NDArray[np.bool_] | None
+    """Without dropout None."""
+    slope: FloatArray | float
+    """Derivative of softcap."""
+    distance: NDArray[np.int64]
+
+
+class _Call:
+    """The arguments of `attention`, brought to one form."""
+
+    def __init__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        softmax_scale: float | None = None,
+        alignment: Alignment = "lower_right",
+        softcap: float = 0.0,
+        alibi_slopes: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        prefix_len: int = 0,
+        learnable_sink: ArrayLike | None = None,
+        qv: ArrayLike | None = None,
+        dropout_p: float = 0.0,
+        dropout_seed: int = 0,
+        dropout_offset: int = 0,
+        first_index: int = 0,
+        **visibility: Any,
+    ) -> None:
+        self.query, self.key, self.value = (
+            np.asarray(x).astype(np.float64) for x in (query, key, value)
+        )
+        self.head_dim = self.query.shape[3]
+        if qv is not None:  # more channels of the same product
+            self.query = np.concatenate([self.query, np.asarray(qv).astype(np.float64)], axis=3)
+            self.key = np.concatenate([self.key, self.value], axis=3)
+        batch, seqlen_q, heads, channels = self.query.shape
+        seqlen_k = self.key.shape[1]
+        self.group = heads // max(self.key.shape[2], 1)
+        self.scale = channels**-0.5 if softmax_scale is None else softmax_scale
+        self.offset = seqlen_k - seqlen_q if alignment == "lower_right" else 0
+        self.softcap, self.prefix_len, self.visibility = softcap, prefix_len, visibility
+        self.dropout = (dropout_p, dropout_seed, dropout_offset)
+        self.first_index = first_index
+        self.slopes = np.zeros((batch, heads))
+        if alibi_slopes is not None:
+            self.slopes = np.broadcast_to(
+                np.asarray(alibi_slopes, dtype=np.float64), (batch, heads)
+            )
+        self.sinks = np.full(heads, -np.inf)
+        if learnable_sink is not None:
+            self.sinks = np.asarray(learnable_sink).astype(np.float64)
+        self.shown, self.bias = None, None
+        if mask is not None:
+            full = (batch, heads, seqlen_q, seqlen_k)
+            self.shown = np.broadcast_to(np.asarray(mask), full)
+            if self.shown.dtype != bool:
+                self.bias = np.broadcast_to(np.asarray(mask).astype(np.float64), full)
+                self.shown = ~np.isneginf(self.bias)
+
+    def key_head(self, head: int) -> int:
+        return head // self.group
+
+    def blocks(self) -> Iterator[tuple[int, int, slice]]:
+        """(batch, head, rows), a limited number of rows at a time."""
+        batch, seqlen_q, heads, _ = self.query.shape
+        for b, h in np.ndindex(batch, heads):
+            for start in range(0, seqlen_q, ROWS_AT_A_TIME):
+                yield b, h, slice(start, min(start + ROWS_AT_A_TIME, seqlen_q))
+
+    def scores(self, b: int, h: int, rows: slice) -> Scores:
+        seqlen_k = self.key.shape[1]
+        positions = np.arange(rows.start, rows.stop) + self.offset
+        sees = visible(positions, seqlen_k, **self.visibility)
+        scores = self.scale * (self.query[b, rows, h] @ self.key[b, :, self.key_head(h)].T)
+        slope: FloatArray | float = 1.0
+        if self.softcap > 0.0:
+            capped = np.tanh(scores / self.softcap)
+            scores, slope = self.softcap * capped, 1 - capped**2
+        distance = np.abs(positions[:, None] - np.arange(seqlen_k)[None, :])
+        if self.slopes[b, h] != 0.0:
+            scores -= self.slopes[b, h] * distance
+        sees[:, : self.prefix_len] = True
+        if self.bias is not None:
+            scores = scores + self.bias[b, h, rows]
+        if self.shown is not None:
+            sees = sees & self.shown[b, h, rows]
+        kept = None
+        if self.dropout[0] > 0:
+            kept = ~philox.dropped(
+                *self.dropout,
+                batch=self.first_index + b,
+                head=h,
+                rows=np.arange(rows.start, rows.stop),
+                seqlen_k=seqlen_k,
+            )
+        return Scores(scores, sees, kept, slope, distance)
+
+
+class Gradients(NamedTuple):
+    """What `gradients` returns; None for what the call does not have."""
+
+    dq: FloatArray
+    dk: FloatArray
+    dv: FloatArray
+    dqv: FloatArray | None
+    dmask: FloatArray | None
+    dsinks: FloatArray | None
+    dalibi_slopes: FloatArray | None
+
+
+def gradients(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    dout: ArrayLike,
+    dlse: ArrayLike | None = None,
+    *,
+    given_out: ArrayLike | None = None,
+    **options: Any,
+) -> Gradients:
+    r"""Gradients of ``sum(out * dout) + sum(lse * dlse)`` of `attention`.
+
+    With the probabilities :math:`p_{ij} = e^{s_{ij} - \mathrm{lse}_i}`, the factor
+    :math:`m_{ij}` of dropout, which is 0 or :math:`1 / (1 - \mathrm{dropout\_p})`, and
+    :math:`\mathrm{do}_i`, :math:`\mathrm{dl}_i` for rows of `dout` and `dlse`,
+
+    .. math::
+
+        dv_j &= \sum_i m_{ij} p_{ij} \mathrm{do}_i \\
+        \delta_i &= \mathrm{do}_i \cdot o_i - \mathrm{dl}_i \\
+        ds_{ij} &= p_{ij} (m_{ij} \, \mathrm{do}_i \cdot v_j - \delta_i)
+
+    :math:`ds` is the gradient of the scores as they enter the softmax, and so that of the mask;
+    what comes before them follows by the chain rule. A sink has :math:`-e^{\mathrm{sink} -
+    \mathrm{lse}_i} \delta_i` from each row.
+
+    Parameters
+    ----------
+    query, key, value, **options
+        Those of `attention`.
+    dout : array (batch, seqlen_q, heads, head_dim_v)
+    dlse : array (batch, heads, seqlen_q), optional
+    given_out : array (batch, seqlen_q, heads, head_dim_v), optional
+        The result as a backward pass gets it, rounded to its dtype, which is what :math:`\delta` is
+        made of. It matters in sums over :math:`ds` that cancel.
+
+    Returns
+    -------
+    Gradients
+        float64, each of the shape of what it belongs to: those of the mask and the slopes are
+        summed over the dimensions in which they broadcast. Rows that see no key add nothing.
+    """
+    call = _Call(query, key, value, **options)
+    dout = np.asarray(dout).astype(np.float64)
+    batch, seqlen_q, heads, _ = call.query.shape
+    upstream = np.zeros((batch, heads, seqlen_q))
+    if dlse is not None:
+        upstream = np.asarray(dlse).astype(np.float64)
+    share = 1.0 - call.dropout[0]
+    dq, dk, dv = (np.zeros(x.shape) for x in (call.query, call.key, call.value))
+    dmask = np.zeros(call.bias.shape) if call.bias is not None else None
+    dsinks, dslopes = np.zeros(heads), np.zeros((batch, heads))
+    for b, h, rows in call.blocks():
+        at, h_k = call.scores(b, h, rows), call.key_head(h)
+        own_out, value_of_head = dout[b, rows, h], call.value[b, :, h_k]
+        out, lse = softmax_times(at.scores, at.sees, value_of_head, call.sinks[h], at.kept)
+        seen = ~np.isneginf(lse)
+        own_out = np.where(seen[:, None], own_out, 0.0)
+        finite_lse = np.where(seen, lse, 0.0)
+        p = np.exp(np.where(at.sees, at.scores, -np.inf) - finite_lse[:, None])
+        m = (1.0 if at.kept is None else at.kept) / share
+        out = out / share if given_out is None else np.asarray(given_out)[b, rows, h]
+        delta = (own_out * out).sum(1) - np.where(seen, upstream[b, h, rows], 0.0)
+        dv[b, :, h_k] += (m * p).T @ own_out
+        ds = p * (m * (own_out @ value_of_head.T) - delta[:, None])
+        if dmask is not None:
+            dmask[b, h, rows] = ds
+        dslopes[b, h] -= (ds * at.distance).sum()
+        if np.isfinite(call.sinks[h]):
+            dsinks[h] -= (np.exp(call.sinks[h] - finite_lse) * delta * seen).sum()
+        ds = ds * at.slope * call.scale
+        dq[b, rows, h] = ds @ call.key[b, :, h_k]
+        dk[b, :, h_k] += ds.T @ call.query[b, rows, h]
+    dqv = None
+    if options.get("qv") is not None:  # whose keys are the values
+        dq, dqv = dq[..., : call.head_dim], dq[..., call.head_dim :]
+        dk, more = dk[..., : call.head_dim], dk[..., call.head_dim :]
+        dv = dv + more
+    slopes, mask = options.get("alibi_slopes"), options.get("mask")
+    return Gradients(
+        dq,
+        dk,
+        dv,
+        dqv,
+        None if dmask is None else summed_to(dmask, np.shape(mask)),
+        None if options.get("learnable_sink") is None else dsinks,
+        None if slopes is None else summed_to(dslopes, np.shape(slopes)),
+    )
+
+
+def summed_to(array: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    """The sum over the dimensions in which an array of that shape was broadcast to `array`."""
+    wide = (1,) * (array.ndim - len(shape)) + tuple(shape)
+    axes = tuple(i for i, n in enumerate(wide) if n == 1)
+    return array.sum(axis=axes, keepdims=True).reshape(shape)
 
 
 def scaled_dot_product(

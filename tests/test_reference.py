@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,3 +118,54 @@ def test_equals_pytorch_in_float64(causal: bool) -> None:
     )
     ours, _ = reference.attention(*cases.inputs(case), causal=causal)
     assert_close(ours, theirs.transpose(1, 2).numpy(), EXACT)
+
+
+DIFFERENTIATED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "masks": {"causal": True, "window_size": (3, -1), "prefix_len": 1, "softcap": 1.5},
+    "biases": {"alibi_slopes": [0.3, 0.1, 0.7], "mask": "float"},
+    "sinks and dropout": {"learnable_sink": [0.5, -1.0, 2.0], "dropout_p": 0.4, "dropout_seed": 3},
+    "qv": {"qv": "float", "learnable_sink": [0.5, -1.0, 2.0], "softcap": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_gradients_are_finite_differences(name: str) -> None:
+    rng = np.random.default_rng(0)
+    options = dict(DIFFERENTIATED[name])
+    variables = {
+        "query": rng.standard_normal((2, 4, 3, 3)),
+        "key": rng.standard_normal((2, 5, 1, 3)),
+        "value": rng.standard_normal((2, 5, 1, 2)),
+    }
+    if options.pop("mask", None):
+        variables["mask"] = rng.standard_normal((3, 4, 5))
+        variables["mask"][0, 1, 2] = -np.inf
+    if options.pop("qv", None):
+        variables["qv"] = rng.standard_normal((2, 4, 3, 2))
+    for kind in ("alibi_slopes", "learnable_sink"):
+        if kind in options:
+            variables[kind] = np.array(options.pop(kind))
+    dout, dlse = rng.standard_normal((2, 4, 3, 2)), rng.standard_normal((2, 3, 4))
+
+    def loss(**changed: np.ndarray) -> float:
+        out, lse = reference.attention(**(variables | changed), **options)
+        return float((out * dout).sum() + (lse * dlse).sum())
+
+    found = reference.gradients(**variables, dout=dout, dlse=dlse, **options)
+    names = {
+        "query": "dq", "key": "dk", "value": "dv", "mask": "dmask", "qv": "dqv",
+        "learnable_sink": "dsinks", "alibi_slopes": "dalibi_slopes",
+    }  # fmt: skip
+    step = 1e-5
+    for variable, array in variables.items():
+        expected = np.zeros(array.shape)
+        for index in np.ndindex(array.shape):
+            if np.isneginf(array[index]):
+                continue
+            up, down = array.copy(), array.copy()
+            up[index] += step
+            down[index] -= step
+            expected[index] = (loss(**{variable: up}) - loss(**{variable: down})) / (2 * step)
+        own = getattr(found, names[variable])
+        assert_close(own, expected, Tolerance(1e-7, 1e-6), names[variable])
