@@ -5,9 +5,11 @@
 #include <string>
 #include <string_view>
 
+#include "core/backward.h"
 #include "core/combine.h"
 #include "core/problem.h"
 #include "core/self_test.h"
+#include "core/tuning.h"
 
 namespace umfa {
 
@@ -15,6 +17,12 @@ namespace umfa {
 struct Verdict {
     bool yes = true;
     std::string reason;
+};
+
+/// Compiled kernels of a call.
+struct Kernels {
+    int64_t used = 0;   // different ones
+    int64_t built = 0;  // of them, those that this process did not have ready
 };
 
 /// How a backend runs one operation. `P` describes the computation, P::Results what is written.
@@ -34,6 +42,13 @@ struct Operation {
     Verdict (*trusted)(const P&) = nullptr;
     /// Whether `trusted` may run the self-test or wait for it.
     bool (*may_wait)(const P&) = nullptr;
+    /// Compiles the kernels that `run` would use, and computes nothing: results need no memory.
+    /// Null: the backend compiles nothing at run time.
+    Kernels (*prepare)(const P&, const typename P::Results&) = nullptr;
+    /// For a call that another backend can run, where the caller has named none: whether that backend
+    /// should. True the first time that a call needs some kernels, which it starts to compile in the
+    /// background; does not wait. Null: never.
+    bool (*postpone)(const P&) = nullptr;
 };
 
 struct Backend {
@@ -42,6 +57,7 @@ struct Backend {
     bool (*can_see)(Device);  // whether it can read tensors on that device
     Operation<Problem> forward;
     Operation<CombineProblem> combine;
+    Operation<BackwardProblem> backward;
 
     // Of a backend whose device is not the CPU; else null.
     /// Memory that `TensorView::data` can name on the device; throws `Error` when there is none.
@@ -54,6 +70,11 @@ struct Backend {
     /// Outcomes of the device's self-test; empty without a device. `run`: tests each untested
     /// dtype; without it, never waits. Throws `Error` if UMFA_SELF_TEST is invalid.
     SelfTestReports (*self_tests)(bool run) = nullptr;
+    /// The choices in use.
+    Tuned (*tuning)() = nullptr;
+    /// Uses other values in this process. `keep`: also in later ones. Returns what is then in use.
+    /// Throws `Error` without a device, or if a value is out of range.
+    Tuned (*tune)(const Tuned&, bool keep) = nullptr;
 };
 
 namespace cpu {

@@ -3,10 +3,63 @@
 #include <functional>
 #include <vector>
 
+#include "core/backward.h"
 #include "core/parts.h"
 
 namespace umfa {
 namespace {
+
+/// A tensor with batch dimensions.
+struct Walked {
+    const TensorView* given;  // with all of them
+    TensorView* view;         // what moves from part to part
+    int64_t* stride_batch;
+    int behind;  // dimensions behind the batch
+};
+
+/// The tensors of a problem that have batch dimensions, inputs first.
+struct WalkedList {
+    Walked list[BatchLoop::most_tensors];
+    int count = 0;
+
+    const Walked* begin() const { return list; }
+    const Walked* end() const { return list + count; }
+    void add(Operand& operand, int behind = 3) {
+        list[count++] = {&operand.view, &operand.view, &operand.stride_batch, behind};
+    }
+    void add(std::optional<Operand>& operand, int behind = 3) {
+        if (operand) add(*operand, behind);
+    }
+    void add(std::optional<DenseMask>& mask) {
+        if (mask) list[count++] = {&mask->given, &mask->view, &mask->view.strides[0], 3};
+    }
+};
+
+WalkedList walked(Problem& problem, ForwardResults* results) {
+    WalkedList found;
+    for (Operand* operand : {&problem.query, &problem.key, &problem.value}) found.add(*operand);
+    found.add(problem.mask);
+    if (!results) return found;
+    found.add(results->out);
+    found.add(results->lse, 2);
+    return found;
+}
+
+WalkedList walked(BackwardProblem& problem, BackwardResults* results) {
+    WalkedList found = walked(problem.forward, nullptr);
+    found.add(problem.out);
+    found.add(problem.lse, 2);
+    found.add(problem.dout);
+    found.add(problem.dlse, 2);
+    found.add(results->query);
+    found.add(results->key);
+    found.add(results->value);
+    found.add(results->mask);
+    return found;
+}
+
+Problem& call_of(Problem& problem) { return problem; }
+Problem& call_of(BackwardProblem& problem) { return problem.forward; }
 
 /// The batch dimensions, merged into the one that backends see (`walked`) and loops around it.
 struct Merged {
@@ -15,44 +68,40 @@ struct Merged {
     std::vector<BatchLoop> loops;  // outermost first
 };
 
-/// The strides of batch dimension `i`. `results`: null for the strides of the inputs alone.
-BatchLoop dimension(const Problem& problem, const ForwardResults* results, int i) {
-    const int from_last = problem.ndim - i;  // in tensors with 3 dimensions behind the batch
+/// The strides of batch dimension `i`.
+BatchLoop dimension(const Problem& problem, const WalkedList& tensors, int i) {
     BatchLoop one;
     one.size = problem.batch_shape[i];
     one.index = 1;
     for (int inner = i + 1; inner < problem.ndim - 3; ++inner)
         one.index *= problem.batch_shape[inner];
-    one.query = stride_at(problem.query.view, from_last);
-    one.key = stride_at(problem.key.view, from_last);
-    one.value = stride_at(problem.value.view, from_last);
-    if (problem.mask) one.mask = stride_at(problem.mask->given, from_last);
-    if (results) one.out = stride_at(results->out.view, from_last);
-    if (results && results->lse) one.lse = stride_at(results->lse->view, from_last - 1);
+    int64_t* stride = one.strides;
+    for (const Walked& tensor : tensors)
+        *stride++ = stride_at(*tensor.given, problem.ndim - 3 - i + tensor.behind);
     return one;
 }
 
 /// Whether the stride of `outer` is size * stride of `inner` in every tensor: they merge into one.
 bool is_turn(const BatchLoop& outer, const BatchLoop& inner) {
-    const auto turns = [&](int64_t BatchLoop::* stride) {
+    for (int i = 0; i < BatchLoop::most_tensors; ++i) {
         int64_t turn = 0;
-        return !__builtin_mul_overflow(inner.*stride, inner.size, &turn) && outer.*stride == turn;
-    };
-    return turns(&BatchLoop::query) && turns(&BatchLoop::key) && turns(&BatchLoop::value) &&
-           turns(&BatchLoop::mask) && turns(&BatchLoop::out) && turns(&BatchLoop::lse);
+        if (__builtin_mul_overflow(inner.strides[i], inner.size, &turn) || outer.strides[i] != turn)
+            return false;
+    }
+    return true;
 }
 
-Merged merged_batch(const Problem& problem, const ForwardResults* results) {
+Merged merged_batch(const Problem& problem, const WalkedList& tensors) {
     Merged merged;
     if (problem.ndim <= 4) {  // at most one: the usual case, without memory for a list
-        if (problem.ndim == 4) merged.walked = dimension(problem, results, 0);
+        if (problem.ndim == 4) merged.walked = dimension(problem, tensors, 0);
         merged.batch = merged.walked.size;
         if (merged.batch <= 1) merged.walked = {};
         return merged;
     }
     std::vector<BatchLoop>& groups = merged.loops;
     for (int i = 0; i < problem.ndim - 3; ++i) {
-        BatchLoop one = dimension(problem, results, i);
+        BatchLoop one = dimension(problem, tensors, i);
         merged.batch *= one.size;
         if (one.size == 1) continue;
         if (!groups.empty() && is_turn(groups.back(), one)) {
@@ -74,36 +123,28 @@ Merged merged_batch(const Problem& problem, const ForwardResults* results) {
     return merged;
 }
 
-void apply(Problem& problem, const Merged& merged) {
+/// `gradient`: where the results may have one of the mask.
+void apply(Problem& problem, std::optional<DenseMask>* gradient, const WalkedList& tensors,
+           const Merged& merged) {
     problem.batch = merged.batch;
     problem.loops = merged.loops;
-    problem.query.stride_batch = merged.walked.query;
-    problem.key.stride_batch = merged.walked.key;
-    problem.value.stride_batch = merged.walked.value;
-    if (problem.mask) {
-        problem.mask->view.shape[0] = merged.batch;
-        problem.mask->view.strides[0] = merged.walked.mask;
-    }
+    const int64_t* stride = merged.walked.strides;
+    for (const Walked& tensor : tensors) *tensor.stride_batch = *stride++;
+    if (problem.mask) problem.mask->view.shape[0] = merged.batch;
+    if (gradient && *gradient) (*gradient)->view.shape[0] = merged.batch;
     if (problem.dropout) problem.dropout->batch_step = merged.walked.index;
 }
-
-void apply(ForwardResults& results, const Merged& merged) {
-    results.out.stride_batch = merged.walked.out;
-    if (results.lse) results.lse->stride_batch = merged.walked.lse;
-}
+std::optional<DenseMask>* mask_gradient(ForwardResults&) { return nullptr; }
+std::optional<DenseMask>* mask_gradient(BackwardResults& results) { return &results.mask; }
 
 /// Moves the views to part `index` of the loops.
-void move_to(Problem& problem, ForwardResults& results, int64_t index) {
+void move_to(Problem& problem, const WalkedList& tensors, int64_t index) {
     for (size_t i = problem.loops.size(); i-- > 0; index /= problem.loops[i].size) {
         const BatchLoop& loop = problem.loops[i];
         const int64_t at = index % loop.size;
-        advance(problem.query.view, at * loop.query);
-        advance(problem.key.view, at * loop.key);
-        advance(problem.value.view, at * loop.value);
-        if (problem.mask) advance(problem.mask->view, at * loop.mask);
+        const int64_t* stride = loop.strides;
+        for (const Walked& tensor : tensors) advance(*tensor.view, at * *stride++);
         if (problem.dropout) problem.dropout->batch_first += at * loop.index;
-        advance(results.out.view, at * loop.out);
-        if (results.lse) advance(results.lse->view, at * loop.lse);
     }
 }
 
@@ -132,24 +173,80 @@ void narrow_lse(Operand& lse, const Problem& problem) {
     std::copy_n(strides, 3, view.strides);
 }
 
-void run_part(Problem problem, ForwardResults results, int64_t index,
-              const std::function<void(const Problem&, const ForwardResults&)>& run) {
-    move_to(problem, results, index);
+void narrow_mask(std::optional<DenseMask>& mask) {
+    if (!mask) return;
+    TensorView& given = mask->given;
+    given = mask->view;
+    for (int i = 0; i < 4; ++i)
+        if (given.strides[i] == 0 && given.shape[i] > 0) given.shape[i] = 1;
+}
+
+/// Shrinks all views to the part.
+void narrow_all(Problem& problem) {
     problem.loops.clear();
     problem.ndim = 4;
     problem.batch_shape[0] = problem.batch;
     narrow(problem.query, problem, problem.nheads_q, problem.seqlen_q, problem.head_dim);
     narrow(problem.key, problem, problem.nheads_kv, problem.seqlen_kv, problem.head_dim);
     narrow(problem.value, problem, problem.nheads_kv, problem.seqlen_kv, problem.head_dim_v);
+    narrow_mask(problem.mask);
+}
+
+void narrow_all(Problem& problem, ForwardResults& results) {
+    narrow_all(problem);
     narrow(results.out, problem, problem.nheads_q, problem.seqlen_q, problem.head_dim_v);
     if (results.lse) narrow_lse(*results.lse, problem);
-    if (problem.mask) {
-        TensorView& given = problem.mask->given;
-        given = problem.mask->view;
-        for (int i = 0; i < 4; ++i)
-            if (given.strides[i] == 0 && given.shape[i] > 0) given.shape[i] = 1;
-    }
+}
+
+void narrow_all(BackwardProblem& problem, BackwardResults& results) {
+    Problem& call = problem.forward;
+    narrow_all(call);
+    narrow(problem.out, call, call.nheads_q, call.seqlen_q, call.head_dim_v);
+    narrow_lse(problem.lse, call);
+    narrow(problem.dout, call, call.nheads_q, call.seqlen_q, call.head_dim_v);
+    if (problem.dlse) narrow_lse(*problem.dlse, call);
+    if (results.query) narrow(*results.query, call, call.nheads_q, call.seqlen_q, call.head_dim);
+    if (results.key) narrow(*results.key, call, call.nheads_kv, call.seqlen_kv, call.head_dim);
+    if (results.value)
+        narrow(*results.value, call, call.nheads_kv, call.seqlen_kv, call.head_dim_v);
+    narrow_mask(results.mask);
+}
+
+template <class P, class Results>
+void run_part(P problem, Results results, int64_t index,
+              const std::function<void(const P&, const Results&)>& run) {
+    move_to(call_of(problem), walked(problem, &results), index);
+    narrow_all(problem, results);
     run(problem, results);
+}
+
+int64_t count_of(const std::vector<BatchLoop>& loops) {
+    int64_t parts = 1;
+    for (const BatchLoop& loop : loops) parts *= loop.size;
+    return parts;
+}
+
+/// Whether there is at most one batch dimension, whose strides the operands have.
+bool is_one_part(const Problem& problem) { return problem.sequences.given || problem.ndim <= 4; }
+bool is_one_part(const BackwardProblem& problem) { return is_one_part(problem.forward); }
+
+template <class P, class Results>
+void run_parts(const P& problem, const Results& results,
+               const std::function<void(const P&, const Results&)>& run) {
+    if (is_one_part(problem)) {  // the usual case, without copies
+        run(problem, results);
+        return;
+    }
+    P cut = problem;
+    Results own = results;
+    const WalkedList tensors = walked(cut, &own);
+    const Merged merged = merged_batch(call_of(cut), tensors);
+    apply(call_of(cut), mask_gradient(own), tensors, merged);
+    if (merged.loops.empty()) {
+        run(cut, own);
+        return;
+    }
+    for (int64_t i = 0; i < count_of(merged.loops); ++i) run_part(cut, own, i, run);
 }
 
 }  // namespace
@@ -157,7 +254,8 @@ void run_part(Problem problem, ForwardResults results, int64_t index,
 void merge_batch(Problem& problem) {
     if (problem.qv) problem.qv->stride_batch = stride_at(problem.qv->view, 4);  // of bshd
     if (!problem.sequences.given) {
-        apply(problem, merged_batch(problem, nullptr));
+        const WalkedList tensors = walked(problem, nullptr);
+        apply(problem, nullptr, tensors, merged_batch(problem, tensors));
         return;
     }
     // Each sequence has its own indices into the tensors.
@@ -172,22 +270,19 @@ void merge_batch(Problem& problem) {
 
 void for_each_part(const Problem& problem, const ForwardResults& results,
                    const std::function<void(const Problem&, const ForwardResults&)>& run) {
-    if (problem.sequences.given) {
-        run(problem, results);
-        return;
-    }
-    const Merged merged = merged_batch(problem, &results);
-    ForwardResults own = results;
-    apply(own, merged);
-    if (merged.loops.empty()) {  // then problem.loops is empty too
-        run(problem, own);
-        return;
-    }
-    Problem cut = problem;
-    apply(cut, merged);
-    int64_t parts = 1;
-    for (const BatchLoop& loop : merged.loops) parts *= loop.size;
-    for (int64_t i = 0; i < parts; ++i) run_part(cut, own, i, run);
+    run_parts(problem, results, run);
+}
+
+void for_each_part(const BackwardProblem& problem, const BackwardResults& results,
+                   const std::function<void(const BackwardProblem&, const BackwardResults&)>& run) {
+    run_parts(problem, results, run);
+}
+
+int64_t part_count(const BackwardProblem& problem, const BackwardResults& results) {
+    if (is_one_part(problem)) return 1;
+    BackwardProblem cut = problem;
+    BackwardResults own = results;
+    return count_of(merged_batch(cut.forward, walked(cut, &own)).loops);
 }
 
 }  // namespace umfa

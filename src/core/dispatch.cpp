@@ -1,10 +1,12 @@
 #include "core/dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <utility>
 
 #include "core/error.h"
+#include "core/gradient_sums.h"
 #include "core/stats.h"
 
 namespace umfa {
@@ -25,28 +27,40 @@ const Operation<Problem>& operation_of(const Backend& backend, const Problem&) {
 const Operation<CombineProblem>& operation_of(const Backend& backend, const CombineProblem&) {
     return backend.combine;
 }
+const Operation<BackwardProblem>& operation_of(const Backend& backend, const BackwardProblem&) {
+    return backend.backward;
+}
 const char* task_of(const Problem&) { return "attention"; }
 const char* task_of(const CombineProblem&) { return "combining partial results"; }
+const char* task_of(const BackwardProblem&) { return "the backward pass of attention"; }
 const TensorView& first_tensor(const Problem& problem) { return problem.query.view; }
 const TensorView& first_tensor(const CombineProblem& problem) { return problem.out_partial.view; }
+const TensorView& first_tensor(const BackwardProblem& problem) {
+    return problem.forward.query.view;
+}
 
 /// What the problem needs of features that the operation lacks; empty if nothing.
-std::string missing_text(const Operation<Problem>& operation, const Problem& problem) {
-    const uint32_t missing = problem.features() & ~operation.features;
+std::string missing_text(uint32_t features, const Problem& problem) {
+    const uint32_t missing = problem.features() & ~features;
     if (missing == 0) return {};
     const auto feature = static_cast<Feature>(missing & -missing);  // the lowest set bit
     std::string reason = std::string(name_of(feature)) + " is not implemented";
     if (feature == Feature::dropout) reason += " (dropout_p=" + text_of(problem.dropout->p) + ")";
     return reason;
 }
-std::string missing_text(const Operation<CombineProblem>&, const CombineProblem&) { return {}; }
+std::string missing_text(uint32_t, const CombineProblem&) { return {}; }
+std::string missing_text(uint32_t features, const BackwardProblem& problem) {
+    if (std::string missing = missing_text(features, problem.forward); !missing.empty())
+        return missing + " in a backward pass";
+    return missing_sum_text(problem);
+}
 
 template <class P>
 Verdict verdict_of(const Backend& backend, const P& problem) {
     const Operation<P>& operation = operation_of(backend, problem);
     // Report a missing feature before a missing backend: it is the more useful reason.
     if (!operation.run) return {false, std::string(task_of(problem)) + " is not implemented"};
-    if (std::string missing = missing_text(operation, problem); !missing.empty())
+    if (std::string missing = missing_text(operation.features, problem); !missing.empty())
         return {false, std::move(missing)};
     Verdict verdict;
     if (operation.can) verdict = operation.can(problem);
@@ -58,6 +72,37 @@ Verdict verdict_of(const Backend& backend, const P& problem) {
         return {false, "the tensors are on " + device_text(tensor)};
     return verdict;
 }
+
+template <class P>
+Verdict trust_in(const Backend& backend, const P& problem) {
+    const auto trusted = operation_of(backend, problem).trusted;
+    return trusted ? trusted(problem) : Verdict{};
+}
+
+/// What `ask` says of the first operation that it refuses.
+template <class Ask>
+Verdict of_each(const Steps& steps, const Ask& ask) {
+    Verdict verdict;
+    if (steps.runs_call) verdict = ask(steps.call);
+    if (!verdict.yes) return verdict;
+    for (size_t i = 0; verdict.yes && i < steps.forwards.size(); ++i)
+        verdict = ask(steps.forwards[i]);
+    for (size_t i = 0; verdict.yes && i < steps.combines.size(); ++i)
+        verdict = ask(steps.combines[i]);
+    if (!verdict.yes) verdict.reason = "for " + steps.purpose + ", " + verdict.reason;
+    return verdict;
+}
+Verdict verdict_of(const Backend& backend, const Steps& steps) {
+    return of_each(steps, [&](const auto& step) { return verdict_of(backend, step); });
+}
+Verdict trust_in(const Backend& backend, const Steps& steps) {
+    return of_each(steps, [&](const auto& step) { return trust_in(backend, step); });
+}
+
+std::string_view function_of(const Problem& problem) { return problem.function; }
+std::string_view function_of(const CombineProblem& problem) { return problem.function; }
+std::string_view function_of(const BackwardProblem& problem) { return problem.forward.function; }
+std::string_view function_of(const Steps& steps) { return steps.call.function; }
 
 bool known(std::string_view name) {
     for (const Backend* backend : Backends{})
@@ -73,6 +118,10 @@ bool is_worthwhile(const Backend& backend, const P& problem) {
     return !worthwhile || first_tensor(problem).device != Device::cpu || worthwhile(problem);
 }
 
+bool is_worthwhile(const Backend& backend, const Steps& steps) {
+    return is_worthwhile(backend, steps.call);
+}
+
 template <class P>
 bool may_wait(const P& problem) {
     for (const Backend* backend : Backends{}) {
@@ -81,15 +130,32 @@ bool may_wait(const P& problem) {
     }
     return false;
 }
+bool may_wait(const Steps& steps) {
+    return !of_each(steps, [](const auto& step) { return Verdict{!may_wait(step), {}}; }).yes;
+}
 
-/// The backend that will run the problem, or nullptr with every candidate's reason.
+/// The backend that runs the problem while `backend` compiles its kernels; nullptr if none should.
 template <class P>
-const Backend* choose(const P& problem, std::string_view wish, std::string& reason) {
-    const std::string name = backend_name(wish, problem.function);
+const Backend* instead_of(const Backend& backend, const P& problem) {
+    const auto postpone = operation_of(backend, problem).postpone;
+    if (!postpone || first_tensor(problem).device != Device::cpu) return nullptr;
+    for (const Backend* other : Backends{}) {
+        if (other == &backend || operation_of(*other, problem).prepare) continue;
+        if (verdict_of(*other, problem).yes && postpone(problem)) return other;
+    }
+    return nullptr;
+}
+const Backend* instead_of(const Backend&, const Steps&) { return nullptr; }
+
+/// The backend that will run the problem, or nullptr with every candidate's reason. `now`: the call
+/// runs next, so that its kernels are worth compiling.
+template <class P>
+const Backend* choose(const P& problem, std::string_view wish, std::string& reason,
+                      bool now = false) {
+    const std::string name = backend_name(wish, function_of(problem));
     const Backend* possible = nullptr;  // can, though it may not be worth its start
     const auto takes = [&](const Backend& backend, Verdict verdict) {
-        const auto trusted = operation_of(backend, problem).trusted;
-        if (verdict.yes && trusted) verdict = trusted(problem);
+        if (verdict.yes) verdict = trust_in(backend, problem);
         if (verdict.yes) return true;
         if (!reason.empty()) reason += "; ";
         reason += std::string(backend.name) + ": " + verdict.reason;
@@ -101,6 +167,12 @@ const Backend* choose(const P& problem, std::string_view wish, std::string& reas
         if (verdict.yes && name == "auto" && !is_worthwhile(*backend, problem)) {
             if (!possible) possible = backend;
             continue;
+        }
+        if (verdict.yes && name == "auto" && now) {
+            if (const Backend* other = instead_of(*backend, problem)) {
+                ++stats().calls_while_compiling;
+                return other;
+            }
         }
         if (takes(*backend, std::move(verdict))) return backend;
     }
@@ -115,12 +187,13 @@ Verdict asked(const P& problem, std::string_view name) {
 }
 
 template <class P>
-const Backend& routed(const P& problem, std::string_view name) {
+const Backend& routed(const P& problem, std::string_view name, bool now = false) {
     std::string reason;
-    if (const Backend* backend = choose(problem, name, reason)) return *backend;
-    const std::string meant = backend_name(name, problem.function);
+    if (const Backend* backend = choose(problem, name, reason, now)) return *backend;
+    const std::string_view function = function_of(problem);
+    const std::string meant = backend_name(name, function);
     const bool free = meant == "auto";
-    fail(ErrorKind::unsupported, problem.function,
+    fail(ErrorKind::unsupported, function,
          (free ? "no backend can run this (" : "the backend cannot run this (") + reason + ")",
          "backend '" + meant + "'" + (meant == name ? "" : " by UMFA_BACKEND"),
          free ? "what one of the backends supports" : "'auto', or what that backend supports");
@@ -169,8 +242,16 @@ Verdict can_run(const CombineProblem& problem, std::string_view name) {
     return asked(problem, name);
 }
 
+Verdict can_run(const Steps& steps, std::string_view name) { return asked(steps, name); }
+
+Verdict can_run(const BackwardProblem& problem, std::string_view name) {
+    return asked(problem, name);
+}
+
 bool routing_may_wait(const Problem& problem) { return may_wait(problem); }
 bool routing_may_wait(const CombineProblem& problem) { return may_wait(problem); }
+bool routing_may_wait(const Steps& steps) { return may_wait(steps); }
+bool routing_may_wait(const BackwardProblem& problem) { return may_wait(problem); }
 
 const Backend& route(const Problem& problem, std::string_view name) {
     return routed(problem, name);
@@ -180,6 +261,36 @@ const Backend& route(const CombineProblem& problem, std::string_view name) {
     return routed(problem, name);
 }
 
+const Backend& route(const Steps& steps, std::string_view name) { return routed(steps, name); }
+
+const Backend& route(const BackwardProblem& problem, std::string_view name) {
+    return routed(problem, name);
+}
+
+const Backend& route_call(const Problem& problem, std::string_view name) {
+    return routed(problem, name, true);
+}
+
+Warmup warm_up(const Problem& problem, std::string_view name, const ForwardResults& results) {
+    const Backend& backend = route(problem, name);
+    Warmup done{backend.name, {}};
+    if (!backend.forward.prepare) return done;
+    for_each_part(problem, results, [&](const Problem& part, const ForwardResults& written) {
+        const Kernels kernels = backend.forward.prepare(part, written);
+        // Parts differ in addresses alone, so they use the same kernels, or nearly.
+        done.kernels.used = std::max(done.kernels.used, kernels.used);
+        done.kernels.built += kernels.built;
+    });
+    return done;
+}
+
+Warmup warm_up(const CombineProblem& problem, std::string_view name) {
+    const Backend& backend = route(problem, name);
+    if (!backend.combine.prepare) return {backend.name, {}};
+    return {backend.name,
+            backend.combine.prepare(problem, {{problem.out_shape()}, {problem.lse_shape()}})};
+}
+
 void forward(const Backend& backend, const Problem& problem, const ForwardResults& results) {
     for_each_part(problem, results, backend.forward.run);
     count_call(backend);
@@ -187,6 +298,14 @@ void forward(const Backend& backend, const Problem& problem, const ForwardResult
 
 void combine(const Backend& backend, const CombineProblem& problem, const CombineResults& results) {
     backend.combine.run(problem, results);
+    count_call(backend);
+}
+
+void backward(const Backend& backend, const BackwardProblem& problem,
+              const BackwardResults& results) {
+    with_sums(problem, results, [&](const BackwardProblem& own, const BackwardResults& written) {
+        backend.backward.run(own, written);
+    });
     count_call(backend);
 }
 
@@ -230,6 +349,27 @@ SelfTestReports self_tests(bool run) {
         for (const auto& report : backend->self_tests(run)) all.push_back(report);
     }
     return all;
+}
+
+std::optional<Tuned> tuning() {
+    for (const Backend* backend : Backends{}) {
+        // Asked first: an invalid environment variable is an error without a GPU too.
+        const bool there = backend->available().yes;
+        if (there && backend->tuning) return backend->tuning();
+    }
+    return {};
+}
+
+Tuned tune(const Tuned& tuned, bool keep) {
+    std::string reason = "this build of umfa has none";
+    for (const Backend* backend : Backends{}) {
+        if (!backend->tune) continue;
+        const Verdict verdict = backend->available();
+        if (verdict.yes) return backend->tune(tuned, keep);
+        reason = verdict.reason;
+    }
+    fail(ErrorKind::unsupported, "umfa.tune", "there is no GPU to tune", reason,
+         "a Mac with Apple silicon");
 }
 
 std::vector<BackendInfo> backends() {

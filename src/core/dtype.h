@@ -81,4 +81,26 @@ inline float half_to_float(uint16_t bits) {
     return bits >> 15 ? -value : value;
 }
 
+/// The nearest bfloat16 or float16, ties to even.
+inline uint16_t bfloat16_from_float(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline uint16_t half_from_float(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (x != x) return static_cast<uint16_t>(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and above
+    if (magnitude < 0x38800000) {  // subnormal: adding a float rounds it
+        const float shifted = std::fabs(x) + 0.5f;
+        std::memcpy(&bits, &shifted, sizeof bits);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+    }
+    return static_cast<uint16_t>(sign |
+                                 (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
 }  // namespace umfa

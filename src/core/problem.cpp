@@ -36,6 +36,8 @@ void check_apart_from_parts(const Checker& check, const Problem& problem, const 
     }
 }
 
+}  // namespace
+
 void check_writable(const Checker& check, const Problem& problem, const TensorView& view,
                     const TensorView& shape, const std::string& name) {
     bool same = view.ndim == shape.ndim;
@@ -57,8 +59,6 @@ void check_writable(const Checker& check, const Problem& problem, const TensorVi
                       (*problem.names)[Field::new_value]);
     }
 }
-
-}  // namespace
 
 const char* name_of(Feature feature) {
     switch (feature) {
@@ -421,14 +421,36 @@ TensorView Problem::lse_shape() const {
 ForwardResults Problem::results(const TensorView& out, const std::optional<TensorView>& lse) const {
     const Checker check{function};
     check_writable(check, *this, out, out_shape(), "out");
+    if (lse) {
+        check_writable(check, *this, *lse, lse_shape(), "lse");  // C's name: Python allocates it
+        check_both_written(check, *lse, "lse", out, "out");
+    }
+    return results_in(out, lse);
+}
+
+ForwardResults Problem::results_in(const TensorView& out,
+                                   const std::optional<TensorView>& lse) const {
     ForwardResults results{operand_of(out, layout), {}};
     results.out.stride_batch = stride_at(out, 4);
-    if (!lse) return results;
-    check_writable(check, *this, *lse, lse_shape(), "lse");  // C's name: Python allocates it
-    check_both_written(check, *lse, "lse", out, "out");
-    results.lse =
-        Operand{*lse, stride_at(*lse, 3), stride_at(*lse, 2), lse->strides[lse->ndim - 1], 0};
+    if (lse)
+        results.lse =
+            Operand{*lse, stride_at(*lse, 3), stride_at(*lse, 2), lse->strides[lse->ndim - 1], 0};
     return results;
+}
+
+ForwardResults Problem::results_without_memory(const std::optional<TensorView>& out) const {
+    // The address stays the query's: loops over batches move it, but nobody reads or writes there.
+    const auto dense = [](TensorView view) {
+        int64_t stride = 1;
+        for (int i = view.ndim - 1; i >= 0; --i) {
+            view.strides[i] = stride;
+            stride *= view.shape[i];
+        }
+        return view;
+    };
+    const std::optional<TensorView> lse =
+        wants_lse ? std::optional(dense(lse_shape())) : std::nullopt;
+    return results_in(out ? *out : dense(out_shape()), lse);
 }
 
 SequenceRows Problem::sequence(int64_t b) const {

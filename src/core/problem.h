@@ -100,10 +100,11 @@ UMFA_CORE_API const char* name_of(Feature feature);
 // ---- problem -------------------------------------------------------------------------------------
 
 /// A batch dimension that cannot be merged with the others into one stride. The problem runs once
-/// for each index; these strides move the operands.
+/// for each index; these strides move the tensors, in the order in which batches.cpp lists them.
 struct BatchLoop {
+    static constexpr int most_tensors = 12;
     int64_t size = 1;
-    int64_t query = 0, key = 0, value = 0, mask = 0, out = 0, lse = 0;
+    int64_t strides[most_tensors] = {};
     int64_t index = 0;  // of all batch dimensions as one
 };
 
@@ -160,6 +161,10 @@ struct UMFA_CORE_API Problem {
     /// Throws `Error`.
     ForwardResults results(const TensorView& out, const std::optional<TensorView>& lse = {}) const;
 
+    /// Results as a call would allocate them, without memory: for a plan that is not run. `out` is
+    /// the request's, if it has one.
+    ForwardResults results_without_memory(const std::optional<TensorView>& out = {}) const;
+
     /// Where sequence b lies, and what its queries see.
     SequenceRows sequence(int64_t b) const;
     Visible<int64_t> visible_of(const SequenceRows& rows) const;
@@ -179,6 +184,9 @@ struct UMFA_CORE_API Problem {
     bool one_dtype() const;
     /// Bitwise or of `Feature`s that this problem uses.
     uint32_t features() const;
+
+private:
+    ForwardResults results_in(const TensorView& out, const std::optional<TensorView>& lse) const;
 };
 
 /// Splits the problem into parts whose batch has one stride in each tensor. Calls `run` for each.

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <initializer_list>
 #include <memory>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "core/checks.h"
-#include "core/dispatch.h"
 #include "core/parts.h"
 
 namespace umfa {
@@ -116,11 +117,15 @@ TensorView rows_of(const Operand& operand, int64_t batch, int64_t row, int64_t r
     return view;
 }
 
-/// The problem of sequence b alone. The tensors are (1, rows, heads, channels). Value and out are
-/// float32, so the arithmetic is too, and small weights do not round to 0 and lose their sign.
-Problem one_sequence(const Problem& problem, int64_t b, const TensorView& query,
-                     const TensorView& key, const TensorView& value) {
-    SequenceRows rows = problem.sequence(b);
+/// The problem of sequence b alone, whose `rows` these are. The tensors are (1, rows, heads,
+/// channels). Value and out are float32, so the arithmetic is too, and small weights do not round to
+/// 0 and lose their sign.
+Problem one_sequence(const Problem& problem, int64_t b, SequenceRows rows,
+                     const TensorView& value) {
+    const TensorView query = rows_of(problem.query, rows.query_batch, rows.query_row, rows.seqlen_q,
+                                     problem.nheads_q, problem.head_dim);
+    const TensorView key = rows_of(problem.key, rows.kv_batch, rows.kv_row, rows.seqlen_kv,
+                                   problem.nheads_kv, problem.head_dim);
     Problem one = problem;
     one.visible = problem.visible_of(rows);
     rows.query_batch = rows.query_row = rows.kv_batch = rows.kv_row = 0;
@@ -153,6 +158,11 @@ Problem one_sequence(const Problem& problem, int64_t b, const TensorView& query,
     }
     if (one.dropout) one.dropout->batch_first += b * one.dropout->batch_step;
     return one;
+}
+
+Problem without_dropout(Problem problem) {
+    problem.dropout.reset();
+    return problem;
 }
 
 /// The weights of one call, sequence by sequence.
@@ -200,10 +210,6 @@ private:
 
     void run(int64_t b, const SequenceRows& rows) {
         const int64_t heads = problem_.nheads_q, keys = rows.seqlen_kv;
-        const TensorView query = rows_of(problem_.query, rows.query_batch, rows.query_row,
-                                         rows.seqlen_q, heads, problem_.head_dim);
-        const TensorView key = rows_of(problem_.key, rows.kv_batch, rows.kv_row, keys,
-                                       problem_.nheads_kv, problem_.head_dim);
         // Zeros around a single 1: a row starts one number before the row above it, so this is an
         // identity of any size.
         std::fill_n(identity_.host(), 2 * keys, 0.f);
@@ -213,15 +219,12 @@ private:
             const TensorView value = identity_.view(
                 keys - 1 + first, {1, keys, problem_.nheads_kv, width}, {0, -1, 0, 1});
             const TensorView found = seen_.compact(rows.seqlen_q, heads, width);
-            Problem one = one_sequence(problem_, b, query, key, value);
-            const auto compute = [&](const TensorView& out) {
+            const auto compute = [&](const Problem& one, const TensorView& out) {
                 forward(backend_, one, {operand_of(with_batch(out), Layout::bshd), {}});
             };
-            if (one.dropout) {
-                compute(kept_.compact(rows.seqlen_q, heads, width));
-                one.dropout.reset();
-            }
-            compute(found);
+            const Problem kept = one_sequence(problem_, b, rows, value);
+            if (kept.dropout) compute(kept, kept_.compact(rows.seqlen_q, heads, width));
+            compute(without_dropout(kept), found);
             if (problem_.dropout) mark_dropped(rows.seqlen_q * heads * width);
             copier_.copy(found, place(b, rows.seqlen_q, first, width));
         }
@@ -309,6 +312,44 @@ TensorView weights_shape(const Problem& problem) {
     set_shape(shape, {problem.batch, problem.nheads_q, problem.seqlen_q, problem.seqlen_kv},
               {0, 0, 0, 0});
     return shape;
+}
+
+Steps weights_steps(const Problem& problem, bool runs_call) {
+    Steps steps{problem, "its weights", runs_call, {}, {}};
+    if (weights_shape(problem).size() == 0) return steps;
+    TensorView without_memory = problem.query.view;
+    without_memory.dtype = DType::f32;
+    without_memory.data = nullptr;
+    without_memory.byte_offset = 0;
+    // Sequences of the same lengths take the same kernels.
+    std::set<std::pair<int64_t, int64_t>> lengths;
+    for (int64_t b = 0; b < problem.batch; ++b) {
+        const SequenceRows rows = problem.sequence(b);
+        const int64_t keys = rows.seqlen_kv;
+        if (rows.seqlen_q == 0 || keys == 0 || !lengths.emplace(rows.seqlen_q, keys).second)
+            continue;
+        // Columns come in blocks. The last block may be narrower.
+        for (const int64_t width : {std::min(most_columns, keys), (keys - 1) % most_columns + 1}) {
+            TensorView value = without_memory;
+            set_shape(value, {1, keys, problem.nheads_kv, width}, {0, -1, 0, 1});
+            const Problem one = one_sequence(problem, b, rows, value);
+            if (one.dropout) steps.forwards.push_back(one);
+            steps.forwards.push_back(without_dropout(one));
+        }
+    }
+    CombineProblem copy;
+    copy.function = problem.function;
+    copy.parts = copy.batch = 1;
+    copy.packed = true;
+    copy.out_dtype = problem.query.view.dtype;
+    copy.seqlen_q = problem.seqlen_q;
+    copy.nheads = problem.nheads_q;
+    copy.head_dim = std::min(most_columns, problem.seqlen_kv);
+    copy.out_partial.view = copy.lse_partial.view = without_memory;
+    set_shape(copy.out_partial.view, {1, copy.seqlen_q, copy.nheads, copy.head_dim}, {0, 0, 0, 0});
+    set_shape(copy.lse_partial.view, {1, copy.seqlen_q, copy.nheads}, {0, 0, 0});
+    steps.combines.push_back(copy);
+    return steps;
 }
 
 void weights(const Backend& backend, const Problem& problem, const TensorView& matrix) {

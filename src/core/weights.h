@@ -4,7 +4,7 @@
 // shows what the kernels do. Where dropout makes them 0, it has dropped them.
 #pragma once
 
-#include "core/backend.h"
+#include "core/dispatch.h"
 #include "core/export.h"
 #include "core/problem.h"
 
@@ -21,9 +21,13 @@ UMFA_CORE_API Problem make_weights_problem(AttentionRequest request);
 /// query's dtype.
 UMFA_CORE_API TensorView weights_shape(const Problem& problem);
 
+/// What weights() runs, for the routing; with `runs_call`, beside the call itself. Requires
+/// check_weights(problem). `problem` outlives it.
+UMFA_CORE_API Steps weights_steps(const Problem& problem, bool runs_call);
+
 /// Writes the weights as they are before dropout, negative where it drops, 0 for pairs of query and
 /// key that are not there. Besides the matrix it takes memory for 512 keys of one sequence.
-/// Requires check_weights(problem), and a backend that can run the problem.
+/// Requires check_weights(problem), and a backend that can run weights_steps().
 UMFA_CORE_API void weights(const Backend& backend, const Problem& problem,
                            const TensorView& matrix);
 

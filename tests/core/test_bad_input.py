@@ -449,8 +449,6 @@ def torch_cases() -> Iterator[Bad]:
         ("sparse COO", lambda t: t.to_sparse(), (UNSUPPORTED, TypeError), ("sparse",)),
         ("hybrid sparse", lambda t: t.to_sparse(1), (UNSUPPORTED, TypeError), ("sparse",)),
         ("mkldnn", lambda t: t.to_mkldnn(), (UNSUPPORTED, TypeError), ("mkldnn",)),
-        ("requiring grad", lambda t: t.requires_grad_(), UNSUPPORTED, ("requires_grad",)),
-        ("a result of autograd", lambda t: t.requires_grad_() * 2, UNSUPPORTED, ("requires_grad",)),
     ]
     for label, kind, error, text in kinds:
         for role in "qkv":
@@ -477,14 +475,6 @@ def torch_cases() -> Iterator[Bad]:
                 "flash_attn_qkvpacked_func",
                 "torch",
             )
-    for role in "qkv":
-        yield Bad(
-            f"{role} a parameter",
-            lambda fw, role=role: {role: fw.module.nn.Parameter(make(fw, SHAPES[role]))},
-            UNSUPPORTED,
-            ("requires_grad",),
-            framework="torch",
-        )
 
 
 def mixed_framework_cases() -> Iterator[Bad]:
@@ -646,15 +636,6 @@ def sdpa_torch_cases() -> Iterator[Bad]:
         "numpy tensors beside a causal bias of other lengths", bias("upper_left", 5, 5), ValueError,
         ("(5, 5)",), SDPA, "numpy", ("torch",),
     )  # fmt: skip
-    for role in ("query", "key", "value", "attn_mask"):
-        yield Bad(
-            f"{role} requiring grad",
-            lambda fw, role=role: {role: make(fw, SHAPES.get(role, (6, 10))).requires_grad_()},
-            UNSUPPORTED,
-            ("requires_grad",),
-            SDPA,
-            "torch",
-        )
     for other in ("numpy", "jax", "mlx"):
         yield Bad(
             f"mask of {other}",

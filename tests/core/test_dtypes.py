@@ -14,6 +14,7 @@ from tests import reference
 from tests.array_libraries import DTYPES, Array, Framework
 from tests.cases import normal
 from tests.checks import BASE, LSE, assert_close, assert_same_bits
+from tests.tiers import crossed
 
 if TYPE_CHECKING:
     from tests.conftest import RunPython
@@ -38,8 +39,7 @@ def check(arrays: list[Array], out_dtype: str | None = None, **options: Any) -> 
     assert_close(lse.astype(np.float64), expected_lse, LSE, "lse")
 
 
-@pytest.mark.parametrize("seqlen_q", [1, 70], ids=["decode", "prefill"])
-@pytest.mark.parametrize("dtypes", ALL, ids="-".join)
+@pytest.mark.parametrize(("dtypes", "seqlen_q"), crossed(ALL, [1, 70]), ids=str)
 def test_every_combination(dtypes: tuple[str, ...], seqlen_q: int) -> None:
     for out_dtype in (None, *DTYPES):
         check(tensors(dtypes, seqlen_q), out_dtype, causal=True)

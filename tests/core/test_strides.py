@@ -126,6 +126,7 @@ def test_steps_and_offsets(cut: Cut, dtype: str, attend: Attend) -> None:
     assert_views_equal_copies(attend, views, causal=True)
 
 
+@pytest.mark.slow_emulated
 def test_each_operand_has_its_own_strides(attend: Attend) -> None:
     fw = attend.framework
     query = fw.permute(fw.tensor(normal((BATCH, HEADS, SEQLEN, HEAD_DIM), seed=0)), BSHD_FROM_BHSD)

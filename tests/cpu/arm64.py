@@ -38,12 +38,8 @@ def kernel_sources() -> list[Path]:
     return [path for path in sorted(ISA.glob("*.cpp")) if not path.name.startswith("avx")]
 
 
-def other_sources() -> list[Path]:
-    # Of Metal, the planner: routing asks what it could do. The texts of kernels and their self-test
-    # would need the shaders.
-    metal = ("plan*.cpp", "launch_builder.cpp", "self_test_mode.cpp", "unavailable.cpp")
-    patterns = ("core/*.cpp", "capi/*.cpp", "cpu/*.cpp", *(f"metal/{name}" for name in metal))
-    return [path for pattern in patterns for path in sorted((ROOT / "src").glob(pattern))]
+def sources_of(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / "src" / folder).glob("*.cpp"))]
 
 
 def qemu() -> str:
@@ -60,10 +56,15 @@ def qemu() -> str:
 
 
 def zig(*arguments: str | Path) -> None:
+    """Compiles or links."""
+    _run_zig("c++", *FLAGS, *arguments)
+
+
+def _run_zig(*arguments: str | Path) -> None:
     cache = cache_folder() / "zig"
     cache.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "ziglang", "c++", *FLAGS, *map(str, arguments)],
+        [sys.executable, "-m", "ziglang", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -77,17 +78,23 @@ def zig(*arguments: str | Path) -> None:
 
 
 def build_attend(work: Path) -> Path:
-    """attend.cpp with the whole CPU backend."""
-    objects = []
-    plain = [*other_sources(), Path(__file__).parent / "attend.cpp"]
+    """attend.cpp with the whole CPU backend.
+
+    Routing asks Metal's planner what it could do. Metal's sources are linked as a library: those
+    that nothing asks for would need the texts of the shaders.
+    """
+    objects, metal = [], []
+    plain = [*sources_of("core", "capi", "cpu"), Path(__file__).parent / "attend.cpp"]
     sources = [
-        *((source, ("-O2",)) for source in plain),
+        *((source, ("-O2",)) for source in (*plain, *sources_of("metal"))),
         *((source, KERNEL_FLAGS + EXTENSIONS.get(source.name, ())) for source in kernel_sources()),
     ]
     for source, flags in sources:
-        objects.append(work / f"{source.stem}-{len(objects)}.o")
-        zig(*flags, "-c", source, "-o", objects[-1])
-    zig(*objects, "-o", work / "attend")
+        kind = metal if source.parent.name == "metal" else objects
+        kind.append(work / f"{source.stem}-{len(objects) + len(metal)}.o")
+        zig(*flags, "-c", source, "-o", kind[-1])
+    _run_zig("ar", "rc", work / "libmetal.a", *metal)
+    zig(*objects, work / "libmetal.a", "-o", work / "attend")
     return work / "attend"
 
 

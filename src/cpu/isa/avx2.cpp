@@ -36,6 +36,7 @@ constinit const Kernels avx2_kernels{
     dtype_kernels<Simd, FloatUnits<Simd, F16>>,
     dtype_kernels<Simd, FloatUnits<Simd, BF16>>,
     mixed_kernels<Simd>,
+    backward_kernel<Simd>,
 };
 
 }  // namespace umfa::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/isa/append.h"
+#include "cpu/isa/backward_kernel.h"
 #include "cpu/isa/combine_kernel.h"
 #include "cpu/isa/decode_kernel.h"
 #include "cpu/isa/forward_kernel.h"
@@ -25,6 +26,10 @@ constexpr DtypeKernels mixed_kernels{
      decode_scratch_floats<S, AnyUnits<S>>, decode_row_floats<S>},
     append_any<S>,
     {}};
+
+template <class S>
+constexpr BackwardKernel backward_kernel{backward_prepare<S>, backward_run<S>,
+                                         backward_scratch_floats<S>, backward_key_block<S>};
 
 }  // namespace
 }  // namespace umfa::cpu

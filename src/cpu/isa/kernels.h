@@ -122,6 +122,66 @@ struct DecodeKernel {
     int64_t (*row_floats)(const ForwardArgs&);
 };
 
+/// Tensors of one backward pass. Strides are in bytes, except channel strides.
+struct BackwardArgs {
+    Rows query, key, value, qv, out, dout;
+    Rows dquery, dkey, dvalue, dqv;  // data is null where they are not wanted
+    struct {
+        ElementType query, key, value, out, dout, dquery, dkey, dvalue, dqv;
+    } types;
+    Rows lse, dlse;             // float32; dlse: data is null when there is none
+    const Sequence* sequences;  // one for each index of the batch
+    int64_t group;              // query heads that share one key head
+    int64_t head_dim, head_dim_v;
+    Mask mask;
+    Rotary rotary;
+    Dropout dropout;
+    float score_scale, score_scale_low, softcap;  // as in ForwardArgs
+    float gradient_scale;                         // softmax_scale: of q.k in the score
+    const float* slopes;                          // ALiBi, null: off
+    int64_t slopes_stride_batch, slopes_stride_head;
+    /// Of each row: log-sum-exp in units of log2, as two floats (+inf where the row saw no key), and
+    /// delta = sum(dout * out) - dlse. Heads of a sequence follow each other, each padded to a multiple
+    /// of 64 rows, whose pivot is +inf.
+    float *pivot, *pivot_low, *delta;
+    const int64_t* first_row;  // of each sequence in these arrays
+};
+
+/// A head of one sequence.
+struct SequenceHead {
+    int64_t sequence, head;
+};
+
+/// What a task of a backward pass computes: queries [query_begin, query_end) and keys
+/// [key_begin, key_end) of some heads, as far as their sequences reach. Queries begin at a multiple of
+/// 64, keys at one of key_block(). Gradients that are summed over keys or queries must have all of
+/// them in one task.
+struct BackwardTask {
+    const SequenceHead* heads;  // with dkey and dvalue: those that share the key head
+    int64_t head_count;
+    int64_t query_begin, query_end, key_begin, key_end;
+    bool dquery, dkey;  // with dkey dvalue too, and both only as far as they are wanted
+    /// Where the gradient of the mask goes; data is null where it is not wanted. Without sums_mask each
+    /// pair of query and key has a place of its own there, and those that see nothing are left out.
+    /// With it, what the heads have in common is summed over them, and with stride 0 over that
+    /// dimension too; then every place is written.
+    Mask dmask;
+    bool sums_mask;
+    /// The gradient of the slope for each head and block of keys of its sequence, [head][block]; null
+    /// where it is not wanted. The kernel writes those of its own blocks.
+    float* dslopes;
+    int64_t dslopes_pitch;
+};
+
+struct BackwardKernel {
+    /// Fills pivot, pivot_low and delta of one head.
+    void (*prepare)(const BackwardArgs&, const SequenceHead&);
+    /// `scratch`: scratch_floats() floats, 64-byte aligned, contents undefined.
+    void (*run)(const BackwardArgs&, const BackwardTask&, float* scratch);
+    int64_t (*scratch_floats)(const BackwardArgs&, const BackwardTask&);
+    int64_t (*key_block)(const BackwardArgs&);
+};
+
 /// Appends one row to key and value of a sequence, rotated where args.rotary is on.
 using AppendRowFn = void (*)(const ForwardArgs&, int64_t batch, int64_t row);
 
@@ -146,7 +206,8 @@ struct Kernels {
     const Kernels* base;  // has the kernels that are null here
     int lanes;            // queries that one panel holds
     DtypeKernels f32, f16, bf16;
-    DtypeKernels mixed;  // for tensors of different types, float32 arithmetic; no combine
+    DtypeKernels mixed;       // for tensors of different types, float32 arithmetic; no combine
+    BackwardKernel backward;  // of any types, float32 arithmetic
 };
 
 extern const Kernels portable_kernels;

@@ -47,7 +47,13 @@ private:
 }  // namespace
 
 constinit const Kernels neon_bf16_kernels{
-    "neon_bf16", &neon_kernels, Simd::nv * Simd::W, {}, {}, dtype_kernels<Simd, Bf16Units<Simd>>,
+    "neon_bf16",
+    &neon_kernels,
+    Simd::nv * Simd::W,
+    {},
+    {},
+    dtype_kernels<Simd, Bf16Units<Simd>>,
+    {},
     {},
 };
 

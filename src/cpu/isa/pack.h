@@ -39,8 +39,9 @@ inline typename S::vf row_units(const typename U::storage* row, int64_t stride, 
     constexpr int count = S::W * U::E;
     const int64_t left = channels - first * U::E;
     if (stride == 1 && left >= count) return U::from_row(row + first * U::E);
+    if (left <= 0) return typename S::vf{};
     if constexpr (sizeof(typename U::storage) == sizeof(float))
-        if (stride == 1) return left > 0 ? S::load_part(row + first, left) : typename S::vf{};
+        if (stride == 1) return S::load_part(row + first, left);
     typename U::storage buffer[count];
     gather<S>(row + first * U::E * stride, stride, left < count ? left : int64_t{count}, buffer,
               count);

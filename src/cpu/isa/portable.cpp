@@ -19,6 +19,7 @@ constinit const Kernels portable_kernels{
     dtype_kernels<Simd, FloatUnits<Simd, F16>>,
     dtype_kernels<Simd, FloatUnits<Simd, BF16>>,
     mixed_kernels<Simd>,
+    backward_kernel<Simd>,
 };
 
 }  // namespace umfa::cpu

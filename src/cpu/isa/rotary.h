@@ -7,8 +7,8 @@
 namespace umfa::cpu {
 namespace {
 
-/// Rotates the row x by the angles of `position`.
-template <class S>
+/// Rotates the row x by the angles of `position`, or with Back by their opposites.
+template <class S, bool Back = false>
 inline void rotate(const Rotary& rotary, int64_t position, float* x) {
     constexpr int W = S::W, most = max_head_dim / 2 + W;
     float cos[most], sin[most];
@@ -27,8 +27,9 @@ inline void rotate(const Rotary& rotary, int64_t position, float* x) {
     for (int64_t i = 0; i < half; ++i) {
         const int64_t a = rotary.interleaved ? 2 * i : i, b = rotary.interleaved ? a + 1 : i + half;
         const float first = x[a], second = x[b];
-        x[a] = first * cos[i] - second * sin[i];
-        x[b] = first * sin[i] + second * cos[i];
+        const float sine = Back ? -sin[i] : sin[i];
+        x[a] = first * cos[i] - second * sine;
+        x[b] = first * sine + second * cos[i];
     }
 }
 

@@ -71,6 +71,10 @@ const DtypeKernels& mixed_kernels(const Kernels& set) {
     return set.mixed.forward.run ? set.mixed : mixed_kernels(*set.base);
 }
 
+const BackwardKernel& backward_kernel(const Kernels& set) {
+    return set.backward.run ? set.backward : backward_kernel(*set.base);
+}
+
 std::string isa_in_use() { return kernels().name; }
 
 std::vector<std::pair<std::string, bool>> isa_list() {

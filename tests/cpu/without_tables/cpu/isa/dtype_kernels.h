@@ -15,6 +15,8 @@ template <class S, class U>
 constexpr DtypeKernels dtype_kernels{};
 template <class S>
 constexpr DtypeKernels mixed_kernels{};
+template <class S>
+constexpr BackwardKernel backward_kernel{};
 
 }  // namespace
 }  // namespace umfa::cpu

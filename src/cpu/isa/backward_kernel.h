@@ -1,0 +1,721 @@
+// Backward pass of attention, FlashAttention-2's (Dao 2023) in float32: with P = exp(score - lse) and
+// delta = rowsum(dout * out) - dlse,
+//   dV += P^T dO,  dS = P * (dO V^T - delta),  dQ += dS K,  dK += dS^T Q.
+// backward_run() at the end is the algorithm.
+//
+// As in forward_kernel.h, the scores are transposed: queries lie along the lanes. S^T = K Q^T and
+// dP^T = V dO^T broadcast K and V; the sums broadcast P^T and dS^T, and have channels along the lanes.
+// A block of keys is packed once for all queries of the task, a tile of queries once for each block.
+//
+// Tiles of queries and blocks of keys begin at multiples of their sizes, which depend on the head dims
+// alone. So a gradient's terms are added in the same order however a pass is cut into tasks.
+#pragma once
+
+#include "cpu/isa/backward_products.h"
+#include "cpu/isa/backward_scores.h"
+#include "cpu/isa/bias.h"
+#include "cpu/isa/dropout.h"
+#include "cpu/isa/kernels.h"
+#include "cpu/isa/pack.h"
+#include "cpu/isa/rotary.h"
+#include "cpu/isa/rows.h"
+
+namespace umfa::cpu {
+namespace {
+
+constexpr int64_t query_tile = 64;
+
+inline int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/// Sizes and places of a task's scratch, in floats. N: lanes of a panel of queries, and channels of a
+/// panel of rows.
+template <class S>
+struct BackwardScratch {
+    static constexpr int64_t N = S::nv * S::W, panels = query_tile / N, slack = 64;
+    int64_t key_channels, depth;     // of Q.K; with those of QV.V
+    int64_t key_pitch, value_pitch;  // of a row of dQ and dK, and of dV: whole panels
+    int64_t qv_at;                   // where the channels of QV begin in a row of dQ
+    int64_t block;                   // keys
+    int64_t keys, key_rows, values;  // of a block
+    int64_t queries, query_rows, douts, dout_rows;  // of a tile
+    int64_t probabilities, kept, gradients, caps, bias;
+    int64_t dquery, dkey, dvalue, dmask, rotated, size;
+    int64_t query_count;  // rows of dquery of one head
+
+    explicit BackwardScratch(const BackwardArgs& args) {
+        key_channels = args.head_dim;
+        qv_at = rounded_up(args.head_dim, N);
+        value_pitch = rounded_up(args.head_dim_v, N);
+        depth = args.head_dim + (args.qv.data ? args.head_dim_v : 0);
+        key_pitch = qv_at + (args.qv.data ? value_pitch : 0);
+        // What a key takes, in a block that should stay in the L2 cache beside a tile of queries.
+        constexpr int64_t floats = 192 * 1024;
+        const int64_t own = depth + args.head_dim_v + 2 * key_pitch + value_pitch;
+        const int64_t tiles = floats / (own * block_kv);
+        block = block_kv * (tiles < 1 ? 1 : tiles > 8 ? 8 : tiles);
+    }
+
+    BackwardScratch(const BackwardArgs& args, const BackwardTask& task) : BackwardScratch(args) {
+        const int64_t last = longest(args, task, false), last_key = longest(args, task, true);
+        query_count = last > task.query_begin ? rounded_up(last - task.query_begin, query_tile) : 0;
+        const int64_t tile = block_kv * query_tile;
+        int64_t end = 0;
+        const auto place = [&](int64_t floats) {
+            const int64_t at = end;
+            end += rounded_up(floats, 16);
+            return at;
+        };
+        keys = place(block * depth + slack);
+        key_rows = place(block * key_pitch);
+        values = place(block * args.head_dim_v + slack);
+        queries = place(query_tile * depth + slack);
+        query_rows = place(query_tile * key_pitch);
+        douts = place(query_tile * args.head_dim_v + slack);
+        dout_rows = place(query_tile * value_pitch);
+        probabilities = place(tile);
+        kept = args.dropout.threshold ? place(tile) : probabilities;
+        gradients = place(tile);
+        caps = place(args.softcap != 0 ? block_kv * N : 0);
+        const bool has_mask = args.mask.element != ElementType::none;
+        bias = place(has_mask ? (block_kv + S::W) * N : 0);
+        dquery = place(task.dquery ? task.head_count * query_count * key_pitch : 0);
+        dkey = place(task.dkey ? block * key_pitch : 0);
+        dvalue = place(task.dkey ? block * value_pitch : 0);
+        dmask = place(task.sums_mask ? mask_floats(task, last_key) : 0);
+        const int64_t rows = block > query_tile ? block : query_tile;
+        rotated = place(args.rotary.element == ElementType::none ? 0 : rows * args.head_dim);
+        size = end;
+    }
+
+    static int64_t longest(const BackwardArgs& args, const BackwardTask& task, bool keys) {
+        int64_t most = 0;
+        for (int64_t i = 0; i < task.head_count; ++i) {
+            const Sequence& sequence = args.sequences[task.heads[i].sequence];
+            const int64_t rows = keys ? sequence.seqlen_kv : sequence.seqlen_q;
+            most = rows > most ? rows : most;
+        }
+        const int64_t end = keys ? task.key_end : task.query_end;
+        return smaller(most, end);
+    }
+    /// The gradient of the mask is kept as [panel][key][lane]; without the dimensions that are summed.
+    int64_t mask_floats(const BackwardTask& task, int64_t last_key) const {
+        const int64_t rows = task.dmask.stride_row ? query_count : N;
+        const int64_t own =
+            task.dmask.stride_key ? rounded_up(last_key - task.key_begin, block_kv) : 1;
+        return rows * (own > 0 ? own : 0);
+    }
+};
+
+/// Where a row of delta and pivots is.
+inline int64_t statistics_at(const BackwardArgs& args, const SequenceHead& head) {
+    return args.first_row[head.sequence] +
+           head.head * rounded_up(args.sequences[head.sequence].seqlen_q, query_tile);
+}
+
+/// sum(a[i] * b[i]) of two rows of any type.
+template <class S>
+inline float dot(ElementType type_a, const char* a, int64_t stride_a, ElementType type_b,
+                 const char* b, int64_t stride_b, int64_t channels) {
+    typename S::vf sum{};
+    for (int64_t c = 0; c < channels; c += S::W)
+        sum += numbers<S>(type_a, a + c * stride_a * size_of(type_a), stride_a, channels - c) *
+               numbers<S>(type_b, b + c * stride_b * size_of(type_b), stride_b, channels - c);
+    float total = 0;
+    for (int i = 0; i < S::W; ++i) total += sum[i];
+    return total;
+}
+
+template <class S>
+void backward_prepare(const BackwardArgs& args, const SequenceHead& head) {
+    const Sequence& sequence = args.sequences[head.sequence];
+    const int64_t rows = sequence.seqlen_q, at = statistics_at(args, head);
+    const auto log_sum = [&](const Rows& from, int64_t row) {
+        return *reinterpret_cast<const float*>(
+            query_row<const char>(from, sequence, head.head, row));
+    };
+    for (int64_t row = 0; row < rounded_up(rows, query_tile); ++row) {
+        float *pivot = args.pivot + at + row, *low = args.pivot_low + at + row,
+              *delta = args.delta + at + row;
+        *pivot = __builtin_inff();
+        *low = *delta = 0;
+        const float lse = row < rows ? log_sum(args.lse, row) : -__builtin_inff();
+        if (lse == -__builtin_inff()) continue;
+        const double log2 = double{lse} * umfa::log2_e;
+        *pivot = static_cast<float>(log2);
+        *low = __builtin_isfinite(lse) ? static_cast<float>(log2 - *pivot) : 0.f;
+        *delta = dot<S>(args.types.dout, query_row<const char>(args.dout, sequence, head.head, row),
+                        args.dout.stride_channel, args.types.out,
+                        query_row<const char>(args.out, sequence, head.head, row),
+                        args.out.stride_channel, args.head_dim_v) -
+                 (args.dlse.data ? log_sum(args.dlse, row) : 0.f);
+    }
+}
+
+/// Copies rows into panels of channels, to[channels / N][height][N], with zeros for missing rows and
+/// channels. False if there is inf or NaN.
+template <class S>
+inline bool pack_row_panels(ElementType type, const char* const* rows, int64_t count,
+                            int64_t stride_channel, int64_t height, int64_t channels, float* to) {
+    constexpr int64_t W = S::W, N = S::nv * S::W;
+    typename S::vf not_finite{};
+    with_units<S, AnyUnits<S>>(type, [&](auto units) {
+        using U = decltype(units);
+        for (int64_t c = 0; c < channels; c += N)
+            for (int64_t r = 0; r < height; ++r)
+                for (int64_t n = 0; n < N; n += W) {
+                    typename S::vf x{};
+                    if (r < count)
+                        x = row_units<S, U>(reinterpret_cast<const typename U::storage*>(rows[r]),
+                                            stride_channel, c + n, channels);
+                    not_finite += x * 0.f;
+                    S::store(to + c * height + r * N + n, x);
+                }
+    });
+    bool finite = true;
+    for (int i = 0; i < S::W; ++i) finite &= not_finite[i] == 0;
+    return finite;
+}
+
+/// One row of a gradient: x * scale, rounded to its type.
+template <class S>
+inline void store_gradient(ElementType type, const float* x, float scale, int64_t channels,
+                           char* to, int64_t stride) {
+    constexpr int W = S::W;
+    with_units<S, AnyUnits<S>>(type, [&](auto units) {
+        using T = typename decltype(units)::type;
+        auto* row = reinterpret_cast<typename T::storage*>(to);
+        int64_t c = 0;
+        for (; stride == 1 && c + W <= channels; c += W)
+            T::template store<S>(row + c, S::load(x + c) * scale);
+        for (; c < channels; c += W) {
+            typename T::storage buffer[W];
+            T::template store<S>(buffer, S::load(x + c) * scale);
+            for (int64_t i = 0; i < W && c + i < channels; ++i) row[(c + i) * stride] = buffer[i];
+        }
+    });
+}
+
+/// One head of a task while it goes over queries and keys.
+template <class S>
+struct BackwardWork {
+    using P = FloatUnits<S, F32>;
+    static constexpr int W = S::W;
+    static constexpr int64_t N = S::nv * S::W, panels = query_tile / N;
+
+    const BackwardArgs& args;
+    const BackwardTask& task;
+    const BackwardScratch<S> at;
+    float* const memory;
+
+    // The head, and its block of keys.
+    int64_t index = 0;  // in the task
+    SequenceHead head{};
+    const Sequence* sequence = nullptr;
+    Scoring scoring{};
+    int64_t query_end = 0, key_end = 0;  // of the sequence and the task
+    int64_t block = 0, block_keys = 0;
+    bool finite_keys = true;
+    int64_t packed_sequence = -1, packed_head = -1, packed_block = -1;
+    // The tile of queries.
+    int64_t row = 0;
+    bool finite_queries = true, finite_douts = true;
+    // The tile of keys, and the groups of S::mr keys that each panel computes, and all of them.
+    int64_t tile = 0, keys = 0;
+    int64_t first[panels], last[panels], union_first = 0, union_last = 0;
+    RowStatistics<S> rows[panels];
+    typename S::vf slope_sum{};
+
+    BackwardWork(const BackwardArgs& all_args, const BackwardTask& all_task, float* scratch)
+        : args(all_args), task(all_task), at(all_args, all_task), memory(scratch) {}
+
+    void clear(int64_t from, int64_t floats) const {
+        for (int64_t i = 0; i < floats; ++i) memory[from + i] = 0;
+    }
+    bool wants_gradients() const {
+        return task.dquery || task.dmask.data || task.dslopes || args.dkey.data ||
+               (args.qv.data && args.dvalue.data);
+    }
+
+    void start_head(int64_t i) {
+        index = i;
+        head = task.heads[i];
+        sequence = &args.sequences[head.sequence];
+        query_end = smaller(task.query_end, sequence->seqlen_q);
+        key_end = smaller(task.key_end, sequence->seqlen_kv);
+        scoring.scale = args.score_scale;
+        scoring.scale_low = args.score_scale_low;
+        scoring.softcap = args.softcap;
+        scoring.slope = args.slopes ? args.slopes[head.sequence * args.slopes_stride_batch +
+                                                  head.head * args.slopes_stride_head] *
+                                          log2_e
+                                    : 0.f;
+        scoring.plain =
+            args.softcap == 0 && scoring.slope == 0 && args.mask.element == ElementType::none;
+        slope_sum = typename S::vf{};
+    }
+
+    /// Whether some query of [first_query, end) sees a key of [first_key, first_key + count).
+    bool touched(int64_t first_query, int64_t end, int64_t first_key, int64_t count) const {
+        const KeyRange some =
+            seen_by_some(sequence->visible, first_query, end - 1, first_key, count);
+        return some.begin < some.end;
+    }
+
+    /// Packs the block of keys that begins at `first_key`, unless it is there already.
+    void load_keys(int64_t first_key) {
+        const int64_t head_kv = head.head / args.group;
+        block = first_key;
+        block_keys = smaller(at.block, key_end - block);
+        if (packed_sequence == head.sequence && packed_head == head_kv && packed_block == block)
+            return;
+        packed_sequence = head.sequence;
+        packed_head = head_kv;
+        packed_block = block;
+        finite_keys = true;
+        for (int64_t k = 0; k < block_keys; k += block_kv)
+            load_key_tile(head_kv, k, smaller(block_kv, block_keys - k));
+    }
+
+    void load_key_tile(int64_t head_kv, int64_t from, int64_t count) {
+        const char *k_rows[block_kv], *v_rows[block_kv];
+        for (int64_t k = 0; k < count; ++k) {
+            k_rows[k] = key_row<const char>(args.key, *sequence, 0, head_kv, block + from + k);
+            v_rows[k] = key_row<const char>(args.value, *sequence, 0, head_kv, block + from + k);
+        }
+        int64_t stride = args.key.stride_channel;
+        if (args.rotary.keys) {
+            rotate_rows(args.types.key, k_rows, count, stride,
+                        [&](int64_t k) { return block + from + k; });
+            stride = 1;
+        }
+        const int64_t padded = padded_rows<S>(count);
+        for (int64_t k = 0; k < padded; k += S::mr) {
+            const int64_t height = smaller(S::mr, padded - k);
+            float* group = memory + at.keys + (from + k) * at.depth;
+            pack(args.types.key, k_rows + k, count - k, stride, height, height, args.head_dim,
+                 group);
+            if (args.qv.data)
+                pack(args.types.value, v_rows + k, count - k, args.value.stride_channel, height,
+                     height, args.head_dim_v, group + args.head_dim * height);
+            pack(args.types.value, v_rows + k, count - k, args.value.stride_channel, height, height,
+                 args.head_dim_v, memory + at.values + (from + k) * args.head_dim_v);
+        }
+        if (!task.dquery) return;
+        float* panel = memory + at.key_rows + from * at.key_pitch;
+        finite_keys &= pack_row_panels<S>(args.types.key, k_rows, count, stride, block_kv,
+                                          args.head_dim, panel);
+        if (args.qv.data)
+            finite_keys &=
+                pack_row_panels<S>(args.types.value, v_rows, count, args.value.stride_channel,
+                                   block_kv, args.head_dim_v, panel + at.qv_at * block_kv);
+    }
+
+    static void pack(ElementType type, const char* const* from, int64_t count, int64_t stride,
+                     int64_t height, int64_t pitch, int64_t channels, float* to) {
+        with_units<S, AnyUnits<S>>(type, [&](auto units) {
+            pack_transposed<S, decltype(units)>(from, count, stride, height, pitch, channels, to);
+        });
+    }
+
+    /// Rotates rows by the angles of position(i), and points to the result.
+    template <class Position>
+    void rotate_rows(ElementType type, const char** from, int64_t count, int64_t stride,
+                     Position&& position) const {
+        char* rotated = reinterpret_cast<char*>(memory + at.rotated);
+        const int64_t size = args.head_dim * size_of(type);
+        for (int64_t i = 0; i < count; ++i, rotated += size) {
+            rotate_row_of<S, AnyUnits<S>>(type, args.rotary, from[i], stride, args.head_dim,
+                                          position(i), rotated);
+            from[i] = rotated;
+        }
+    }
+
+    int64_t position_of_query(int64_t i) const {
+        return sequence->position_q + (args.rotary.advances ? i : 0);
+    }
+
+    /// Packs the tile of queries that begins at `first_query`, and their dO.
+    void load_queries(int64_t first_query) {
+        row = first_query;
+        const int64_t count = smaller(query_tile, query_end - row);
+        const char *q_rows[query_tile], *qv_rows[query_tile], *do_rows[query_tile];
+        for (int64_t i = 0; i < count; ++i) {
+            q_rows[i] = query_row<const char>(args.query, *sequence, head.head, row + i);
+            do_rows[i] = query_row<const char>(args.dout, *sequence, head.head, row + i);
+            if (args.qv.data)
+                qv_rows[i] = query_row<const char>(args.qv, *sequence, head.head, row + i);
+        }
+        int64_t stride = args.query.stride_channel;
+        if (args.rotary.element != ElementType::none) {
+            rotate_rows(args.types.query, q_rows, count, stride,
+                        [&](int64_t i) { return position_of_query(row + i); });
+            stride = 1;
+        }
+        for (int64_t i = 0; i < query_tile; i += W) {
+            const int64_t panel = i / N, lane = i % N;
+            const int64_t left = count > i ? count - i : 0;
+            float* query = memory + at.queries + panel * at.depth * N + lane;
+            pack(args.types.query, q_rows + i, left, stride, W, N, args.head_dim, query);
+            if (args.qv.data)
+                pack(args.types.query, qv_rows + i, left, args.qv.stride_channel, W, N,
+                     args.head_dim_v, query + args.head_dim * N);
+            pack(args.types.dout, do_rows + i, left, args.dout.stride_channel, W, N,
+                 args.head_dim_v, memory + at.douts + panel * args.head_dim_v * N + lane);
+        }
+        if (task.dkey) {
+            float* panel = memory + at.query_rows;
+            finite_queries = pack_row_panels<S>(args.types.query, q_rows, count, stride, query_tile,
+                                                args.head_dim, panel);
+            if (args.qv.data)
+                finite_queries &=
+                    pack_row_panels<S>(args.types.query, qv_rows, count, args.qv.stride_channel,
+                                       query_tile, args.head_dim_v, panel + at.qv_at * query_tile);
+            finite_douts =
+                pack_row_panels<S>(args.types.dout, do_rows, count, args.dout.stride_channel,
+                                   query_tile, args.head_dim_v, memory + at.dout_rows);
+        }
+        const int64_t from = statistics_at(args, head) + row;
+        for (int64_t p = 0; p < panels; ++p) {
+            rows[p].pivot = args.pivot + from + p * N;
+            rows[p].pivot_low = args.pivot_low + from + p * N;
+            rows[p].delta = args.delta + from + p * N;
+        }
+    }
+
+    /// Finds the groups of the tile of keys that each panel computes. False if there are none.
+    bool find_groups(int64_t first_key) {
+        tile = first_key;
+        keys = smaller(block_kv, block + block_keys - tile);
+        const int64_t padded = padded_rows<S>(keys);
+        union_first = padded;
+        union_last = 0;
+        for (int64_t p = 0; p < panels; ++p) {
+            first[p] = last[p] = 0;
+            const int64_t i0 = row + p * N, i1 = smaller(i0 + N, query_end) - 1;
+            if (i0 >= query_end) continue;
+            const KeyRange some = seen_by_some(sequence->visible, i0, i1, tile, keys);
+            if (some.begin >= some.end) continue;
+            first[p] = some.begin / S::mr * S::mr;
+            last[p] = smaller(rounded_up(some.end, S::mr), padded);
+            union_first = smaller(first[p], union_first);
+            union_last = last[p] > union_last ? last[p] : union_last;
+        }
+        return union_first < union_last;
+    }
+
+    float* probabilities_of_panel(int64_t p) const {
+        return memory + at.probabilities + p * block_kv * N;
+    }
+    float* kept_of_panel(int64_t p) const { return memory + at.kept + p * block_kv * N; }
+    float* gradients_of_panel(int64_t p) const { return memory + at.gradients + p * block_kv * N; }
+
+    /// Zeros in the groups that another panel computes and this one does not.
+    void fill_rest(int64_t p, float* scores) const {
+        for (int64_t i = union_first * N; i < union_last * N; ++i)
+            if (i < first[p] * N || i >= last[p] * N) scores[i] = 0;
+    }
+
+    /// Calls f(key, Constant<height>{}) for the groups of panel p.
+    template <class F>
+    void for_each_group(int64_t from, int64_t to, F&& f) const {
+        for (int64_t k = from; k < to; k += S::mr)
+            with_height<S>(smaller(S::mr, to - k), [&](auto height) { f(k, height); });
+    }
+
+    /// P^T of panel p, and with dropout what is kept of it.
+    void probability_tile(int64_t p) {
+        float *probabilities = probabilities_of_panel(p), *kept = kept_of_panel(p);
+        const int64_t i0 = row + p * N, i1 = smaller(i0 + N, query_end) - 1;
+        const KeyRange all = seen_by_all(sequence->visible, i0, i1, tile, keys);
+        const float* bias = nullptr;
+        if (args.mask.element != ElementType::none) {
+            mask_panel<S>(args.mask, head.sequence, head.head, i0, query_end - i0, tile, first[p],
+                          smaller(last[p], keys), memory + at.bias);
+            bias = memory + at.bias;
+        }
+        set_visible_rows(sequence->visible, i0, tile, keys, rows[p].visible);
+        const int32_t diagonal = diagonal_of(*sequence, i0, tile);
+        const float* query = memory + at.queries + p * at.depth * N;
+        for_each_group(first[p], last[p], [&](int64_t k, auto height) {
+            constexpr int MR = decltype(height)::value;
+            const bool masked = k < all.begin || k + MR > all.end;
+            const auto run = scoring.plain ? (masked ? probabilities_of<S, true, true, MR>
+                                                     : probabilities_of<S, false, true, MR>)
+                                           : (masked ? probabilities_of<S, true, false, MR>
+                                                     : probabilities_of<S, false, false, MR>);
+            run(scoring, memory + at.keys + (tile - block + k) * at.depth, query, at.depth,
+                static_cast<int32_t>(k), diagonal, bias ? bias + k * N : nullptr, rows[p],
+                probabilities + k * N, memory + at.caps + k * N);
+        });
+        if (kept != probabilities) {
+            for (int64_t i = first[p] * N; i < last[p] * N; i += W)
+                S::store(kept + i, S::load(probabilities + i));
+            drop_panel<S, P>(args.dropout, head.sequence, head.head, i0, tile, first[p], last[p],
+                             kept);
+        }
+        fill_rest(p, kept);
+    }
+
+    /// dS^T of panel p, and what is summed of it.
+    void gradient_tile(int64_t p) {
+        const float *probabilities = probabilities_of_panel(p), *kept = kept_of_panel(p);
+        float* gradients = gradients_of_panel(p);
+        const bool drops = kept != probabilities;
+        const float* dout = memory + at.douts + p * args.head_dim_v * N;
+        for_each_group(first[p], last[p], [&](int64_t k, auto height) {
+            constexpr int MR = decltype(height)::value;
+            (drops ? score_gradients_of<S, true, MR>
+                   : score_gradients_of<S, false, MR>)(memory + at.values +
+                                                           (tile - block + k) * args.head_dim_v,
+                                                       dout, args.head_dim_v, rows[p].delta,
+                                                       probabilities + k * N, kept + k * N,
+                                                       1.f / args.dropout.kept, gradients + k * N);
+        });
+        if (task.dmask.data && !task.sums_mask)
+            write_mask(task.dmask, head, row + p * N, smaller(N, query_end - row - p * N), tile,
+                       first[p], smaller(last[p], keys), gradients);
+        if (task.sums_mask) add_to_mask(p, gradients);
+        if (task.dslopes) add_to_slopes(p, gradients);
+        if (args.softcap != 0)
+            for (int64_t i = first[p] * N; i < last[p] * N; i += W) {
+                const typename S::vf d = S::load(gradients + i);
+                // Of hidden keys the derivative may be NaN.
+                S::store(gradients + i,
+                         d == 0.f ? typename S::vf{} : d * S::load(memory + at.caps + i));
+            }
+        fill_rest(p, gradients);
+    }
+
+    void add_to_mask(int64_t p, const float* gradients) const {
+        const int64_t keys_in_all =
+            rounded_up(at.longest(args, task, true) - task.key_begin, block_kv);
+        const int64_t pitch = (task.dmask.stride_key ? keys_in_all : 1) * N;
+        float* to = memory + at.dmask;
+        if (task.dmask.stride_row) to += ((row - task.query_begin) / N + p) * pitch;
+        for (int64_t k = first[p]; k < last[p]; ++k) {
+            float* own = to + (task.dmask.stride_key ? tile - task.key_begin + k : 0) * N;
+            for (int64_t n = 0; n < N; n += W)
+                S::store(own + n, S::load(own + n) + S::load(gradients + k * N + n));
+        }
+    }
+
+    void add_to_slopes(int64_t p, const float* gradients) {
+        const int32_t diagonal = diagonal_of(*sequence, row + p * N, tile);
+        for (int64_t k = first[p]; k < last[p]; ++k)
+            for (int n = 0; n < S::nv; ++n)
+                slope_sum -= S::load(gradients + k * N + n * W) *
+                             distance_of<S>(diagonal + n * W - static_cast<int32_t>(k));
+    }
+
+    /// dQ += dS K of panel p.
+    void add_to_queries(int64_t p) const {
+        const int64_t depth = last[p] - first[p];
+        if (depth <= 0) return;
+        const int64_t offset = row - task.query_begin + p * N;
+        float* to = memory + at.dquery + (index * at.query_count + offset) * at.key_pitch;
+        const float* key_rows = memory + at.key_rows + (tile - block) * at.key_pitch;
+        const Runs runs{1, depth, 0, N};
+        for (int64_t q = 0; q < N; q += S::mr) {
+            const float* factors = gradients_of_panel(p) + first[p] * N + q;
+            const int64_t count = smaller(S::mr, N - q);
+            add_rows<S, true>(count, factors, runs, key_rows + first[p] * N, block_kv * N,
+                              finite_keys, args.head_dim, to + q * at.key_pitch, at.key_pitch);
+            if (args.qv.data)
+                add_rows<S, true>(count, factors, runs,
+                                  key_rows + at.qv_at * block_kv + first[p] * N, block_kv * N,
+                                  finite_keys, args.head_dim_v, to + q * at.key_pitch + at.qv_at,
+                                  at.key_pitch);
+        }
+    }
+
+    /// dV += P^T dO and dK += dS^T Q.
+    void add_to_keys() const {
+        for (int64_t k = union_first; k < union_last; k += S::mr) {
+            const int64_t count = smaller(S::mr, union_last - k);
+            int64_t begin = panels, end = 0;
+            for (int64_t p = 0; p < panels; ++p)
+                if (first[p] < k + count && last[p] > k) {
+                    begin = smaller(begin, p);
+                    end = p + 1;
+                }
+            if (begin >= end) continue;
+            const Runs runs{end - begin, N, block_kv * N, 1};
+            const int64_t key = tile - block + k, from = begin * N * N;
+            if (args.dvalue.data)
+                add_rows<S, false>(count, kept_of_panel(begin) + k * N, runs,
+                                   memory + at.dout_rows + from, query_tile * N, finite_douts,
+                                   args.head_dim_v, memory + at.dvalue + key * at.value_pitch,
+                                   at.value_pitch);
+            const float* factors = gradients_of_panel(begin) + k * N;
+            float* to = memory + at.dkey + key * at.key_pitch;
+            const float* query_rows = memory + at.query_rows + from;
+            if (args.dkey.data)
+                add_rows<S, false>(count, factors, runs, query_rows, query_tile * N, finite_queries,
+                                   args.head_dim, to, at.key_pitch);
+            if (args.qv.data && args.dvalue.data)
+                add_rows<S, false>(count, factors, runs, query_rows + at.qv_at * query_tile,
+                                   query_tile * N, finite_queries, args.head_dim_v, to + at.qv_at,
+                                   at.key_pitch);
+        }
+    }
+
+    /// Writes dK and dV of the block.
+    void store_keys() const {
+        const int64_t head_kv = head.head / args.group;
+        const float share = 1.f / args.dropout.kept;
+        for (int64_t k = 0; k < block_keys; ++k) {
+            float* dkey = memory + at.dkey + k * at.key_pitch;
+            float* dvalue = memory + at.dvalue + k * at.value_pitch;
+            if (args.dkey.data) {
+                if (args.rotary.keys) rotate<S, true>(args.rotary, block + k, dkey);
+                store_gradient<S>(args.types.dkey, dkey, args.gradient_scale, args.head_dim,
+                                  key_row<char>(args.dkey, *sequence, 0, head_kv, block + k),
+                                  args.dkey.stride_channel);
+            }
+            if (!args.dvalue.data) continue;
+            if (args.qv.data)
+                for (int64_t c = 0; c < args.head_dim_v; c += W)
+                    S::store(dvalue + c, S::load(dvalue + c) * share +
+                                             S::load(dkey + at.qv_at + c) * args.gradient_scale);
+            store_gradient<S>(args.types.dvalue, dvalue, args.qv.data ? 1.f : share,
+                              args.head_dim_v,
+                              key_row<char>(args.dvalue, *sequence, 0, head_kv, block + k),
+                              args.dvalue.stride_channel);
+        }
+    }
+
+    /// Writes dQ of every head of the task.
+    void store_queries() {
+        for (int64_t i = 0; i < task.head_count; ++i) {
+            start_head(i);
+            for (int64_t q = task.query_begin; q < query_end; ++q) {
+                float* own =
+                    memory + at.dquery + (i * at.query_count + q - task.query_begin) * at.key_pitch;
+                if (args.rotary.element != ElementType::none)
+                    rotate<S, true>(args.rotary, position_of_query(q), own);
+                if (args.dquery.data)
+                    store_gradient<S>(args.types.dquery, own, args.gradient_scale, args.head_dim,
+                                      query_row<char>(args.dquery, *sequence, head.head, q),
+                                      args.dquery.stride_channel);
+                if (args.dqv.data)
+                    store_gradient<S>(args.types.dqv, own + at.qv_at, args.gradient_scale,
+                                      args.head_dim_v,
+                                      query_row<char>(args.dqv, *sequence, head.head, q),
+                                      args.dqv.stride_channel);
+            }
+        }
+    }
+
+    /// Writes gradients of `count` rows of a mask from `scores`, [key][lane], for the keys
+    /// [first_key, last_key) of a tile.
+    static void write_mask(const Mask& mask, const SequenceHead& own, int64_t query, int64_t count,
+                           int64_t first_tile_key, int64_t first_key, int64_t last_key,
+                           const float* scores) {
+        with_units<S, AnyUnits<S>>(mask.element, [&](auto units) {
+            using T = typename decltype(units)::type;
+            using storage = typename T::storage;
+            for (int64_t k = first_key; k < last_key; k += W)
+                for (int64_t n = 0; n < N && n < count; n += W) {
+                    typename S::vf x[W];
+                    for (int i = 0; i < W; ++i)
+                        x[i] =
+                            k + i < last_key ? S::load(scores + (k + i) * N + n) : typename S::vf{};
+                    S::transpose(x);
+                    const int64_t keys_left = smaller(W, last_key - k);
+                    for (int r = 0; r < W && n + r < count; ++r) {
+                        auto* to = reinterpret_cast<storage*>(const_cast<char*>(mask_at(
+                            mask, own.sequence, own.head, query + n + r, first_tile_key + k)));
+                        if (keys_left == W && mask.stride_key == 1) {
+                            T::template store<S>(to, x[r]);
+                            continue;
+                        }
+                        storage buffer[W];
+                        T::template store<S>(buffer, x[r]);
+                        for (int64_t i = 0; i < keys_left; ++i) to[i * mask.stride_key] = buffer[i];
+                    }
+                }
+        });
+    }
+
+    /// Writes the gradient of the mask that all heads have added to.
+    void store_mask() const {
+        const Mask& mask = task.dmask;
+        const SequenceHead& one = task.heads[0];
+        const int64_t rows_in_all =
+            mask.stride_row ? at.longest(args, task, false) - task.query_begin : 1;
+        const int64_t own_keys =
+            mask.stride_key ? at.longest(args, task, true) - task.key_begin : 1;
+        const int64_t pitch = mask.stride_key ? rounded_up(own_keys, block_kv) : 1;
+        float* const sums = memory + at.dmask;
+        if (!mask.stride_row)  // the first lane gets them all
+            for (int64_t k = 0; k < own_keys; ++k)
+                for (int64_t n = 1; n < N; ++n) sums[k * N] += sums[k * N + n];
+        for (int64_t q = 0; q < rows_in_all; q += N)
+            write_mask(mask, one, task.query_begin + q, smaller(N, rows_in_all - q), task.key_begin,
+                       0, own_keys, sums + q * pitch);
+    }
+};
+
+template <class S>
+void backward_run(const BackwardArgs& args, const BackwardTask& task, float* scratch) {
+    BackwardWork<S> work(args, task, scratch);
+    const BackwardScratch<S>& at = work.at;
+    constexpr int64_t panels = BackwardWork<S>::panels;
+    if (task.dquery) work.clear(at.dquery, task.head_count * at.query_count * at.key_pitch);
+    const int64_t last_key = at.longest(args, task, true);
+    if (task.sums_mask) work.clear(at.dmask, at.mask_floats(task, last_key));
+    const bool wants_gradients = work.wants_gradients();
+    for (int64_t block = task.key_begin; block < last_key; block += at.block) {
+        if (task.dkey) work.clear(at.dkey, at.block * at.key_pitch);
+        if (task.dkey) work.clear(at.dvalue, at.block * at.value_pitch);
+        for (int64_t i = 0; i < task.head_count; ++i) {
+            work.start_head(i);
+            if (block >= work.key_end) continue;
+            const int64_t keys = smaller(at.block, work.key_end - block);
+            for (int64_t row = task.query_begin; row < work.query_end; row += query_tile) {
+                const int64_t end = smaller(row + query_tile, work.query_end);
+                if (!work.touched(row, end, block, keys)) continue;
+                work.load_keys(block);
+                work.load_queries(row);
+                for (int64_t tile = block; tile < block + keys; tile += block_kv) {
+                    if (!work.find_groups(tile)) continue;
+                    for (int64_t p = 0; p < panels; ++p) {
+                        if (row + p * work.N >= work.query_end) continue;
+                        work.probability_tile(p);
+                        if (!wants_gradients) continue;
+                        work.gradient_tile(p);
+                        if (task.dquery) work.add_to_queries(p);
+                    }
+                    if (task.dkey) work.add_to_keys();
+                }
+            }
+            if (task.dslopes) {
+                float sum = 0;
+                for (int n = 0; n < S::W; ++n) sum += work.slope_sum[n];
+                task.dslopes[i * task.dslopes_pitch + block / at.block] = sum;
+            }
+        }
+        if (task.dkey && work.packed_block != block) {  // no query sees it
+            work.start_head(0);
+            work.block = block;
+            work.block_keys = smaller(at.block, work.key_end - block);
+        }
+        if (task.dkey) work.store_keys();
+    }
+    if (task.dquery) work.store_queries();
+    if (task.sums_mask) work.store_mask();
+}
+
+template <class S>
+int64_t backward_scratch_floats(const BackwardArgs& args, const BackwardTask& task) {
+    return BackwardScratch<S>(args, task).size;
+}
+
+template <class S>
+int64_t backward_key_block(const BackwardArgs& args) {
+    return BackwardScratch<S>(args).block;
+}
+
+}  // namespace
+}  // namespace umfa::cpu

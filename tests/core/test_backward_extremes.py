@@ -1,0 +1,135 @@
+"""The backward pass where numbers are extreme: hidden NaN, huge and tiny gradients, sinks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import reference
+from tests.array_libraries import Array
+from tests.cases import normal
+from tests.gradients import Forward, assert_gradients, wanted_of
+
+SHAPE = (1, 2, 70, 130, 40)
+
+
+def inputs(dtype: str = "float32") -> tuple[dict[str, Array], Array]:
+    batch, heads, seqlen_q, seqlen_k, head_dim = SHAPE
+    given = {
+        "query": normal((batch, seqlen_q, heads, head_dim), dtype, seed=1),
+        "key": normal((batch, seqlen_k, heads, head_dim), dtype, seed=2),
+        "value": normal((batch, seqlen_k, heads, head_dim), dtype, seed=3),
+    }
+    return given, normal((batch, seqlen_q, heads, head_dim), dtype, seed=4)
+
+
+HIDING: dict[str, dict[str, Any]] = {
+    "window": {"window_size": (20, 10), "causal_alignment": "top_left"},  # keys 81 and up
+    "bool mask": {"attn_mask": np.arange(130) < 81},
+    "float mask": {"attn_mask": np.where(np.arange(130) < 81, 0, -np.inf).astype(np.float32)},
+    "dropout": {"attn_mask": np.arange(130) < 81, "dropout_p": 0.5, "dropout_seed": 1},
+    "softcap": {"attn_mask": np.arange(130) < 81, "softcap": 5.0},
+}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", HIDING)
+def test_hidden_keys_do_not_matter(name: str, bad: float) -> None:
+    """The bits are those of finite keys, and theirs have a gradient of 0."""
+    given, dout = inputs()
+    given = given | HIDING[name]
+    wanted = wanted_of(given)
+    clean = Forward(**given).backward(dout, wanted=wanted)
+    for operand in ("key", "value"):
+        given[operand] = given[operand].copy()
+        given[operand][:, 81:] = bad
+    found = Forward(**given).backward(dout, wanted=wanted)
+    for gradient, array in found.items():
+        assert array.tobytes() == clean[gradient].tobytes(), gradient
+    assert not found["dk"][:, 81:].any()
+    assert not found["dv"][:, 81:].any()
+
+
+def test_nan_stays_with_those_who_see_it() -> None:
+    """A key of NaN reaches the rows that see it and the keys that they see, and no others."""
+    given, dout = inputs()
+    clean = Forward(**given, attention_chunk=30).backward(dout)
+    key = given["key"].copy()
+    key[:, 95] = np.nan
+    found = Forward(**given | {"key": key}, attention_chunk=30).backward(dout)
+    rows = (np.arange(70) + 60) // 30 == 95 // 30
+    keys = np.arange(130) // 30 == 95 // 30
+    for name, seen in (("dq", rows), ("dk", keys), ("dv", keys)):
+        assert np.isnan(found[name][:, seen]).all(), name
+        assert found[name][:, ~seen].tobytes() == clean[name][:, ~seen].tobytes(), name
+
+
+def test_rows_that_see_nothing_add_nothing() -> None:
+    """Not even where query, out's gradient or the log-sum-exp's are NaN."""
+    given, dout = inputs()
+    dlse = normal((1, 2, 70), seed=5)
+    seen = np.arange(70) % 3 != 1
+    given |= {"attn_mask": np.broadcast_to(seen[:, None], (70, 130)).copy()}
+    clean = Forward(**given).backward(dout, dlse)
+    given["query"], dout, dlse = given["query"].copy(), dout.copy(), dlse.copy()
+    given["query"][:, ~seen] = dout[:, ~seen] = np.nan
+    dlse[:, :, ~seen] = np.nan
+    found = Forward(**given).backward(dout, dlse)
+    assert not found["dq"][:, ~seen].any()
+    for name, array in found.items():
+        assert array.tobytes() == clean[name].tobytes(), name
+    # None sees any: causal, and more queries than keys.
+    short = {name: x[:, :20] if name != "query" else x for name, x in inputs()[0].items()}
+    found = Forward(**short, causal=True).backward(np.nan_to_num(dout, nan=1.0))
+    assert not found["dq"][:, :50].any()
+
+
+@pytest.mark.parametrize("factor", [2.0**13, 2.0**-16, 2.0**-24])
+def test_float16_with_scaled_gradients(factor: float) -> None:
+    """Loss scaling: inside there is room for it; in float32 nothing is lost at all."""
+    given, dout = inputs("float16")
+    scaled = (dout.astype(np.float64) * factor).astype(np.float16)
+    call = Forward(**given)
+    expected = reference.gradients(*given.values(), scaled)
+    wide = call.backward(scaled, float32=True)
+    assert_gradients(wide, expected, 2e-3)
+    # Rounding to float16 is all that is added: to the nearest, subnormal numbers too.
+    for name, array in call.backward(scaled).items():
+        assert array.tobytes() == wide[name].astype(np.float16).tobytes(), name
+
+
+def test_float32_gradients_of_any_size() -> None:
+    given, dout = inputs()
+    call = Forward(**given)
+    plain = call.backward(dout)
+    for factor in (2.0**60, 2.0**-60):
+        found = call.backward(dout * np.float32(factor))
+        for name, array in found.items():
+            assert array.tobytes() == (plain[name] * np.float32(factor)).tobytes(), name
+
+
+@pytest.mark.parametrize("logit", [-np.inf, -200.0, 30.0, 1e4])
+def test_sinks(logit: float) -> None:
+    given, dout = inputs()
+    given |= {"learnable_sink": np.array([logit, 0.5], np.float32)}
+    found = Forward(**given).backward(dout, wanted=wanted_of(given))
+    own = dict(given)
+    tensors = [own.pop(name) for name in ("query", "key", "value")]
+    expected = reference.gradients(*tensors, dout, **own)
+    for name, array in found.items():
+        wide = getattr(expected, name)
+        for head in range(2):
+            at = (head,) if name == "dsinks" else (slice(None), slice(None), head)
+            largest = max(float(np.abs(wide[at]).max()), 1e-30)
+            error = float(np.abs(array[at] - wide[at]).max())
+            assert error <= 3e-5 * largest + 1e-37, f"{name} {head}: {error:.3g} of {largest:.3g}"
+
+
+def test_large_scores() -> None:
+    """Scores of a thousand: probabilities are still right, because the log-sum-exp's float32 is."""
+    given, dout = inputs()
+    given["query"] = given["query"] * np.float32(30)
+    expected = reference.gradients(*given.values(), dout)
+    assert_gradients(Forward(**given).backward(dout), expected, 2e-4)
