@@ -66,6 +66,8 @@ UMFA_CORE_API Verdict trusts(const SelfTestReport& report, const LaunchPlan& pla
 UMFA_CORE_API LaunchPlan plan_without_results(const Problem& problem, const Capabilities& gpu);
 UMFA_CORE_API LaunchPlan plan_without_results(const CombineProblem& problem,
                                               const Capabilities& gpu);
+UMFA_CORE_API LaunchPlan plan_without_results(const BackwardProblem& problem,
+                                              const Capabilities& gpu);
 
 /// Time after which a case counts as hung. For the tests.
 UMFA_CORE_API void set_self_test_patience(std::chrono::milliseconds patience);

@@ -6,8 +6,10 @@
 #include <utility>
 
 #include "core/backend.h"
+#include "core/constants.h"
 #include "core/error.h"
 #include "metal/kernel_families.h"
+#include "metal/plan_backward.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
 #include "metal/plan_lanes.h"
@@ -18,8 +20,9 @@ namespace umfa::metal {
 namespace {
 
 const Function& function() {
-    static const Function self_test("umfa.self_test");
-    return self_test;
+    // Never destroyed: a test may run in a thread of its own while the process ends.
+    static const auto* self_test = new Function("umfa.self_test");
+    return *self_test;
 }
 
 // ---- the lane map ----------------------------------------------------------------------------------
@@ -181,6 +184,94 @@ void append(SelfTestTensors& tensors, AttentionRequest& request) {
     request.new_value = rows_like(*request.value);
 }
 
+// ---- gradients ---------------------------------------------------------------------------------------
+
+/// Likewise of the gradients in `wanted`, from what the CPU's forward pass gives.
+std::string differentiate(DType dtype, const AttentionSizes& sizes, uint32_t wanted,
+                          const std::string& family, const Runner& run) {
+    const auto call = attempt(dtype, sizes);
+    cpu::backend.forward.run(*call->problem, call->results);
+    SelfTestTensors& tensors = call->tensors;
+    const TensorView& out = call->results.out.view;
+    BackwardRequest request(call->request);
+    request.out = out;
+    request.lse = call->results.lse->view;
+    request.dout = tensors.numbers(dtype, {out.shape, out.shape + out.ndim});
+    request.wanted = wanted;
+    const BackwardProblem problem = BackwardProblem::make(request);
+    Gradients on_gpu, on_cpu;
+    for (size_t i = 0; i < gradient_count; ++i) {
+        if (!problem.wants(static_cast<Gradient>(i))) continue;
+        const TensorView shape = problem.shape_of(static_cast<Gradient>(i));
+        for (Gradients* gradients : {&on_gpu, &on_cpu})
+            (*gradients)[i] =
+                tensors.unwritten(shape.dtype, {shape.shape, shape.shape + shape.ndim});
+    }
+    const BackwardResults results = problem.results(on_gpu);
+    run([&](const Capabilities& gpu) {
+        LaunchPlan plan = plan_backward(problem, results, gpu);
+        check_plan(plan, family);
+        return plan;
+    });
+    cpu::backend.backward.run(problem, problem.results(on_cpu));
+    for (size_t i = 0; i < gradient_count; ++i) {
+        if (!on_gpu[i]) continue;
+        std::string text = difference(name_of(static_cast<Gradient>(i)), *on_gpu[i], *on_cpu[i]);
+        if (!text.empty()) return text;
+    }
+    return {};
+}
+
+/// Rows that are not in use, and so belong to no sequence.
+void use_part(SelfTestTensors& tensors, AttentionRequest& request) {
+    request.seqused_q = tensors.table({61});
+    request.seqused_k = tensors.table({70});
+}
+
+/// A mask that is added.
+void add_bias(SelfTestTensors& tensors, AttentionRequest& request) {
+    request.attn_mask =
+        tensors.numbers(DType::f32, {1, 1, request.query->shape[1], request.key->shape[1]});
+}
+
+/// Sinks of the dtype of the query.
+void attract(SelfTestTensors& tensors, AttentionRequest& request) {
+    request.learnable_sink = tensors.numbers(request.query->dtype, {request.query->shape[2]});
+}
+
+constexpr uint32_t all_wanted = bit(Gradient::query) | bit(Gradient::key) | bit(Gradient::value);
+
+/// Cases of the kernels of the backward pass.
+void add_backward(std::vector<SelfTestCase>& cases, DType dtype, const std::string& operands,
+                  const std::string& lanes) {
+    const auto add = [&](std::string family, std::string needs, const AttentionSizes& sizes,
+                         uint32_t wanted) {
+        cases.push_back({family, std::move(needs), [=](const Runner& run) {
+                             return differentiate(dtype, sizes, wanted, family, run);
+                         }});
+    };
+    constexpr uint32_t dkv = bit(Gradient::key) | bit(Gradient::value);
+    for (const int64_t d : {64, 128, 256, 576}) {
+        const std::string of_shape = operands + "_d" + std::to_string(d);
+        const int64_t dv = std::min<int64_t>(d, max_head_dim_v);
+        add("dq_" + of_shape, lanes, {d, dv, 67, 75}, bit(Gradient::query));
+        add("dkv_" + of_shape, lanes, {d, dv, 67, 75}, dkv);
+        add("dmask_" + of_shape, lanes, {d, dv, 67, 75, add_bias}, bit(Gradient::mask));
+    }
+    const std::string needs = "dkv_" + operands + "_d64";
+    add("backward_dropout_" + operands, needs, {64, 64, 67, 75, drop}, all_wanted);
+    add("backward_rotary_" + operands, needs, {64, 64, 67, 75, rotate}, all_wanted);
+    add("backward_scores_" + operands, needs, {64, 64, 67, 75, change_scores},
+        all_wanted | bit(Gradient::alibi_slopes));
+    add("backward_sequences_" + operands, needs, {64, 64, 67, 75, use_part}, all_wanted);
+    if (dtype == DType::f32)
+        add("backward_dtypes_" + operands, needs, {64, 64, 67, 75, mix_dtypes}, all_wanted);
+    const std::string stored = stored_type(dtype).name;
+    add("row_sums_" + stored, "delta_" + stored, {64, 64, 67, 75, attract}, bit(Gradient::sinks));
+    // Its results are seen in dQ alone.
+    add("delta_" + stored, "dq_" + operands + "_d64", {64, 64, 67, 75}, bit(Gradient::query));
+}
+
 // ---- merging -----------------------------------------------------------------------------------------
 
 std::string merge_parts(DType dtype, const Runner& run) {
@@ -221,6 +312,7 @@ std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) 
     add(forward + "_d128", lanes, {128, 128, 67, 75});
     add(forward + "_d256", lanes, {256, 256, 67, 75});
     add(forward + "_d576", lanes, {576, 512, 67, 75});
+    add("packed_" + operands, forward + "_d576", {576, 512, 1, 75, split});
     add("rotary_" + operands, forward + "_d64", {64, 64, 67, 75, rotate});
     add("dropout_" + operands, forward + "_d64", {64, 64, 67, 75, drop});
     add("scores_" + operands, forward + "_d64", {64, 64, 67, 75, change_scores});
@@ -229,12 +321,14 @@ std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) 
         add("dtypes_" + operands, forward + "_d64", {64, 64, 67, 75, mix_dtypes});
     add(decode + "_d128", lanes, {128, 128, 1, 75});
     add(decode + "_d256", lanes, {256, 256, 1, 75});
+    add("decode_vector_" + operands + "_d128", "", {128, 128, 1, 75, nullptr, 1});
     add("decode_merge_" + stored, decode + "_d128", {128, 128, 1, 175, split});
     add("clear_" + stored, "", {64, 64, 5, 75, clear});
     // Without query heads only the append kernel is launched.
     add("append_" + stored, "", {64, 64, 1, 75, append, 0});
     cases.push_back(
         {"combine_" + stored, "", [=](const Runner& run) { return merge_parts(dtype, run); }});
+    add_backward(cases, dtype, operands, lanes);
     return cases;
 }
 

@@ -1,6 +1,8 @@
 // Whether the self-test of this GPU passed for the kernels of a problem.
 #pragma once
 
+#include <functional>
+
 #include "core/backend.h"
 
 namespace umfa::metal {
@@ -8,9 +10,14 @@ namespace umfa::metal {
 /// The first call with a dtype runs the self-test for it.
 Verdict trusts_forward(const Problem& problem);
 Verdict trusts_combine(const CombineProblem& problem);
-/// Whether trusts_forward() and trusts_combine() may run the self-test or wait for it.
+Verdict trusts_backward(const BackwardProblem& problem);
+/// Whether they may run the self-test or wait for it.
 bool forward_may_wait(const Problem& problem);
 bool combine_may_wait(const CombineProblem& problem);
+bool backward_may_wait(const BackwardProblem& problem);
+
+/// What runs the self-tests that trusts_forward() needs, later. It keeps nothing of the problem.
+std::function<void()> self_tests_for(const Problem& problem);
 
 /// Outcomes of the self-test. `run`: first tests each untested dtype.
 SelfTestReports self_tests(bool run);

@@ -52,15 +52,28 @@ Dtypes dtypes_of(const Problem& problem) {
 
 Dtypes dtypes_of(const CombineProblem& problem) { return {problem.out_partial.view.dtype}; }
 
+/// Float kernels also where dout has another dtype; rows in no sequence are cleared in the results'.
+Dtypes dtypes_of(const BackwardProblem& problem) {
+    const Problem& forward = problem.forward;
+    const DType dtype = forward.query.view.dtype;
+    Dtypes dtypes = {forward.one_dtype() && problem.dout.view.dtype == dtype ? dtype : DType::f32};
+    for (const Operand* operand : {&forward.query, &forward.key, &forward.value})
+        add(dtypes, operand->view.dtype);
+    return dtypes;
+}
+
+std::string_view function_of(const Problem& problem) { return problem.function; }
+std::string_view function_of(const CombineProblem& problem) { return problem.function; }
+std::string_view function_of(const BackwardProblem& problem) { return problem.forward.function; }
+
 template <class P>
 Verdict trusts_problem(const P& problem) {
     const AutoreleasePool pool;
-    const std::shared_ptr<Context> context = Context::current(problem.function);
+    const std::shared_ptr<Context> context = Context::current(function_of(problem));
     for (const DType dtype : dtypes_of(problem)) {
         const auto report = context->self_tests().of(dtype, machine_of(context));
         if (report->passed()) continue;
-        Verdict verdict =
-            trusts(*report, plan_without_results(problem, context->gpu().capabilities));
+        Verdict verdict = trusts(*report, plan_without_results(problem, context->capabilities()));
         if (!verdict.yes) return verdict;
     }
     return {};
@@ -80,8 +93,18 @@ bool problem_may_wait(const P& problem) {
 
 Verdict trusts_forward(const Problem& problem) { return trusts_problem(problem); }
 Verdict trusts_combine(const CombineProblem& problem) { return trusts_problem(problem); }
+Verdict trusts_backward(const BackwardProblem& problem) { return trusts_problem(problem); }
 bool forward_may_wait(const Problem& problem) { return problem_may_wait(problem); }
 bool combine_may_wait(const CombineProblem& problem) { return problem_may_wait(problem); }
+bool backward_may_wait(const BackwardProblem& problem) { return problem_may_wait(problem); }
+
+std::function<void()> self_tests_for(const Problem& problem) {
+    const std::shared_ptr<Context> context = Context::current(problem.function);
+    return [context, dtypes = dtypes_of(problem)] {
+        const AutoreleasePool pool;
+        for (const DType dtype : dtypes) context->self_tests().of(dtype, machine_of(context));
+    };
+}
 
 SelfTestReports self_tests(bool run) {
     const AutoreleasePool pool;

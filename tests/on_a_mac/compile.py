@@ -15,6 +15,8 @@ QUICK = {
     ("append_f16", "everything"),
     ("clear_f32", "plain"),
     ("decode_f16_d64_v64_q1", "plain"),
+    ("decode_vector_f16_d64_v64", "plain"),
+    ("dq_f16_d64_v64_k16", "plain"),
     ("forward_f16_d64_v64_k32", "plain"),
 }
 

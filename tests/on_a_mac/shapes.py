@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -46,13 +46,35 @@ def played_by(play: Play) -> Iterator[None]:
         vars(emulated)["_play"] = before
 
 
-def head_dims() -> list[tuple[int, int]]:
-    """Those of the shape tables."""
+def head_dims(
+    tables: Sequence[str] = ("forward_shapes.h", "decode_shapes.h"),
+) -> list[tuple[int, int]]:
+    """Those of the shape tables that a call may have; 640 is 576, padded."""
     dims = set()
-    for table in ("forward_shapes.h", "decode_shapes.h"):
+    for table in tables:
         text = (emulated.SHADERS / "shared" / table).read_text()
         dims |= {(int(d), int(dv)) for d, dv in re.findall(r"\bX\((\d+), (\d+),", text)}
-    return sorted(dims)
+    return sorted((d, dv) for d, dv in dims if d <= 576)
+
+
+def alternatives() -> list[tuple[int, str]]:
+    """(GPU family, name) of each kernel that tuning may choose, once for each."""
+    text = (emulated.SHADERS / "shared" / "forward_shapes.h").read_text()
+    found = []
+    for table, types in (
+        ("16", ("f16", "bf16")),
+        ("32", ("f32",)),
+        ("WIDENED", ("bf16_as_f32",)),
+    ):
+        rows = text[text.index(f"#define UMFA_FORWARD_ALTERNATIVES_{table}(X)") :].split("\n\n")[0]
+        for row in re.findall(r"\bX\((.*)\)", rows):
+            d, dv, bk, qf, _, _, _, fences, first, last = row.split(", ")
+            for kind in types:
+                family = int(last if kind == "bf16" else first)
+                if kind == "bf16" and family < 9:
+                    continue  # native from Apple9 on
+                found.append((family, f"forward_{kind}_d{d}_v{dv}_k{bk}_q{qf}_f{fences}"))
+    return found
 
 
 def call(
@@ -79,6 +101,33 @@ def call(
         tensors |= {"new_value": zeros(batch, 3, heads[1], dv)}
         tensors["seqused_k"] = np.array([rows - 8, rows // 2], np.int32)
     emulated.call(query, key, value, options, **tensors)
+
+
+def call_backward(dtype: Any, dims: tuple[int, int], variant: str) -> None:
+    """Plan the gradients of a call."""
+    d, dv = dims
+    out = np.zeros((2, 40, 2, dv), dtype)
+    options: dict[str, Any] = {}
+    wanted: tuple[str, ...] = ("dq", "dk", "dv")
+    if variant == "everything":
+        options |= {"causal": True, "softcap": 30.0, "dropout_p": 0.5}
+        options["attn_mask"] = np.zeros((1, 1, 40, 64), dtype)
+        options["seqused_k"] = np.array([56, 48], np.int32)
+        options["learnable_sink"] = np.zeros(2, dtype)
+        options["alibi_slopes"] = np.zeros(2, np.float32)
+        options["rotary_cos"] = options["rotary_sin"] = np.zeros((64, d // 2), np.float32)
+        options["qv"] = np.zeros((2, 40, 2, dv), dtype)
+        wanted += ("dsinks", "dalibi_slopes", "dmask", "dqv")
+    attention = _ext.Attention(
+        emulated.FUNCTION,
+        query=np.zeros((2, 40, 2, d), dtype),
+        key=np.zeros((2, 64, 2, d), dtype),
+        value=np.zeros((2, 64, 2, dv), dtype),
+        backend="metal",
+        **options,
+    )
+    lse = np.zeros((2, 2, 40), np.float32)
+    emulated.backward(attention, (out, lse, out.copy(), None), wanted)
 
 
 def call_clear(dtype: Any) -> None:
@@ -114,11 +163,21 @@ def every_shape() -> list[Shape]:
                     call_clear(dtype)
                     for to in DTYPES.values():
                         call_combine(dtype, to)
+                    for dims in head_dims(["backward_shapes.h"]):
+                        for variant in VARIANTS:
+                            call_backward(dtype, dims, variant)
                     for dims in head_dims():
                         for variant in VARIANTS:
                             call(dtype, dims, 40, (2, 2), variant)
                             call(dtype, dims, 1, (2, 2), variant)
+                            call(dtype, dims, 1, (4, 2), variant)
                             call(dtype, dims, 1, (16, 1), variant)
+            for family, name in alternatives():
+                emulated.settings = emulated.Settings(family=family, tiles=[name])
+                _, kind, *_ = name.split("_")
+                for variant in VARIANTS:
+                    head_dim = int(name.split("_d")[1].split("_")[0])
+                    call(DTYPES[kind], (head_dim, head_dim), 40, (2, 2), variant)
         finally:
             emulated.settings = before
     return sorted(found.values(), key=lambda shape: (shape.name, shape.variant))

@@ -13,11 +13,18 @@ from tools.metal.double.gpus import Emulator, Recorder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs no emulator, whose fibers sanitizers do not understand, is for them too."""
+    """What runs no emulator, whose fibers sanitizers do not understand, is for them too.
+
+    A self-test on the emulator compiles a kernel of each family, and is slow.
+    """
     here = Path(__file__).parent
     for item in items:
-        if here in item.path.parents and "emulated" not in getattr(item, "fixturenames", ()):
+        if here not in item.path.parents:
+            continue
+        if "emulated" not in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.sanitize)
+        elif item.path.name == "test_self_test.py":
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

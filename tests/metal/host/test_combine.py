@@ -62,7 +62,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ["causal", pytest.param("dense", marks=pytest.mark.slow)])
 def test_weights_of_dense_calls(name: str, emulated: Double) -> None:
     options = CALLS[name]
     q, k, v = (normal((2, n, h, 16), seed=i) for i, (n, h) in enumerate([(9, 4), (40, 2), (40, 2)]))

@@ -33,14 +33,16 @@ def test_batch_dimensions_count_as_one(
         function, query=query, key=key, value=value, dropout_p=0.4, dropout_seed=3, backend="metal"
     )
 
-    def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+    def allocate(like: Any, shape: tuple[int, ...], dtype: str, backend: str) -> tuple[Any, Any]:
+        assert like is query
+        assert backend == "metal"
         out = np.full(shape, np.nan, dtype)
         return _numpy.export(out, "umfa.test", "out"), out
 
     before = umfa.stats().metal_calls
     found, *_ = _ext.attention_forward(
-        attention.options, plans.exported_of(attention), allocate
-    )  # fmt: skip
+        attention.options, plans.exported_of(attention), allocate, query, "metal"
+    )
     assert umfa.stats().metal_calls == before + 1
     exact = reference.scaled_dot_product(
         query, key, value, dropout_p=0.4, dropout_seed=3, dropout_offset=0

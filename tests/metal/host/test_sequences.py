@@ -93,7 +93,7 @@ def test_small_tables_are_bytes_and_large_ones_buffers(double: Double, recorder:
 
 def test_no_memory_for_a_table(double: Double) -> None:
     x, cu = np.zeros((1000, 1, 32), np.float32), np.arange(1001, dtype=np.int32)
-    double.fault("buffer")
+    double.fault("buffer", skip=2)  # two are for intermediate results
     with pytest.raises(MemoryError, match=r"no memory for a table of sequences; got 88000 bytes"):
         umfa.flash_attn_varlen_func(x, x, x, cu, cu, 1, 1, backend="metal")
 
