@@ -1,0 +1,60 @@
+"""What of a call does not depend on its tensors, and the tensors as the core takes them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .. import _ext
+from .._frameworks import Framework
+
+
+class Prepared(NamedTuple):
+    """What of a call does not depend on its tensors."""
+
+    options: _ext.Options
+    function: str
+    backend: str
+    names: tuple[str, ...]
+    tables: frozenset[str]
+    autocast: tuple[str, ...]
+    written: tuple[str, ...]
+
+
+def prepared(options: _ext.Options) -> Prepared:
+    return Prepared(
+        options,
+        options.function,
+        options.backend,
+        options.names,
+        frozenset(options.tables),
+        options.autocast,
+        options.written,
+    )
+
+
+def exported(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
+    """DLPack objects, in the order of the options' names."""
+    export, function, tables, backend = framework.export, call.function, call.tables, call.backend
+    if not tables:
+        return tuple([export(tensor, function, name, backend) for name, tensor in tensors.items()])
+    return tuple(
+        tensor if name in tables else export(tensor, function, name, backend)
+        for name, tensor in tensors.items()
+    )
+
+
+def execute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
+    """(out,), (out, lse) or (out, lse, weights)."""
+    out, lse, weights = _ext.attention_forward(
+        call.options,
+        exported(framework, call, tensors),
+        framework.allocate,
+        tensors[call.names[0]],
+        call.backend,
+    )
+    result = tensors["out"] if out is None else framework.finish(out)
+    if lse is None:
+        return (result,)
+    if weights is None:
+        return result, framework.finish(lse)
+    return result, framework.finish(lse), framework.finish(weights)
