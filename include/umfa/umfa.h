@@ -180,7 +180,8 @@ UMFA_API umfa_status umfa_attention_can_run(const DLTensor* query, const DLTenso
  * for: out holds the result when the command buffer has completed.
  *
  * metal_command_buffer: an id<MTLCommandBuffer> of the default device, not committed, with no encoder
- *   open. umfa opens an encoder of its own and ends it.
+ *   open. umfa opens an encoder of its own and ends it. The call is one command buffer, however long
+ *   it takes: macOS ends those that take several seconds. umfa_attention_forward splits such a call.
  * The tensors: usually on kDLMetal (data is the id<MTLBuffer>, which the command buffer retains).
  *   Those in host memory must stay there until the command buffer has completed, and are refused
  *   where Metal cannot map them.
@@ -190,6 +191,64 @@ UMFA_API umfa_status umfa_attention_forward_encode(void* metal_command_buffer,
                                                    const DLTensor* value, DLTensor* out,
                                                    DLTensor* lse,
                                                    const umfa_attention_options* options);
+
+/* Compiles the GPU kernels that umfa_attention_forward needs for these arguments, so that its first
+ * call does not wait for them, and computes nothing.
+ *
+ * All arguments: as umfa_attention_forward takes them; lse is NULL in both calls or in neither. The
+ *   memory of float and bool tensors is neither read nor written. Tables (cu_seqlens_q, seqused_k,
+ *   block_table, ...) are read, because they decide which kernels the call needs.
+ * options->backend: the kernels are those of the backend that runs the call. The CPU backend
+ *   compiles nothing, and the status is UMFA_OK.
+ * Fails where umfa_attention_forward fails, and where Metal cannot compile a kernel. One call
+ * prepares all calls with the same options, dtypes, head dims and layouts of the tensors; the chapter
+ * "The first call" of docs/backends.md lists the exceptions. */
+UMFA_API umfa_status umfa_attention_warmup(const DLTensor* query, const DLTensor* key,
+                                           const DLTensor* value, const DLTensor* out,
+                                           const DLTensor* lse,
+                                           const umfa_attention_options* options);
+
+/* Gradients to be written, NULL where one is not wanted. Begin with UMFA_ATTENTION_GRADIENTS_INIT;
+ * struct_size is as in umfa_attention_options. Each has the shape of what it belongs to, any strides,
+ * and its dtype or float32. */
+typedef struct umfa_attention_gradients {
+    size_t struct_size; /* sizeof(umfa_attention_gradients) */
+    DLTensor *dquery, *dkey, *dvalue;
+    DLTensor* dqv;           /* of options->qv */
+    DLTensor* dmask;         /* of a float options->attn_mask, summed where that broadcasts */
+    DLTensor* dsinks;        /* of options->learnable_sink */
+    DLTensor* dalibi_slopes; /* of options->alibi_slopes */
+} umfa_attention_gradients;
+
+/* clang-format off */
+#define UMFA_ATTENTION_GRADIENTS_INIT \
+    {sizeof(umfa_attention_gradients), NULL, NULL, NULL, NULL, NULL, NULL, NULL}
+/* clang-format on */
+
+/* The gradients of a call of umfa_attention_forward, from those of its results.
+ *
+ * query, key, value, options: of that call. Pages and new keys are not supported.
+ * out, lse: what it gave.
+ * dout: the gradient of out; out's shape; float32, float16 or bfloat16.
+ * dlse: the gradient of lse; float32, lse's shape; NULL: 0.
+ * gradients: at least one. They overlap neither one another nor an input.
+ * Arithmetic is float32, sums have the same order in every run, and rows that see no key have a
+ * gradient of 0 and add nothing to others. On failure nothing is written. */
+UMFA_API umfa_status umfa_attention_backward(const DLTensor* query, const DLTensor* key,
+                                             const DLTensor* value, const DLTensor* out,
+                                             const DLTensor* lse, const DLTensor* dout,
+                                             const DLTensor* dlse,
+                                             const umfa_attention_gradients* gradients,
+                                             const umfa_attention_options* options);
+
+/* Whether umfa_attention_backward would accept these arguments, without computing or writing
+ * anything; as umfa_attention_can_run. */
+UMFA_API umfa_status umfa_attention_backward_can_run(const DLTensor* query, const DLTensor* key,
+                                                     const DLTensor* value, const DLTensor* out,
+                                                     const DLTensor* lse, const DLTensor* dout,
+                                                     const DLTensor* dlse,
+                                                     const umfa_attention_gradients* gradients,
+                                                     const umfa_attention_options* options);
 
 /* Merges results of attention over parts of the keys into that over all of them.
  *
@@ -208,6 +267,12 @@ UMFA_API umfa_status umfa_attention_combine(const DLTensor* out_partial,
 /* Whether umfa_attention_combine would accept these arguments, as umfa_attention_can_run. */
 UMFA_API umfa_status umfa_attention_combine_can_run(const DLTensor* out_partial,
                                                     const DLTensor* lse_partial, int32_t backend);
+
+/* Compiles the GPU kernel that umfa_attention_combine needs for these arguments, as
+ * umfa_attention_warmup. */
+UMFA_API umfa_status umfa_attention_combine_warmup(const DLTensor* out_partial,
+                                                   const DLTensor* lse_partial, const DLTensor* out,
+                                                   const DLTensor* lse, int32_t backend);
 
 /* The weights of umfa_attention_forward as a matrix, for looking at small problems.
  *

@@ -7,6 +7,7 @@
 #include <new>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "core/dispatch.h"
 #include "core/dlpack_view.h"
@@ -51,24 +52,42 @@ umfa_status guarded(F&& body) noexcept {
     }
 }
 
-/// The caller's options over the defaults, as far as the caller's struct reaches.
-umfa_attention_options read_options(const umfa_attention_options* given, const char* function) {
-    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
-    if (!given) return options;
-    const size_t size = given->struct_size, known = sizeof options;
-    if (size < offsetof(umfa_attention_options, backend))
-        fail(ErrorKind::value, function, "options->struct_size is too small", std::to_string(size),
-             "sizeof(umfa_attention_options), " + std::to_string(known));
+/// The caller's struct over the defaults, as far as it reaches. `least`: bytes that every version has.
+template <class Struct>
+Struct read_struct(const Struct* given, const Struct& defaults, size_t least, const char* name,
+                   const char* function) {
+    Struct found = defaults;
+    if (!given) return found;
+    const size_t size = given->struct_size, known = sizeof found;
+    const std::string called = name;
+    if (size < least)
+        fail(ErrorKind::value, function, called + "->struct_size is too small",
+             std::to_string(size),
+             "sizeof(umfa_attention_" + called + "), " + std::to_string(known));
     // A caller from the future may set fields this library does not know: only 0 is safe there.
     bool unknown = size > known + 4096;  // no struct of ours: do not even look
     for (size_t i = known; i < size && !unknown; ++i)
         unknown = reinterpret_cast<const unsigned char*>(given)[i] != 0;
     if (unknown)
         fail(ErrorKind::unsupported, function,
-             "options has fields that this version of umfa does not know",
+             called + " has fields that this version of umfa does not know",
              "struct_size " + std::to_string(size), "at most " + std::to_string(known));
-    std::memcpy(&options, given, size < known ? size : known);
-    return options;
+    std::memcpy(&found, given, size < known ? size : known);
+    return found;
+}
+
+umfa_attention_options read_options(const umfa_attention_options* given, const char* function) {
+    return read_struct(given, umfa_attention_options UMFA_ATTENTION_OPTIONS_INIT,
+                       offsetof(umfa_attention_options, backend), "options", function);
+}
+
+umfa_attention_gradients read_gradients(const umfa_attention_gradients* given,
+                                        const char* function) {
+    if (!given)
+        fail(ErrorKind::value, function, "gradients is missing", "NULL",
+             "an umfa_attention_gradients");
+    return read_struct(given, umfa_attention_gradients UMFA_ATTENTION_GRADIENTS_INIT,
+                       offsetof(umfa_attention_gradients, dquery), "gradients", function);
 }
 
 int checked_enum(int32_t value, int32_t last, const char* name, const char* function) {
@@ -165,6 +184,59 @@ Written read_written(const Function& function, const DLTensor* out, const DLTens
     return written;
 }
 
+struct ForwardCall {
+    Problem problem;
+    ForwardResults results;
+    const char* backend;
+};
+
+/// The arguments of umfa_attention_forward, all checked.
+ForwardCall read_forward(const Names& names, const DLTensor* query, const DLTensor* key,
+                         const DLTensor* value, const DLTensor* out, const DLTensor* lse,
+                         const umfa_attention_options* options) {
+    Call call = read_call(names, query, key, options);
+    call.request.value = checked_view(value, names.bshd, "value");
+    const Written written = read_written(*call.request.function, out, lse);
+    call.request.out = written.out;  // the problem takes its dtype
+    call.request.return_lse = written.lse.has_value();
+    Problem problem = Problem::make(call.request);
+    const ForwardResults results = problem.results(written.out, written.lse);
+    return {std::move(problem), results, call.backend};
+}
+
+struct BackwardCall {
+    BackwardProblem problem;
+    Gradients gradients;  // to be written
+    const char* backend;
+};
+
+BackwardCall read_backward(const Names& names, const DLTensor* query, const DLTensor* key,
+                           const DLTensor* value, const DLTensor* out, const DLTensor* lse,
+                           const DLTensor* dout, const DLTensor* dlse,
+                           const umfa_attention_gradients* gradients,
+                           const umfa_attention_options* options) {
+    const std::string& called = names.bshd.name;
+    const umfa_attention_gradients own = read_gradients(gradients, called.c_str());
+    Call call = read_call(names, query, key, options);
+    call.request.value = checked_view(value, names.bshd, "value");
+    BackwardRequest request(call.request);
+    request.out = checked_view(out, names.bshd, "out");
+    request.lse = checked_view(lse, names.bshd, "lse");
+    request.dout = checked_view(dout, names.bshd, "dout");
+    if (dlse) request.dlse = view_of(*dlse, called, "dlse");
+    // In the order of core/backward.h.
+    const DLTensor* written[gradient_count] = {own.dquery, own.dkey,   own.dvalue,       own.dqv,
+                                               own.dmask,  own.dsinks, own.dalibi_slopes};
+    Gradients views;
+    for (size_t i = 0; i < gradient_count; ++i) {
+        if (!written[i]) continue;
+        const auto gradient = static_cast<Gradient>(i);
+        request.wanted |= bit(gradient);
+        views[i] = view_of(*written[i], called, name_of(gradient));
+    }
+    return {BackwardProblem::make(request), views, call.backend};
+}
+
 /// `function` outlives the problem.
 CombineProblem read_combination(const Function& function, const DLTensor* out_partial,
                                 const DLTensor* lse_partial, const std::optional<TensorView>& out) {
@@ -173,6 +245,20 @@ CombineProblem read_combination(const Function& function, const DLTensor* out_pa
                                  checked_view(lse_partial, function, "lse_partial"),
                                  {},
                                  out});
+}
+
+struct CombineCall {
+    CombineProblem problem;
+    CombineResults results;
+};
+
+/// The tensors of umfa_attention_combine, all checked. `function` outlives the problem.
+CombineCall read_combine(const Function& function, const DLTensor* out_partial,
+                         const DLTensor* lse_partial, const DLTensor* out, const DLTensor* lse) {
+    const TensorView to = checked_view(out, function, "out");
+    const TensorView to_lse = checked_view(lse, function, "lse");
+    const CombineProblem problem = read_combination(function, out_partial, lse_partial, to);
+    return {problem, problem.results(to, to_lse)};
 }
 
 }  // namespace
@@ -184,14 +270,9 @@ umfa_status umfa_attention_forward(const DLTensor* query, const DLTensor* key,
                                    const umfa_attention_options* options) {
     return guarded([&] {
         static const Names names("umfa_attention_forward");
-        Call call = read_call(names, query, key, options);
-        call.request.value = checked_view(value, names.bshd, "value");
-        const Written written = read_written(*call.request.function, out, lse);
-        call.request.out = written.out;  // the problem takes its dtype
-        call.request.return_lse = written.lse.has_value();
-        const Problem problem = Problem::make(call.request);
-        const ForwardResults results = problem.results(written.out, written.lse);
-        forward(route(problem, call.backend), problem, results);
+        const auto [problem, results, backend] =
+            read_forward(names, query, key, value, out, lse, options);
+        forward(route_call(problem, backend), problem, results);
     });
 }
 
@@ -213,15 +294,50 @@ umfa_status umfa_attention_forward_encode(void* metal_command_buffer, const DLTe
         if (!metal_command_buffer)
             fail(ErrorKind::value, names.bshd.name, "metal_command_buffer is missing", "NULL",
                  "an id<MTLCommandBuffer> that is not committed");
-        Call call = read_call(names, query, key, options);
-        call.request.value = checked_view(value, names.bshd, "value");
-        const Written written = read_written(*call.request.function, out, lse);
-        call.request.out = written.out;  // the problem takes its dtype
-        call.request.return_lse = written.lse.has_value();
-        const Problem problem = Problem::make(call.request);
-        encode_forward(problem, problem.results(written.out, written.lse),
-                       std::string_view(call.backend) == "auto" ? "metal" : call.backend,
+        const auto [problem, results, backend] =
+            read_forward(names, query, key, value, out, lse, options);
+        encode_forward(problem, results, std::string_view(backend) == "auto" ? "metal" : backend,
                        metal_command_buffer);
+    });
+}
+
+umfa_status umfa_attention_warmup(const DLTensor* query, const DLTensor* key, const DLTensor* value,
+                                  const DLTensor* out, const DLTensor* lse,
+                                  const umfa_attention_options* options) {
+    return guarded([&] {
+        static const Names names("umfa_attention_warmup");
+        const auto [problem, results, backend] =
+            read_forward(names, query, key, value, out, lse, options);
+        warm_up(problem, backend, results);
+    });
+}
+
+umfa_status umfa_attention_backward(const DLTensor* query, const DLTensor* key,
+                                    const DLTensor* value, const DLTensor* out, const DLTensor* lse,
+                                    const DLTensor* dout, const DLTensor* dlse,
+                                    const umfa_attention_gradients* gradients,
+                                    const umfa_attention_options* options) {
+    return guarded([&] {
+        static const Names names("umfa_attention_backward");
+        const auto [problem, written, backend] =
+            read_backward(names, query, key, value, out, lse, dout, dlse, gradients, options);
+        const BackwardResults results = problem.results(written);
+        backward(route(problem, backend), problem, results);
+    });
+}
+
+umfa_status umfa_attention_backward_can_run(const DLTensor* query, const DLTensor* key,
+                                            const DLTensor* value, const DLTensor* out,
+                                            const DLTensor* lse, const DLTensor* dout,
+                                            const DLTensor* dlse,
+                                            const umfa_attention_gradients* gradients,
+                                            const umfa_attention_options* options) {
+    return guarded([&] {
+        static const Names names("umfa_attention_backward_can_run");
+        const auto [problem, written, backend] =
+            read_backward(names, query, key, value, out, lse, dout, dlse, gradients, options);
+        (void)problem.results(written);  // which checks them
+        route(problem, backend);
     });
 }
 
@@ -230,10 +346,7 @@ umfa_status umfa_attention_combine(const DLTensor* out_partial, const DLTensor* 
     return guarded([&] {
         static const Function function("umfa_attention_combine");
         const char* name = checked_backend(backend, "backend", function.name.c_str());
-        const TensorView to = checked_view(out, function, "out");
-        const TensorView to_lse = checked_view(lse, function, "lse");
-        const CombineProblem problem = read_combination(function, out_partial, lse_partial, to);
-        const CombineResults results = problem.results(to, to_lse);
+        const auto [problem, results] = read_combine(function, out_partial, lse_partial, out, lse);
         combine(route(problem, name), problem, results);
     });
 }
@@ -247,6 +360,17 @@ umfa_status umfa_attention_combine_can_run(const DLTensor* out_partial, const DL
     });
 }
 
+umfa_status umfa_attention_combine_warmup(const DLTensor* out_partial, const DLTensor* lse_partial,
+                                          const DLTensor* out, const DLTensor* lse,
+                                          int32_t backend) {
+    return guarded([&] {
+        static const Function function("umfa_attention_combine_warmup");
+        const char* name = checked_backend(backend, "backend", function.name.c_str());
+        const CombineCall call = read_combine(function, out_partial, lse_partial, out, lse);
+        warm_up(call.problem, name);
+    });
+}
+
 umfa_status umfa_attention_weights(const DLTensor* query, const DLTensor* key, DLTensor* matrix,
                                    const umfa_attention_options* options) {
     return guarded([&] {
@@ -254,7 +378,7 @@ umfa_status umfa_attention_weights(const DLTensor* query, const DLTensor* key, D
         const Call call = read_call(names, query, key, options);
         const TensorView view = checked_view(matrix, names.bshd, "weights");
         const Problem problem = make_weights_problem(call.request);
-        weights(route(problem, call.backend), problem, view);
+        weights(route(weights_steps(problem, false), call.backend), problem, view);
     });
 }
 

@@ -252,6 +252,11 @@ static umfa_status run(problem* p, const umfa_attention_options* options) {
                                   options);
 }
 
+static umfa_status warmup(problem* p, const umfa_attention_options* options) {
+    return umfa_attention_warmup(&p->query.dl, &p->key.dl, &p->value.dl, &p->out.dl, &p->lse.dl,
+                                 options);
+}
+
 static void check_problem(int line, problem* p, const umfa_attention_options* options) {
     const umfa_status status = run(p, options);
     if (status != UMFA_OK) fail_at(line, "status %d", (int)status);
@@ -824,6 +829,44 @@ TEST(success_keeps_the_last_error) {
     CHECK(strcmp(before, umfa_last_error()) == 0);
 }
 
+/* ---- tests: compiling ahead --------------------------------------------------------------------- */
+
+TEST(warmup_computes_nothing) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    int64_t i;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    memset(p.out.dl.data, 0x5a, sizeof(float) * BATCH * SEQLEN_Q * HEADS * HEAD_DIM_V);
+    memset(p.lse.dl.data, 0x5a, sizeof(float) * BATCH * HEADS * SEQLEN_Q);
+    CHECK_OK(warmup(&p, NULL));
+    options.backend = UMFA_BACKEND_CPU;
+    options.causal = 1;
+    CHECK_OK(warmup(&p, &options));
+    CHECK_OK(umfa_attention_warmup(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, NULL, &options));
+    for (i = 0; i < BATCH * SEQLEN_Q * HEADS * HEAD_DIM_V; ++i)
+        CHECK(((unsigned char*)p.out.dl.data)[i * (int64_t)sizeof(float)] == 0x5a);
+    for (i = 0; i < BATCH * HEADS * SEQLEN_Q; ++i)
+        CHECK(((unsigned char*)p.lse.dl.data)[i * (int64_t)sizeof(float)] == 0x5a);
+}
+
+TEST(warmup_that_cannot_be) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    options.softmax_scale = NAN;
+    CHECK_FAILS(
+        warmup(&p, &options), UMFA_ERROR_VALUE,
+        "[umfa_attention_warmup] softmax_scale is not a number of float32's range; got nan");
+    options.softmax_scale = 0;
+    options.backend = 9;
+    CHECK_FAILS(warmup(&p, &options), UMFA_ERROR_VALUE, "options->backend is unknown; got 9");
+    options.backend = UMFA_BACKEND_CPU;
+    CHECK_FAILS(umfa_attention_warmup(&p.query.dl, &p.key.dl, &p.value.dl, NULL, NULL, &options),
+                UMFA_ERROR_VALUE, "[umfa_attention_warmup] out is missing; got NULL");
+    p.out.dl.data = p.query.dl.data;
+    CHECK_FAILS(warmup(&p, &options), UMFA_ERROR_VALUE, "out overlaps query");
+}
+
 /* ---- tests: merging partial results ----------------------------------------------------------------- */
 
 enum { PARTS = 3 };
@@ -868,6 +911,10 @@ TEST(combine) {
     make(&lse, 3, BATCH, SEQLEN_Q, HEADS, 1);
     memset(p.out.dl.data, 0x5a, sizeof(float) * BATCH * SEQLEN_Q * HEADS * HEAD_DIM_V);
     CHECK_OK(umfa_attention_combine_can_run(&out_partial.dl, &lse_partial.dl, UMFA_BACKEND_AUTO));
+    CHECK_OK(umfa_attention_combine_warmup(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl,
+                                           UMFA_BACKEND_CPU));
+    for (i = 0; i < BATCH * SEQLEN_Q * HEADS * HEAD_DIM_V; ++i)
+        CHECK(((unsigned char*)p.out.dl.data)[i * (int64_t)sizeof(float)] == 0x5a);
     CHECK_OK(umfa_attention_combine(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl,
                                     UMFA_BACKEND_CPU));
     for (b = 0; b < BATCH; ++b)
@@ -899,10 +946,113 @@ TEST(combine_that_cannot_be) {
     p.out.dl.data = out_partial.dl.data;
     CHECK_FAILS(COMBINE(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl, 0), UMFA_ERROR_VALUE,
                 "out overlaps out_partial");
+    CHECK_FAILS(
+        umfa_attention_combine_warmup(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl, 0),
+        UMFA_ERROR_VALUE, "out overlaps out_partial");
+    CHECK_FAILS(
+        umfa_attention_combine_warmup(&out_partial.dl, &lse_partial.dl, &p.out.dl, &lse.dl, 9),
+        UMFA_ERROR_VALUE, "backend is unknown; got 9");
     lse_partial.shape[0] = 2;
     CHECK_FAILS(umfa_attention_combine_can_run(&out_partial.dl, &lse_partial.dl, 0),
                 UMFA_ERROR_VALUE, "lse_partial has the wrong shape; got (2, ");
 #undef COMBINE
+}
+
+/* ---- tests: gradients ------------------------------------------------------------------------------- */
+
+/* sum(out * dout) + sum(lse * dlse) */
+static double loss(problem* p, const umfa_attention_options* options, const tensor* dout,
+                   const tensor* dlse) {
+    double sum = 0;
+    int64_t i;
+    CHECK_OK(umfa_attention_forward(&p->query.dl, &p->key.dl, &p->value.dl, &p->out.dl, &p->lse.dl,
+                                    options));
+    for (i = 0; i < BATCH * SEQLEN_Q * HEADS * HEAD_DIM_V; ++i)
+        sum += (double)((float*)p->out.dl.data)[i] * ((float*)dout->dl.data)[i];
+    for (i = 0; i < BATCH * HEADS * SEQLEN_Q; ++i)
+        sum += (double)((float*)p->lse.dl.data)[i] * ((float*)dlse->dl.data)[i];
+    return sum;
+}
+
+TEST(gradients_are_finite_differences) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    umfa_attention_gradients gradients = UMFA_ATTENTION_GRADIENTS_INIT;
+    problem p;
+    tensor dout, dlse, dquery, dkey, dvalue, sinks, dsinks;
+    const float step = 0.05f;
+    int64_t i, n;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    make(&dout, 4, BATCH, SEQLEN_Q, HEADS, HEAD_DIM_V);
+    make(&dlse, 3, BATCH, HEADS, SEQLEN_Q, 1);
+    make(&sinks, 1, HEADS, 1, 1, 1);
+    make(&dsinks, 1, HEADS, 1, 1, 1);
+    make(&dquery, 4, p.query.shape[0], p.query.shape[1], p.query.shape[2], p.query.shape[3]);
+    make(&dkey, 4, p.key.shape[0], p.key.shape[1], p.key.shape[2], p.key.shape[3]);
+    make(&dvalue, 4, p.value.shape[0], p.value.shape[1], p.value.shape[2], p.value.shape[3]);
+    fill(&dout.dl);
+    for (i = 0; i < BATCH * HEADS * SEQLEN_Q; ++i) ((float*)dlse.dl.data)[i] = uniform();
+    for (i = 0; i < HEADS; ++i) ((float*)sinks.dl.data)[i] = uniform();
+    options.causal = 1;
+    options.learnable_sink = &sinks.dl;
+    gradients.dquery = &dquery.dl;
+    gradients.dkey = &dkey.dl;
+    gradients.dvalue = &dvalue.dl;
+    gradients.dsinks = &dsinks.dl;
+    (void)loss(&p, &options, &dout, &dlse);
+    CHECK_OK(umfa_attention_backward(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, &p.lse.dl,
+                                     &dout.dl, &dlse.dl, &gradients, &options));
+    for (n = 0; n < 4; ++n) {
+        DLTensor* of[] = {&p.query.dl, &p.key.dl, &p.value.dl, &sinks.dl};
+        DLTensor* found[] = {&dquery.dl, &dkey.dl, &dvalue.dl, &dsinks.dl};
+        const int64_t last = n == 3 ? HEADS - 1 : 36;
+        for (i = 0; i <= last; ++i) {
+            float* x = (float*)of[n]->data + i;
+            const float was = *x;
+            double up, down, expected;
+            const double own = ((float*)found[n]->data)[i];
+            *x = was + step;
+            up = loss(&p, &options, &dout, &dlse);
+            *x = was - step;
+            down = loss(&p, &options, &dout, &dlse);
+            *x = was;
+            expected = (up - down) / (2.0 * step);
+            if (!(fabs(own - expected) <= 2e-2 * (1 + fabs(expected))))
+                fail_at(__LINE__, "gradient %d [%d] is %g, not %g", (int)n, (int)i, own, expected);
+        }
+    }
+}
+
+TEST(gradients_that_cannot_be) {
+    umfa_attention_gradients gradients = UMFA_ATTENTION_GRADIENTS_INIT;
+    problem p;
+    tensor dquery;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    make(&dquery, 4, p.query.shape[0], p.query.shape[1], p.query.shape[2], p.query.shape[3]);
+    /* The call, and what says whether it can be. */
+#define REFUSED(lse, dout, gradients, status, words)                                               \
+    CHECK_FAILS(umfa_attention_backward(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, lse, dout, \
+                                        NULL, gradients, NULL),                                    \
+                status, words);                                                                    \
+    CHECK_FAILS(umfa_attention_backward_can_run(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl,    \
+                                                lse, dout, NULL, gradients, NULL),                 \
+                status, words)
+    REFUSED(&p.lse.dl, &p.out.dl, NULL, UMFA_ERROR_VALUE, "gradients is missing");
+    REFUSED(&p.lse.dl, &p.out.dl, &gradients, UMFA_ERROR_VALUE, "no gradient is wanted");
+    gradients.dquery = &dquery.dl;
+    CHECK_OK(umfa_attention_backward_can_run(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl,
+                                             &p.lse.dl, &p.out.dl, NULL, &gradients, NULL));
+    REFUSED(NULL, &p.out.dl, &gradients, UMFA_ERROR_VALUE, "lse is missing");
+    REFUSED(&p.lse.dl, NULL, &gradients, UMFA_ERROR_VALUE, "dout is missing");
+    gradients.dsinks = &dquery.dl;
+    REFUSED(&p.lse.dl, &p.out.dl, &gradients, UMFA_ERROR_VALUE,
+            "dsinks is the gradient of learnable_sink");
+    gradients.dsinks = NULL;
+    gradients.dquery = &p.query.dl;
+    REFUSED(&p.lse.dl, &p.out.dl, &gradients, UMFA_ERROR_VALUE, "overlaps query");
+    gradients.struct_size = 0;
+    REFUSED(&p.lse.dl, &p.out.dl, &gradients, UMFA_ERROR_VALUE,
+            "gradients->struct_size is too small");
+#undef REFUSED
 }
 
 /* ---- tests: weights --------------------------------------------------------------------------------- */
@@ -1074,8 +1224,12 @@ static const struct {
     ENTRY(out_must_not_overlap),
     ENTRY(failure_writes_nothing),
     ENTRY(success_keeps_the_last_error),
+    ENTRY(warmup_computes_nothing),
+    ENTRY(warmup_that_cannot_be),
     ENTRY(combine),
     ENTRY(combine_that_cannot_be),
+    ENTRY(gradients_are_finite_differences),
+    ENTRY(gradients_that_cannot_be),
     ENTRY(weights_of_a_call),
     ENTRY(weights_that_cannot_be),
     ENTRY(last_error_belongs_to_the_thread),

@@ -153,8 +153,11 @@ def try_c(rng: Rng) -> str:
         ("combine", [([3, *q], kinds), ([3, batch, rows, heads], FLOATS[:1]), (q, FLOATS),
                      ([batch, rows, heads], FLOATS[:1])]),
         ("combine_can_run", [([3, *q], kinds), ([3, batch, rows, heads], FLOATS[:1])]),
+        ("combine_warmup", [([3, *q], kinds), ([3, batch, rows, heads], FLOATS[:1]), (q, FLOATS),
+                            ([batch, rows, heads], FLOATS[:1])]),
+        ("warmup", [(q, kinds), (k, kinds), (k, kinds), (q, kinds), (lse, FLOATS[:1])]),
         ("forward_encode", [(q, kinds), (k, kinds), (k, kinds), (q, kinds), (lse, FLOATS[:1])]),
-    ][rng.integers(6)]  # fmt: skip
+    ][rng.integers(8)]  # fmt: skip
     given = [tensor_like(rng, shape, kinds_) for shape, kinds_ in wanted]
     before = [None if x is None else x.memory.tobytes() for x in (*given, *keep)]
     arguments: list[Any] = [None if x is None else ctypes.byref(x.tensor) for x in given]
