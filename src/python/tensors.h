@@ -9,12 +9,14 @@
 #include "core/dlpack_view.h"
 #include "core/error.h"
 #include "core/tensor_view.h"
+#include "python/exchange.h"
 
 namespace umfa::python {
 
 namespace nb = nanobind;
 
-/// Keeps an imported array alive for as long as its view is used.
+/// Keeps an imported array alive for as long as its view is used. Of an object with the exchange API
+/// nothing is kept: the caller's reference is.
 template <class Array>
 struct Imported {
     Array array;
@@ -24,6 +26,12 @@ struct Imported {
 template <class Array>
 Imported<Array> import(nb::handle object, const std::string& function, const std::string& name) {
     Imported<Array> imported;
+    if (const ExchangeApi* api = exchange_api(object)) {
+        DLTensor tensor{};
+        if (api->describe(object.ptr(), &tensor) != 0) throw nb::python_error();
+        imported.view = view_of(tensor, function, name);
+        return imported;
+    }
     if (!nb::try_cast<Array>(object, imported.array, false))
         fail(ErrorKind::type, function,
              name + " is not a " + (Array::ReadOnly ? "readable" : "writable") + " DLPack tensor",
