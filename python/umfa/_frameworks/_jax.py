@@ -1,7 +1,8 @@
-"""jax arrays, called eagerly (outside jit, grad and vmap)."""
+"""jax arrays; _jax_autodiff.py has calls inside of jit, grad and vmap."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from .. import _ext
 from .._errors import UnsupportedError, message
+from . import _jax_autodiff, _numpy
 
 
 def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
@@ -56,6 +58,8 @@ call = None
 
 
 def to_host(tensor: Any, function: str, argument: str) -> Any:
+    if isinstance(tensor, jax.core.Tracer):
+        return tensor  # the custom call will read it
     return np.asarray(export(tensor, function, argument))
 
 
@@ -70,6 +74,8 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
     )
 
 
+autodiff = _jax_autodiff
+
 autocast = None
 
 draw_seed = None
@@ -77,6 +83,13 @@ draw_seed = None
 
 def trains(tensors: Iterable[Any]) -> bool:
     return True
+
+
+def stand_ins(call: Any, tensors: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if not _jax_autodiff.applies(tensors.values()):
+        return sys.modules[__name__], tensors
+    shown = _jax_autodiff.stand_ins(call, tensors.values())
+    return _numpy, dict(zip(tensors, shown, strict=True))
 
 
 def mark_written(tensor: Any) -> None:
