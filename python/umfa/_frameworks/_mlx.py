@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import _ext
 from .._errors import UnsupportedError, message
+from . import _mlx_autodiff
 from ._dlpack import METAL
 
 
@@ -55,15 +56,15 @@ def finish(handle: Any) -> Any:
 
 
 def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
-    # mlx cannot see through DLPack: without this, mx.grad would take the result for a constant and
-    # return a gradient of zero.
+    # For functions without a backward pass. mlx cannot see through DLPack: without this, mx.grad
+    # would take the result for a constant and return a gradient of zero.
     guarded = mx.custom_function(compute)
 
     def refuse(*_: Any) -> Any:
         raise UnsupportedError(
             message(
                 function,
-                "a derivative is asked for, and the backward pass is not implemented yet",
+                "a derivative is asked for, and this function has no backward pass",
                 "mx.grad, mx.vjp or mx.jvp",
                 "a call outside of them",
             )
@@ -90,6 +91,8 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
     )
 
 
+autodiff = _mlx_autodiff
+
 autocast = None
 
 
@@ -100,6 +103,9 @@ def draw_seed() -> int:
 
 def trains(tensors: Iterable[Any]) -> bool:
     return True
+
+
+stand_ins = None
 
 
 def mark_written(tensor: Any) -> None:

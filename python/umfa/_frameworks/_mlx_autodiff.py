@@ -1,0 +1,126 @@
+"""A call as a custom function of mlx's: mx.grad, mx.vjp, mx.value_and_grad and mx.checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import mlx.core as mx
+
+from .._errors import UnsupportedError, message
+
+
+def applies(tensors: Iterable[Any]) -> bool:
+    # mlx does not tell what is being differentiated, and cannot see through DLPack: without a
+    # custom function it would take the result for a constant, and return a gradient of zero.
+    return True
+
+
+def records() -> bool:
+    return False  # what mlx traces has no value, which `_mlx.export` refuses
+
+
+def transformed() -> bool:
+    return False
+
+
+def wanted(tensors: Iterable[Any]) -> list[bool]:
+    return [False for _ in tensors]  # known only in the backward pass
+
+
+def refuse(function: str, tensors: dict[str, Any]) -> None:
+    """`_mlx.call` refuses, once a derivative is asked for."""
+
+
+def zeros_like(tensor: Any) -> Any:
+    return mx.zeros_like(tensor)
+
+
+def run(call: Any, tensors: dict[str, Any]) -> tuple[Any, ...]:
+    given = list(tensors.values())
+    if call.tables:
+        own = [i for i, tensor in enumerate(given) if isinstance(tensor, mx.array)]
+    else:
+        own = list(range(len(given)))
+    inputs = [given[i] for i in own]
+    if None in call.gradients:
+        inputs = [_without_gradient(call, i, given[i]) for i in own]
+
+    def completed(inputs: Iterable[Any]) -> list[Any]:
+        """With the tables, which are NumPy's."""
+        tensors = list(given)
+        for i, tensor in zip(own, inputs, strict=True):
+            tensors[i] = tensor
+        return tensors
+
+    forward: Any = mx.custom_function(lambda *inputs: call.forward(completed(inputs)))
+    forward.vjp(lambda *primal: _backward(call, own, completed, *primal))
+    forward.jvp(lambda *_: _refuse(call, *_FORWARD_MODE))
+    results = tuple(forward(*inputs))
+    if len(results) < 3:
+        return results
+    return (*results[:2], _guarded(results[2], lambda *_: _refuse(call, *_WEIGHTS)))
+
+
+def _backward(
+    call: Any,
+    own: list[int],
+    completed: Callable[[Iterable[Any]], list[Any]],
+    inputs: Any,
+    cotangents: Any,
+    results: Any,
+) -> tuple[Any, ...]:
+    # mlx asks for the gradients of all inputs, and then takes those that it needs.
+    inputs = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+    wants = [False] * len(call.names)
+    for i, tensor in zip(own, inputs, strict=True):
+        wants[i] = call.gradients[i] is not None and mx.issubdtype(tensor.dtype, mx.floating)
+
+    def compute(out: Any, lse: Any, dout: Any, dlse: Any, *inputs: Any) -> list[Any]:
+        found = call.backward(completed(inputs), out, lse, dout, dlse, wants)
+        return [gradient for gradient in found if gradient is not None]
+
+    backward: Any = mx.custom_function(compute)
+    backward.vjp(lambda *_: _refuse(call, *_SECOND))
+    backward.jvp(lambda *_: _refuse(call, *_SECOND))
+    found = iter(backward(*results[:2], *cotangents[:2], *inputs))
+    return tuple(
+        next(found) if wants[i] else mx.zeros_like(x) for i, x in zip(own, inputs, strict=True)
+    )
+
+
+_FORWARD_MODE = (
+    "forward-mode differentiation is not implemented",
+    "mx.jvp",
+    "reverse mode (mx.grad, mx.value_and_grad or mx.vjp)",
+)
+_SECOND = (
+    "the gradient of a gradient is not implemented",
+    "a second derivative",
+    "first derivatives only",
+)
+_WEIGHTS = (
+    "the matrix of weights has no gradient",
+    "a derivative of it",
+    "derivatives of out",
+)
+
+
+def _refuse(call: Any, what: str, got: str, expected: str) -> Any:
+    raise UnsupportedError(message(call.function, what, got, expected))
+
+
+def _without_gradient(call: Any, index: int, tensor: Any) -> Any:
+    """The same tensor; if it has no gradient, `call.check` says so once that is asked for."""
+    if call.gradients[index] is not None or not mx.issubdtype(tensor.dtype, mx.floating):
+        return tensor
+    wanted = [i == index for i in range(len(call.names))]
+    return _guarded(tensor, lambda *_: call.check(wanted))
+
+
+def _guarded(tensor: Any, refuse: Callable[..., Any]) -> Any:
+    """The same tensor. `refuse` raises once a derivative through it is asked for."""
+    guarded: Any = mx.custom_function(lambda x: x)
+    guarded.vjp(refuse)
+    guarded.jvp(refuse)
+    return guarded(tensor)
