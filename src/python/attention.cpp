@@ -13,32 +13,31 @@ namespace {
 
 using namespace nb::literals;
 
-/// Whether the call returns its weights too: they are of use only to see what dropout has dropped.
-bool returns_weights(const Options& options) {
-    return options.values.return_attn_probs && options.values.dropout_p != 0;
-}
-
 nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
-                            nb::callable allocate) {
+                            nb::callable framework_allocate, nb::handle like, nb::handle wish) {
+    const auto allocate = [&](const TensorView& shape, DType dtype) -> nb::object {
+        return framework_allocate(like, shape_tuple(shape), name_of(dtype), wish);
+    };
     Inputs inputs;
     const AttentionRequest request = make_request(options, tensors, inputs);
     const Problem problem = Problem::make(request);
-    const bool wants_weights = returns_weights(options);
+    const bool wants_weights = options.returns_weights();
     if (wants_weights) check_weights(problem);
-    const Backend& backend = routed(problem, options.backend);
+    const Backend& backend = wants_weights ? routed(weights_steps(problem, true), options.backend)
+                                           : routed_call(problem, options.backend);
     const std::string& function = options.function->name;
 
     // The façade allocates in the caller's framework, now that the shapes are known to be right.
     nb::object out = nb::none(), lse = nb::none();
     Output out_array, lse_array;
     if (!request.out) {
-        out = allocate(shape_tuple(problem.out_shape()), name_of(problem.out_dtype));
+        out = allocate(problem.out_shape(), problem.out_dtype);
         out_array = import_output(out[0], function, "out");
         out = out[1];
     }
     std::optional<TensorView> lse_view;
     if (problem.wants_lse) {
-        lse = allocate(shape_tuple(problem.lse_shape()), name_of(DType::f32));
+        lse = allocate(problem.lse_shape(), DType::f32);
         lse_array = import_output(lse[0], function, "softmax_lse");
         lse_view = lse_array.view;
     }
@@ -47,7 +46,7 @@ nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
     nb::object matrix = nb::none();
     Output matrix_array;
     if (wants_weights) {
-        matrix = allocate(shape_tuple(weights_shape(problem)), name_of(problem.query.view.dtype));
+        matrix = allocate(weights_shape(problem), problem.query.view.dtype);
         matrix_array = import_output(matrix[0], function, "weights");
     }
     without_gil([&] {
@@ -63,26 +62,46 @@ nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
 std::pair<bool, std::string> attention_can_run(const Options& options, const nb::tuple& tensors) {
     Inputs inputs;
     const Problem problem = Problem::make(make_request(options, tensors, inputs));
-    if (returns_weights(options)) check_weights(problem);
-    const Verdict verdict = judged(problem, options.backend);
+    Verdict verdict;
+    if (options.returns_weights()) {
+        check_weights(problem);
+        verdict = judged(weights_steps(problem, true), options.backend);
+    } else {
+        verdict = judged(problem, options.backend);
+    }
     return {verdict.yes, verdict.reason};
+}
+
+nb::tuple attention_warm_up(const Options& options, const nb::tuple& tensors) {
+    Inputs inputs;
+    const AttentionRequest request = make_request(options, tensors, inputs);
+    const Problem problem = Problem::make(request);
+    const ForwardResults results = problem.results_without_memory(request.out);
+    return warmed_up([&] { return warm_up(problem, options.backend, results); });
 }
 
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-    m.def("attention_forward", &attention_forward, "options"_a, "tensors"_a, "allocate"_a,
+    m.def("attention_forward", &attention_forward, "options"_a, "tensors"_a, "allocate"_a, "like"_a,
+          "backend"_a,
           nb::sig("def attention_forward(options: Options, tensors: tuple[object, ...], "
-                  "allocate: collections.abc.Callable[[tuple[int, ...], str], "
-                  "tuple[object, object]]) -> tuple[object | None, object | None, object | None]"),
+                  "allocate: collections.abc.Callable[[object, tuple[int, ...], str, str], "
+                  "tuple[object, object]], like: object, backend: str) "
+                  "-> tuple[object | None, object | None, object | None]"),
           "Computes attention on DLPack tensors, in the order of options.names.\n\n"
-          "`allocate(shape, dtype)` returns (DLPack tensor to write, what to hand back).\n"
+          "`allocate(like, shape, dtype, backend)` returns (DLPack tensor to write, what to hand\n"
+          "back); `like` and `backend` are passed on to it.\n"
           "Returns (out, lse or None, weights or None) as allocate handed them back; out is None\n"
           "if it was given. The weights are those of return_attn_probs with dropout.");
     m.def("attention_can_run", &attention_can_run, "options"_a, "tensors"_a,
           nb::sig("def attention_can_run(options: Options, tensors: tuple[object, ...]) "
                   "-> tuple[bool, str]"),
           "The routing's verdict on the same call, and its reason.");
+    m.def("attention_warm_up", &attention_warm_up, "options"_a, "tensors"_a,
+          nb::sig("def attention_warm_up(options: Options, tensors: tuple[object, ...]) "
+                  "-> tuple[str, int, int]"),
+          "Compiles the kernels of the same call: (backend, kernels used, kernels built now).");
 }
 
 }  // namespace umfa::python

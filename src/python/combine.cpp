@@ -66,6 +66,15 @@ std::pair<bool, std::string> combine_can_run(const std::string& function, nb::ha
     return {verdict.yes, verdict.reason};
 }
 
+nb::tuple combine_warm_up(const std::string& function, nb::handle out_partial,
+                          nb::handle lse_partial, nb::handle out, nb::handle out_dtype,
+                          const std::string& backend_name) {
+    Tensors tensors;
+    const CombineProblem problem =
+        make_problem(function, out_partial, lse_partial, out, out_dtype, tensors);
+    return warmed_up([&] { return warm_up(problem, backend_name); });
+}
+
 }  // namespace
 
 void bind_combine(nb::module_& m) {
@@ -84,6 +93,12 @@ void bind_combine(nb::module_& m) {
         nb::sig("def combine_can_run(function: str, out_partial: object, lse_partial: object, "
                 "out: object | None, out_dtype: object | None, backend: str) -> tuple[bool, str]"),
         "The routing's verdict on the same call, and its reason.");
+    m.def("combine_warm_up", &combine_warm_up, "function"_a, "out_partial"_a, "lse_partial"_a,
+          "out"_a.none(), "out_dtype"_a.none(), "backend"_a,
+          nb::sig("def combine_warm_up(function: str, out_partial: object, lse_partial: object, "
+                  "out: object | None, out_dtype: object | None, backend: str) "
+                  "-> tuple[str, int, int]"),
+          "Compiles the kernels of the same call: (backend, kernels used, kernels built now).");
 }
 
 }  // namespace umfa::python

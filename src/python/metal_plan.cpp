@@ -1,9 +1,11 @@
 // LaunchPlans as Python values, for the executors that are written in Python.
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "core/instruments.h"
 #include "core/problem.h"
+#include "python/backward.h"
 #include "python/record.h"
 
 namespace umfa::python {
@@ -51,6 +53,9 @@ nb::dict launch_dict(const KernelLaunch& launch) {
     result["threadgroup"] = size_tuple(launch.threadgroup);
     result["threadgroup_bytes"] = launch.threadgroup_bytes;
     result["families"] = families_of(launch);
+    result["origin"] = size_tuple(launch.origin);
+    result["further_slice"] = launch.further_slice;
+    result["seconds"] = launch.seconds;
     return result;
 }
 
@@ -71,7 +76,7 @@ nb::dict plan_dict(const LaunchPlan& plan) {
 }
 
 nb::dict metal_plan_forward(const Options& options, int family, int cores, const nb::tuple& tensors,
-                            nb::handle out, nb::handle lse) {
+                            nb::handle out, nb::handle lse, const std::vector<std::string>& tiles) {
     const std::string& function = options.function->name;
     Inputs inputs;
     AttentionRequest request = make_request(options, tensors, inputs);
@@ -84,7 +89,25 @@ nb::dict metal_plan_forward(const Options& options, int family, int cores, const
         lse_array = import_output(lse, function, "softmax_lse");
         lse_view = lse_array.view;
     }
-    return plan_dict(plan(problem, problem.results(out_array.view, lse_view), family, cores));
+    return plan_dict(
+        plan(problem, problem.results(out_array.view, lse_view), family, cores, tiles));
+}
+
+nb::dict metal_plan_backward(const Options& options, int family, int cores,
+                             const nb::tuple& tensors, const nb::tuple& saved,
+                             const std::vector<std::pair<std::string, nb::object>>& gradients) {
+    BackwardTensors kept;
+    std::vector<std::string> wanted;
+    for (const auto& [name, array] : gradients) wanted.push_back(name);
+    const BackwardProblem problem = make_backward(options, tensors, saved, wanted, kept);
+    std::vector<Output> outputs;
+    outputs.reserve(gradients.size());
+    Gradients views;
+    for (const auto& [name, array] : gradients) {
+        outputs.push_back(import_output(array, options.function->name, name));
+        views[static_cast<size_t>(*gradient_named(name))] = outputs.back().view;
+    }
+    return plan_dict(plan(problem, problem.results(views), family, cores));
 }
 
 nb::dict metal_plan_combine(int family, int cores, nb::handle out_partial, nb::handle lse_partial,
@@ -103,11 +126,21 @@ nb::dict metal_plan_combine(int family, int cores, nb::handle out_partial, nb::h
 
 void bind_metal_plan(nb::module_& m) {
     m.def("metal_plan_forward", &metal_plan_forward, "options"_a, "family"_a, "cores"_a,
-          "tensors"_a, "out"_a, "lse"_a.none(),
+          "tensors"_a, "out"_a, "lse"_a.none(), "tiles"_a = std::vector<std::string>(),
           nb::sig("def metal_plan_forward(options: Options, family: int, cores: int, "
-                  "tensors: tuple[object, ...], out: object, lse: object | None) "
-                  "-> dict[str, typing.Any]"),
+                  "tensors: tuple[object, ...], out: object, lse: object | None, "
+                  "tiles: list[str] = []) -> dict[str, typing.Any]"),
           "The LaunchPlan of a forward pass on an Apple GPU family (7 to 10), as plain values.");
+    m.def("metal_plan_backward", &metal_plan_backward, "options"_a, "family"_a, "cores"_a,
+          "tensors"_a, "saved"_a, "gradients"_a,
+          nb::sig("def metal_plan_backward(options: Options, family: int, cores: int, "
+                  "tensors: tuple[object, ...], "
+                  "saved: tuple[object, object, object, object | None], "
+                  "gradients: collections.abc.Sequence[tuple[str, object]]) "
+                  "-> dict[str, typing.Any]"),
+          "Likewise of a backward pass: `saved` as attention_backward() takes it, and the tensors "
+          "to\n"
+          "write by their names.");
     m.def("metal_plan_combine", &metal_plan_combine, "family"_a, "cores"_a, "out_partial"_a,
           "lse_partial"_a, "out"_a, "lse"_a,
           nb::sig("def metal_plan_combine(family: int, cores: int, out_partial: object, "

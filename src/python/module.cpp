@@ -62,6 +62,33 @@ nb::list self_test_reports(bool run) {
     return all;
 }
 
+nb::object tuned_dict(const std::optional<Tuned>& tuned) {
+    if (!tuned) return nb::none();
+    nb::dict result;
+    result["worthwhile_flop"] = tuned->values.worthwhile_flop;
+    result["decode_threadgroups_per_core"] = tuned->values.decode_threadgroups_per_core;
+    result["tiles"] = tuned->values.tiles;
+    result["tile_choices"] = tuned->tile_choices;
+    result["when"] = tuned->when;
+    result["device"] = tuned->device;
+    result["system"] = tuned->system;
+    nb::list measured;
+    for (const std::string& line : tuned->measured) measured.append(line);
+    result["measured"] = measured;
+    result["kept"] = tuned->kept;
+    result["ignored"] = tuned->ignored;
+    return result;
+}
+
+nb::object tune_values(double worthwhile_flop, int64_t decode_threadgroups_per_core,
+                       std::vector<std::string> measured, bool keep,
+                       std::vector<std::string> tiles) {
+    Tuned tuned;
+    tuned.values = {worthwhile_flop, decode_threadgroups_per_core, std::move(tiles)};
+    tuned.measured = std::move(measured);
+    return tuned_dict(tune(tuned, keep));
+}
+
 PyObject* unsupported_error = nullptr;
 
 void translate(const std::exception_ptr& pointer, void*) {
@@ -106,7 +133,9 @@ NB_MODULE(_ext, m) {
     bind_record(m);
     bind_attention(m);
     bind_combine(m);
+    bind_backward(m);
     bind_memory(m);
+    bind_xla(m);
 
     m.def("version", [] { return umfa_version(); }, "Version of libumfa.");
     m.def("compiler", &compiler, "The compiler that built this module.");
@@ -133,17 +162,29 @@ NB_MODULE(_ext, m) {
           nb::sig("def self_tests(run: bool) -> list[dict[str, typing.Any]]"),
           "Outcomes of the GPU self-test, as dicts. `run`: first tests each untested dtype.");
     m.def(
+        "tuning", [] { return tuned_dict(tuning()); },
+        nb::sig("def tuning() -> dict[str, typing.Any] | None"),
+        "The GPU's tuned choices in use and where they come from; None without a GPU.");
+    m.def("tune", &tune_values, "worthwhile_flop"_a, "decode_threadgroups_per_core"_a, "measured"_a,
+          "keep"_a, "tiles"_a = std::vector<std::string>(),
+          nb::sig("def tune(worthwhile_flop: float, decode_threadgroups_per_core: int, "
+                  "measured: list[str], keep: bool, tiles: list[str] = []) "
+                  "-> dict[str, typing.Any]"),
+          "Uses other choices in this process, and if `keep` says so in later ones.");
+    m.def(
         "stats",
         [] {
             const Stats& counts = stats();
             nb::dict result;
             result["cpu_calls"] = counts.cpu_calls.load();
             result["metal_calls"] = counts.metal_calls.load();
+            result["calls_while_compiling"] = counts.calls_while_compiling.load();
             result["tensors_in_place"] = counts.tensors_in_place.load();
             result["tensors_copied"] = counts.tensors_copied.load();
             result["bytes_copied"] = counts.bytes_copied.load();
             result["pipelines"] = counts.pipelines.load();
             result["pipelines_from_text"] = counts.pipelines_from_text.load();
+            result["pipelines_from_archive"] = counts.pipelines_from_archive.load();
             result["command_buffers"] = counts.command_buffers.load();
             result["queues_replaced"] = counts.queues_replaced.load();
             result["gpu_seconds"] = static_cast<double>(counts.gpu_nanoseconds.load()) * 1e-9;

@@ -172,6 +172,53 @@ nb::tuple names_where(const Options& options, Predicate&& holds) {
     return nb::tuple(names);
 }
 
+/// The options that are no tensors and differ from their defaults, as Attention takes them.
+nb::dict changed_values(const AttentionOptions& values) {
+    const AttentionOptions defaults;
+    nb::dict changed;
+#define UMFA_NUMBER(name, default_value, text) \
+    if (values.name != defaults.name) changed[#name] = values.name;
+#define UMFA_COUNT(name, default_value, text) UMFA_NUMBER(name, default_value, text)
+#define UMFA_OFFSET(name, text) UMFA_NUMBER(name, 0, text)
+#define UMFA_FLAG(name, default_value, text) UMFA_NUMBER(name, default_value, text)
+#define UMFA_RESULT_FLAG(name, default_value) UMFA_NUMBER(name, default_value, )
+#define UMFA_MAYBE_NUMBER(name, text) \
+    if (values.name) changed[#name] = *values.name;
+#define UMFA_MAYBE_COUNT(name, text) UMFA_MAYBE_NUMBER(name, text)
+#define UMFA_SEED(name, text) UMFA_MAYBE_NUMBER(name, text)
+#define UMFA_CHOICE(name, type, default_value, text) \
+    if (values.name != defaults.name)                \
+        changed[#name] = names_of(type{})[static_cast<size_t>(values.name)];
+#define UMFA_DTYPE(name, text) \
+    if (values.name) changed[#name] = name_of(*values.name);
+#define UMFA_WINDOW(name, text)                       \
+    if (values.name##_left != defaults.name##_left || \
+        values.name##_right != defaults.name##_right) \
+        changed[#name] = nb::make_tuple(values.name##_left, values.name##_right);
+#include "core/options.def"
+    return changed;
+}
+
+nb::dict description(const Options& options) {
+    const Function& function = *options.function;
+    nb::dict names;
+    for (size_t i = 0; i < field_count; ++i) {
+        const char* field = name_of(static_cast<Field>(i));
+        if (function.names[i] != field) names[field] = function.names[i];
+    }
+    nb::list tensors;
+    for (const uint8_t index : options.given) tensors.append(name_of(tensor_fields[index].field));
+    nb::dict described;
+    described["function"] = function.name;
+    described["layout"] = function.layout == Layout::bshd ? "bshd" : "bhsd";
+    described["broadcasts"] = function.broadcasts;
+    described["names"] = names;
+    described["backend"] = options.backend;
+    described["tensors"] = tensors;
+    described["values"] = changed_values(options.values);
+    return described;
+}
+
 bool is_written(const Options& options, const TensorField& tensor) {
     if (tensor.field == Field::out) return true;
     const bool appends = options.has(Field::new_key) || options.has(Field::new_value);
@@ -278,6 +325,11 @@ void bind_record(nb::module_& m) {
                     o, [&](const TensorField& tensor) { return is_written(o, tensor); });
             },
             nb::sig("def written(self, /) -> tuple[str, ...]"), "Those of them that are written.")
+        .def_prop_ro(
+            "description", &description,
+            nb::sig("def description(self, /) -> dict[str, typing.Any]"),
+            "All of it in plain values: a record of the same function, tensors and values\n"
+            "has equal options.")
         .def_prop_ro("dropout_p", [](const Options& o) { return o.values.dropout_p; })
         .def_prop_ro(
             "out_dtype",

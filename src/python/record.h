@@ -25,6 +25,9 @@ struct Options {
         return (*function)[tensor_fields[index].field];
     }
     bool has(Field field) const;
+    /// Whether the call returns its weights too: they are of use only to see what dropout has
+    /// dropped.
+    bool returns_weights() const { return values.return_attn_probs && values.dropout_p != 0; }
 };
 
 /// The arguments of one call.
@@ -45,10 +48,14 @@ AttentionRequest make_request(const Options& options, const nb::tuple& tensors, 
 void bind_record(nb::module_& m);
 /// Running a call, and asking whether it could be run.
 void bind_attention(nb::module_& m);
+/// The same of a backward pass.
+void bind_backward(nb::module_& m);
 /// The same of merging partial results.
 void bind_combine(nb::module_& m);
 /// Memory for frameworks whose own arrays cannot be written in place.
 void bind_memory(nb::module_& m);
+/// Calls from the programs that JAX compiles.
+void bind_xla(nb::module_& m);
 /// What the benchmark measures below Python.
 void bind_measure(nb::module_& m);
 /// What tests and other executors need of the Metal planner.

@@ -55,6 +55,22 @@ const Backend& routed(const P& problem, std::string_view backend_name) {
     return *backend;
 }
 
+/// The same of route_call().
+inline const Backend& routed_call(const Problem& problem, std::string_view backend_name) {
+    if (!routing_may_wait(problem)) return route_call(problem, backend_name);
+    const Backend* backend = nullptr;
+    without_gil([&] { backend = &route_call(problem, backend_name); });
+    return *backend;
+}
+
+/// (backend, kernels used, kernels built) of warm_up().
+template <class F>
+nb::tuple warmed_up(F&& warm_up) {
+    Warmup done{};
+    without_gil([&] { done = warm_up(); });
+    return nb::make_tuple(done.backend, done.kernels.used, done.kernels.built);
+}
+
 inline nb::object shape_tuple(const TensorView& view) {
     const int64_t* n = view.shape;
     if (view.ndim == 4) return nb::make_tuple(n[0], n[1], n[2], n[3]);  // the usual one: no list

@@ -269,12 +269,11 @@ def test_out_dtype_is_that_of_the_result() -> None:
         assert umfa.flash_attn_func(x, x, x).dtype == BF16
 
 
-def test_gradients_are_refused_as_ever() -> None:
+def test_parameters_are_cast() -> None:
     x = torch.nn.Parameter(given(0, 1, 4, 2, 16))
     with autocast(BF16):
-        with pytest.raises(umfa.UnsupportedError, match="q requires grad"):
-            umfa.flash_attn_func(x, x, x)
-        assert not umfa.can_run(x, x, x)[0]
+        assert umfa.flash_attn_func(x, x, x).dtype == BF16
+        assert umfa.can_run(x, x, x) == (True, "")
         with torch.no_grad():
             assert umfa.flash_attn_func(x, x, x).dtype == BF16
         with torch.inference_mode():

@@ -80,11 +80,7 @@ def test_not_in_training() -> None:
     torch = array_libraries.load("torch").module
     x, trained = torch.from_numpy(X), torch.from_numpy(X).requires_grad_()
 
-    def step() -> None:
-        with pytest.raises(umfa.UnsupportedError, match="requires grad"):
-            umfa.flash_attn_func(x, trained, x, 0.5)
-
-    assert not warned(step)
+    assert not warned(lambda: umfa.flash_attn_func(x, trained, x, 0.5))
     from umfa._frameworks import _torch
 
     assert _torch.trains([x, trained])

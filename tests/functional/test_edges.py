@@ -95,11 +95,15 @@ def test_fake_tensors_with_dropout(torch: Any) -> None:
 
     with FakeTensorMode():
         x = torch.zeros(1, 4, 2, 8)
-        refused(umfa.UnsupportedError, "q is being recorded", umfa.flash_attn_func, x, x, x, 0.5)
+        assert umfa.flash_attn_func(x, x, x, 0.5).shape == x.shape
+        assert umfa.scaled_dot_product_attention(x, x, x, dropout_p=0.5).shape == x.shape
         refused(
-            umfa.UnsupportedError, "query is being recorded", umfa.scaled_dot_product_attention,
-            x, x, x, dropout_p=0.5,
-        )  # fmt: skip
+            umfa.UnsupportedError,
+            "out_partial is being recorded",
+            umfa.flash_attn_combine,
+            x[None],
+            x[None, ..., 0],
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*dropped at random outside training")

@@ -512,7 +512,7 @@ def test_caches_of_every_kind(seed: int) -> None:
     check_cache("cpu", seed, most=300)
 
 
-SEEDS_ON_METAL = [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 40))]
+SEEDS_ON_METAL = [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 40))]
 
 
 @pytest.mark.parametrize("seed", SEEDS_ON_METAL)

@@ -14,6 +14,7 @@ from tests import mac, reference
 from tests.array_libraries import DTYPES, Array
 from tests.cases import normal
 from tests.checks import BASE, Tolerance, assert_close
+from tests.tiers import crossed
 
 if TYPE_CHECKING:
     from tests.attend import Attend
@@ -52,18 +53,22 @@ def test_a12_bias_of_t5(attend: Attend) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [(1, 1, 33, 65), (2, 1, 1, 65), (33, 65), (1, 4, 1, 65), (65,), (), (2, 4, 33, 1)],
+    ("shape", "dtype"),
+    crossed(
+        [(1, 1, 33, 65), (2, 1, 1, 65), (33, 65), (1, 4, 1, 65), (65,), (), (2, 4, 33, 1)],
+        ["float32", "float16", "bfloat16", "bool"],
+        mark=pytest.mark.slow_emulated,
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "bool"])
 def test_a13_masks_that_broadcast(shape: tuple[int, ...], dtype: str, attend: Attend) -> None:
     mask = normal(shape, "float32" if dtype == "bool" else dtype, seed=3, factor=3)
     attend.sdpa_case(*inputs((2, 4, 33, 65, 64)), np.asarray(mask > 0) if dtype == "bool" else mask)
 
 
-@pytest.mark.parametrize("kind", ["bool", "float"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "kind"), crossed(list(DTYPES), ["bool", "float"], mark=pytest.mark.slow_emulated)
+)
 def test_a14_rows_that_attend_to_nothing(dtype: str, kind: str, attend: Attend) -> None:
     query, key, value = inputs((1, 2, 64, 64, 64), dtype)
     mask: Array = np.random.default_rng(3).random((64, 64)) < 0.5

@@ -24,7 +24,10 @@ def test_no_function_is_left_out() -> None:
         "BackendInfo",
         "SelfTest",
         "Stats",
+        "Left",
         "UnsupportedError",
+        "Warmup",
+        "warmup",
         "HINTS",
     }
     others |= {"get_scheduler_metadata"}  # accepts anything and returns None

@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from types import FunctionType
+from typing import Any, ParamSpec, cast
 
-from .._ext import Attention, Function
+from .._errors import message
+from .._ext import Attention, Function, Options
+from .._frameworks import FUNCTIONS, shape_of
 from .combine import Combination
-from .run import Prepared, prepared, run, run_prepared
+from .prepared import Prepared, prepared
+from .run import run, run_prepared
 
 P = ParamSpec("P")
 
 BODIES: dict[Callable[..., Any], Callable[..., Attention | Combination]] = {}
-"""Of each public function, what makes the record of its arguments: `can_run` asks about that."""
+"""Of each public function, what makes the record of its arguments, for `can_run` and `warmup`."""
 
 
 def public(
@@ -49,9 +53,29 @@ def public(
         _check_parameters(function, body, {*packed, *others})
         call = _reusing(body) if reuse else _plain(body, finish)
         BODIES[call] = body
+        FUNCTIONS[function.name] = call
+        _show_to_dynamo(function.name, call, body)
         return call
 
     return decorate
+
+
+def called(asking: str, args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """(function, its arguments) of ``asking(function, ...)``, or of ``asking(q, k, v, ...)``, which
+    means `flash_attn_func`.
+
+    Raises
+    ------
+    TypeError
+        The first argument is a function that is not in `BODIES`.
+    """
+    if not (args and callable(args[0]) and shape_of(args[0]) is None):
+        return next(x for x in BODIES if x.__name__ == "flash_attn_func"), args
+    if not isinstance(args[0], FunctionType) or args[0] not in BODIES:
+        expected = "a function of umfa that computes, or tensors for flash_attn_func"
+        got = getattr(args[0], "__qualname__", type(args[0]).__qualname__)
+        raise TypeError(message(asking, "the function is not known", got, expected))
+    return args[0], args[1:]
 
 
 def _check_parameters(function: Function, body: Callable[..., Any], others: set[str]) -> None:
@@ -69,11 +93,15 @@ def _plain(
 ) -> Callable[P, Any]:
     @functools.wraps(body)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-        attention = body(*args, **kwargs)
-        result = run(attention)
-        return result if finish is None else finish(attention, result)
+        if finish is None:
+            return run(body(*args, **kwargs))
+        return _run_and_finish(body(*args, **kwargs), finish)
 
     return call
+
+
+def _run_and_finish(attention: Attention, finish: Callable[[Attention, Any], Any]) -> Any:
+    return finish(attention, run(attention))
 
 
 def _reusing(body: Callable[P, Attention]) -> Callable[P, Any]:
@@ -82,20 +110,26 @@ def _reusing(body: Callable[P, Attention]) -> Callable[P, Any]:
     # What a call costs beyond the work is mostly here: 2 of 5 us went into checking options anew.
     @functools.wraps(body)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-        key = _key(kwargs) if len(args) == 3 else None
+        key = (_key(kwargs) if kwargs else ()) if len(args) == 3 else None
         if key is None:
             return run(body(*args, **kwargs))
         known = made.get(key)
         if known is not None:
             return run_prepared(known, args)
-        attention = body(*args, **kwargs)
-        result = run(attention)
-        options = attention.options
-        if not (options.lacks_seed or options.return_attn_probs) and len(made) < 256:
-            made[key] = prepared(options)
-        return result
+        return _run_first(body(*args, **kwargs), made, key)
 
     return call
+
+
+def _run_first(
+    attention: Attention, made: dict[tuple[Any, ...], Prepared], key: tuple[Any, ...]
+) -> Any:
+    """Runs a call, and keeps its options for later ones."""
+    result = run(attention)
+    options = attention.options
+    if not (options.lacks_seed or options.return_attn_probs) and len(made) < 256:
+        made[key] = prepared(options)
+    return result
 
 
 _PLAIN = frozenset((bool, int, float, str, type(None)))
@@ -115,3 +149,61 @@ def _key(options: dict[str, Any]) -> tuple[Any, ...] | None:
             return None
         key += (name, kind, value)
     return tuple(key)
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+# torch.compile cannot trace into C++. It takes what it finds by this attribute for what it is to
+# trace in a function's place. That costs a plain call nothing, and needs no torch.
+_INLINED = "_torchdynamo_inline"
+
+
+class _Deferred:
+    """The arguments of a call, in place of a record."""
+
+    def __init__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.name, self.args, self.kwargs = name, args, kwargs
+        self.record: Attention | None = None
+
+    # `run` asks for these where something breaks the graph before it.
+    @property
+    def options(self) -> Options:
+        return self._made().options
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        return self._made().tensors
+
+    def _made(self) -> Attention:
+        if self.record is None:
+            self.record = cast(Attention, BODIES[FUNCTIONS[self.name]](*self.args, **self.kwargs))
+        return self.record
+
+
+def _trace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from .._frameworks._torch_compile import inlined
+
+    return inlined(name, args, kwargs)
+
+
+def _show_to_dynamo(name: str, call: Callable[..., Any], body: Callable[..., Any]) -> None:
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        return _trace(name, args, kwargs)
+
+    # The body is what dynamo traces first where it compiles `call` itself, and not a function that
+    # calls it. What takes the record then takes the arguments.
+    def deferred(*args: Any, **kwargs: Any) -> _Deferred:
+        return _Deferred(name, args, kwargs)
+
+    setattr(call, _INLINED, traced)
+    setattr(body, _INLINED, deferred)
+
+
+def _trace_deferred(attention: _Deferred, *_: Any) -> Any:
+    return _trace(attention.name, attention.args, attention.kwargs)
+
+
+for _function in (run, _run_and_finish, _run_first):
+    setattr(_function, _INLINED, _trace_deferred)
+setattr(run_prepared, _INLINED, lambda call, given: _trace(call.function, given, {}))
+setattr(_key, _INLINED, lambda options: None)  # so that `run_prepared` has no options

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any, overload
 
 from .._errors import UnsupportedError, message
-from .._frameworks import shape_of
-from ._public import BODIES
+from ._public import BODIES, called
 from .combine import Combination, judge_combination
-from .run import judge
+from .gradients import Differentiable
+from .prepared import prepared
+from .run import judge, ready
 
 
 @overload
@@ -46,23 +46,17 @@ def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
 
     The same code routes the call. Nothing is computed, and an error that the function would raise
     about its arguments becomes the reason. Errors that occur only during the computation are not
-    predicted: a failed allocation, or a derivative that mlx requests later.
+    predicted: a failed allocation, or a derivative that mlx or jax requests later.
 
     Returns
     -------
     (bool, str)
         ``(True, "")``, or False and the reason.
     """
-    function: Callable[..., Any]
-    if args and callable(args[0]) and shape_of(args[0]) is None:
-        if not isinstance(args[0], FunctionType) or args[0] not in BODIES:
-            expected = "a function of umfa that computes, or tensors for flash_attn_func"
-            got = getattr(args[0], "__qualname__", type(args[0]).__qualname__)
-            return False, message("umfa.can_run", "the function is not known", got, expected)
-        function, rest = args[0], args[1:]
-    else:
-        function = next(x for x in BODIES if x.__name__ == "flash_attn_func")
-        rest = args
+    try:
+        function, rest = called("umfa.can_run", args)
+    except TypeError as error:
+        return False, str(error)
     body = BODIES[function]
     try:
         inspect.signature(body).bind(*rest, **kwargs)
@@ -77,3 +71,20 @@ def can_run(*args: Any, **kwargs: Any) -> tuple[bool, str]:
         return judge(record)
     except (ValueError, TypeError, UnsupportedError) as error:
         return False, re.sub(r"^\[umfa\.[\w.]+\]", "[umfa.can_run]", str(error))
+
+
+def gradients_can_run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """Whether a call that `can_run` accepts would have the gradients of all its float tensors.
+
+    Unlike `can_run`, it takes tensors of frameworks without automatic differentiation.
+    """
+    record = BODIES[function](*args, **kwargs)
+    if isinstance(record, Combination):
+        return False, "no gradients of partial results"
+    call = prepared(record.options)
+    framework = ready(call, record.tensors)
+    tensors = list(record.tensors.values())
+    operation = Differentiable(framework, framework.autodiff, call)
+    pairs = zip(tensors, operation.gradients, strict=True)
+    wanted = [name is not None and "bool" not in str(x.dtype) for x, name in pairs]
+    return operation.judge(tensors, wanted)

@@ -51,16 +51,26 @@ def judge_combination(call: Combination) -> tuple[bool, str]:
     return _ext.combine_can_run(*_exported(framework, call, tensors, out))
 
 
+def warm_up_combination(call: Combination) -> tuple[str, int, int]:
+    """Compiles a merge's kernels. Returns (backend, kernels used, kernels built now)."""
+    framework, tensors, out = _ready(call)
+    return _ext.combine_warm_up(*_exported(framework, call, tensors, out))
+
+
 def _ready(call: Combination) -> tuple[Framework, dict[str, Any], Any]:
     """The tensors' framework, those that are read, and the one to write, which may be None."""
     _ext.backend_name(call.backend, call.function)
     tensors = {"out_partial": call.out_partial, "lse_partial": call.lse_partial}
+    out = None
     if call.out is None:
-        return framework_of(call.function, tensors), tensors, None
-    tensors["out"] = call.out
-    framework = framework_of(call.function, tensors, ("out",))
-    out = tensors.pop("out")
-    framework.check_writable(out, call.function, "out")
+        framework = framework_of(call.function, tensors)
+    else:
+        tensors["out"] = call.out
+        framework = framework_of(call.function, tensors, ("out",))
+        out = tensors.pop("out")
+        framework.check_writable(out, call.function, "out")
+    if framework.autodiff is not None:
+        framework.autodiff.refuse(call.function, tensors)
     return framework, tensors, out
 
 

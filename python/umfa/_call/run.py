@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .. import _ext
 from .._errors import message
-from .._frameworks import Framework, framework_of
-
-
-class Prepared(NamedTuple):
-    """What of a call does not depend on its tensors."""
-
-    options: _ext.Options
-    function: str
-    backend: str
-    names: tuple[str, ...]
-    tables: frozenset[str]
-    autocast: tuple[str, ...]
-    written: tuple[str, ...]
-
-
-def prepared(options: _ext.Options) -> Prepared:
-    return Prepared(
-        options,
-        options.function,
-        options.backend,
-        options.names,
-        frozenset(options.tables),
-        options.autocast,
-        options.written,
-    )
+from .._frameworks import Framework, framework_of, known_framework
+from .gradients import differentiable
+from .prepared import Prepared, execute, exported, prepared
 
 
 def run(attention: _ext.Attention) -> Any:
@@ -43,7 +21,9 @@ def run(attention: _ext.Attention) -> Any:
     tensors = attention.tensors
     framework = ready(call, tensors)
     options = call.options
-    if options.lacks_seed:
+    autodiff = framework.autodiff
+    # A recorded call draws its seed each time that it runs.
+    if options.lacks_seed and (autodiff is None or not autodiff.records()):
         call = call._replace(options=options.replace(dropout_seed=_seed(framework, call, tensors)))
     results = compute(framework, call, tensors)
     for name in call.written:
@@ -55,8 +35,13 @@ def run(attention: _ext.Attention) -> Any:
 
 def run_prepared(call: Prepared, given: tuple[Any, ...]) -> Any:
     """`run` of a call on query, key and value whose options are known."""
-    tensors = dict(zip(call.names, given, strict=True))
-    framework = framework_of(call.function, tensors)
+    q, k, v = given
+    names = call.names
+    tensors = {names[0]: q, names[1]: k, names[2]: v}
+    kind = type(q)
+    framework = known_framework(kind) if kind is type(k) is type(v) else None
+    if framework is None:
+        framework = framework_of(call.function, tensors)
     if framework.autocast is not None:
         framework.autocast(call.function, tensors, (), call.autocast)
     results = compute(framework, call, tensors)
@@ -64,10 +49,45 @@ def run_prepared(call: Prepared, given: tuple[Any, ...]) -> Any:
 
 
 def judge(attention: _ext.Attention) -> tuple[bool, str]:
-    """The routing's verdict on a call, and its reason."""
+    """The routing's verdict on a call, its backward pass included, and its reason."""
+    call = prepared(attention.options)
+    tensors = attention.tensors
+    framework = ready(call, tensors)
+    autodiff = framework.autodiff
+    if autodiff is not None and autodiff.transformed():
+        autodiff.refuse(call.function, tensors)
+    if framework.stand_ins is not None:
+        framework, tensors = framework.stand_ins(call, tensors)
+    verdict = _ext.attention_can_run(call.options, exported(framework, call, tensors))
+    if not verdict[0] or autodiff is None:
+        return verdict
+    wanted = autodiff.wanted(tensors.values())
+    if not any(wanted):
+        return verdict
+    operation = differentiable(framework, autodiff, call)
+    operation.check(wanted)
+    return operation.judge(list(tensors.values()), wanted)
+
+
+def run_backward(
+    attention: _ext.Attention, out: Any, lse: Any, dout: Any, wanted: Sequence[bool]
+) -> tuple[Any, ...]:
+    """The gradients of a call that was computed elsewhere, for each of its tensors; None where it
+    is not wanted. `out` and `lse` are its results."""
+    call = prepared(attention.options)
+    tensors = attention.tensors
+    framework = ready(call, tensors)
+    assert framework.autodiff is not None
+    operation = differentiable(framework, framework.autodiff, call)
+    operation.check(wanted)
+    return operation.backward(list(tensors.values()), out, lse, dout, None, wanted)
+
+
+def warm_up(attention: _ext.Attention) -> tuple[str, int, int]:
+    """Compiles a call's kernels. Returns (backend, kernels used, kernels built now)."""
     call = prepared(attention.options)
     framework = ready(call, attention.tensors)
-    return _ext.attention_can_run(call.options, exported(framework, call, attention.tensors))
+    return _ext.attention_warm_up(call.options, exported(framework, call, attention.tensors))
 
 
 def ready(call: Prepared, tensors: dict[str, Any]) -> Framework:
@@ -143,9 +163,12 @@ def _integers(function: str, name: str, values: Sequence[Any]) -> list[int]:
 
 def _seed(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> int:
     """Draws a seed from the framework's generator. A refused call must not advance it."""
-    possible, _ = _ext.attention_can_run(call.options, exported(framework, call, tensors))
-    if not possible or framework.draw_seed is None:
-        return 0  # computing will say why
+    if framework.draw_seed is None:
+        return 0  # `ready` has refused it
+    if framework.autodiff is None or not framework.autodiff.transformed():
+        possible, _ = _ext.attention_can_run(call.options, exported(framework, call, tensors))
+        if not possible:
+            return 0  # computing will say why
     if not framework.trains(tensors.values()):
         _warn_of_dropout(call)
     return framework.draw_seed()
@@ -173,39 +196,16 @@ def _warn_of_dropout(call: Prepared) -> None:
 
 def compute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
     """(out,), (out, lse) or (out, lse, weights)."""
+    autodiff = framework.autodiff
+    if autodiff is not None and autodiff.applies(tensors.values()):
+        results = autodiff.run(differentiable(framework, autodiff, call), tensors)
+        options = call.options
+        return results if options.return_lse or options.return_attn_probs else results[:1]
     if framework.call is None:
-        return _compute(framework, call, tensors)
+        return execute(framework, call, tensors)
 
     def again(*inputs: Any) -> tuple[Any, ...]:
-        return _compute(framework, call, dict(zip(tensors, inputs, strict=True)))
+        return execute(framework, call, dict(zip(tensors, inputs, strict=True)))
 
-    results: tuple[Any, ...] = framework.call(again, call.function, *tensors.values())
-    return results
-
-
-def _compute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
-    first = tensors[call.names[0]]
-
-    def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-        return framework.allocate(first, shape, dtype, call.backend)
-
-    out, lse, weights = _ext.attention_forward(
-        call.options, exported(framework, call, tensors), allocate
-    )
-    result = tensors["out"] if out is None else framework.finish(out)
-    if lse is None:
-        return (result,)
-    if weights is None:
-        return result, framework.finish(lse)
-    return result, framework.finish(lse), framework.finish(weights)
-
-
-def exported(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
-    """DLPack objects, in the order of the options' names."""
-    export, function, tables, backend = framework.export, call.function, call.tables, call.backend
-    if not tables:
-        return tuple([export(tensor, function, name, backend) for name, tensor in tensors.items()])
-    return tuple(
-        tensor if name in tables else export(tensor, function, name, backend)
-        for name, tensor in tensors.items()
-    )
+    results = framework.call(again, call.function, *tensors.values())
+    return tuple(results)

@@ -13,15 +13,59 @@ from .._errors import message
 from ._buffer import as_array, is_buffer
 from ._versions import check_version
 
-__all__ = ["Framework", "causal_bias", "framework_of", "is_buffer", "shape_of"]
+__all__ = [
+    "FUNCTIONS",
+    "Autodiff",
+    "Framework",
+    "causal_bias",
+    "framework_of",
+    "is_buffer",
+    "known_framework",
+    "shape_of",
+]
+
+
+class Autodiff(Protocol):
+    """Running a call as one operation that a framework can differentiate, transform and record."""
+
+    def __hash__(self) -> int:
+        """It is a module."""
+
+    def applies(self, tensors: Iterable[Any]) -> bool:
+        """Whether a call on these tensors has to go through `run`."""
+
+    def run(self, call: Any, tensors: dict[str, Any]) -> tuple[Any, ...]:
+        """(out, lse) or (out, lse, weights) of a call, a `_call.gradients.Differentiable`."""
+
+    def wanted(self, tensors: Iterable[Any]) -> list[bool]:
+        """For each tensor, whether its gradient may be asked for."""
+
+    def refuse(self, function: str, tensors: dict[str, Any]) -> None:
+        """Raises where `run` would be needed, for a function that cannot be differentiated."""
+
+    def zeros_like(self, tensor: Any) -> Any:
+        """Zeros of the same shape and dtype."""
+
+    def transformed(self) -> bool:
+        """Whether tensors may have no memory of their own now: a transform or a recorder is at
+        work."""
+
+    def records(self) -> bool:
+        """Whether operations are recorded now, and run later."""
 
 
 class Framework(Protocol):
     """What umfa needs to know about one framework's tensors. Each module here is one."""
 
+    def __hash__(self) -> int:
+        """It is a module."""
+
     call: Callable[..., Any] | None
     """call(compute, function, *tensors) is compute(*tensors), so that the framework's autograd
     notices. None: it has no need to be told."""
+
+    autodiff: Autodiff | None
+    """The framework's automatic differentiation. None: it has none, or umfa refuses it."""
 
     autocast: Callable[[str, dict[str, Any], tuple[str, ...], tuple[str, ...]], None] | None
     """autocast(function, tensors, written, cast) replaces the tensors `cast`, by argument name, by
@@ -59,6 +103,13 @@ class Framework(Protocol):
     def mark_written(self, tensor: Any) -> None:
         """Tells the framework that the memory of a tensor has been written."""
 
+    stand_ins: Callable[[Any, dict[str, Any]], tuple[Framework, dict[str, Any]]] | None
+    """stand_ins(call, tensors) is (framework, tensors) that a verdict on the call can be given on:
+    arrays of the same shapes in place of tensors that have no memory yet. None: all have some."""
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""The public functions by name, for graphs that hold a name."""
 
 # Module of the tensor class -> class; jax tracers are jax.Array too.
 _CLASSES = {"torch": "Tensor", "jax": "Array", "mlx.core": "array"}
@@ -67,6 +118,9 @@ _MODULES = {"torch": "torch", "jax": "jax", "mlx.core": "mlx"}
 _LOADED: dict[str, Framework] = {}
 # Tensor types met so far, of frameworks that are known by name; few, so that it cannot grow.
 _KNOWN: dict[type, Framework] = {}
+
+known_framework: Callable[[type], Framework | None] = _KNOWN.get
+"""The framework of a type that `framework_of` has met."""
 
 
 def _name_of(tensor: Any) -> str | None:

@@ -9,15 +9,10 @@ import torch
 from torch.autograd import forward_ad
 
 from .._errors import UnsupportedError, message
-from . import causal_bias
+from . import _torch_autodiff, causal_bias
 from ._versions import release
 
 _forward_ad: Any = forward_ad  # its functions carry no annotations
-
-_RECORDERS = tuple(
-    (getattr(torch._C._TorchDispatchModeKey, key), name)
-    for key, name in (("PROXY", "make_fx"), ("FAKE", "FakeTensorMode"))
-)
 
 # What torch.autocast casts for scaled_dot_product_attention. It casts float8 too, which is refused
 # here, since its scale is not known.
@@ -34,7 +29,7 @@ def autocast(
     dtype = torch.get_autocast_dtype(device)
     for name in cast:
         tensor = tensors[name]
-        _check_plain(tensor, function, name)
+        _check_dense(tensor, function, name)
         if tensor.dtype is dtype or tensor.dtype not in _AUTOCAST_DTYPES:
             continue
         if tensor.device.type != device:
@@ -53,17 +48,23 @@ def _cast_unexpanded(tensor: Any, dtype: torch.dtype) -> Any:
     return once.to(dtype).expand(tensor.shape)
 
 
+# The binding reads tensors of exactly this class through DLPack's C exchange API: no capsule.
+_HAS_EXCHANGE_API = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
+    if (
+        _HAS_EXCHANGE_API
+        and type(tensor) is torch.Tensor
+        and tensor.is_cpu
+        and _forward_ad._current_level < 0
+        # The API would show the memory of these, without saying what it means.
+        and not (tensor.is_neg() or tensor.is_nested or tensor.is_quantized or _is_wrapped(tensor))
+        and tensor.layout is torch.strided
+    ):
+        return tensor
     _check_plain(tensor, function, argument)
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedError(
-            message(
-                function,
-                f"{argument} requires grad, and the backward pass is not implemented yet",
-                "requires_grad=True",
-                "a call under torch.no_grad(), or tensors that do not require grad",
-            )
-        )
     if _forward_ad._current_level >= 0 and _forward_ad.unpack_dual(tensor).tangent is not None:
         raise UnsupportedError(
             message(
@@ -100,35 +101,31 @@ def _check_offset(tensor: Any, function: str, argument: str) -> None:
         )
 
 
-def _recording() -> str:
-    """What is recording torch operations instead of running them; empty if nothing is."""
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace"
-    if torch._C._len_torch_dispatch_stack() > 0:
-        for key, name in _RECORDERS:
-            if torch._C._get_dispatch_mode(key) is not None:
-                return name
-    return ""
+def _is_recorded(tensor: Any) -> bool:
+    """Whether the tensor is one of a recorder's that is at work, so that none will read it now."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return _torch_autodiff.records() and isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
 def _check_plain(tensor: Any, function: str, argument: str) -> None:
     """Refuses tensors that stand for something else than one strided block of memory."""
-    plain = "a plain strided tensor"
-    recording = _recording()
-    if recording:
-        # The recorder would see an empty tensor and nothing that fills it.
-        raise UnsupportedError(
-            message(function, f"{argument} is being recorded", recording, "an eager call")
-        )
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise UnsupportedError(
             message(
                 function,
                 f"{argument} is inside a torch.func transform",
                 "a functorch tensor",
-                plain,
+                "a plain strided tensor",
             )
         )
+    _check_dense(tensor, function, argument)
+
+
+def _check_dense(tensor: Any, function: str, argument: str) -> None:
+    """The same of tensors that may have no memory now."""
+    plain = "a plain strided tensor"
     if tensor.is_nested:
         raise UnsupportedError(
             message(
@@ -138,7 +135,9 @@ def _check_plain(tensor: Any, function: str, argument: str) -> None:
                 "a dense tensor (see flash_attn_varlen_func for sequences of different lengths)",
             )
         )
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not _is_recorded(
+        tensor
+    ):
         raise UnsupportedError(
             message(
                 function,
@@ -178,15 +177,18 @@ def finish(handle: Any) -> Any:
 
 
 call = None
+autodiff = _torch_autodiff
 
 
 def to_host(tensor: Any, function: str, argument: str) -> Any:
+    if _torch_autodiff.records():
+        return tensor  # the recorded operation will copy it
     _check_plain(tensor, function, argument)
     return tensor.detach().cpu()
 
 
 def check_writable(tensor: Any, function: str, argument: str) -> None:
-    _check_plain(tensor, function, argument)
+    _check_dense(tensor, function, argument)
     lazy = "negated" if tensor.is_neg() else "conjugated" if tensor.is_conj() else ""
     if lazy:  # what is written would be read with the other sign
         raise ValueError(
@@ -212,6 +214,9 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
 
 def trains(tensors: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+stand_ins = None
 
 
 def mark_written(tensor: Any) -> None:

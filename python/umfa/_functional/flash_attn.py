@@ -163,8 +163,8 @@ def flash_attn_func(
     ValueError, TypeError
         An argument is wrong; the message holds the offending value.
     umfa.UnsupportedError
-        The call is sound but not implemented yet: gradients (tensors that require grad, traced
-        arrays), float64 and float8, ``head_dim`` above 576.
+        The call is sound but not implemented yet: traced arrays of mlx, second derivatives
+        and forward mode, float64 and float8, ``head_dim`` above 576.
 
     Notes
     -----
@@ -185,6 +185,10 @@ def flash_attn_func(
     `flash_attn_combine` is not affected. Whole tensors are copied for it, a cache too; keep a cache
     in the autocast dtype. A cache that is appended to is never cast: it is read in its own dtype.
     `out_dtype` still sets the dtype of the result.
+
+    Torch tensors that require grad get gradients, on the CPU: `q`, `k`, `v`, `qv`, an `attn_mask`
+    of numbers, `learnable_sink` and `alibi_slopes`. The log-sum-exp is differentiable too. Autograd
+    keeps the tensors, the result and the log-sum-exp. A call with `out` is refused then.
 
     Online softmax over key tiles: Milakov & Gimelshein 2018 (arXiv:1805.02867), Dao et al. 2022
     (arXiv:2205.14135). Dropout by Philox-4x32-10, Salmon et al. 2011.

@@ -90,8 +90,12 @@ def scaled_dot_product_attention(
     ValueError, TypeError
         An argument is wrong; the message holds the offending value.
     umfa.UnsupportedError
-        The call is sound but not implemented yet: gradients (tensors that require grad, traced
-        arrays), float64 and float8, ``head_dim`` above 576.
+        The call is sound but not implemented yet: traced arrays of mlx, second derivatives
+        and forward mode, float64 and float8, ``head_dim`` above 576.
+
+    Notes
+    -----
+    Torch tensors that require grad get gradients, as in `flash_attn_func`.
     """
     if attn_mask is not None and is_causal is not False:
         raise ValueError(
