@@ -73,6 +73,9 @@ def bench(*arguments: str) -> int:
 # ---- cases -----------------------------------------------------------------------------------
 
 
+EVERY = [case for suite in cases.SUITES.values() for case in suite]
+
+
 def names(*patterns: str, long: bool = False) -> list[str]:
     return [case.name for case in cases.select("cpu", list(patterns), long=long)]
 
@@ -101,13 +104,18 @@ def test_an_unknown_peer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_names_are_unique() -> None:
-    assert len({case.name for case in cases.CPU}) == len(cases.CPU)
+    assert len({case.name for case in EVERY}) == len(EVERY)
+
+
+def test_cases_know_their_suite() -> None:
+    for suite, members in cases.SUITES.items():
+        assert {case.suite for case in members} == {suite}
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list"]) == 0
     text = capsys.readouterr().out
-    for case in cases.CPU:
+    for case in EVERY:
         assert re.search(rf"^{case.name} ", text, re.MULTILINE)
     assert "≥ 20×, ≥ 80% of bandwidth" in text
 
@@ -128,6 +136,9 @@ def test_visible_pairs(window: tuple[int, int], causal: bool, seqlens: tuple[int
         count = seqlens[0] * seqlens[1] // (2 if causal else 1)
     assert case.visible_pairs == count
     assert case.operations == 4 * count * 8
+    assert replace(case, backward=True).operations == 14 * count * 8
+    assert replace(case, head_dim_v=3).operations == 2 * count * (8 + 3)
+    assert replace(case, backward=True, head_dim_v=3).operations == 2 * count * (4 * 8 + 3 * 3)
 
 
 def test_decode_counts_key_and_value() -> None:
@@ -278,6 +289,90 @@ def test_peers_agree(
     assert refused <= ({"fp16-full-1536"} if name == "jax" else set())
 
 
+# ---- gradients -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backward(numpy_peer: Any, tmp_path: Path) -> Callable[..., tuple[int, results.Run]]:
+    """Runs the suite of gradients: the exit status, and what was found."""
+    pytest.importorskip("torch")
+    numpy_peer()  # for what it puts in place of measurements
+    file = tmp_path / "results.json"
+
+    def run(*arguments: str, against: str = "torch") -> tuple[int, results.Run]:
+        suite = ("--suite", "backward", "--against", against, "--json", str(file))
+        status = bench(*suite, "--repeats", "1", *arguments)
+        return status, results.from_json(json.loads(file.read_text()))
+
+    return run
+
+
+def test_gradients_agree(backward: Any) -> None:
+    status, run = backward()
+    assert status == 0
+    assert [case.name for case in run.cases] == [case.name for case in cases.BACKWARD]
+    for case in run.cases:
+        assert case.correct
+        assert case.error is not None
+        assert case.error > 0
+        (peer,) = case.peers
+        assert peer.status == "measured"
+        # Each library drops other weights.
+        assert peer.agrees is (None if "dropout" in case.name else True)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "attn_mask"])
+@pytest.mark.parametrize("factor", [0.9, float("nan")])
+def test_a_wrong_gradient_is_an_error(
+    which: str,
+    factor: float,
+    backward: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    attention = umfa.flash_attn_func
+
+    def spoilt(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        tensors = {"q": q, "k": k, "v": v, "attn_mask": options.pop("attn_mask")}
+        tensors[which].register_hook(lambda gradient: gradient * factor)
+        return attention(**tensors, **options)
+
+    monkeypatch.setattr(umfa, "flash_attn_func", spoilt)
+    status, _ = backward("--case", "backward-fp32-mask-gradient")
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "umfa differs from float64" in error
+    assert "umfa and torch differ" in error
+
+
+def test_other_dropped_weights_are_an_error(
+    backward: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention = umfa.flash_attn_func
+
+    def other(*tensors: Any, **options: Any) -> Any:
+        if "return_attn_probs" not in options:
+            options["dropout_seed"] += 1
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr(umfa, "flash_attn_func", other)
+    status, _ = backward("--case", "backward-fp32-dropout")
+    assert status == 1
+    assert "umfa differs from float64" in capsys.readouterr().err
+
+
+def test_who_gives_no_gradients_is_named(backward: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jax")
+    status, run = backward("--case", "backward-fp32", against="jax")
+    assert status == 0
+    assert run.cases[0].umfa.status == "not supported"
+    text = capsys.readouterr().out
+    assert "not supported by umfa: gradients are taken by torch's autograd: --against torch" in text
+    _, run = backward("--case", "backward-fp32", against="torch,jax")
+    assert [peer.status for peer in run.cases[0].peers] == ["measured", "not supported"]
+    assert "gradients are compared with torch's only" in capsys.readouterr().out
+
+
 # ---- verdicts --------------------------------------------------------------------------------
 
 
@@ -361,7 +456,7 @@ def test_documentation_has_the_cases_as_they_are() -> None:
             case.target.text(case.kind) if case.target else report.NONE,
             f"`{case.command}`",
         )
-        for case in cases.CPU
+        for case in EVERY
         if not case.long
     ]
     assert [row for row in expected if row not in found] == []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from .._errors import message
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Kind = Literal["compute", "decode", "self", "overhead"]
+Mask = Literal["", "float mask", "float mask with gradient"]
 
 # Lengths under --quick, which only shows that everything works.
 QUICK_QUERIES = 64
@@ -63,6 +64,10 @@ class Case:
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     batch_invariant: bool = False
+    backward: bool = False  # also the gradients of query, key and value
+    mask: Mask = ""  # (seqlen_q, seqlen_k), of the case's dtype
+    dropout_p: float = 0.0
+    head_dim_v: int = 0  # 0: as head_dim
     kind: Kind = "compute"
     target: Target | None = None
     long: bool = False  # only with --long, or by name
@@ -72,6 +77,16 @@ class Case:
     def kv_heads(self) -> int:
         """Heads of key and value."""
         return self.heads_kv or self.heads
+
+    @property
+    def value_dim(self) -> int:
+        """Head dim of value."""
+        return self.head_dim_v or self.head_dim
+
+    @property
+    def suite(self) -> str:
+        """The suite that has this case."""
+        return "backward" if self.backward else "cpu"
 
     @property
     def title(self) -> str:
@@ -86,7 +101,13 @@ class Case:
         if self.window != (-1, -1):
             mask = "causal window" if self.causal else "window"
             mask += " " + "+".join(f"{side}" for side in self.window if side > 0)
-        text = f"{self.dtype} {mask} ({self.batch}, {heads}, {lengths}, {self.head_dim})"
+        dims = f"{self.head_dim}"
+        if self.value_dim != self.head_dim:
+            dims += f"/{self.value_dim}"
+        text = f"{self.dtype} {mask} ({self.batch}, {heads}, {lengths}, {dims})"
+        text += f", {self.mask}" if self.mask else ""
+        text += f", dropout {self.dropout_p:g}" if self.dropout_p else ""
+        text += ", forward and backward" if self.backward else ""
         return f"{text}, {self.note}" if self.note else text
 
     @property
@@ -108,20 +129,28 @@ class Case:
 
     @property
     def operations(self) -> int:
-        """Floating-point operations of the two matrix products."""
-        return 4 * self.batch * self.heads * self.visible_pairs * self.head_dim
+        """Floating-point operations of the matrix products.
+
+        The forward pass has one product of each head dim. The backward pass has three of
+        `head_dim` (scores, dQ, dK) and two of `value_dim` (dP, dV).
+        """
+        dims = self.head_dim + self.value_dim
+        if self.backward:
+            dims += 3 * self.head_dim + 2 * self.value_dim
+        return 2 * self.batch * self.heads * self.visible_pairs * dims
 
     @property
     def bytes_read(self) -> int:
         """Bytes of key and value, each once."""
         rows = self.batch * self.kv_heads * self.seqlen_k
-        return 2 * rows * self.head_dim * ITEMSIZE[self.dtype]
+        return rows * (self.head_dim + self.value_dim) * ITEMSIZE[self.dtype]
 
     @property
     def command(self) -> str:
         """What makes this row."""
         against = "--against torch " if self.kind in ("compute", "decode") else ""
-        return f"python -m umfa bench {against}--case {self.name}"
+        suite = "" if self.suite == "cpu" else f"--suite {self.suite} "
+        return f"python -m umfa bench {suite}{against}--case {self.name}"
 
     def quick(self) -> Case:
         """The same with lengths that take no time."""
@@ -209,7 +238,23 @@ CPU: tuple[Case, ...] = (
     ),
 )
 
-SUITES: dict[str, tuple[Case, ...]] = {"cpu": CPU}
+
+def _training(name: str, target: Target | None, **options: Any) -> Case:
+    return Case(name, 1, 8, 2048, 2048, 64, backward=True, target=target, **options)
+
+
+BACKWARD: tuple[Case, ...] = (
+    _training("backward-fp32", Target(1.2, 0.75)),
+    _training("backward-fp32-causal", Target(1.4), causal=True),
+    _training("backward-fp32-mask", None, mask="float mask"),
+    _training("backward-fp32-mask-gradient", Target(2.0), mask="float mask with gradient"),
+    _training("backward-fp32-dropout", Target(3.0), dropout_p=0.1),
+    _training("backward-fp32-dv128", Target(1.7), head_dim_v=128),
+    _training("backward-bf16", Target(1.7), dtype="bfloat16"),
+    _training("backward-bf16-causal", Target(2.0), dtype="bfloat16", causal=True),
+)
+
+SUITES: dict[str, tuple[Case, ...]] = {"cpu": CPU, "backward": BACKWARD}
 
 
 def select(suite: str, patterns: list[str], *, long: bool = False) -> list[Case]:

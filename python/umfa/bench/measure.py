@@ -11,12 +11,23 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import umfa
 from umfa import _ext
 
 from .cases import Case
-from .peers import Call, Contender, Float64, Inputs, NotSupportedError, Team, brief, make_inputs
+from .peers import (
+    DROPOUT_SEED,
+    Call,
+    Contender,
+    Float64,
+    Inputs,
+    NotSupportedError,
+    Team,
+    brief,
+    make_inputs,
+)
 from .results import FAILED, MEASURED, NOT_SUPPORTED, CaseResult, Entry
 
 # A row (the head_dim numbers of one query and head) may differ by so much of its norm: loose enough
@@ -113,6 +124,84 @@ def row_difference(out: Float64, reference: Float64) -> float:
     return float(np.max(difference / norm))
 
 
+def gradient_difference(out: Float64, reference: Float64) -> float:
+    """As `row_difference`, but rows smaller than the mean row count as if they had its size.
+
+    A small row of a gradient is a difference of large terms: the first causal query's is 0.
+    """
+    difference = np.linalg.norm(out - reference, axis=-1)
+    norm = np.linalg.norm(reference, axis=-1)
+    return float(np.max(difference / np.maximum(norm, max(norm.mean(), np.finfo(np.float32).tiny))))
+
+
+def largest_difference(found: list[Float64], expected: list[Float64]) -> float:
+    """The output's row difference, or a gradient's if that is larger; NaN stays."""
+    differences = [row_difference(found[0], expected[0])]
+    differences += map(gradient_difference, found[1:], expected[1:])
+    return float(np.max(differences))
+
+
+def reference_head(
+    case: Case, inputs: Inputs, batch: int, head: int, kept: npt.NDArray[np.bool_] | None
+) -> list[Float64]:
+    """Output, dQ, dK, dV and dMask of one head by the book, in float64; no grouped heads."""
+    assert inputs.dout is not None
+    assert case.kv_heads == case.heads
+    assert case.window == (-1, -1)
+    query, key, value, dout = (
+        array[batch, :, head].astype(np.float64)
+        for array in (inputs.query, inputs.key, inputs.value, inputs.dout)
+    )
+    scale = case.head_dim**-0.5
+    scores = scale * (query @ key.T)
+    if inputs.mask is not None:
+        scores += inputs.mask
+    if case.causal:
+        behind = case.seqlen_k - case.seqlen_q
+        scores[~np.tri(case.seqlen_q, case.seqlen_k, behind, dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    keep = 1.0 if kept is None else kept[batch, head] / (1 - case.dropout_p)
+    out = (weights * keep) @ value
+    dscores = weights * ((dout @ value.T) * keep - (dout * out).sum(axis=-1, keepdims=True))
+    return [
+        out,
+        scale * (dscores @ key),
+        scale * (dscores.T @ query),
+        (weights * keep).T @ dout,
+        dscores,
+    ]
+
+
+def kept_weights(case: Case, inputs: Inputs) -> npt.NDArray[np.bool_] | None:
+    """Which weights umfa's dropout keeps, (batch, heads, seqlen_q, seqlen_k); None without it."""
+    if not case.dropout_p:
+        return None
+    _, _, weights = umfa.flash_attn_func(
+        inputs.query, inputs.key, inputs.value, causal=case.causal, return_attn_probs=True,
+        dropout_p=case.dropout_p, dropout_seed=DROPOUT_SEED, backend="cpu",
+    )  # fmt: skip
+    kept: npt.NDArray[np.bool_] = ~np.signbit(weights)
+    return kept
+
+
+def backward_error(case: Case, inputs: Inputs, found: list[Float64]) -> float:
+    """Compare the first and the last head with the book, and the gradient of a mask over all."""
+    kept = kept_weights(case, inputs)
+    every = [(b, h) for b in range(case.batch) for h in range(case.heads)]
+    dmask = len(found) > 4
+    worst = 0.0
+    total: Float64 = np.zeros(())
+    for batch, head in every if dmask else (every[0], every[-1]):
+        expected = reference_head(case, inputs, batch, head, kept)
+        total = total + expected.pop()
+        ours = [array[batch, :, head] for array in found[:4]]
+        worst = float(np.maximum(worst, largest_difference(ours, expected)))
+    if dmask:
+        worst = float(np.maximum(worst, gradient_difference(found[4], total)))
+    return worst
+
+
 def reference_error(case: Case, inputs: Inputs, out: Float64) -> float:
     """Compare some rows, the first and the last among them, with attention by the book."""
     random = np.random.default_rng(1)
@@ -155,6 +244,7 @@ def blank(case: Case) -> CaseResult:
             "seqlen_q": case.seqlen_q,
             "seqlen_k": case.seqlen_k,
             "head_dim": case.head_dim,
+            "head_dim_v": case.value_dim,
         },
         causal=case.causal,
         window=list(case.window),
@@ -193,6 +283,7 @@ def run_case(case: Case, team: Team, settings: Settings, step: Step) -> CaseResu
     inputs = make_inputs(case, settings.seed)
     peers = [team.full] if case.kind == "self" else team.peers
     turns: list[Turn] = []
+    ours: list[Float64] = []
     for contender in (team.umfa, *peers):
         step(f"{contender.name} warms up")
         entry = result.umfa if contender is team.umfa else Entry(contender.name)
@@ -204,16 +295,19 @@ def run_case(case: Case, team: Team, settings: Settings, step: Step) -> CaseResu
                 return result
             continue
         turns.append(turn)
-        out = contender.array(turn.out)
+        found = [contender.array(part) for part in (turn.out if case.backward else [turn.out])]
         turn.out = None
         if contender is team.umfa:
-            ours = out
-            result.error = reference_error(case, inputs, out)
+            ours = found
+            if case.backward:
+                result.error = backward_error(case, inputs, found)
+            else:
+                result.error = reference_error(case, inputs, found[0])
             result.correct = result.error <= TOLERANCE[case.dtype]
         elif case.kind == "self":
-            entry.difference = reference_error(case.plain(), inputs, out)
-        else:
-            entry.difference = row_difference(ours, out)
+            entry.difference = reference_error(case.plain(), inputs, found[0])
+        elif not case.dropout_p:  # with dropout, each library drops other weights
+            entry.difference = largest_difference(ours, found)
         if entry.difference is not None:
             entry.agrees = entry.difference <= TOLERANCE[case.dtype]
 

@@ -22,6 +22,8 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Call = Callable[[], Any]
 
+DROPOUT_SEED = 1
+
 # Read once, when a library starts its threads; see `limit_threads`.
 THREAD_VARIABLES = ("PJRT_NPROC", "NPROC", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -37,6 +39,10 @@ class Inputs:
     query: Float32
     key: Float32
     value: Float32
+    mask: Float32 | None = None
+    """(seqlen_q, seqlen_k), added to the scores."""
+    dout: Float32 | None = None
+    """Gradient of the result, where the case has a backward pass."""
 
 
 class Contender(Protocol):
@@ -48,10 +54,14 @@ class Contender(Protocol):
     """What is known about its threads, and what could not be controlled."""
 
     def prepare(self, case: Case, inputs: Inputs) -> Call:
-        """Convert the inputs, and return the call to time, whose result is complete on return."""
+        """Convert the inputs, and return the call to time, whose result is complete on return.
+
+        With a backward pass, the call returns the output and the gradients of query, key, value
+        and, if the case asks for it, of the mask.
+        """
 
     def array(self, out: Any) -> Float64:
-        """A result of that call as (batch, seqlen, heads, head_dim)."""
+        """One result of that call: (batch, seqlen, heads, head_dim), or a mask's gradient."""
 
 
 def rounded(array: Float32, dtype: Dtype) -> Float32:
@@ -71,14 +81,15 @@ def make_inputs(case: Case, seed: int) -> Inputs:
     """N(0,1), the same on every run."""
     random = np.random.default_rng(seed)
 
-    def tensor(seqlen: int, heads: int) -> Float32:
-        shape = (case.batch, seqlen, heads, case.head_dim)
+    def tensor(*shape: int) -> Float32:
         return rounded(random.standard_normal(shape, dtype=np.float32), case.dtype)
 
     return Inputs(
-        tensor(case.seqlen_q, case.heads),
-        tensor(case.seqlen_k, case.kv_heads),
-        tensor(case.seqlen_k, case.kv_heads),
+        tensor(case.batch, case.seqlen_q, case.heads, case.head_dim),
+        tensor(case.batch, case.seqlen_k, case.kv_heads, case.head_dim),
+        tensor(case.batch, case.seqlen_k, case.kv_heads, case.value_dim),
+        tensor(case.seqlen_q, case.seqlen_k) if case.mask else None,
+        tensor(case.batch, case.seqlen_q, case.heads, case.value_dim) if case.backward else None,
     )
 
 
@@ -121,15 +132,46 @@ class Umfa:
             "causal": case.causal,
             "window_size": case.window,
             "batch_invariant": case.batch_invariant,
+            "dropout_p": case.dropout_p,
             "backend": "cpu",
         }
+        if case.dropout_p:
+            options["dropout_seed"] = DROPOUT_SEED
+        if inputs.mask is not None:
+            options["attn_mask"] = self.tensor(inputs.mask, case.dtype)
         possible, reason = umfa.can_run(query, key, value, **options)
         if not possible:
             raise NotSupportedError(reason)
-        return lambda: umfa.flash_attn_func(query, key, value, **options)
+        if inputs.dout is None:
+            return lambda: umfa.flash_attn_func(query, key, value, **options)
+        if self.torch is None:
+            raise NotSupportedError("gradients are taken by torch's autograd: --against torch")
+        return with_gradients(
+            self.torch,
+            lambda: umfa.flash_attn_func(query, key, value, **options),
+            (query, key, value, *_trained_mask(case, options.get("attn_mask"))),
+            self.tensor(inputs.dout, case.dtype),
+        )
 
     def array(self, out: Any) -> Float64:
         return _float64(out.float().numpy() if self.torch is not None else out)
+
+
+def with_gradients(torch: Any, forward: Call, wanted: tuple[Any, ...], dout: Any) -> Call:
+    """The call that computes attention and the gradients of the `wanted` tensors."""
+    for tensor in wanted:
+        tensor.requires_grad_()
+
+    def call() -> Any:
+        out = forward()
+        return out.detach(), *torch.autograd.grad(out, wanted, dout)
+
+    return call
+
+
+def _trained_mask(case: Case, mask: Any) -> tuple[Any, ...]:
+    """The mask, if the case asks for its gradient."""
+    return (mask,) if case.mask == "float mask with gradient" else ()
 
 
 class UmfaFull(Umfa):
@@ -156,21 +198,35 @@ class Torch:
         _refuse_window(case, "scaled_dot_product_attention has no sliding window")
         _refuse_top_left(case)
         torch = self.torch
-        query, key, value = (
-            torch.from_numpy(array).to(getattr(torch, case.dtype)).transpose(1, 2).contiguous()
-            for array in (inputs.query, inputs.key, inputs.value)
-        )
-        grouped = case.kv_heads != case.heads
+        dtype = getattr(torch, case.dtype)
+
+        def tensor(array: Float32) -> Any:
+            return torch.from_numpy(array).to(dtype).transpose(1, 2).contiguous()
+
+        query, key, value = map(tensor, (inputs.query, inputs.key, inputs.value))
+        options = {
+            "attn_mask": None if inputs.mask is None else torch.from_numpy(inputs.mask).to(dtype),
+            "dropout_p": case.dropout_p,
+            "is_causal": case.causal,
+            "enable_gqa": case.kv_heads != case.heads,
+        }
         attention = torch.nn.functional.scaled_dot_product_attention
+        if inputs.dout is not None:
+            wanted = query, key, value, *_trained_mask(case, options["attn_mask"])
+            dout = tensor(inputs.dout)
+            return with_gradients(
+                torch, lambda: attention(query, key, value, **options), wanted, dout
+            )
 
         def call() -> Any:
             with torch.inference_mode():
-                return attention(query, key, value, is_causal=case.causal, enable_gqa=grouped)
+                return attention(query, key, value, **options)
 
         return call
 
     def array(self, out: Any) -> Float64:
-        return _float64(out.transpose(1, 2).float().numpy())
+        # A mask's gradient has neither batch nor heads.
+        return _float64((out.transpose(1, 2) if out.ndim == 4 else out).float().numpy())
 
 
 class Jax:
@@ -190,6 +246,7 @@ class Jax:
         )
 
     def prepare(self, case: Case, inputs: Inputs) -> Call:
+        _refuse_backward(case)
         _refuse_top_left(case)
         jax = self.jax
         cpu = jax.devices("cpu")[0]
@@ -229,6 +286,7 @@ class Mlx:
         )
 
     def prepare(self, case: Case, inputs: Inputs) -> Call:
+        _refuse_backward(case)
         _refuse_window(case, "scaled_dot_product_attention has no sliding window")
         mx = self.mx
         with mx.stream(mx.cpu):
@@ -291,6 +349,11 @@ def brief(error: BaseException) -> str:
 
 def _float64(array: Any) -> Float64:
     return np.asarray(array).astype(np.float64)
+
+
+def _refuse_backward(case: Case) -> None:
+    if case.backward:
+        raise NotSupportedError("gradients are compared with torch's only")
 
 
 def _refuse_window(case: Case, reason: str) -> None:
