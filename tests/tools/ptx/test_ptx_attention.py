@@ -23,8 +23,12 @@ CASES = [
     Case((1, 1, 40, 50, 200), "float32", options=(("causal", True),)),
     Case((1, 1, 33, 40, 512), "bfloat16"),
     Case((1, 8, 1, 700, 128), "float16", heads_k=2),
+    Case((1, 2, 1, 700, 128), "float16", alibi="heads"),  # a single row of each key head
+    Case((1, 6, 2, 300, 576), "float16", heads_k=1, head_dim_v=512),  # by tiles, split
     Case((1, 4, 2, 300, 64), "float32", heads_k=1, options=(("causal", True),)),
 ]
+
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +37,19 @@ def _warps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulated, "settings", Settings())
 
 
-@pytest.mark.parametrize("family", [pytest.param(7, marks=pytest.mark.slow), 9])
-@pytest.mark.parametrize("case", CASES, ids=str)
+# The same kernels run on the emulator; every run needs one of each sort here.
+EVERY_RUN = (CASES[1], CASES[2], CASES[7], CASES[8])
+
+
+@pytest.mark.parametrize(
+    ("case", "family"),
+    [
+        pytest.param(case, family, marks=() if case in EVERY_RUN and family == 9 else SLOW)
+        for case in CASES
+        for family in (7, 9)
+    ],
+    ids=str,
+)
 def test_agrees_with_float64(case: Case, family: int) -> None:
     emulated.settings.family = family
     emulated.settings.cores = 40

@@ -47,6 +47,10 @@ class Case:
     new_rows: int = 0
     # > 0: values of the keys from here on are NaN and infinities; no query may see those keys.
     bad_from: int = 0
+    # All gradients that the call has instead of the result; of the inputs' dtypes, or float32.
+    backward: bool = False
+    float32_gradients: bool = False
+    dlse: bool = False  # the log-sum-exp has a gradient too
     family: int = 9
     cores: int = 40
     label: str = ""
@@ -165,6 +169,12 @@ def _checks() -> list[Case]:
     found += [
         replace(decode, seqlen_q=4, causal="lower_right"),
         replace(decode, head_dim=512),
+        replace(decode, head_dim=512, seqlen_k=3000),
+        replace(decode, heads_k=1, head_dim=576, head_dim_v=512, seqlen_q=3, seqlen_k=1500),
+        replace(decode, heads_k=1, head_dim_v=512, qv=True, sinks=True, causal="lower_right"),
+        replace(decode, qv=True, seqlen_k=3000, batch=2),
+        replace(decode, heads_k=8, seqlen_k=3000, alibi=True, sinks=True),
+        replace(decode, heads_k=8, head_dim=128, window=(100, 0), layout="odd"),
         replace(decode, head_dim=80, head_dim_v=48),
         replace(decode, window=(100, 0), causal="lower_right"),
         replace(decode, alibi=True),
@@ -229,6 +239,7 @@ def _checks() -> list[Case]:
         )  # fmt: skip
         found += [tiles, replace(tiles, head_dim=128), replace(tiles, head_dim=320)]
         found += [replace(tiles, seqlen_q=4, bad_from=4, head_dim=d) for d in (64, 128, 256)]
+    found += _backward_checks()
     # Larger ones, many tiles long.
     for dtype in ("float16", "bfloat16", "float32"):
         found += [
@@ -236,6 +247,70 @@ def _checks() -> list[Case]:
             Case(heads=8, heads_k=2, seqlen_q=1000, seqlen_k=2049, dtype=dtype, window=(256, 256)),
         ]
     return list(dict.fromkeys(found))
+
+
+def _backward_checks() -> list[Case]:
+    found = []
+    for dtype in ("float16", "bfloat16", "float32"):
+        base = Case(
+            seqlen_q=100, seqlen_k=133, heads=4, heads_k=2, dtype=dtype, backward=True,
+            causal="lower_right",
+        )  # fmt: skip
+        for head_dim in (32, 64, 80, 96, 128, 160, 192, 256):
+            found.append(replace(base, head_dim=head_dim, head_dim_v=head_dim))
+            if head_dim in (64, 128, 256):
+                found.append(replace(found[-1], family=7, float32_gradients=True))
+        found += [
+            replace(base, head_dim=192, head_dim_v=128),
+            replace(base, head_dim=576, head_dim_v=512),
+            replace(base, head_dim=576, head_dim_v=512, family=7, rotary="pairs", dlse=True),
+            replace(base, head_dim=320, head_dim_v=320, mask="float32", dropout=0.3),
+            replace(base, head_dim=512, head_dim_v=512, qv=True, causal="", window=(40, 10)),
+            replace(base, head_dim=64, head_dim_v=512, qv=True, sinks=True),
+            replace(base, head_dim=40, head_dim_v=70, layout="odd"),
+            replace(base, causal="", layout="bhsd", batch=2),
+            replace(base, causal="upper_left", layout="packed", dlse=True),
+            replace(base, seqlen_q=200, seqlen_k=130),  # rows that see nothing
+            replace(base, causal="", window=(40, 10)),
+            replace(base, chunk=37),
+            replace(base, softcap=15.0, scale=-0.3),
+            replace(base, alibi=True, layout="channels"),
+            replace(base, mask="bool"),
+            replace(base, mask="float32", mask_varies=(False, True, True, True), softcap=9.0),
+            replace(base, mask=dtype, mask_varies=(True, False, True, True), batch=2, causal=""),
+            replace(base, mask="float32", mask_varies=(False, False, False, True), head_dim=128,
+                    head_dim_v=128, dropout=0.3),
+            # The gradients of a row's scores add up to dlse.
+            replace(base, mask="float32", mask_varies=(False, True, True, False), causal="",
+                    dlse=True),
+            replace(base, mask=dtype, mask_varies=(False, True, False, False), head_dim=256,
+                    head_dim_v=256, dlse=True),
+            replace(base, sinks=True, dlse=True),
+            replace(base, sinks=True, alibi=True, dropout=0.3, batch=2, head_dim=128,
+                    head_dim_v=128),
+            replace(base, qv=True, head_dim_v=128),
+            replace(base, qv=True, causal="", window=(40, 10), head_dim=128, softcap=15.0),
+            replace(base, rotary="pairs"),
+            replace(base, rotary="halves", head_dim=128, head_dim_v=128, causal=""),
+            replace(base, rotary="halves", head_dim=160, head_dim_v=160, family=7),
+            replace(base, rotary="pairs", qv=True, sinks=True, alibi=True, mask="float32"),
+            replace(base, dropout=0.3, batch=2),
+            replace(base, seqlens_q=(40, 0, 70, 1), seqlens_k=(65, 9, 50, 130), alibi=True),
+            replace(base, seqlens_q=(90, 33), seqlens_k=(50, 130), head_dim=128, head_dim_v=128,
+                    dlse=True),
+            replace(base, seqlen_q=520, seqlen_k=1030, head_dim=128, head_dim_v=128),
+        ]  # fmt: skip
+    return found
+
+
+def _backward_timings(forward: list[Case]) -> list[Case]:
+    """Of the plain calls."""
+    return [
+        replace(
+            case, backward=True, lse=True, label=f"{case.label}-backward", compared_with=case.label
+        )
+        for case in forward
+    ]
 
 
 def _timings() -> list[Case]:
@@ -258,6 +333,7 @@ def _timings() -> list[Case]:
                 compared_with=full.label,
             ),
         ]
+    plain = list(found)
     found += [
         replace(found[2], dtype="bfloat16", label="bf16-d128", compared_with="f16-d128"),
         *(
@@ -266,12 +342,13 @@ def _timings() -> list[Case]:
         ),
         *(
             replace(
-                found[2],
+                full,
                 mask=dtype,
                 mask_varies=(False, False, True, True),
-                label=f"f16-d128-mask-{dtype}",
-                compared_with="f16-d128",
+                label=f"{full.label}-mask-{dtype}",
+                compared_with=full.label,
             )
+            for full in (found[0], found[2])
             for dtype in ("bool", "float16", "float32")
         ),
         replace(long, head_dim_v=128, label="long"),
@@ -283,8 +360,22 @@ def _timings() -> list[Case]:
             label="long-window512",
             compared_with="long",
         ),
+        replace(
+            base,
+            seqlen_k=4096,
+            head_dim=256,
+            head_dim_v=256,
+            label="f16-d256",
+            compared_with="f16-d128",
+        ),
         replace(decode, label="decode-b1"),
         replace(decode, batch=8, label="decode-b8"),
+        replace(decode, batch=4, heads_k=32, seqlen_k=4096, label="decode-mha-4k-b4"),
+        replace(decode, head_dim=512, head_dim_v=512, label="decode-d512"),
+        replace(decode, heads=128, heads_k=1, head_dim=576, head_dim_v=512, label="decode-mla"),
+        replace(
+            decode, heads=128, heads_k=1, head_dim=64, head_dim_v=512, qv=True, label="decode-qv"
+        ),
         *(
             replace(
                 decode,
@@ -307,7 +398,7 @@ def _timings() -> list[Case]:
             compared_with="f16-d128",
         ),
     ]
-    return found
+    return found + _backward_timings(plain)
 
 
 CHECKS = _checks()

@@ -11,7 +11,7 @@ import numpy as np
 
 from .cases import Case
 from .inputs import Array, poison
-from .placement import placements
+from .placement import placements, written
 
 # Every buffer its own cudaMalloc, so that memcheck knows where each ends.
 cupy.cuda.set_allocator(None)
@@ -58,7 +58,7 @@ class Prepared:
         self.case = Case.read(described["case"])
         self.places = placements(self.case)
         self.memory = dict(inputs)
-        for name in ("out", "lse"):
+        for name in written(self.case):
             if name in self.places:
                 self.memory[name] = upload(poison(self.places[name]))
         self.tensors = described["tensors"]
@@ -109,6 +109,6 @@ class Prepared:
         cupy.cuda.get_current_stream().synchronize()
         return {
             name: place.view(download(self.memory[name], poison(place)))
-            for name in ("out", "lse")
+            for name in written(self.case)
             if (place := self.places.get(name))
         }

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .cases import Case
-from .placement import STORAGE, Placement, block_table, lengths_k, placements
+from .placement import STORAGE, Placement, block_table, lengths_k, placements, written
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -38,10 +38,11 @@ def poison(place: Placement) -> Array:
 
 
 def random_buffers(case: Case, rng: np.random.Generator) -> dict[str, Array]:
-    """Buffers of every input. What lies between a tensor's elements is NaN: it must not be read."""
+    """Buffers of every input but the out and lse of a backward pass. What lies between a tensor's
+    elements is NaN: it must not be read."""
     found = {}
     for name, place in placements(case).items():
-        if name in ("out", "lse"):
+        if name in ("out", "lse", *written(case)):
             continue
         buffer = poison(place)
         view = place.view(buffer)

@@ -65,9 +65,39 @@ def placements(case: Case) -> dict[str, Placement]:
         full = (c.batch, c.heads, c.seqlen_q, c.seqlen_k)
         shape = tuple(n if v else 1 for n, v in zip(full, c.mask_varies, strict=True))
         found["attn_mask"] = _contiguous(c.mask, shape)
+    if c.backward:
+        found |= _backward(c, found)
     for name in ("key", "value", "out"):
         found[name] = replace(found[name], dtype=c.dtype_of(name))
     return found
+
+
+def _backward(c: Case, forward: dict[str, Placement]) -> dict[str, Placement]:
+    found = {"dout": forward["out"]}
+    if c.dlse:
+        found["dlse"] = forward["lse"]
+    for name in written(c):
+        of = GRADIENTS[name]
+        found[name] = forward[of]
+        if c.float32_gradients:
+            found[name] = replace(forward[of], dtype="float32")
+    return found
+
+
+GRADIENTS = {
+    "dq": "query", "dk": "key", "dv": "value", "dqv": "qv", "dmask": "attn_mask",
+    "dsinks": "learnable_sink", "dalibi_slopes": "alibi_slopes",
+}  # fmt: skip
+"""What each belongs to."""
+
+
+def written(c: Case) -> tuple[str, ...]:
+    """Names of what a case computes."""
+    if not c.backward:
+        return ("out", "lse")
+    has = {"dqv": c.qv, "dmask": c.mask not in ("", "bool"), "dsinks": c.sinks,
+           "dalibi_slopes": c.alibi}  # fmt: skip
+    return tuple(name for name in GRADIENTS if has.get(name, True))
 
 
 UNUSED_ROWS = 20  # of packed queries, behind the last sequence

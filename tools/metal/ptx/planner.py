@@ -12,7 +12,7 @@ from umfa._call.run import exported, prepared
 from umfa._frameworks import _numpy
 
 from .cases import Case
-from .placement import STORAGE, placements, tables
+from .placement import STORAGE, placements, tables, written
 
 FUNCTION = _ext.Function("umfa.tools.metal.ptx")
 
@@ -26,6 +26,8 @@ def plan(case: Case) -> dict[str, Any]:
             array = array.view({"bool": np.bool_, "bfloat16": ml_dtypes.bfloat16}[place.dtype])
         tensors[name] = array
     out, lse = tensors.pop("out"), tensors.pop("lse", None)
+    saved = (out, lse, tensors.pop("dout", None), tensors.pop("dlse", None))
+    gradients = [(name, tensors.pop(name)) for name in written(case) if case.backward]
     attention = _ext.Attention(
         FUNCTION,
         **tensors,
@@ -41,6 +43,15 @@ def plan(case: Case) -> dict[str, Any]:
         rotary_interleaved=case.rotary != "halves",
         backend="metal",
     )
+    if case.backward:
+        return _ext.metal_plan_backward(
+            attention.options,
+            case.family,
+            case.cores,
+            exported(_numpy, prepared(attention.options), attention.tensors),
+            tuple(None if x is None else _numpy.export(x, FUNCTION.name, "saved") for x in saved),
+            [(name, _numpy.export(x, FUNCTION.name, name)) for name, x in gradients],
+        )
     return _ext.metal_plan_forward(
         attention.options,
         case.family,

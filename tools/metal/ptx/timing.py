@@ -12,7 +12,7 @@ from . import reference
 from .cases import Case
 from .device import Prepared, upload
 from .inputs import Array, from_bfloat16, store
-from .placement import placements
+from .placement import placements, written
 
 # Input sets rotate so that together they exceed any L2 cache (50 MB on an H100) severalfold.
 ROTATED_BYTES = 200 << 20
@@ -41,8 +41,11 @@ def time(folder: Path, described: dict[str, Any], seed: int, copy: float) -> dic
     for i in range(sets):
         inputs = {
             name: upload(_fill(pool, places[name].size, places[name].dtype, 7919 * (9 * i + j)))
-            for j, name in enumerate(name for name in places if name not in ("out", "lse"))
+            for j, name in enumerate(name for name in places if name not in written(case))
         }
+        if case.backward:  # about that of random scores, so that probabilities are finite
+            lse = np.full(places["lse"].size, np.log(case.seqlen_k), np.float32)
+            inputs["lse"] = upload(lse)
         prepared.append(Prepared(folder, described, inputs))
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
@@ -66,6 +69,8 @@ def time(folder: Path, described: dict[str, Any], seed: int, copy: float) -> dic
         raise ArithmeticError(f"{described['name']}: the output holds NaN")
     seconds = float(np.median(spread))
     pairs = case.batch * case.heads * reference.visible_pairs(case)
+    # A backward pass counts as five products, as is usual; its two kernels compute seven.
+    products = 5 if case.backward else 2
     kv_bytes = sum(places[n].size * places[n].item_bytes for n in ("key", "value"))
     return {
         "name": described["name"],
@@ -73,7 +78,7 @@ def time(folder: Path, described: dict[str, Any], seed: int, copy: float) -> dic
         "compared_with": case.compared_with,
         "ms": 1e3 * seconds,
         "spread": float((np.quantile(spread, 0.9) - np.quantile(spread, 0.1)) / seconds),
-        "tflops": 2 * pairs * (case.head_dim + case.head_dim_v) / seconds / 1e12,
+        "tflops": products * pairs * (case.head_dim + case.head_dim_v) / seconds / 1e12,
         "kv_gb_per_s": kv_bytes / seconds / 1e9,
         "share_of_copy": kv_bytes / seconds / copy,
         "sets": sets,
@@ -93,8 +98,9 @@ def _fill(pool: Array, size: int, dtype: str, start: int) -> Array:
 
 
 def _sample(prepared: Prepared) -> Array:
-    out = prepared.results()["out"]
-    return from_bfloat16(out) if prepared.case.dtype_of("out") == "bfloat16" else out
+    name = written(prepared.case)[0]
+    out = prepared.results()[name]
+    return from_bfloat16(out) if prepared.places[name].dtype == "bfloat16" else out
 
 
 def _times(work: Any, repeats: int) -> Array:

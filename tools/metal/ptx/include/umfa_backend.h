@@ -346,8 +346,9 @@ UMFA_INLINE_HEADER void umfa_check_max_threads(unsigned long) {}
 UMFA_INLINE_HEADER void umfa_check_uniform(unsigned long) {}
 
 UMFA_INLINE_CONVERGENT void umfa_threadgroup_barrier(unsigned) { __syncthreads(); }
-UMFA_INLINE_CONVERGENT void umfa_simdgroup_barrier(unsigned) {
-    __nvvm_bar_warp_sync(umfa_backend::everyone);
+/// With no memory to order it only tells Apple's compiler where loads may not move.
+UMFA_INLINE_CONVERGENT void umfa_simdgroup_barrier(unsigned flags) {
+    if (flags != 0) __nvvm_bar_warp_sync(umfa_backend::everyone);
 }
 
 /// `types` holds two bits each for D, A, B and C. It is a constant wherever this is inlined.
