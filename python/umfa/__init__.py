@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from . import _ext
 from ._call.can_run import can_run
+from ._call.warmup import Warmup, warmup
 from ._errors import UnsupportedError
 from ._functional.combine import flash_attn_combine
 from ._functional.flash_attn import (
@@ -28,12 +29,15 @@ from ._functional.varlen import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from ._stats import Left, Stats, stats
 
 __all__ = [
     "BackendInfo",
+    "Left",
     "SelfTest",
     "Stats",
     "UnsupportedError",
+    "Warmup",
     "backends",
     "can_run",
     "flash_attn_combine",
@@ -52,6 +56,7 @@ __all__ = [
     "self_test",
     "set_num_threads",
     "stats",
+    "warmup",
 ]
 
 __version__: str = _ext.version()
@@ -63,6 +68,9 @@ def __dir__() -> list[str]:
 
 can_run.__signature__ = signature(flash_attn_func).replace(  # type: ignore[attr-defined]
     return_annotation="tuple[bool, str]"
+)
+warmup.__signature__ = signature(flash_attn_func).replace(  # type: ignore[attr-defined]
+    return_annotation="Warmup"
 )
 
 
@@ -102,42 +110,6 @@ class SelfTest(NamedTuple):
     def passed(self) -> bool:
         """Whether no family has a fault."""
         return not any(self.faults.values())
-
-
-class Stats(NamedTuple):
-    """What umfa has done in this process so far; see `stats`."""
-
-    cpu_calls: int
-    """Calls that the CPU backend ran."""
-    metal_calls: int
-    """Calls that the Metal backend ran, or recorded in a caller's command buffer."""
-    tensors_in_place: int
-    """Tensors that Metal calls read or wrote where they are."""
-    tensors_copied: int
-    """Tensors that Metal could not map and that umfa copied for the GPU."""
-    bytes_copied: int
-    """The size of those copies."""
-    pipelines: int
-    """Kernels made ready for the GPU: each once for each combination of options."""
-    pipelines_from_text: int
-    """Of them, those compiled from Metal text in this process."""
-    command_buffers: int
-    """Command buffers that umfa committed."""
-    queues_replaced: int
-    """Command queues that umfa replaced after the GPU had failed."""
-    gpu_seconds: float
-    """Time that the GPU spent on umfa's command buffers, by its own clock."""
-
-
-def stats() -> Stats:
-    """Counters since umfa was loaded. They only grow: subtract two readings to measure one call.
-
-    >>> before = umfa.stats()
-    >>> out = umfa.flash_attn_func(q, k, v)
-    >>> umfa.stats().tensors_copied - before.tensors_copied
-    0
-    """
-    return Stats(**_ext.stats())
 
 
 def backends() -> list[BackendInfo]:

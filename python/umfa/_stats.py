@@ -1,0 +1,103 @@
+"""Counters: what umfa has computed, and what integrations handed it or kept from it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import NamedTuple
+
+from . import _ext
+
+_lock = threading.Lock()
+_taken: Counter[str] = Counter()
+_left: Counter[tuple[str, str]] = Counter()
+
+MOST_REASONS = 200
+"""Reasons contain shapes, so a long run could collect any number of them."""
+
+
+class Left(NamedTuple):
+    """Calls that an integration left to the library's own attention; see `Stats.left`."""
+
+    where: str
+    """The function that was called, as ``torch.scaled_dot_product_attention``."""
+    reason: str
+    """Why umfa did not compute it."""
+    calls: int
+
+
+class Stats(NamedTuple):
+    """What umfa has done in this process so far; see `stats`."""
+
+    cpu_calls: int
+    """Calls that the CPU backend ran."""
+    metal_calls: int
+    """Calls that the Metal backend ran, or recorded in a caller's command buffer."""
+    calls_while_compiling: int
+    """Of the calls on the CPU, those that ran there because Metal compiled their kernels."""
+    tensors_in_place: int
+    """Tensors that Metal calls read or wrote where they are."""
+    tensors_copied: int
+    """Tensors that Metal could not map and that umfa copied for the GPU."""
+    bytes_copied: int
+    """The size of those copies."""
+    pipelines: int
+    """Kernels made ready for the GPU: each once for each combination of options."""
+    pipelines_from_text: int
+    """Of them, those whose Metal text was compiled in this process."""
+    pipelines_from_archive: int
+    """Of them, those that an earlier process had compiled, read from the user's cache folder."""
+    command_buffers: int
+    """Command buffers that umfa committed."""
+    queues_replaced: int
+    """Command queues that umfa replaced after the GPU had failed."""
+    gpu_seconds: float
+    """Time that the GPU spent on umfa's command buffers, by its own clock."""
+    taken: dict[str, int]
+    """Calls of other libraries' functions that umfa computed, by function; see
+    `umfa.torch.enable`."""
+    left: tuple[Left, ...]
+    """Calls of such functions that umfa did not compute, and why."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.cpu_calls} calls on the CPU, {self.metal_calls} on an Apple GPU"]
+        lines += [f"  {calls:>8}  {where}: computed by umfa" for where, calls in self.taken.items()]
+        lines += [f"  {x.calls:>8}  {x.where}: not by umfa. {x.reason}" for x in self.left]
+        if self.metal_calls:
+            lines.append(
+                f"GPU: {self.gpu_seconds:.3f} s in {self.command_buffers} command buffers; "
+                f"{self.pipelines} kernels made ready, {self.pipelines_from_text} from text; "
+                f"{self.tensors_copied} tensors ({self.bytes_copied} bytes) copied"
+            )
+        return "\n".join(lines)
+
+
+def stats() -> Stats:
+    """Counters since umfa was loaded. They only grow: subtract two readings to measure one call.
+
+    ``print(umfa.stats())`` lists them in words.
+
+    >>> before = umfa.stats()
+    >>> out = umfa.flash_attn_func(q, k, v)
+    >>> umfa.stats().tensors_copied - before.tensors_copied
+    0
+    """
+    with _lock:
+        taken = dict(_taken.most_common())
+        left = tuple(Left(*key, calls) for key, calls in _left.most_common())
+    return Stats(**_ext.stats(), taken=taken, left=left)
+
+
+def count_taken(where: str) -> None:
+    """Counts a call of another library's function that umfa computed."""
+    with _lock:
+        _taken[where] += 1
+
+
+def count_left(where: str, reason: str) -> None:
+    """Counts one that umfa did not compute."""
+    with _lock:
+        key = where, reason
+        if key not in _left and len(_left) >= MOST_REASONS:
+            key = where, "further reasons"
+        _left[key] += 1

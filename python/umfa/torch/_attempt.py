@@ -1,0 +1,44 @@
+"""umfa first, torch where umfa refuses a call; counted either way."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from .._errors import UnsupportedError
+from .._frameworks import _torch_autodiff
+from .._stats import count_left, count_taken
+
+
+class Thread(threading.local):
+    """What goes on in this thread."""
+
+    stock = False
+    """A call was refused, and runs on torch's kernels."""
+
+
+thread = Thread()
+
+
+def attempt(operation: str, ours: Callable[[], Any], stock: Callable[[], Any]) -> Any:
+    """umfa's result; torch's where umfa refuses the call."""
+    if thread.stock:
+        return stock()
+    try:
+        result = ours()
+    except (UnsupportedError, ValueError, TypeError) as error:
+        text = str(error)
+        if not text.startswith("[umfa."):
+            raise
+        count_left(f"torch.{operation}", re.sub(r"^\[umfa\.[\w.]+\] ", "", text))
+        thread.stock = True
+        try:
+            return stock()
+        finally:
+            thread.stock = False
+    if _torch_autodiff.records():
+        operation += ", recorded in a graph"
+    count_taken("torch." + operation)
+    return result

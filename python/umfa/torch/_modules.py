@@ -1,0 +1,45 @@
+"""torch's modules that compute attention without ``scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+
+from .._stats import count_left
+
+_fast_path = True
+_stock: Any = None
+_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+
+
+def _counted(*args: Any, **kwargs: Any) -> Any:
+    """``F.multi_head_attention_forward``. umfa does not compute its weights."""
+    given = _SIGNATURE.bind_partial(*args, **kwargs).arguments
+    if given.get("need_weights", True):
+        count_left(
+            "torch.nn.MultiheadAttention",
+            "need_weights=True: torch multiplies matrices itself; pass need_weights=False",
+        )
+    return _stock(*args, **kwargs)
+
+
+def install() -> None:
+    global _fast_path, _stock
+    _fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    _stock = F.multi_head_attention_forward
+    # torch.jit.script then compiles the function that it knows.
+    functools.update_wrapper(_counted, _stock)
+    setattr(_counted, "__script_if_tracing_wrapper", True)
+    setattr(_counted, "__original_fn", _stock)
+    F.multi_head_attention_forward = _counted
+
+
+def remove() -> None:
+    if F.multi_head_attention_forward is _counted:  # else somebody else has replaced it meanwhile
+        F.multi_head_attention_forward = _stock
+    torch.backends.mha.set_fastpath_enabled(_fast_path)

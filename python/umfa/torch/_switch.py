@@ -1,0 +1,68 @@
+"""Whether umfa is enabled, and what that installs."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from .._errors import UnsupportedError, message
+from . import _modules, _nested, _overrides
+
+_lock = threading.Lock()
+_enabled = False
+_blocks = 0
+"""Blocks of `umfa.torch.sdpa` that are open."""
+_installed = False
+
+
+def enable() -> None:
+    global _enabled
+    with _lock:
+        _enabled = True
+        _update()
+
+
+def disable() -> None:
+    global _enabled
+    with _lock:
+        _enabled = False
+        _update()
+
+
+def is_enabled() -> bool:
+    return _installed
+
+
+def enter() -> None:
+    global _blocks
+    with _lock:
+        _blocks += 1
+        _update()
+
+
+def leave() -> None:
+    global _blocks
+    with _lock:
+        _blocks -= 1
+        _update()
+
+
+def _update() -> None:
+    global _installed
+    wanted = _enabled or _blocks > 0
+    if wanted == _installed:
+        return
+    if wanted:
+        if not hasattr(torch.library, "get_kernel"):
+            what = "this torch does not say which kernels it has, to call them where umfa cannot"
+            got, expected = f"torch {torch.__version__}", "a torch with torch.library.get_kernel"
+            raise UnsupportedError(message("umfa.torch.enable", what, got, expected))
+        _overrides.install()
+        _modules.install()
+        _nested.install()
+    else:
+        _nested.remove()
+        _modules.remove()
+        _overrides.remove()
+    _installed = wanted

@@ -1,0 +1,192 @@
+"""`umfa.diffusers.enable`: models of diffusers with random weights, beside stock attention."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import umfa
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+adapter = pytest.importorskip("umfa.diffusers")
+
+pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]
+
+DISPATCHED = "diffusers.dispatch_attention_fn"
+SDPA = "torch.scaled_dot_product_attention"
+
+
+def draw(*shape: int) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def flux() -> tuple[Any, dict[str, Any]]:
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+    return model, {
+        "hidden_states": draw(1, 16, 4), "encoder_hidden_states": draw(1, 6, 32),
+        "pooled_projections": draw(1, 32), "timestep": torch.tensor([1.0]),
+        "img_ids": draw(16, 3), "txt_ids": draw(6, 3),
+    }  # fmt: skip
+
+
+def sd3() -> tuple[Any, dict[str, Any]]:
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32,
+        pooled_projection_dim=64, out_channels=4,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": draw(1, 4, 8, 8), "encoder_hidden_states": draw(1, 6, 32),
+        "pooled_projections": draw(1, 64), "timestep": torch.tensor([1.0]),
+    }  # fmt: skip
+
+
+def unet() -> tuple[Any, dict[str, Any]]:
+    model = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=8,
+    )  # fmt: skip
+    return model, {
+        "sample": draw(1, 4, 16, 16), "timestep": 1, "encoder_hidden_states": draw(1, 6, 32),
+    }  # fmt: skip
+
+
+def vae() -> tuple[Any, dict[str, Any]]:
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8, sample_size=16,
+    )  # fmt: skip
+    return model, {"sample": draw(1, 3, 16, 16)}
+
+
+def wan() -> tuple[Any, dict[str, Any]]:
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4,
+        out_channels=4, text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": draw(1, 4, 2, 8, 8), "encoder_hidden_states": draw(1, 6, 16),
+        "timestep": torch.tensor([1]),
+    }  # fmt: skip
+
+
+CALLS = {
+    flux: (DISPATCHED, 3),
+    wan: (DISPATCHED, 4),
+    sd3: (SDPA, 2),
+    unet: (SDPA, 8),
+    vae: (SDPA, 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def _torch_afterwards() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    umfa.torch.disable()
+
+
+def run(model: Any, inputs: dict[str, Any]) -> Any:
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("make", CALLS, ids=lambda make: make.__name__)
+def test_a_model_gives_what_it_gave(make: Any) -> None:
+    model, inputs = make()
+    model.eval()
+    where, calls = CALLS[make]
+    stock = run(model, inputs)
+    (found,) = report = adapter.enable(model)
+    assert (found.by_umfa, found.by_torch) == ((calls, 0) if where == DISPATCHED else (0, calls))
+    assert not found.others
+    assert type(model).__name__ in str(report)
+    before = umfa.stats()
+    ours = run(model, inputs)
+    after = umfa.stats()
+    assert Counter(after.taken) - Counter(before.taken) == {where: calls}
+    assert after.left == before.left
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+    adapter.disable(model)
+    assert torch.equal(run(model, inputs), stock)
+    assert umfa.stats().taken == after.taken
+
+
+def test_gradients() -> None:
+    model, inputs = flux()
+
+    def gradients() -> list[Any]:
+        model.zero_grad()
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+        return [x.grad.clone() for x in model.parameters() if x.grad is not None]
+
+    stock = gradients()
+    adapter.enable(model)
+    for x, y in zip(gradients(), stock, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-6)
+
+
+def test_a_pipeline_and_the_backends_that_it_had() -> None:
+    model, _ = flux()
+    decoder, _ = vae()
+    model.set_attention_backend("native")
+
+    class Pipeline:
+        def __init__(self) -> None:
+            self.components = {"transformer": model, "vae": decoder, "scheduler": object()}
+
+    report = adapter.enable(Pipeline())
+    assert [x.name for x in report] == ["transformer", "vae"]
+    assert str(report).count("\n") == 1
+    adapter.enable(Pipeline())  # twice is once
+    adapter.disable(Pipeline())
+    backends = {processor._attention_backend for processor in model.attn_processors.values()}
+    assert backends == {"native"}
+    model.set_attention_backend("umfa")  # known now by name, too
+
+
+def test_processors_that_compute_attention_themselves_are_named() -> None:
+    model, _ = vae()
+    processor = diffusers.models.attention_processor.AttnProcessor()
+    model.set_attn_processor(processor)
+    (found,) = adapter.enable(model)
+    assert found.others == {"AttnProcessor": 2}
+    assert "2 not by umfa (AttnProcessor)" in str(found)
+
+
+@pytest.mark.parametrize("pipe", [None, [], 7], ids=str)
+def test_what_has_no_models_is_refused_before_anything_changes(pipe: Any) -> None:
+    with pytest.raises(TypeError, match=r"^\[umfa\.diffusers\] pipe has no models; got"):
+        adapter.enable(pipe)
+    assert not umfa.torch.is_enabled()
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float"])
+def test_masks_of_keys(dtype: str) -> None:
+    q, k = draw(2, 5, 2, 8), draw(2, 7, 2, 8)
+    there = torch.ones(2, 7, dtype=torch.bool)
+    there[0, 5:] = False
+    mask = there if dtype == "bool" else torch.where(there, 0.0, float("-inf"))
+    found = adapter._attention(q, k, k, mask)
+    expected = umfa.flash_attn_func(q, k, k, attn_mask=there[:, None, None, :])
+    assert torch.equal(found, expected)
+
+
+def test_what_is_refused() -> None:
+    q, k = draw(1, 5, 4, 8), draw(1, 5, 2, 8)
+    with pytest.raises(ValueError, match="enable_gqa"):
+        adapter._attention(q, k, k)
+    assert adapter._attention(q, k, k, enable_gqa=True).shape == q.shape
+    with pytest.raises(umfa.UnsupportedError, match="context parallelism"):
+        adapter._attention(q, q, q, _parallel_config=object())
+    _, lse = adapter._attention(q, q, q, return_lse=True)
+    assert lse.shape == (1, 4, 5)

@@ -1,0 +1,471 @@
+"""umfa under torch's own attention: `umfa.torch.enable` and what it reaches."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import umfa
+from tests import reference
+from tests.checks import BASE, assert_close
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
+umfa_torch = pytest.importorskip("umfa.torch")
+
+SDPA = "torch.scaled_dot_product_attention"
+INNER = "torch._scaled_dot_product_flash_attention_for_cpu"
+
+
+@pytest.fixture(autouse=True)
+def _disabled_afterwards() -> Iterator[None]:
+    yield
+    umfa_torch.disable()
+    assert not umfa_torch.is_enabled()
+
+
+class Counted:
+    """What a block of calls adds to the counters."""
+
+    def __init__(self) -> None:
+        self.before = umfa.stats()
+
+    @property
+    def taken(self) -> dict[str, int]:
+        return dict(Counter(umfa.stats().taken) - Counter(self.before.taken))
+
+    @property
+    def left(self) -> dict[tuple[str, str], int]:
+        def of(stats: umfa.Stats) -> Counter[tuple[str, str]]:
+            return Counter({(x.where, x.reason): x.calls for x in stats.left})
+
+        return dict(of(umfa.stats()) - of(self.before))
+
+    @property
+    def calls(self) -> int:
+        return umfa.stats().cpu_calls - self.before.cpu_calls
+
+
+def tensors(*shape: int, dtype: Any = None, grad: bool = False) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float32) for _ in range(3)]
+    return [x.to(dtype or x.dtype).requires_grad_(grad) for x in made]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "bool mask": {"attn_mask": torch.ones(40, 40, dtype=torch.bool).tril(3)},
+    "float mask": {"attn_mask": torch.linspace(-2, 1, 1600).view(40, 40)},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_torch_gets_umfa_s_bits(options: dict[str, Any], dtype: str) -> None:
+    q, k, v = tensors(2, 3, 40, 16, dtype=getattr(torch, dtype))
+    counted = Counted()
+    with umfa_torch.sdpa():
+        found = F.scaled_dot_product_attention(q, k, v, **options)
+    assert counted.taken == {SDPA: 1}
+    assert torch.equal(found, umfa.scaled_dot_product_attention(q, k, v, **options))
+    mask = options.get("attn_mask")
+    expected, _ = reference.attention(
+        *(x.transpose(1, 2).float().numpy() for x in (q, k, v)),
+        causal=options.get("is_causal", False),
+        alignment="upper_left",
+        softmax_scale=options.get("scale"),
+        mask=None if mask is None else mask.numpy(),
+    )
+    assert_close(found.transpose(1, 2).double().numpy(), expected, BASE[dtype])
+
+
+def test_gradients() -> None:
+    given = tensors(1, 2, 30, 16, grad=True)
+    stock = torch.autograd.grad(F.scaled_dot_product_attention(*given).square().sum(), given)
+    counted = Counted()
+    with umfa_torch.sdpa():
+        found = torch.autograd.grad(F.scaled_dot_product_attention(*given).square().sum(), given)
+    assert counted.calls == 2, "forward and backward"
+    for x, y in zip(found, stock, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_disabling_restores_torch_bit_for_bit() -> None:
+    given = tensors(1, 2, 50, 16, grad=True)
+
+    def run() -> list[Any]:
+        out = F.scaled_dot_product_attention(*given, is_causal=True)
+        return [out, *torch.autograd.grad(out.sum(), given)]
+
+    before = run()
+    umfa_torch.enable()
+    umfa_torch.enable()
+    run()
+    umfa_torch.disable()
+    counted = Counted()
+    after = run()
+    assert counted.calls == 0
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_blocks_nest_and_end() -> None:
+    umfa_torch.enable()
+    with umfa_torch.sdpa(), umfa_torch.sdpa():
+        umfa_torch.disable()
+        assert umfa_torch.is_enabled(), "inside of a block"
+    assert not umfa_torch.is_enabled()
+    with pytest.raises(ZeroDivisionError), umfa_torch.sdpa():
+        raise ZeroDivisionError
+    assert not umfa_torch.is_enabled()
+    umfa_torch.enable()
+    with umfa_torch.sdpa():
+        pass
+    assert umfa_torch.is_enabled()
+
+
+def in_inference_mode(*given: Any) -> Any:
+    with torch.inference_mode():
+        return F.scaled_dot_product_attention(*given)
+
+
+def without_gradients(*given: Any) -> Any:
+    with torch.no_grad():
+        return F.scaled_dot_product_attention(*given)
+
+
+@pytest.mark.parametrize("call", [in_inference_mode, without_gradients])
+def test_without_autograd(call: Callable[..., Any]) -> None:
+    given = tensors(1, 2, 20, 16)
+    counted = Counted()
+    with umfa_torch.sdpa():
+        out = call(*given)
+    assert counted.taken == {SDPA: 1}
+    assert torch.equal(out, umfa.scaled_dot_product_attention(*given))
+
+
+def test_autocast() -> None:
+    given = tensors(1, 2, 20, 16)
+    counted = Counted()
+    with umfa_torch.sdpa(), torch.autocast("cpu", torch.bfloat16):
+        out = F.scaled_dot_product_attention(*given)
+    assert out.dtype is torch.bfloat16
+    assert counted.taken == {SDPA: 1}
+    assert torch.equal(out, umfa.scaled_dot_product_attention(*(x.bfloat16() for x in given)))
+
+
+def doubled(q: Any, k: Any, v: Any) -> Any:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True) * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_compile(backend: str, grad: bool) -> None:
+    given = tensors(1, 2, 24, 16, grad=grad)
+    torch._dynamo.reset()
+    stock = doubled(*given)
+    with umfa_torch.sdpa():
+        compiled = torch.compile(doubled, backend=backend, fullgraph=True)
+        compiled(*given)
+        counted = Counted()
+        out = compiled(*given)
+        if grad:
+            gradients = torch.autograd.grad(out.sum(), given)
+    assert counted.calls == 1 + grad
+    torch.testing.assert_close(out, stock)
+    if grad:
+        for x, y in zip(gradients, torch.autograd.grad(stock.sum(), given), strict=True):
+            torch.testing.assert_close(x, y)
+
+
+class Attends(torch.nn.Module):  # type: ignore[misc]
+    def forward(self, q: Any, k: Any, v: Any) -> Any:
+        return doubled(q, k, v)
+
+
+def test_export_keeps_torch_s_operation() -> None:
+    """So that the program runs where umfa is not, and on umfa where it is enabled."""
+    given = tuple(tensors(1, 2, 24, 16))
+    with umfa_torch.sdpa():
+        program = torch.export.export(Attends(), given)
+        counted = Counted()
+        out = program.module()(*given)
+        assert counted.taken == {SDPA: 1}
+        assert torch.equal(out, 2 * umfa.scaled_dot_product_attention(*given, is_causal=True))
+    targets = [node.target for node in program.graph.nodes]
+    assert torch.ops.aten.scaled_dot_product_attention.default in targets
+    counted = Counted()
+    program.module()(*given)
+    assert counted.calls == 0
+
+
+def test_torch_func() -> None:
+    q, k, v = tensors(1, 2, 24, 16)
+
+    def loss(q: Any) -> Any:
+        return doubled(q, k, v).sum()
+
+    stock = torch.func.grad(loss)(q)
+    counted = Counted()
+    with umfa_torch.sdpa():
+        found = torch.func.grad(loss)(q)
+    assert counted.taken == {INNER: 1, f"{INNER}_backward": 1}
+    torch.testing.assert_close(found, stock)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap() -> None:
+    q, k, v = tensors(3, 2, 24, 16)
+    counted = Counted()
+    with umfa_torch.sdpa():
+        found = torch.vmap(lambda *x: doubled(*(y[None] for y in x)))(q, k, v)
+    assert counted.taken == {INNER: 3}
+    torch.testing.assert_close(found[:, 0], doubled(q, k, v))
+    counted = Counted()
+    with umfa_torch.sdpa():  # three dimensions, for which torch itself multiplies matrices
+        torch.vmap(doubled)(q, k, v)
+    (((where, reason), calls),) = counted.left.items()
+    assert (where, calls) == (SDPA, 1)
+    assert "matrix products" in reason
+
+
+def test_what_umfa_refuses_runs_on_torch_and_is_counted() -> None:
+    given = tensors(1, 2, 24, 16, dtype=torch.float64)
+    stock = F.scaled_dot_product_attention(*given)
+    counted = Counted()
+    with umfa_torch.sdpa():
+        assert torch.equal(F.scaled_dot_product_attention(*given), stock)
+    assert counted.calls == 0
+    ((where, reason),) = counted.left
+    assert where == SDPA
+    assert "float64" in reason
+    assert not reason.startswith("[")
+    assert reason in str(umfa.stats())
+
+
+def test_errors_are_torch_s_own() -> None:
+    q, k, v = tensors(1, 2, 24, 16)
+    with pytest.raises(RuntimeError) as stock:
+        F.scaled_dot_product_attention(q, k[..., :8], v)
+    with umfa_torch.sdpa(), pytest.raises(RuntimeError) as found:
+        F.scaled_dot_product_attention(q, k[..., :8], v)
+    assert str(found.value) == str(stock.value)
+
+
+def test_a_fault_of_umfa_s_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("umfa.torch._overrides.scaled_dot_product_attention", broken)
+    with umfa_torch.sdpa(), pytest.raises(TypeError, match="a bug"):
+        F.scaled_dot_product_attention(*tensors(1, 2, 24, 16))
+
+
+def test_multihead_attention() -> None:
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    x = torch.randn(2, 9, 32)
+    stock, _ = module(x, x, x)
+    counted = Counted()
+    with umfa_torch.sdpa(), torch.no_grad():
+        found, _ = module(x, x, x, need_weights=False)
+        assert counted.taken == {SDPA: 1}
+        torch.testing.assert_close(found, stock)
+        module(x, x, x)
+    ((where, reason),) = counted.left
+    assert where == "torch.nn.MultiheadAttention"
+    assert "need_weights" in reason
+
+
+def test_encoder_layer_in_eval_mode() -> None:
+    """torch's fused layer would not ask for attention: see torch.backends.mha."""
+    layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
+    x = torch.randn(2, 9, 32)
+    with torch.inference_mode():
+        stock = layer(x)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        counted = Counted()
+        with umfa_torch.sdpa():
+            found = layer(x)
+    assert counted.taken == {SDPA: 1}
+    torch.testing.assert_close(found, stock)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_modules_can_be_scripted() -> None:
+    x = torch.randn(2, 9, 32)
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    expected, _ = module(x, x, x)
+    with umfa_torch.sdpa():
+        found, _ = torch.jit.script(module)(x, x, x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_need_weights_by_position() -> None:
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 9, 32)
+    counted = Counted()
+    with umfa_torch.sdpa(), torch.no_grad():
+        module(x, x, x, None, False)
+        F.multi_head_attention_forward(
+            x, x, x, 32, 4, module.in_proj_weight, module.in_proj_bias, None, None, False, 0.0,
+            module.out_proj.weight, module.out_proj.bias, True, None, False,
+        )  # fmt: skip
+    assert not counted.left
+    assert counted.taken == {SDPA: 2}
+
+
+def test_matrix_products_on_request_are_torch_s() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = tensors(1, 2, 24, 16, grad=True)
+    counted = Counted()
+    with umfa_torch.sdpa(), sdpa_kernel(SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(q, k, v)
+    assert not counted.taken
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), k)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_graphs_with_torch_s_operation_take_umfa_s_results(grad: bool) -> None:
+    """inductor asserts strides: compiled before umfa is enabled, and run after."""
+    torch._dynamo.reset()
+    for given in (
+        tensors(1, 2, 24, 16, grad=grad),
+        [x.transpose(1, 2).detach().requires_grad_(grad) for x in tensors(1, 24, 2, 16)],
+    ):
+        compiled = torch.compile(doubled, backend="inductor")
+        expected = compiled(*given)
+        with umfa_torch.sdpa():
+            found = compiled(*given)
+            gradients = torch.autograd.grad(found.sum(), given) if grad else ()
+        torch.testing.assert_close(found, expected)
+        stock = torch.autograd.grad(expected.sum(), given) if grad else ()
+        for x, y in zip(gradients, stock, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def jagged(*lengths: int, heads: int = 2, grad: bool = False) -> Any:
+    rows = [torch.randn(n, heads, 8) for n in lengths]
+    return torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=grad)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_nested_tensors(is_causal: bool) -> None:
+    """Each sequence as if it were alone. torch itself refuses causal ones on a CPU."""
+    leaves = [jagged(5, 3, 8, grad=True) for _ in range(3)]
+    counted = Counted()
+    with umfa_torch.sdpa():
+        found = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in leaves), is_causal=is_causal
+        )
+    assert counted.taken == {f"{SDPA} of nested tensors": 1}
+    assert found.shape == leaves[0].transpose(1, 2).shape, "the ragged length too"
+    alone = [
+        F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in parts), is_causal=is_causal
+        )
+        for parts in zip(*(x.unbind() for x in leaves), strict=True)
+    ]
+    expected = torch.cat([x[0].transpose(0, 1) for x in alone])
+    found = found.transpose(1, 2).values()
+    torch.testing.assert_close(found, expected)
+    mine = torch.autograd.grad(found.square().sum(), leaves)
+    theirs = torch.autograd.grad(expected.square().sum(), leaves)
+    for x, y in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(x.values(), y.values(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_with_heads_that_do_not_fit() -> None:
+    q = jagged(5, 3, heads=4).transpose(1, 2)
+    k = jagged(5, 3).transpose(1, 2)
+    counted = Counted()
+    with umfa_torch.sdpa(), pytest.raises((RuntimeError, ValueError)):
+        F.scaled_dot_product_attention(q, k, k)
+    assert counted.calls == 0
+
+
+def test_threads_are_counted_too() -> None:
+    given = tensors(1, 2, 24, 16)
+    counted = Counted()
+
+    def work() -> None:
+        for _ in range(20):
+            F.scaled_dot_product_attention(*given)
+
+    with umfa_torch.sdpa():
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert counted.taken == {SDPA: 80}
+
+
+def test_models_can_be_copied_and_pickled() -> None:
+    layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
+    x = torch.randn(2, 9, 32)
+    with umfa_torch.sdpa(), torch.no_grad():
+        expected = layer(x)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            counted = Counted()
+            assert torch.equal(twin(x), expected)
+            assert counted.taken == {SDPA: 1}
+
+
+WORKERS = """
+import torch, umfa, umfa.torch
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        q = torch.full((1, 1, 4, 8), float(i))
+        before = umfa.stats().cpu_calls
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        return out, umfa.stats().cpu_calls - before
+
+umfa.torch.enable()
+q = torch.randn(1, 2, 24, 16)
+torch.nn.functional.scaled_dot_product_attention(q, q, q)
+loader = torch.utils.data.DataLoader(Rows(), num_workers=1, batch_size=None, timeout=60)
+for i, (out, calls) in enumerate(loader):
+    assert calls == 1
+    torch.testing.assert_close(out, torch.full_like(out, float(i)))
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers that are forked")
+def test_workers_of_a_data_loader(run_python: Any) -> None:
+    """In a process of its own: JAX warns of every fork where it is loaded."""
+    done = run_python(WORKERS)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_an_import_changes_nothing(run_python: Any) -> None:
+    done = run_python(
+        "import torch, umfa, umfa.torch\n"
+        "q = torch.randn(1, 2, 8, 16)\n"
+        "torch.nn.functional.scaled_dot_product_attention(q, q, q)\n"
+        "assert umfa.stats().cpu_calls == 0 and not umfa.torch.is_enabled()\n"
+    )
+    assert done.returncode == 0, done.stderr
