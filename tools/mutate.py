@@ -33,19 +33,44 @@ SURVIVED, LATE = "SURVIVED", "not decided in time"
 
 VALUES = ("tests/core/test_values.py", "tests/core/test_masks.py", "tests/core/test_acceptance.py")
 CACHE = ("tests/functional/test_kvcache.py", "tests/functional/test_varlen.py")
-# Files of a pattern: the tests that cover them, and the expression for pytest's -m.
+BACKWARD = (
+    "tests/core/test_backward.py",
+    "tests/core/test_backward_extremes.py",
+    "tests/core/test_backward_combinations.py",
+)
+# Files of a pattern: the tests that cover them, and the expression for pytest's -m. Of several
+# patterns that match a file, the first counts.
 COVERED: dict[str, tuple[tuple[str, ...], str]] = {
-    "shaders/forward.metal": (("tests/metal/test_forward_kernel.py",), "metal"),
+    "shaders/forward.metal": (
+        ("tests/metal/test_forward_kernel.py", "tests/metal/test_decode_kernel.py"),
+        "metal",
+    ),
+    "shaders/backward.metal": (("tests/metal/test_backward_kernel.py",), "metal"),
+    "shaders/row_sums.metal": (("tests/metal/test_backward_kernel.py",), "metal"),
+    "shaders/backward_mask.metal": (("tests/metal/test_backward_kernel.py",), "metal"),
     "shaders/decode.metal": (("tests/metal/test_decode_kernel.py",), "metal"),
+    "shaders/decode_vector.metal": (("tests/metal/test_decode_kernel.py",), "metal"),
     "shaders/append.metal": (("tests/metal/test_append_kernel.py",), "metal"),
     "shaders/shared/visible.h": ((*VALUES, *CACHE), "not metal"),
     "shaders/shared/softmax.h": (("tests/metal/test_forward_kernel.py",), "metal"),
     "shaders/shared/rotary.h": (("tests/metal/test_rotary_kernel.py",), "metal"),
+    "src/metal/plan_backward.cpp": (
+        ("tests/metal/test_plan_backward.py", "tests/metal/test_backward_kernel.py"),
+        "metal or not metal",
+    ),
+    "src/metal/plan_sequences.cpp": (
+        ("tests/metal/test_plan_forward.py", "tests/metal/test_plan_backward.py"),
+        "metal or not metal",
+    ),
     "src/metal/plan_*.cpp": (("tests/metal/test_plan_forward.py", *CACHE), "metal or not metal"),
+    "src/cpu/backward.cpp": (BACKWARD, "not metal"),
+    "src/cpu/isa/backward_kernel.h": (BACKWARD, "not metal"),
+    "src/core/backward.cpp": ((*BACKWARD, "tests/core/test_backward_bad_input.py"), "not metal"),
+    "src/core/gradient_sums.cpp": (BACKWARD, "not metal"),
     "src/cpu/*.cpp": ((*VALUES, *CACHE), "not metal"),
     "src/cpu/isa/*kernel.h": ((*VALUES, *CACHE), "not metal"),
     "src/core/*.cpp": (
-        ("tests/core/test_bad_input.py", "tests/core/test_bad_tables.py", *CACHE),
+        ("tests/core/test_bad_input.py", "tests/core/test_bad_tables.py", *CACHE, *VALUES),
         "not metal",
     ),
 }
@@ -73,8 +98,10 @@ class Mutant(NamedTuple):
 def mutants() -> list[Mutant]:
     """Every change that could be made, in a fixed order."""
     found = []
+    seen: set[Path] = set()
     for pattern, (tests, expression) in COVERED.items():
-        for path in sorted(ROOT.glob(pattern)):
+        for path in sorted(set(ROOT.glob(pattern)) - seen):
+            seen.add(path)
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 code = line.split("//")[0]
                 if not code.strip() or code.lstrip().startswith(("#", "*", "/*", "template")):
