@@ -86,7 +86,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Who computes; see `Attend`. Tests marked ``cpu_only`` never meet the others.
 
     Each test on the emulator has a schedule of its own, the same in every run. "metal-permuted" has
-    another map of lanes to matrix elements too, and meets the acceptance set only, with -m slow:
+    another map of lanes to matrix elements too, and meets the acceptance set only, if it is slow:
     test_any_machine of the kernels' own tests has that map in every run.
     """
     if request.param == "metal" and not mac.IS_MAC:
@@ -106,17 +106,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     emulated.settings = before
 
 
-# What runs through the host by default; the rest of the suite does with -m slow, where its kernels
-# are the same as those of "metal-emulated".
+# What may run through the host by default; the rest of the suite is slow, and its kernels are
+# those of "metal-emulated".
 _HOST_BY_DEFAULT = {
     "test_a20_bhsd_memory_seen_as_bshd",
     "test_a21_slices_of_packed_qkv",
     "test_alibi",
     "test_metal_names_what_it_lacks",
-    "test_negative_strides",
     "test_no_keys",
     "test_no_queries",
-    "test_sdpa_batch_dimensions",
     "test_small",
     "test_value_has_its_own_head_dim",
 }
@@ -167,16 +165,47 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             name = getattr(item, "originalname", "")
             if name not in _HOST_BY_DEFAULT or values.get("framework", "numpy") != "numpy":
                 item.add_marker(pytest.mark.slow)
+    absent = set(dropped)
+    _sample_kernel_tests([item for item in items if item not in absent])
     if need_gpu and (reason := mac.missing_gpu()):
         for item in need_gpu:
             item.add_marker(pytest.mark.skip(reason=reason))
-    for tier in ("slow", "nightly"):
-        if tier not in config.option.markexpr:
-            dropped += [item for item in items if item.get_closest_marker(tier)]
+    for item in items:
+        tiers = [tier for tier in ("nightly", "slow") if item.get_closest_marker(tier)]
+        if tiers and tiers[0] not in config.option.markexpr:
+            dropped.append(item)
     if dropped:
         config.hook.pytest_deselected(items=list(dict.fromkeys(dropped)))
         gone = set(dropped)
         items[:] = [item for item in items if item not in gone]
+
+
+def _runs_kernels(item: pytest.Item) -> bool:
+    """On the emulator, or through the host on the double."""
+    backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend", "")
+    own = item.path.parent == METAL and not item.path.name.startswith("test_plan")
+    return own or (str(backend).startswith("metal") and not mac.IS_MAC)
+
+
+def _sample_kernel_tests(items: list[pytest.Item]) -> None:
+    """Of a test's parameters on the emulator, the first and a quarter of the others always run.
+
+    Their kernels take half of the run's time to compile. Of what is slow, the first and a sixth of
+    the others stay there, and the rest is nightly. A hash chooses, so that no value of one
+    parameter is left out in favour of another.
+    """
+    for tier, share, next_tier in (("", 4, "slow"), ("slow", 6, "nightly")):
+        seen = set()
+        for item in items:
+            of_tier = {mark for mark in ("slow", "nightly") if item.get_closest_marker(mark)}
+            if not hasattr(item, "callspec") or not _runs_kernels(item) or of_tier != {tier} - {""}:
+                continue
+            if item.get_closest_marker("whole"):
+                continue
+            function = (item.path, getattr(item, "originalname", item.name))
+            if function in seen and zlib.crc32((tier + item.name).encode()) % share:
+                item.add_marker(next_tier)
+            seen.add(function)
 
 
 @pytest.fixture

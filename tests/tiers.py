@@ -1,4 +1,4 @@
-"""Which combinations of parameters every run tests, and which only ``-m slow`` tests."""
+"""Which combinations of parameters are slow; tests/conftest.py samples both kinds further."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def crossed(*lists: Sequence[Any], mark: pytest.MarkDecorator = pytest.mark.slow
     in one of them. A list may hold a value twice, to combine it with two others. A value that is a
     list holds several parameters that belong together.
 
-    Meant for kernels on the emulator: compiling each combination takes about a second of CPU time.
+    Meant for kernels on the emulator: compiling each combination takes about a second of CPU time,
+    or half a second where only function constants differ.
     Most values have their own code in a kernel, but few combinations do.
     """
 
