@@ -15,6 +15,9 @@ struct Simd : SimdBase {
         return (vq)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
     }
     static bool any(vi x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
+    static vf fma(vf acc, vf a, vf b) {
+        return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc);
+    }
     static vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 
     static vf load_f16(const uint16_t* p) {

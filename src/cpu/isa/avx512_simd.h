@@ -50,6 +50,9 @@ struct Avx512 : SimdBase {
         return (vq)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
     }
     static bool any(vi x) { return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0; }
+    static vf fma(vf acc, vf a, vf b) {
+        return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc);
+    }
     static vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
     static vf round(vf x) {
         return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -23,7 +23,7 @@ inline __attribute__((always_inline)) void add_products(typename S::vf (&acc)[MR
         // On x86 any address can be broadcast by the multiplication itself.
         for (int m = 0; m < MR; ++m) {
             const typename S::vf am = S::splat(a[m * factor_stride<S, Contiguous>]);
-            for (int n = 0; n < NV; ++n) acc[m][n] += am * b[n];
+            for (int n = 0; n < NV; ++n) acc[m][n] = S::fma(acc[m][n], am, b[n]);
         }
     }
 }
@@ -75,7 +75,8 @@ __attribute__((noinline)) void add_outer_guarded(int64_t rows, const float* a, c
                     const float factor =
                         a[m * factor_stride<S, Contiguous> + run * runs.a_run + k * runs.a_step];
                     if (factor == 0) continue;
-                    acc += S::load(b + ((run * runs.depth + k) * S::nv + n) * W) * factor;
+                    const vf bk = S::load(b + ((run * runs.depth + k) * S::nv + n) * W);
+                    acc = S::fma(acc, S::splat(factor), bk);
                 }
             float* to = c + m * pitch + n * W;
             S::store(to, S::load(to) + acc);

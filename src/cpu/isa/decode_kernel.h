@@ -201,14 +201,14 @@ __attribute__((noinline)) void decode_values(const TileRows& rows, const Rows& l
                 for (int v = 0; v < V; v += 2) T::template load_two<S>(row + v * W, x[v], x[v + 1]);
                 for (int r = 0; r < R; ++r) {
                     const vf pr = S::splat_bits(p + r * decode_tile + k);
-                    for (int v = 0; v < V; ++v) acc[r][v] += pr * x[v];
+                    for (int v = 0; v < V; ++v) acc[r][v] = S::fma(acc[r][v], pr, x[v]);
                 }
             }
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < V; ++v) {
                     if (v % 2 == 0) T::template in_order<S>(acc[r][v], acc[r][v + 1]);
                     float* to = out + r * pitch + c0 + v * W;
-                    S::store(to, S::load(to) * alpha[r] + acc[r][v]);
+                    S::store(to, S::fma(acc[r][v], S::load(to), S::splat(alpha[r])));
                 }
         }
     for (; c0 < channels; c0 += W) {
@@ -218,11 +218,12 @@ __attribute__((noinline)) void decode_values(const TileRows& rows, const Rows& l
             if (hidden(k)) continue;
             const vf x = row_units<S, FloatUnits<S, T>>(static_cast<const storage*>(rows.now[k]),
                                                         layout.stride_channel, c0, channels);
-            for (int r = 0; r < R; ++r) acc[r] += S::splat_bits(p + r * decode_tile + k) * x;
+            for (int r = 0; r < R; ++r)
+                acc[r] = S::fma(acc[r], S::splat_bits(p + r * decode_tile + k), x);
         }
         for (int r = 0; r < R; ++r) {
             float* to = out + r * pitch + c0;
-            S::store(to, S::load(to) * alpha[r] + acc[r]);
+            S::store(to, S::fma(acc[r], S::load(to), S::splat(alpha[r])));
         }
     }
 }

@@ -67,17 +67,17 @@ template <class S, class U, int MR>
 __attribute__((noinline)) void accumulate(const float* value, int64_t pitch, const float* p,
                                           int64_t units, const Panel<S>& panel, float* o) {
     using vf = typename S::vf;
-    micro_kernel<S, U, MR>(value, pitch, p, units,
-                           [&](vf(&acc)[MR][S::nv]) __attribute__((always_inline)) {
-                               for (int n = 0; n < S::nv; ++n)
-                                   for (int m = 0; m < MR; ++m) {
-                                       float* to = o + (m * S::nv + n) * S::W;
-                                       vf sum = acc[m][n];
-                                       if (!panel.fresh)
-                                           sum += S::load(to) * S::load(panel.alpha + n * S::W);
-                                       S::store(to, sum);
-                                   }
-                           });
+    micro_kernel<S, U, MR>(
+        value, pitch, p, units, [&](vf(&acc)[MR][S::nv]) __attribute__((always_inline)) {
+            for (int n = 0; n < S::nv; ++n)
+                for (int m = 0; m < MR; ++m) {
+                    float* to = o + (m * S::nv + n) * S::W;
+                    vf sum = acc[m][n];
+                    if (!panel.fresh)
+                        sum = S::fma(sum, S::load(to), S::load(panel.alpha + n * S::W));
+                    S::store(to, sum);
+                }
+        });
 }
 
 /// The same where V holds inf or NaN: -0 * NaN must not reach the rows that do not see it. Same
@@ -97,7 +97,7 @@ inline void accumulate_guarded(int64_t channels, const float* value, int64_t pit
                 acc = U::fma(acc, U::seen(S::splat_bits(value + k * pitch + c), own), own);
             }
             float* at = o + (c * NV + n) * W;
-            S::store(at, panel.fresh ? acc : S::load(at) * alpha + acc);
+            S::store(at, panel.fresh ? acc : S::fma(acc, S::load(at), alpha));
         }
     }
 }

@@ -56,6 +56,9 @@ struct Neon : SimdBase {
     /// NaN where either is NaN, unlike simd.h's. Results are the same: one NaN score makes its
     /// whole row NaN.
     static vf max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+    static vf fma(vf acc, vf a, vf b) {
+        return (vf)vfmaq_f32((float32x4_t)acc, (float32x4_t)a, (float32x4_t)b);
+    }
     static vf round(vf x) { return (vf)vrndnq_f32((float32x4_t)x); }
     /// p * 2**whole; 0 where x < -126.
     static vf scale_unless_tiny(vf p, vf whole, vf x) {

@@ -45,6 +45,9 @@ struct SimdBase {
         __builtin_memcpy(&bits, p, sizeof bits);
         return (vf)(vu{} + bits);
     }
+    /// acc + a * b, rounded once where the instruction set can. By its instruction, not left to
+    /// the compiler: GCC 13 contracted one loop and not another that must give the same bits.
+    static vf fma(vf acc, vf a, vf b) { return acc + a * b; }
     /// acc[m] += a[m] * b, in units U: one step of the micro-kernel.
     template <class U, int MR, int NV>
     static inline __attribute__((always_inline)) void multiply_add(vf (&acc)[MR][NV],

@@ -22,7 +22,7 @@ struct FloatUnits {
     using vf = typename S::vf;
     using vi = typename S::vi;
 
-    static vf fma(vf acc, vf a, vf b) { return acc + a * b; }
+    static vf fma(vf acc, vf a, vf b) { return S::fma(acc, a, b); }
     /// W units from W contiguous elements.
     static vf from_row(const storage* p) { return T::template load<S>(p); }
     /// W units from the same columns of E rows.
