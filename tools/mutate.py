@@ -1,6 +1,7 @@
 """Mutation testing: change one operator or constant, and see whether a test notices.
 
-    python tools/mutate.py [--count 25] [--seed 1] [--seconds N] [--only PATTERN] [--list]
+    python tools/mutate.py [--count 25] [--seed 1] [--seconds N] [--only PATTERN] [--part 1/4]
+                           [--list]
 
 Mutants are drawn with a fixed seed from the kernels (shaders/), the Metal planner, the CPU backend
 and the core. For each, umfa is built in a copy of the repository and installed into a directory of
@@ -133,6 +134,14 @@ def choose(count: int, seed: int, only: str) -> list[Mutant]:
     return chosen
 
 
+def part_of(chosen: list[Mutant], part: str) -> list[Mutant]:
+    """The mutants of one of several runs side by side, as "2/4"."""
+    index, count = (int(x) for x in part.split("/"))
+    if not 1 <= index <= count:
+        raise SystemExit(f"--part is wrong; got {part!r}; expected '1/1', or as '2/4'")
+    return chosen[index - 1 :: count]
+
+
 def copy_repository(target: Path) -> None:
     names = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -186,11 +195,12 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="a regular expression for files")
+    parser.add_argument("--part", default="1/1", help="of several runs side by side: as 2/4")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     parser.add_argument("--seconds", type=float, help="start no mutant after this time")
     parser.add_argument("--allow", type=int, default=0, help="survivors that are no failure")
     given = parser.parse_args()
-    chosen = choose(given.count, given.seed, given.only)
+    chosen = part_of(choose(given.count, given.seed, given.only), given.part)
     if given.list:
         print(*chosen, sep="\n")
         return 0
