@@ -590,3 +590,29 @@ def test_two_processes(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("of", ["out", "lse", "both"])
+def test_batches_of_gradients(of: str) -> None:
+    """is_grads_batched, as torch's vectorized Jacobians use it."""
+    given = list(operands().values())
+    out, lse = umfa.flash_attn_func(*given, return_lse=True)
+    results = {"out": [out], "lse": [lse], "both": [out, lse]}[of]
+    gradients = [torch.from_numpy(normal((3, *x.shape), seed=9)) for x in results]
+    asked = given[:2] if of == "lse" else given
+    found = torch.autograd.grad(results, asked, gradients, is_grads_batched=True, retain_graph=True)
+    alone = [
+        torch.autograd.grad(results, asked, list(x), retain_graph=True)
+        for x in zip(*gradients, strict=True)
+    ]
+    for x, y in zip(found, zip(*alone, strict=True), strict=True):
+        assert torch.equal(x, torch.stack(y))
+
+
+def test_batches_of_gradients_have_no_second_derivative() -> None:
+    given = list(operands().values())
+    out = umfa.flash_attn_func(*given)
+    with pytest.raises(umfa.UnsupportedError, match=r"is_grads_batched .* create_graph=True"):
+        torch.autograd.grad(
+            out, given, torch.ones(3, *out.shape), is_grads_batched=True, create_graph=True
+        )

@@ -148,6 +148,8 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * (1 + len(tensors))
         ctx.call.check(wants)
+        if _is_batched(dout) or _is_batched(dlse):
+            return (None, *_for_each_gradient(ctx, wants, out, lse, dout, dlse, tensors))
         given = (out, lse, dout, dlse, *tensors)
         if torch.is_grad_enabled() or _functorch_active():
             found = iter(_Backward.apply(ctx.call, wants, *given))  # type: ignore[no-untyped-call]
@@ -162,6 +164,50 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         _refuse_forward_mode(ctx.call)
+
+
+def _is_batched(tensor: Any) -> bool:
+    """Whether the tensor stands for several gradients: is_grads_batched of torch.autograd.grad."""
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def _for_each_gradient(
+    ctx: Any, wants: Any, out: Any, lse: Any, dout: Any, dlse: Any, tensors: list[Any]
+) -> tuple[Any, ...]:
+    """`_Attention.backward` of one of these gradients after the other."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    if level != 1 or torch.is_grad_enabled():
+        raise UnsupportedError(
+            message(
+                ctx.call.function,
+                "is_grads_batched is not implemented with second derivatives or inside of itself",
+                f"create_graph={torch.is_grad_enabled()}, level {level}",
+                "create_graph=False, level 1",
+            )
+        )
+
+    def unstacked(tensor: Any) -> list[Any] | None:
+        # The size counts only for tensors that stand for one gradient.
+        return list(torch._remove_batch_dim(tensor, level, 1, 0)) if _is_batched(tensor) else None
+
+    douts, dlses = unstacked(dout), unstacked(dlse)
+    count = len(next(x for x in (douts, dlses) if x is not None))
+    found = [
+        ctx.call.backward(
+            tensors,
+            out,
+            lse,
+            dout if douts is None else douts[i],
+            dlse if dlses is None else dlses[i],
+            wants,
+        )
+        for i in range(count)
+    ]
+    return tuple(
+        None if gradients[0] is None else torch._add_batch_dim(torch.stack(gradients), 0, level)
+        for gradients in zip(*found, strict=True)
+    )
 
 
 # Function.apply asks for it in each call, and making it takes as long as the call.
