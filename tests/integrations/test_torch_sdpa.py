@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import pickle
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,13 +10,11 @@ import pytest
 import umfa
 from tests import reference
 from tests.checks import BASE, assert_close
+from tests.integrations.calls import INNER, SDPA, Counted, tensors
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 umfa_torch = pytest.importorskip("umfa.torch")
-
-SDPA = "torch.scaled_dot_product_attention"
-INNER = "torch._scaled_dot_product_flash_attention_for_cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -29,34 +22,6 @@ def _disabled_afterwards() -> Iterator[None]:
     yield
     umfa_torch.disable()
     assert not umfa_torch.is_enabled()
-
-
-class Counted:
-    """What a block of calls adds to the counters."""
-
-    def __init__(self) -> None:
-        self.before = umfa.stats()
-
-    @property
-    def taken(self) -> dict[str, int]:
-        return dict(Counter(umfa.stats().taken) - Counter(self.before.taken))
-
-    @property
-    def left(self) -> dict[tuple[str, str], int]:
-        def of(stats: umfa.Stats) -> Counter[tuple[str, str]]:
-            return Counter({(x.where, x.reason): x.calls for x in stats.left})
-
-        return dict(of(umfa.stats()) - of(self.before))
-
-    @property
-    def calls(self) -> int:
-        return umfa.stats().cpu_calls - self.before.cpu_calls
-
-
-def tensors(*shape: int, dtype: Any = None, grad: bool = False) -> list[Any]:
-    generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(shape, generator=generator, dtype=torch.float32) for _ in range(3)]
-    return [x.to(dtype or x.dtype).requires_grad_(grad) for x in made]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -97,40 +62,6 @@ def test_gradients() -> None:
     assert counted.calls == 2, "forward and backward"
     for x, y in zip(found, stock, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
-
-
-def test_disabling_restores_torch_bit_for_bit() -> None:
-    given = tensors(1, 2, 50, 16, grad=True)
-
-    def run() -> list[Any]:
-        out = F.scaled_dot_product_attention(*given, is_causal=True)
-        return [out, *torch.autograd.grad(out.sum(), given)]
-
-    before = run()
-    umfa_torch.enable()
-    umfa_torch.enable()
-    run()
-    umfa_torch.disable()
-    counted = Counted()
-    after = run()
-    assert counted.calls == 0
-    for x, y in zip(before, after, strict=True):
-        assert torch.equal(x, y)
-
-
-def test_blocks_nest_and_end() -> None:
-    umfa_torch.enable()
-    with umfa_torch.sdpa(), umfa_torch.sdpa():
-        umfa_torch.disable()
-        assert umfa_torch.is_enabled(), "inside of a block"
-    assert not umfa_torch.is_enabled()
-    with pytest.raises(ZeroDivisionError), umfa_torch.sdpa():
-        raise ZeroDivisionError
-    assert not umfa_torch.is_enabled()
-    umfa_torch.enable()
-    with umfa_torch.sdpa():
-        pass
-    assert umfa_torch.is_enabled()
 
 
 def in_inference_mode(*given: Any) -> Any:
@@ -273,60 +204,6 @@ def test_a_fault_of_umfa_s_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
         F.scaled_dot_product_attention(*tensors(1, 2, 24, 16))
 
 
-def test_multihead_attention() -> None:
-    module = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
-    x = torch.randn(2, 9, 32)
-    stock, _ = module(x, x, x)
-    counted = Counted()
-    with umfa_torch.sdpa(), torch.no_grad():
-        found, _ = module(x, x, x, need_weights=False)
-        assert counted.taken == {SDPA: 1}
-        torch.testing.assert_close(found, stock)
-        module(x, x, x)
-    ((where, reason),) = counted.left
-    assert where == "torch.nn.MultiheadAttention"
-    assert "need_weights" in reason
-
-
-def test_encoder_layer_in_eval_mode() -> None:
-    """torch's fused layer would not ask for attention: see torch.backends.mha."""
-    layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
-    x = torch.randn(2, 9, 32)
-    with torch.inference_mode():
-        stock = layer(x)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        counted = Counted()
-        with umfa_torch.sdpa():
-            found = layer(x)
-    assert counted.taken == {SDPA: 1}
-    torch.testing.assert_close(found, stock)
-    assert torch.backends.mha.get_fastpath_enabled() == fast
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_modules_can_be_scripted() -> None:
-    x = torch.randn(2, 9, 32)
-    module = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
-    expected, _ = module(x, x, x)
-    with umfa_torch.sdpa():
-        found, _ = torch.jit.script(module)(x, x, x)
-    torch.testing.assert_close(found, expected)
-
-
-def test_need_weights_by_position() -> None:
-    module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
-    x = torch.randn(2, 9, 32)
-    counted = Counted()
-    with umfa_torch.sdpa(), torch.no_grad():
-        module(x, x, x, None, False)
-        F.multi_head_attention_forward(
-            x, x, x, 32, 4, module.in_proj_weight, module.in_proj_bias, None, None, False, 0.0,
-            module.out_proj.weight, module.out_proj.bias, True, None, False,
-        )  # fmt: skip
-    assert not counted.left
-    assert counted.taken == {SDPA: 2}
-
-
 def test_matrix_products_on_request_are_torch_s() -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -402,70 +279,87 @@ def test_nested_tensors_with_heads_that_do_not_fit() -> None:
     assert counted.calls == 0
 
 
-def test_threads_are_counted_too() -> None:
-    given = tensors(1, 2, 24, 16)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_strided_nested_tensors_are_left_to_torch(grad: bool) -> None:
+    rows = [torch.randn(2, n, 8) for n in (5, 3)]
+    given = torch.nested.nested_tensor(rows, requires_grad=grad)
+    stock = F.scaled_dot_product_attention(given, given, given)
     counted = Counted()
+    with umfa_torch.sdpa(), torch.set_grad_enabled(grad):
+        found = F.scaled_dot_product_attention(given, given, given)
+    for x, y in zip(found.unbind(), stock.unbind(), strict=True):
+        assert torch.equal(x, y)
+    ((where, reason),) = counted.left
+    assert where == SDPA
+    assert "nested tensor" in reason
 
-    def work() -> None:
-        for _ in range(20):
-            F.scaled_dot_product_attention(*given)
 
+@pytest.mark.parametrize("shape", [(1, 2, 6, 8), (6, 8)], ids=str)
+def test_batches_of_gradients(shape: tuple[int, ...]) -> None:
+    """is_grads_batched, as torch's Jacobians use it."""
+    given = tensors(*shape, grad=True)
+    gradients = torch.randn(3, *shape)
+
+    def run(**options: Any) -> Any:
+        out = F.scaled_dot_product_attention(*given)
+        return torch.autograd.grad(out, given, gradients, is_grads_batched=True, **options)
+
+    stock = run()
+    counted = Counted()
     with umfa_torch.sdpa():
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert counted.taken == {SDPA: 80}
+        found = run()
+        with pytest.raises(umfa.UnsupportedError, match="create_graph=True"):
+            run(create_graph=True)
+    assert counted.taken == {SDPA: 2}
+    for x, y in zip(found, stock, strict=True):
+        torch.testing.assert_close(x, y)
 
 
-def test_models_can_be_copied_and_pickled() -> None:
-    layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
-    x = torch.randn(2, 9, 32)
-    with umfa_torch.sdpa(), torch.no_grad():
-        expected = layer(x)
-        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            counted = Counted()
-            assert torch.equal(twin(x), expected)
-            assert counted.taken == {SDPA: 1}
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_inner_operation_called_directly(requires_grad: bool) -> None:
+    """Also of tensors whose gradients torch computes from its two results, and under autocast."""
+    given = tensors(1, 2, 24, 16, grad=requires_grad)
+    inner = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def run() -> list[Any]:
+        out, lse = inner(*given, is_causal=True)
+        found = torch.autograd.grad(out.square().sum(), given) if requires_grad else ()
+        return [out, lse, *found]
+
+    stock = run()
+    counted = Counted()
+    with umfa_torch.sdpa(), torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    assert counted.calls == 1 + requires_grad
+    for x, y in zip(found, stock, strict=True):
+        assert x.stride() == y.stride()
+        torch.testing.assert_close(x, y)
 
 
-WORKERS = """
-import torch, umfa, umfa.torch
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        q = torch.full((1, 1, 4, 8), float(i))
-        before = umfa.stats().cpu_calls
-        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        return out, umfa.stats().cpu_calls - before
-
-umfa.torch.enable()
-q = torch.randn(1, 2, 24, 16)
-torch.nn.functional.scaled_dot_product_attention(q, q, q)
-loader = torch.utils.data.DataLoader(Rows(), num_workers=1, batch_size=None, timeout=60)
-for i, (out, calls) in enumerate(loader):
-    assert calls == 1
-    torch.testing.assert_close(out, torch.full_like(out, float(i)))
-print("done")
-"""
+FOR_MPS = "aten::_scaled_dot_product_attention_math_for_mps"
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers that are forked")
-def test_workers_of_a_data_loader(run_python: Any) -> None:
-    """In a process of its own: JAX warns of every fork where it is loaded."""
-    done = run_python(WORKERS)
-    assert done.stdout == "done\n", done.stderr
-
-
-def test_an_import_changes_nothing(run_python: Any) -> None:
-    done = run_python(
-        "import torch, umfa, umfa.torch\n"
-        "q = torch.randn(1, 2, 8, 16)\n"
-        "torch.nn.functional.scaled_dot_product_attention(q, q, q)\n"
-        "assert umfa.stats().cpu_calls == 0 and not umfa.torch.is_enabled()\n"
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_operation_of_mps() -> None:
+    """Called at the key MPS with tensors on the CPU: nothing runs on a GPU here."""
+    q, k, v = tensors(1, 4, 24, 16)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
+    with umfa_torch.sdpa():
+        kernel = torch.library.get_kernel(FOR_MPS, "MPS")
+        counted = Counted()
+        out, weights = kernel.call_boxed(
+            keys, q, k[:, :2], v[:, :2], None, 0.0, True, scale=0.3, enable_gqa=True
+        )
+        assert counted.taken == {"torch." + FOR_MPS.removeprefix("aten::"): 1}
+        expected = umfa.scaled_dot_product_attention(
+            q, k[:, :2], v[:, :2], is_causal=True, scale=0.3, enable_gqa=True
+        )
+        assert torch.equal(out, expected)
+        assert weights.numel() == 0
+        with pytest.raises(NotImplementedError, match="'MPS' backend"):  # torch's, which is absent
+            kernel.call_boxed(keys, q, k, v, None, 0.1, False, torch.ones(24, 24))
+    ((_, reason),) = counted.left
+    assert "dropout_mask" in reason
+    with pytest.raises(NotImplementedError, match="'MPS' backend"):
+        kernel.call_boxed(keys, q, k, v)
+    assert torch.library.get_kernel("aten::scaled_dot_product_attention", "AutogradMPS")

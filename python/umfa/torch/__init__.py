@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from . import _switch
 
-__all__ = ["disable", "enable", "is_enabled", "sdpa"]
+__all__ = ["disable", "enable", "is_enabled", "sdpa", "uninstall"]
 
 
 def __dir__() -> list[str]:
@@ -23,20 +23,19 @@ def __dir__() -> list[str]:
 
 
 def enable() -> None:
-    """Let umfa compute torch's scaled dot product attention, in all threads, until `disable`.
+    """Let umfa compute torch's attention, in all threads, until `disable`.
 
-    Call it, and `disable`, while no other thread runs torch: torch's dispatcher does not allow its
-    kernels to be replaced during a call.
+    The first call in a process puts umfa's kernels into torch's dispatcher: make it while no other
+    thread runs torch. Later, `enable` and `disable` only set a flag that each call reads. They may
+    then be called at any time.
 
     What changes:
 
     - ``torch.nn.functional.scaled_dot_product_attention`` on CPU and MPS tensors, with its
-      gradients, under autocast and inference mode, and recorded by ``torch.compile`` and
-      ``torch.export`` while umfa is enabled.
-    - ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in eval mode: their fused fast
-      path, which would not call that function, is switched off.
-
-    - The same function on jagged nested tensors.
+      gradients, under autocast and inference mode, in graphs of ``torch.compile`` and
+      ``torch.export``, and on jagged nested tensors.
+    - The fused attention of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in eval
+      mode.
 
     A call that umfa does not support runs as if umfa were not there, and `umfa.stats` counts it
     with the reason. ``nn.MultiheadAttention`` with ``need_weights=True`` (its default) multiplies
@@ -46,9 +45,10 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Undo `enable`: torch dispatches to its own kernels again, bit for bit.
+    """Undo `enable`: torch computes with its own kernels again, bit for bit.
 
-    Inside of `sdpa`, umfa stays enabled until its block ends.
+    Each of its calls then costs a few microseconds more than in a process that never enabled umfa;
+    see `uninstall`. Inside of `sdpa`, umfa stays enabled until its block ends.
     """
     _switch.disable()
 
@@ -69,3 +69,18 @@ def sdpa() -> Iterator[None]:
         yield
     finally:
         _switch.leave()
+
+
+def uninstall() -> None:
+    """Take umfa's kernels out of torch's dispatcher, so that torch's calls cost what they cost
+    before the first `enable`.
+
+    Call it while no other thread runs torch: the dispatcher does not allow a kernel to be removed
+    during a call. `enable` puts the kernels back.
+
+    Raises
+    ------
+    ValueError
+        umfa is enabled.
+    """
+    _switch.uninstall()

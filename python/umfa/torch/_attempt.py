@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+
+import torch
 
 from .._errors import UnsupportedError
 from .._frameworks import _torch_autodiff
@@ -22,15 +25,16 @@ class Thread(threading.local):
 thread = Thread()
 
 
-def attempt(operation: str, ours: Callable[[], Any], stock: Callable[[], Any]) -> Any:
-    """umfa's result; torch's where umfa refuses the call."""
-    if thread.stock:
+def attempt(operation: str, ours: Callable[[], Any], stock: Callable[[], Any] | None) -> Any:
+    """umfa's result; torch's where umfa refuses the call. Without `stock`, torch cannot compute
+    the call, and umfa's error is raised."""
+    if thread.stock and stock is not None:
         return stock()
     try:
         result = ours()
     except (UnsupportedError, ValueError, TypeError) as error:
         text = str(error)
-        if not text.startswith("[umfa."):
+        if stock is None or not text.startswith("[umfa."):
             raise
         count_left(f"torch.{operation}", re.sub(r"^\[umfa\.[\w.]+\] ", "", text))
         thread.stock = True
@@ -42,3 +46,12 @@ def attempt(operation: str, ours: Callable[[], Any], stock: Callable[[], Any]) -
         operation += ", recorded in a graph"
     count_taken("torch." + operation)
     return result
+
+
+@contextmanager
+def plainly(like: Any) -> Iterator[None]:
+    """Without autograd and autocast, which show the caller's state also below them."""
+    device = like.device.type
+    cast = torch.is_autocast_enabled(device)
+    with torch.no_grad(), torch.autocast(device, enabled=False) if cast else nullcontext():
+        yield

@@ -1,4 +1,5 @@
-"""torch's modules that compute attention without ``scaled_dot_product_attention``."""
+"""``F.multi_head_attention_forward``: where torch computes attention without
+``scaled_dot_product_attention``, it is counted."""
 
 from __future__ import annotations
 
@@ -6,12 +7,11 @@ import functools
 import inspect
 from typing import Any
 
-import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
 from .._stats import count_left
+from ._multihead import NAME, WEIGHTS
 
-_fast_path = True
 _stock: Any = None
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
@@ -20,17 +20,12 @@ def _counted(*args: Any, **kwargs: Any) -> Any:
     """``F.multi_head_attention_forward``. umfa does not compute its weights."""
     given = _SIGNATURE.bind_partial(*args, **kwargs).arguments
     if given.get("need_weights", True):
-        count_left(
-            "torch.nn.MultiheadAttention",
-            "need_weights=True: torch multiplies matrices itself; pass need_weights=False",
-        )
+        count_left(f"torch.{NAME}", WEIGHTS)
     return _stock(*args, **kwargs)
 
 
 def install() -> None:
-    global _fast_path, _stock
-    _fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    global _stock
     _stock = F.multi_head_attention_forward
     # torch.jit.script then compiles the function that it knows.
     functools.update_wrapper(_counted, _stock)
@@ -42,4 +37,3 @@ def install() -> None:
 def remove() -> None:
     if F.multi_head_attention_forward is _counted:  # else somebody else has replaced it meanwhile
         F.multi_head_attention_forward = _stock
-    torch.backends.mha.set_fastpath_enabled(_fast_path)

@@ -1,13 +1,11 @@
-"""Kernels of umfa's for torch's own operations, and torch's for what umfa does not support.
+"""umfa's kernels for torch's attention of dense tensors; torch's for what umfa does not support.
 
-An override at the key of a device alone would lose gradients under ``torch.compile``, and one at
-its autograd key alone would be missed in inference mode: `_SDPA` needs both. Transforms of
-torch.func, and inductor's graphs of programs without gradients, call `_FOR_CPU` past it.
+`_SDPA` needs an override at the autograd keys of its devices, and one at BackendSelect for
+inference mode (see `_kernels.Below`). Transforms of torch.func and graphs call `_FOR_CPU`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,24 +14,43 @@ import torch
 from .._call.run import run_backward
 from .._errors import UnsupportedError, message
 from .._ext import Attention, Function
+from .._frameworks import _torch_autodiff
 from .._functional.flash_attn import flash_attn_func
 from .._functional.sdpa import scaled_dot_product_attention
 from .._stats import count_left
-from ._attempt import attempt, thread
+from ._attempt import attempt, plainly, thread
+from ._kernels import Kernel, Override
 
 _SDPA = "scaled_dot_product_attention"
 _FOR_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+_FOR_MPS = "_scaled_dot_product_attention_math_for_mps"
 _SAFE_SOFTMAX = "_safe_softmax"
 _FOR_CPU_BACKWARD = f"{_FOR_CPU}_backward"
 
-_library: Any = None
 _transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _fused_allowed: Callable[[], bool] = torch._C._get_flash_sdp_enabled
 
 
-def _sdpa(dispatch_key: str) -> Callable[..., Any]:
-    stock = torch.library.get_kernel(f"aten::{_SDPA}", dispatch_key)
+def _is_fused(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float) -> bool:
+    """Whether torch puts `_FOR_CPU` into the graph that is being recorded.
 
+    That graph is better than one with umfa's own operation: it runs on umfa or on torch, as umfa is
+    enabled when it runs. torch keeps graphs in a cache on disk, whose keys do not know of umfa.
+    """
+    given = query, key, value
+    return (
+        _fused_allowed()
+        and dropout_p == 0
+        and all(x.is_cpu and x.dim() == 4 and not x.is_nested for x in given)
+        and len({x.dtype for x in given}) == 1
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[-1] == key.shape[-1] == value.shape[-1]
+        and all(0 not in x.shape and x.stride(-1) == 1 for x in given)
+        and (attn_mask is None or not attn_mask.requires_grad)
+    )
+
+
+def _sdpa(stock: Any) -> Kernel:
     def kernel(
         keys: Any,
         query: Any,
@@ -70,18 +87,19 @@ def _sdpa(dispatch_key: str) -> Callable[..., Any]:
                 options["enable_gqa"] = True
             return scaled_dot_product_attention(query, key, value, **options)
 
-        if _transformed():
-            # Transforms of torch.func have a rule for torch's inner operations, none for umfa's.
+        # Transforms of torch.func have a rule for torch's inner operations, none for umfa's.
+        if _transformed() or not (query.is_cpu or query.is_mps):
+            return by_torch()
+        if _torch_autodiff.records() and _is_fused(query, key, value, attn_mask, dropout_p):
             return by_torch()
         return attempt(_SDPA, by_umfa, by_torch)
 
     return kernel
 
 
-def _for_cpu() -> Callable[..., Any]:
+def _for_cpu(stock: Any) -> Kernel:
     """(out, log-sum-exp). torch's graphs assert their strides: out has the query's, and the
     log-sum-exp is in the order batch, row, head."""
-    stock = torch.library.get_kernel(f"aten::{_FOR_CPU}", "CPU")
 
     def kernel(
         keys: Any,
@@ -99,14 +117,16 @@ def _for_cpu() -> Callable[..., Any]:
                 raise UnsupportedError(
                     message("umfa", "attn_mask and is_causal exclude each other", "both", "one")
                 )
-            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            out, lse = flash_attn_func(
-                q, k, v, dropout_p, scale, is_causal,
-                causal_alignment="top_left",
-                attn_mask=attn_mask,
-                return_lse=True,
-            )  # fmt: skip
-            out = torch.empty_like(query, dtype=out.dtype).copy_(out.transpose(1, 2))
+            out = torch.empty_like(query)
+            q, k, v, o = (x.transpose(1, 2) for x in (query, key, value, out))
+            with plainly(query):
+                _, lse = flash_attn_func(
+                    q, k, v, dropout_p, scale, is_causal,
+                    causal_alignment="top_left",
+                    attn_mask=attn_mask,
+                    return_lse=True,
+                    out=o,
+                )  # fmt: skip
             return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
         def by_torch() -> Any:
@@ -122,9 +142,8 @@ def _for_cpu() -> Callable[..., Any]:
 _FUNCTION = Function("umfa.torch", layout="bhsd", softmax_scale="scale", causal="is_causal")
 
 
-def _for_cpu_backward() -> Callable[..., Any]:
+def _for_cpu_backward(stock: Any) -> Kernel:
     """Gradients in the order batch, row, head, which torch's graphs assert."""
-    stock = torch.library.get_kernel(f"aten::{_FOR_CPU_BACKWARD}", "CPU")
 
     def kernel(
         keys: Any,
@@ -154,7 +173,8 @@ def _for_cpu_backward() -> Callable[..., Any]:
                 dropout_p=dropout_p,
             )
             wanted = [True, True, True, False][: len(call.tensors)]
-            found = run_backward(call, out, logsumexp, grad_out, wanted)[:3]
+            with plainly(query):
+                found = run_backward(call, out, logsumexp, grad_out, wanted)[:3]
             return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in found)
 
         def by_torch() -> Any:
@@ -168,10 +188,47 @@ def _for_cpu_backward() -> Callable[..., Any]:
     return kernel
 
 
-def _safe_softmax() -> Callable[..., Any]:
+def _for_mps(stock: Any) -> Kernel:
+    """(out, an empty tensor). The second result would be the matrix of weights, which torch's own
+    kernels for MPS do not compute either where they are fused."""
+
+    def kernel(
+        keys: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        dropout_mask: Any = None,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        def by_umfa() -> Any:
+            if dropout_mask is not None:
+                what = "dropout_mask says which weights to drop"
+                raise UnsupportedError(message("umfa.torch", what, "a mask", "dropout_p alone"))
+            out = scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal,
+                scale=scale, enable_gqa=enable_gqa,
+            )  # fmt: skip
+            return out, query.new_empty(0)
+
+        def by_torch() -> Any:
+            return stock.call_boxed(
+                keys, query, key, value, attn_mask, dropout_p, is_causal, dropout_mask,
+                scale=scale, enable_gqa=enable_gqa,
+            )  # fmt: skip
+
+        return attempt(_FOR_MPS, by_umfa, by_torch)
+
+    return kernel
+
+
+def _safe_softmax(stock: Any) -> Kernel:
     """torch's own. Only its attention by matrix products calls it: under torch.func without
     `_SDPA`."""
-    stock = torch.library.get_kernel(f"aten::{_SAFE_SOFTMAX}", "CPU")
 
     def kernel(keys: Any, x: Any, dim: int, dtype: Any = None) -> Any:
         if not thread.stock:
@@ -184,30 +241,10 @@ def _safe_softmax() -> Callable[..., Any]:
     return kernel
 
 
-def install() -> None:
-    global _library
-    kernels = [(_SDPA, key, _sdpa(key)) for key in ("CPU", "AutogradCPU", "MPS", "AutogradMPS")]
-    kernels.append((_SAFE_SOFTMAX, "CPU", _safe_softmax()))
-    kernels += [(_FOR_CPU, "CPU", _for_cpu()), (_FOR_CPU_BACKWARD, "CPU", _for_cpu_backward())]
-    make_library: Any = torch.library.Library  # its methods carry no annotations
-    _library = make_library("aten", "IMPL")
-    for operation, key, kernel in kernels:
-        with warnings.catch_warnings():  # torch warns that its kernel is replaced
-            warnings.simplefilter("ignore")
-            _library.impl(operation, kernel, key, with_keyset=True, allow_override=True)
-    _forget()
-
-
-def remove() -> None:
-    global _library
-    _library._destroy()
-    _library = None
-    _forget()
-
-
-def _forget() -> None:
-    """Python's operations keep what the dispatcher once said of their keys, for FakeTensors."""
-    for operation in (_SDPA, _FOR_CPU, _FOR_CPU_BACKWARD, _SAFE_SOFTMAX):
-        cache = getattr(getattr(torch.ops.aten, operation).default, "_dispatch_cache", None)
-        if cache is not None:
-            cache.clear()
+OVERRIDES = (
+    Override(_SDPA, ("BackendSelect", "AutogradCPU", "AutogradMPS", "AutogradNestedTensor"), _sdpa),
+    Override(_FOR_MPS, ("MPS",), _for_mps),
+    Override(_SAFE_SOFTMAX, ("CPU",), _safe_softmax),
+    Override(_FOR_CPU, ("CPU",), _for_cpu),
+    Override(_FOR_CPU_BACKWARD, ("CPU",), _for_cpu_backward),
+)

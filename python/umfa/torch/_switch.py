@@ -7,13 +7,12 @@ import threading
 import torch
 
 from .._errors import UnsupportedError, message
-from . import _modules, _nested, _overrides
+from . import _kernels, _modules, _multihead, _nested, _overrides
 
 _lock = threading.Lock()
 _enabled = False
 _blocks = 0
 """Blocks of `umfa.torch.sdpa` that are open."""
-_installed = False
 
 
 def enable() -> None:
@@ -31,7 +30,7 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
-    return _installed
+    return _kernels.switch.on
 
 
 def enter() -> None:
@@ -48,21 +47,28 @@ def leave() -> None:
         _update()
 
 
+def uninstall() -> None:
+    with _lock:
+        if _kernels.switch.on:
+            what, got = "umfa is enabled", f"{_blocks} open blocks, enabled={_enabled}"
+            expected = "a call after umfa.torch.disable(), outside of umfa.torch.sdpa()"
+            raise ValueError(message("umfa.torch.uninstall", what, got, expected))
+        _kernels.uninstall()
+
+
 def _update() -> None:
-    global _installed
     wanted = _enabled or _blocks > 0
-    if wanted == _installed:
+    if wanted == _kernels.switch.on:
         return
     if wanted:
         if not hasattr(torch.library, "get_kernel"):
             what = "this torch does not say which kernels it has, to call them where umfa cannot"
             got, expected = f"torch {torch.__version__}", "a torch with torch.library.get_kernel"
             raise UnsupportedError(message("umfa.torch.enable", what, got, expected))
-        _overrides.install()
+        _kernels.install((*_overrides.OVERRIDES, *_multihead.OVERRIDES))
         _modules.install()
         _nested.install()
     else:
         _nested.remove()
         _modules.remove()
-        _overrides.remove()
-    _installed = wanted
+    _kernels.switch.on = wanted
