@@ -253,7 +253,7 @@ def test_disabling_first_does_nothing(run_python: Any) -> None:
     done = run_python(
         "import torch, umfa, umfa.torch\n"
         "from torch._C import _dispatch_dump as dump\n"
-        "names = ['scaled_dot_product_attention', '_native_multi_head_attention']\n"
+        "names = ['scaled_dot_product_attention', '_flash_attention_forward']\n"
         "before = [dump(f'aten::{name}') for name in names]\n"
         "umfa.torch.disable()\n"
         "umfa.torch.uninstall()\n"

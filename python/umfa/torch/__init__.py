@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from . import _switch
 
-__all__ = ["disable", "enable", "is_enabled", "sdpa", "uninstall"]
+__all__ = ["disable", "enable", "is_enabled", "register", "sdpa", "uninstall"]
 
 
 def __dir__() -> list[str]:
@@ -34,6 +34,8 @@ def enable() -> None:
     - ``torch.nn.functional.scaled_dot_product_attention`` on CPU and MPS tensors, with its
       gradients, under autocast and inference mode, in graphs of ``torch.compile`` and
       ``torch.export``, and on jagged nested tensors.
+    - ``torch.nn.attention.varlen.varlen_attn`` and ``varlen_attn_out`` on CPU and MPS tensors,
+      for which torch has no kernels.
     - The fused attention of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in eval
       mode.
 
@@ -54,7 +56,7 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
-    """Whether torch's attention runs on umfa now, by `enable` or `sdpa`."""
+    """Whether torch's attention runs on umfa now, by `enable`, `sdpa` or torch (see `register`)."""
     return _switch.is_enabled()
 
 
@@ -84,3 +86,17 @@ def uninstall() -> None:
         umfa is enabled.
     """
     _switch.uninstall()
+
+
+def register() -> None:
+    """Make umfa known to torch as a flash attention, by the name "umfa".
+
+    ``torch.nn.attention.activate_flash_attention_impl("umfa")`` then does what `enable` does, until
+    ``torch.nn.attention.restore_flash_attention_impl()``. Nothing is enabled before.
+
+    Raises
+    ------
+    umfa.UnsupportedError
+        This torch has no such registry.
+    """
+    _switch.register()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
+import torch.nn.attention
 
 from .._errors import UnsupportedError, message
-from . import _kernels, _modules, _multihead, _nested, _overrides
+from . import _kernels, _modules, _multihead, _nested, _overrides, _varlen
 
 _lock = threading.Lock()
 _enabled = False
@@ -56,6 +58,29 @@ def uninstall() -> None:
         _kernels.uninstall()
 
 
+class Activation:
+    """What torch holds while it has activated umfa."""
+
+    def __init__(self) -> None:
+        self._active = True
+        enter()
+
+    def remove(self) -> None:
+        """Called by torch. A second call does nothing."""
+        if self._active:
+            self._active = False
+            leave()
+
+
+def register() -> None:
+    registry: Any = getattr(torch.nn.attention, "register_flash_attention_impl", None)
+    if registry is None:
+        got, expected = f"torch {torch.__version__}", "register_flash_attention_impl"
+        what = "this torch has no registry of flash attentions"
+        raise UnsupportedError(message("umfa.torch.register", what, got, expected))
+    registry("umfa", register_fn=Activation)
+
+
 def _update() -> None:
     wanted = _enabled or _blocks > 0
     if wanted == _kernels.switch.on:
@@ -65,7 +90,7 @@ def _update() -> None:
             what = "this torch does not say which kernels it has, to call them where umfa cannot"
             got, expected = f"torch {torch.__version__}", "a torch with torch.library.get_kernel"
             raise UnsupportedError(message("umfa.torch.enable", what, got, expected))
-        _kernels.install((*_overrides.OVERRIDES, *_multihead.OVERRIDES))
+        _kernels.install((*_overrides.OVERRIDES, *_varlen.OVERRIDES, *_multihead.OVERRIDES))
         _modules.install()
         _nested.install()
     else:
