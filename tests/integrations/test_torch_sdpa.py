@@ -363,3 +363,19 @@ def test_the_operation_of_mps() -> None:
     with pytest.raises(NotImplementedError, match="'MPS' backend"):
         kernel.call_boxed(keys, q, k, v)
     assert torch.library.get_kernel("aten::scaled_dot_product_attention", "AutogradMPS")
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_other_devices_are_passed_on(enabled: bool) -> None:
+    """In inference mode umfa's kernel is asked for every device."""
+    umfa_torch.enable()
+    if not enabled:
+        umfa_torch.disable()
+    q = torch.empty(1, 2, 24, 16, device="meta")
+    counted = Counted()
+    with torch.inference_mode():
+        out = F.scaled_dot_product_attention(q, q, q[..., :8], is_causal=True)
+    assert out.device == q.device
+    assert out.shape == (1, 2, 24, 8)
+    assert not counted.taken
+    assert not counted.left
