@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 
 import umfa
+from tests.integrations.tiny_models import (
+    FAMILIES,
+    USUAL,
+    both,
+    model_of,
+    packed_positions,
+    tokens,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -19,66 +26,11 @@ pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]
 TAKEN = "transformers.attention"
 WRITTEN = f"{TAKEN} with a mask that is written out"
 
-USUAL = {
-    "vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-    "pad_token_id": 0, "eos_token_id": None, "bos_token_id": 1,
-}  # fmt: skip
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 8},
-    "gemma2": {"sliding_window": 8, "head_dim": 16},
-    "gemma3_text": {"sliding_window": 8, "head_dim": 16},
-    "gpt_oss": {"sliding_window": 8, "head_dim": 16, **EXPERTS},
-    "qwen3": {"head_dim": 16},
-    "llama4_text": {
-        "attention_chunk_size": 8, "intermediate_size_mlp": 96, "no_rope_layers": [1, 1, 0],
-        **EXPERTS,
-    },
-    "deepseek_v3": {
-        "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
-        "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-        "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 32,
-        "num_key_value_heads": 4,
-    },
-    "modernbert-decoder": {"local_attention": 8, "global_attn_every_n_layers": 2},
-}  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
     adapter.register()
     transformers.logging.set_verbosity_error()
-
-
-def model_of(family: str, **more: Any) -> Any:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **{**USUAL, **FAMILIES[family], **more})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    return model.eval()
-
-
-def taken_by(before: umfa.Stats) -> dict[str, int]:
-    return dict(Counter(umfa.stats().taken) - Counter(before.taken))
-
-
-def both(model: Any, run: Any) -> tuple[Any, Any, dict[str, int]]:
-    """What `run` gives on eager attention and on umfa, and what umfa computed."""
-    model.set_attn_implementation("eager")
-    expected = run(model)
-    model.set_attn_implementation("umfa")
-    before = umfa.stats()
-    return expected, run(model), taken_by(before)
-
-
-def tokens(batch: int = 2, seqlen: int = 21) -> tuple[Any, Any]:
-    """Ids and a mask whose first row is padded on the left."""
-    torch.manual_seed(1)
-    ids = torch.randint(3, 200, (batch, seqlen))
-    there = torch.ones_like(ids)
-    there[0, :5] = ids[0, :5] = 0
-    return ids, there
 
 
 PADDING = {"none": lambda x: torch.ones_like(x), "left": lambda x: x, "right": lambda x: x.flip(1)}
@@ -136,13 +88,6 @@ def test_other_ways_to_generate(more: dict[str, int]) -> None:
     assert set(taken) == {TAKEN}
 
 
-def packed_positions() -> tuple[Any, Any]:
-    torch.manual_seed(2)
-    ids = torch.randint(3, 200, (2, 21))
-    lengths = ((5, 9, 7), (12, 1, 8))
-    return ids, torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
-
-
 @pytest.mark.parametrize(
     "family", ["llama", pytest.param("mistral", marks=pytest.mark.slow), "gpt_oss"]
 )
@@ -182,16 +127,20 @@ def test_encoders(family: str, padded: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_relative_positions() -> None:
-    """T5: a bias of the scores, causal or not, with padding."""
+def t5() -> Any:
     torch.manual_seed(0)
     config = transformers.T5Config(
         vocab_size=200, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4,
         decoder_start_token_id=0,
     )  # fmt: skip
-    model = transformers.T5ForConditionalGeneration._from_config(
+    return transformers.T5ForConditionalGeneration._from_config(
         config, attn_implementation="eager"
     ).eval()
+
+
+def test_relative_positions() -> None:
+    """T5: a bias of the scores, causal or not, with padding."""
+    model = t5()
     ids, there = tokens()
 
     def run(model: Any) -> Any:
@@ -281,6 +230,82 @@ def test_an_unknown_mask_is_written_out() -> None:
         masking.blockwise_overlay(torch.zeros(1, 6, dtype=torch.int64)),
     )
     assert bool(adapter._masks.mask(**{**asked, "mask_function": blocks}).all())
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "instead"),
+    [
+        ("bloom", {}, '"eager"'),
+        ("mpt", {"n_layers": 2, "d_model": 64, "n_heads": 4}, '"eager"'),
+        ("falcon", {}, r'"sdpa", which umfa.torch.enable\(\) computes'),
+    ],
+)
+def test_a_model_with_attention_of_its_own_is_refused(
+    family: str, more: dict[str, int], instead: str
+) -> None:
+    config = transformers.AutoConfig.for_model(family, **{**USUAL, **more})
+    make = transformers.AutoModelForCausalLM.from_config
+    expected = f"computes attention in its own code.*{instead}"
+    model = make(config, attn_implementation="eager")
+    with pytest.raises(umfa.UnsupportedError, match=expected):
+        model.set_attn_implementation("umfa")
+    assert model.config._attn_implementation == "eager"
+    config = transformers.AutoConfig.for_model(family, **{**USUAL, **more})
+    with pytest.raises(umfa.UnsupportedError, match=expected):
+        make(config, attn_implementation="umfa")
+
+
+def test_a_part_with_attention_of_its_own_is_counted() -> None:
+    """BERT as the encoder, on umfa, and RemBERT as the decoder, with code of its own."""
+    torch.manual_seed(0)
+    parts = [transformers.AutoConfig.for_model(x, **USUAL) for x in ("bert", "rembert")]
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    model = transformers.EncoderDecoderModel(config=config).eval()
+    ids, there = tokens()
+    before = umfa.stats()
+
+    def run(model: Any) -> Any:
+        with torch.no_grad():
+            return model(ids, attention_mask=there, decoder_input_ids=ids).logits
+
+    expected, found, taken = both(model, run)
+    assert taken == {TAKEN: 3}
+    left = {x.where: x.reason for x in umfa.stats().left if x not in before.left}
+    assert left == {
+        f"transformers.RemBert{kind}": "computes attention in its own code"
+        for kind in ("Model", "ForCausalLM")
+    }
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "bert", "t5"])
+def test_weights_come_from_eager_attention(family: str) -> None:
+    ids, there = tokens()
+    if family == "bert":
+        config = transformers.AutoConfig.for_model(family, **USUAL)
+        model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    elif family == "t5":
+        model = t5()
+    else:
+        model = model_of(family)
+
+    def run(model: Any) -> Any:
+        more = {"decoder_input_ids": ids} if family == "t5" else {}
+        with torch.no_grad():
+            return model(ids, attention_mask=there, output_attentions=True, **more)
+
+    before = umfa.stats()
+    expected, found, taken = both(model, run)
+    assert not taken
+    counted = [x for x in umfa.stats().left if "output_attentions=True" in x.reason]
+    earlier = sum(x.calls for x in before.left if "output_attentions=True" in x.reason)
+    assert sum(x.calls for x in counted) - earlier == (6 if family == "t5" else 3)
+    for name in ("attentions", "decoder_attentions", "cross_attentions", "encoder_attentions"):
+        theirs = expected.get(name) or ()
+        assert len(found.get(name) or ()) == len(theirs)
+        for x, y in zip(found.get(name) or (), theirs, strict=True):
+            torch.testing.assert_close(x, y)
+    torch.testing.assert_close(found[0][there.bool()], expected[0][there.bool()])
 
 
 def test_a_model_that_computes_with_its_mask_is_told() -> None:

@@ -10,12 +10,11 @@ Importing this module changes nothing.
 from __future__ import annotations
 
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
-from . import _attention, _masks
+from . import _attention, _flash, _masks, _models
 
-__all__ = ["register"]
-
-NAME = "umfa"
+__all__ = ["register", "unregister"]
 
 
 def __dir__() -> list[str]:
@@ -23,7 +22,7 @@ def __dir__() -> list[str]:
 
 
 def register() -> None:
-    """Make ``attn_implementation="umfa"`` known to transformers.
+    """Make ``attn_implementation="umfa"`` and ``"umfa_flash"`` known to transformers.
 
     Then ``from_pretrained(..., attn_implementation="umfa")`` and
     ``model.set_attn_implementation("umfa")`` run a model's attention on umfa, with its gradients.
@@ -32,7 +31,29 @@ def register() -> None:
     tokens that see each other, is written out as transformers' own "sdpa" writes it, and
     `umfa.stats` counts the calls with one.
 
+    "umfa_flash" stands where transformers wants flash-attn's functions: continuous batching
+    (``model.generate_batch``) takes only such a name, and models hand the lengths of packed
+    sequences only to one.
+
+    A model whose attention is code of its own (Bloom, MPT, Falcon, …) would take a name and never
+    call umfa: both names raise `umfa.UnsupportedError` for it. With ``output_attentions=True`` a
+    call runs on the model's eager attention, which has weights, and is counted.
+
     Registering twice is the same as once.
     """
-    AttentionInterface.register(NAME, _attention.attention)
-    AttentionMaskInterface.register(NAME, _masks.mask)
+    AttentionInterface.register(_models.NAME, _attention.attention)
+    AttentionMaskInterface.register(_models.NAME, _masks.mask)
+    AttentionInterface.register(_flash.NAME, _flash.attention)
+    AttentionMaskInterface.register(_flash.NAME, flash_attention_mask)
+    _flash.install()
+    _models.install()
+
+
+def unregister() -> None:
+    """Undo `register`. A model that still has a name of umfa's raises a KeyError when it runs: give
+    it another with ``set_attn_implementation``."""
+    for name in (_models.NAME, _flash.NAME):
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+    _models.remove()
+    _flash.remove()

@@ -8,7 +8,8 @@ import torch
 
 from .._functional.flash_attn import flash_attn_func
 from .._functional.varlen import flash_attn_varlen_func
-from .._stats import count_left, count_taken
+from .._stats import count_taken
+from . import _eager
 from ._masks import Mask, Pattern
 
 _NAME = "transformers.attention"
@@ -27,11 +28,15 @@ def attention(
     s_aux: Any = None,
     position_bias: Any = None,
     **others: Any,
-) -> tuple[Any, None]:
+) -> tuple[Any, Any]:
     """(batch, heads, rows, head dim) of query, key and value; returns (batch, rows, heads, head
-    dim), and None for the weights. The mask has the sliding window."""
+    dim), and None for the weights unless they are asked for. The mask has the sliding window."""
     if others.get("output_attentions"):
-        count_left("transformers.output_attentions", "umfa does not return the weights")
+        others |= {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        return _eager.attention(
+            module, query, key, value, attention_mask, causal, dropout, scaling, **others
+        )
     options: dict[str, Any] = {
         "dropout_p": dropout,
         "softmax_scale": scaling,
