@@ -14,6 +14,7 @@ from tests.integrations.tiny_models import (
     both,
     model_of,
     packed_positions,
+    taken_by,
     tokens,
 )
 
@@ -254,6 +255,25 @@ def test_a_model_with_attention_of_its_own_is_refused(
     config = transformers.AutoConfig.for_model(family, **{**USUAL, **more})
     with pytest.raises(umfa.UnsupportedError, match=expected):
         make(config, attn_implementation="umfa")
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+def test_falcon_runs_on_umfa_through_torch(alibi: bool) -> None:
+    """As its refusal says."""
+    adapter_of_torch = pytest.importorskip("umfa.torch")
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=200, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=alibi
+    )
+    model = transformers.FalconForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    ids, there = tokens()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=there).logits[there.bool()]
+        before = umfa.stats()
+        with adapter_of_torch.sdpa():
+            found = model(ids, attention_mask=there).logits[there.bool()]
+    assert taken_by(before) == {"torch.scaled_dot_product_attention": 2}
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_part_with_attention_of_its_own_is_counted() -> None:
