@@ -79,10 +79,44 @@ def wan() -> tuple[Any, dict[str, Any]]:
     }  # fmt: skip
 
 
+def padded() -> Any:
+    """Text of two lengths."""
+    there = torch.ones(2, 7, dtype=torch.bool)
+    there[0, 5:] = False
+    return there
+
+
+def qwen_image() -> tuple[Any, dict[str, Any]]:
+    model = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=3, joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    return model, {
+        "hidden_states": draw(2, 16, 16), "encoder_hidden_states": draw(2, 7, 16),
+        "encoder_hidden_states_mask": padded(), "timestep": torch.ones(2),
+        "img_shapes": [[(1, 4, 4)]] * 2,
+    }  # fmt: skip
+
+
+def pixart() -> tuple[Any, dict[str, Any]]:
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, out_channels=8,
+        sample_size=8, patch_size=2, norm_num_groups=1, cross_attention_dim=16,
+        caption_channels=16, use_additional_conditions=False,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": draw(2, 4, 8, 8), "encoder_hidden_states": draw(2, 7, 16),
+        "encoder_attention_mask": padded(), "timestep": torch.tensor([1, 1]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }  # fmt: skip
+
+
 CALLS = {
     flux: (DISPATCHED, 3),
     wan: (DISPATCHED, 4),
+    qwen_image: (DISPATCHED, 2),
     sd3: (SDPA, 2),
+    pixart: (SDPA, 4),
     unet: (SDPA, 8),
     vae: (SDPA, 2),
 }
