@@ -166,3 +166,25 @@ def test_unregister_restores_transformers() -> None:
         flash.lazy_import_flash_attention(None)
     with pytest.raises(ValueError, match='attn_implementation="umfa"` is not supported'):
         model_of("llama").set_attn_implementation("umfa")
+
+
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 5.0, masks are described by positions in the cache, and there is no third function."""
+    adapter.unregister()
+    masking = pytest.importorskip("transformers.masking_utils")
+
+    def older(batch_size: int, cache_position: Any, kv_length: int, **others: Any) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(masking, "sdpa_mask", older)
+        with pytest.raises(
+            umfa.UnsupportedError, match=r"got transformers 5\.[\d.]+; expected 5.24"
+        ):
+            adapter.register()
+    with monkeypatch.context() as patch:
+        patch.delattr(flash, "_flash_with_kvcache_fn")
+        with pytest.raises(umfa.UnsupportedError, match=r"umfa\.transformers\.register"):
+            adapter.register()
+    assert "umfa" not in transformers.AttentionInterface().valid_keys()
+    adapter.register()

@@ -152,7 +152,6 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
 def test_generated_tokens(decoder: Decoder) -> None:
     expected, found = decoder.both(lambda: decoder.generate(PROMPTS[:1], 64))
     assert torch.equal(found, expected)
-    assert "Paris" in decoder.tokenizer.decode(expected[0])  # the weights are trained ones
 
 
 def test_generated_tokens_of_a_padded_batch(decoder: Decoder) -> None:

@@ -9,9 +9,12 @@ Importing this module changes nothing.
 
 from __future__ import annotations
 
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flash_attention_mask
+import inspect
 
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+from .._errors import UnsupportedError, message
 from . import _attention, _flash, _masks, _models
 
 __all__ = ["register", "unregister"]
@@ -39,12 +42,14 @@ def register() -> None:
     call umfa: both names raise `umfa.UnsupportedError` for it. With ``output_attentions=True`` a
     call runs on the model's eager attention, which has weights, and is counted.
 
-    Registering twice is the same as once.
+    Registering twice is the same as once. A transformers that is too old raises
+    `umfa.UnsupportedError`.
     """
+    _check_version()
     AttentionInterface.register(_models.NAME, _attention.attention)
     AttentionMaskInterface.register(_models.NAME, _masks.mask)
     AttentionInterface.register(_flash.NAME, _flash.attention)
-    AttentionMaskInterface.register(_flash.NAME, flash_attention_mask)
+    AttentionMaskInterface.register(_flash.NAME, masking_utils.flash_attention_mask)
     _flash.install()
     _models.install()
 
@@ -57,3 +62,13 @@ def unregister() -> None:
         AttentionMaskInterface._global_mapping.pop(name, None)
     _models.remove()
     _flash.remove()
+
+
+def _check_version() -> None:
+    """Earlier releases describe masks by positions in the cache, and know 2 flash functions."""
+    describes = "q_length" in inspect.signature(masking_utils.sdpa_mask).parameters
+    if describes and hasattr(_flash.utils, "_flash_with_kvcache_fn"):
+        return
+    what = "this transformers asks for masks or flash functions in another way"
+    got, expected = f"transformers {transformers.__version__}", "5.24 or later"
+    raise UnsupportedError(message("umfa.transformers.register", what, got, expected))
