@@ -24,6 +24,10 @@ class Thread(threading.local):
 
 thread = Thread()
 
+listeners: list[Callable[[str, Any], None]] = []
+"""Told of each call that umfa computed with its result, and of each that torch computed with None;
+not of those that are recorded in a graph."""
+
 
 def attempt(operation: str, ours: Callable[[], Any], stock: Callable[[], Any] | None) -> Any:
     """umfa's result; torch's where umfa refuses the call. Without `stock`, torch cannot compute
@@ -37,6 +41,8 @@ def attempt(operation: str, ours: Callable[[], Any], stock: Callable[[], Any] | 
         if stock is None or not text.startswith("[umfa."):
             raise
         count_left(f"torch.{operation}", re.sub(r"^\[umfa\.[\w.]+\] ", "", text))
+        for listen in listeners:
+            listen(operation, None)
         thread.stock = True
         try:
             return stock()
@@ -44,6 +50,9 @@ def attempt(operation: str, ours: Callable[[], Any], stock: Callable[[], Any] | 
             thread.stock = False
     if _torch_autodiff.records():
         operation += ", recorded in a graph"
+    else:
+        for listen in listeners:
+            listen(operation, result)
     count_taken("torch." + operation)
     return result
 
