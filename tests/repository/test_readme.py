@@ -82,7 +82,8 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("block", PYTHON, ids=lambda b: f"{b.document}:{b.heading}")
 def test_python_runs(block: Block, tmp_path: Path) -> None:
     for name in sorted(imports(block.code)):
-        if importlib.util.find_spec(name) is None:
+        provided = f"umfa.shim.{name}(" in block.code
+        if not provided and importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
     script = tmp_path / "snippet.py"
     script.write_text(block.code, encoding="utf-8")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ._modules import Shim
 
-__all__ = ["Shim", "metal_sdpa_extension"]
+__all__ = ["Shim", "flash_attn", "metal_sdpa_extension"]
 
 
 def __dir__() -> list[str]:
@@ -44,3 +44,30 @@ def metal_sdpa_extension(*, children: bool = True) -> Shim:
     from . import _metal_sdpa
 
     return _metal_sdpa.install(children)
+
+
+def flash_attn() -> Shim:
+    """Make flash-attn 2's modules importable, by umfa's functions.
+
+    ``flash_attn`` and ``flash_attn.flash_attn_interface`` have the public functions, and the second
+    the private ones that ring-flash-attn calls. They return what flash-attn 2 returns: +inf as the
+    log-sum-exp of a query that sees no key, and an empty tensor where there are no weights. There
+    are also ``flash_attn.bert_padding``, and ``apply_rotary_emb`` of ``flash_attn.layers.rotary``,
+    in torch.
+
+    Libraries that ask for an installed distribution of flash-attn, as transformers and diffusers
+    do, do not find one; see `umfa.transformers` and `umfa.diffusers`.
+
+    Returns
+    -------
+    Shim
+        `Shim.remove` undoes everything; so does the end of a ``with`` block.
+
+    Raises
+    ------
+    umfa.UnsupportedError
+        flash-attn can be imported already.
+    """
+    from . import _flash_attn
+
+    return _flash_attn.install()

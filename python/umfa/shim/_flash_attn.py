@@ -1,0 +1,67 @@
+"""The modules of `umfa.shim.flash_attn`, and flash-attn's public functions."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from .._functional import flash_attn, kvcache, varlen
+from . import _bert_padding, _flash_attn_private, _flash_attn_rotary
+from ._modules import Shim
+
+VERSION = "2.8.3"
+"""The release of flash-attn whose interface the modules have."""
+
+
+def _as_flash_attn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """umfa's function, with what flash-attn 2 returns beside the result: +inf as the log-sum-exp
+    of a query that sees no key, and no elements where there are no weights."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        results = function(*args, **kwargs)
+        if not isinstance(results, tuple):
+            return results
+        out, lse, *weights = results
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
+        return (out, lse, *(out.new_empty(0) if x is None else x for x in weights))
+
+    call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return call
+
+
+PUBLIC = {
+    function.__name__: _as_flash_attn(function)
+    for function in (
+        flash_attn.flash_attn_func,
+        flash_attn.flash_attn_kvpacked_func,
+        flash_attn.flash_attn_qkvpacked_func,
+        varlen.flash_attn_varlen_func,
+        varlen.flash_attn_varlen_kvpacked_func,
+        varlen.flash_attn_varlen_qkvpacked_func,
+        kvcache.flash_attn_with_kvcache,
+    )
+}
+
+
+def _exported(module: Any) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in module.__all__}
+
+
+_shim = Shim(
+    "umfa.shim.flash_attn",
+    {
+        "flash_attn": {"__doc__": "Attention by umfa.", "__version__": VERSION, **PUBLIC},
+        "flash_attn.flash_attn_interface": {**PUBLIC, **_exported(_flash_attn_private)},
+        "flash_attn.bert_padding": _exported(_bert_padding),
+        "flash_attn.layers": {},
+        "flash_attn.layers.rotary": _exported(_flash_attn_rotary),
+    },
+)
+
+
+def install() -> Shim:
+    return _shim.install()
