@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ._modules import Shim
 
-__all__ = ["Shim", "flash_attn", "metal_sdpa_extension"]
+__all__ = ["Shim", "flash_attn", "metal_sdpa_extension", "xformers"]
 
 
 def __dir__() -> list[str]:
@@ -71,3 +71,25 @@ def flash_attn() -> Shim:
     from . import _flash_attn
 
     return _flash_attn.install()
+
+
+def xformers() -> Shim:
+    """Make xformers' memory-efficient attention importable, by umfa.
+
+    ``xformers.ops`` and ``xformers.ops.fmha`` have ``memory_efficient_attention``, its forward
+    pass, and ``xformers.ops.fmha.attn_bias`` all masks, which umfa reads as they are described.
+    The rest of xformers is not there.
+
+    Returns
+    -------
+    Shim
+        `Shim.remove` undoes everything; so does the end of a ``with`` block.
+
+    Raises
+    ------
+    umfa.UnsupportedError
+        xformers can be imported already.
+    """
+    from . import _xformers
+
+    return _xformers.install()
