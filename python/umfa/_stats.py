@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import _ext
 
@@ -101,3 +101,10 @@ def count_left(where: str, reason: str) -> None:
         if key not in _left and len(_left) >= MOST_REASONS:
             key = where, "further reasons"
         _left[key] += 1
+
+
+# torch.compile cannot trace a lock. It calls functions with this attribute itself, once for each
+# tracing. That needs no torch.
+_counters: Any = (count_taken, count_left)
+for _counter in _counters:
+    _counter._dynamo_marked_constant = True

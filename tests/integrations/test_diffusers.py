@@ -224,3 +224,15 @@ def test_what_is_refused() -> None:
         adapter._attention(q, q, q, _parallel_config=object())
     _, lse = adapter._attention(q, q, q, return_lse=True)
     assert lse.shape == (1, 4, 5)
+
+
+def test_a_graph_counts_when_it_is_traced() -> None:
+    def function(q: Any) -> Any:
+        return adapter._attention(q, q, q) + 1
+
+    q = draw(1, 8, 2, 16)
+    before = umfa.stats()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(q), umfa.flash_attn_func(q, q, q) + 1)
+    assert Counter(umfa.stats().taken) - Counter(before.taken) == {DISPATCHED: 1}
