@@ -117,6 +117,9 @@ def test_public_functions_are_umfas(name: str) -> None:
     if "qkvpacked" not in name or "kvpacked" in name.replace("qkvpacked", ""):
         options["causal"] = True
     options.pop("window_size", None)
+    before = umfa.stats().taken.get(f"flash_attn.{name}", 0)
+    function(*given, **options)
+    assert umfa.stats().taken[f"flash_attn.{name}"] == before + 1
     asked = "return_softmax_lse" if "kvcache" in name else "return_attn_probs"
     assert torch.equal(function(*given, **options), own(*given, **options))
     found, expected = (x(*given, **options, **{asked: True}) for x in (function, own))
@@ -189,11 +192,13 @@ def test_forward_and_backward(options: dict[str, Any], rows: tuple[int, int]) ->
     for found, wanted in ((dq, true[0]), (dk, true[1]), (dv, true[2])):
         assert_close(found.detach().numpy(), wanted, BASE["float32"])
     assert_close(products.numpy(), np.einsum("bihd,bihd->bhi", *wide(dout, out)), BASE["float32"])
+    before = umfa.stats().taken["flash_attn._flash_attn_backward"]
     only = torch.empty_like(k)
     module()._wrapped_flash_attn_backward(
         dout, q, k, v, out, lse, None, only, None, *positional(options), True
     )
     assert torch.equal(only, dk)
+    assert umfa.stats().taken["flash_attn._flash_attn_backward"] == before + 1
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def test_routes_are_counted(
     extension: Any, grad: bool, route: str, causal: bool, direct: bool
 ) -> None:
     given = three((1, 4, 64, 64), grad=grad)
+    before = umfa.stats()
     if direct:
         out = extension.metal_flash_attention_autograd(*given, causal, 0.0)
     else:
@@ -112,6 +114,9 @@ def test_routes_are_counted(
     counts = extension.get_dispatch_stats()
     assert {x: n for x, n in counts.items() if n} == {"total": 1, route: 1}
     assert counts["pytorch_fallback"] == 0
+    direct_name = "metal_sdpa_extension.metal_flash_attention_autograd"
+    name = direct_name if direct else "torch.scaled_dot_product_attention"
+    assert Counter(umfa.stats().taken) - Counter(before.taken) == {name: 1}
     extension.reset_dispatch_stats()
     assert not any(extension.get_dispatch_stats().values())
 

@@ -352,6 +352,10 @@ def test_dropout_and_dtype() -> None:
     assert torch.equal(found, umfa.flash_attn_func(q, q, q, 0.5, out_dtype=torch.bfloat16))
     assert found.dtype == torch.bfloat16
     assert not torch.equal(found, functions.memory_efficient_attention(q, q, q).bfloat16())
+    name = "xformers.ops.memory_efficient_attention"
+    before = umfa.stats().taken[name]
+    functions.memory_efficient_attention(q, q, q)
+    assert umfa.stats().taken[name] == before + 1
     with pytest.raises(NotImplementedError, match=r"no dropout; got p=0\.5"):
         functions.memory_efficient_attention_forward_requires_grad(q, q, q, p=0.5)
     paged = CASES["PagedGappyKeys"].make(attn_bias)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .._functional import flash_attn, kvcache, varlen
+from .._stats import count_taken
 from . import _bert_padding, _flash_attn_private, _flash_attn_rotary
 from ._modules import Shim
 
@@ -20,9 +21,12 @@ def _as_flash_attn(function: Callable[..., Any]) -> Callable[..., Any]:
     """umfa's function, with what flash-attn 2 returns beside the result: +inf as the log-sum-exp
     of a query that sees no key, and no elements where there are no weights."""
 
+    where = f"flash_attn.{function.__name__}"
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         results = function(*args, **kwargs)
+        count_taken(where)
         if not isinstance(results, tuple):
             return results
         out, lse, *weights = results

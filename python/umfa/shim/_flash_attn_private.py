@@ -14,6 +14,7 @@ from .._ext import Attention, Function
 from .._frameworks import _torch
 from .._functional.flash_attn import flash_attn_func
 from .._functional.varlen import flash_attn_varlen_func
+from .._stats import count_taken
 
 __all__ = [
     "_flash_attn_backward",
@@ -62,6 +63,7 @@ def _flash_attn_forward(
             softcap, alibi_slopes, False, return_softmax, **_seed(dropout_p, rng_state),
             return_lse=not return_softmax,
         )  # fmt: skip
+    count_taken("flash_attn._flash_attn_forward")
     return _four(results, rng_state)
 
 
@@ -109,6 +111,7 @@ def _flash_attn_varlen_forward(
             False, return_softmax, block_table, **_seed(dropout_p, rng_state),
             seqused_k=seqused_k, return_lse=not return_softmax,
         )  # fmt: skip
+    count_taken("flash_attn._flash_attn_varlen_forward")
     return _four(results, rng_state)
 
 
@@ -158,6 +161,7 @@ def _flash_attn_backward(
         **_known_seed(_BACKWARD.name, dropout_p, rng_state),
     )
     _write_gradients(call, out, softmax_lse, dout, (dq, dk, dv))
+    count_taken("flash_attn._flash_attn_backward")
     return _products(dout, out).transpose(1, 2)
 
 
@@ -211,6 +215,7 @@ def _flash_attn_varlen_backward(
         **_known_seed(_VARLEN_BACKWARD.name, dropout_p, rng_state),
     )
     _write_gradients(call, out, softmax_lse, dout, (dq, dk, dv))
+    count_taken("flash_attn._flash_attn_varlen_backward")
     return _products(dout, out).transpose(0, 1)
 
 

@@ -13,6 +13,7 @@ from .._ext import integer
 from .._functional.flash_attn import flash_attn_func
 from .._functional.rope import fused_rope_attention
 from .._functional.sdpa import scaled_dot_product_attention
+from .._stats import count_taken
 from ._dispatch_stats import count_result, get_dispatch_stats, reset_dispatch_stats
 
 __all__ = [
@@ -62,6 +63,7 @@ def metal_flash_attention_autograd(
     out = scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=None if scale == 0 else scale
     )
+    count_taken("metal_sdpa_extension.metal_flash_attention_autograd")
     count_result(out)
     return out
 
@@ -119,6 +121,7 @@ def rope_scaled_dot_product_attention(
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         halves = [x[0, :, ::2] for x in tables]
         out = fused_rope_attention(q, k, v, *halves, rotary_interleaved=True, **options)
+    count_taken("metal_sdpa_extension.rope_scaled_dot_product_attention")
     count_result(out, "rope")
     return out.transpose(1, 2)
 

@@ -10,6 +10,7 @@ from .. import fa3
 from .._errors import UnsupportedError, message
 from .._functional.flash_attn import flash_attn_func
 from .._functional.varlen import flash_attn_varlen_func
+from .._stats import count_taken
 from . import _xformers_bias as bias
 from ._xformers_seqinfo import refuse
 
@@ -145,6 +146,7 @@ def _attend(
         expected = "a tensor, or an object of xformers.ops.fmha.attn_bias"
         what, got = "attn_bias is none", type(attn_bias).__name__
         raise TypeError(message("umfa.shim.xformers", what, got, expected))
+    count_taken("xformers.ops.memory_efficient_attention")
     out, lse = found if with_lse else (found, None)
     out = out.reshape(*query.shape[:-1], value.shape[-1])
     if lse is not None and query.ndim == 5:
