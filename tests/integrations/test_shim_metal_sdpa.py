@@ -332,13 +332,18 @@ def test_everything_is_restored(
         importlib.import_module(NAMES[0])
 
 
-def test_umfa_stays_enabled_where_it_was() -> None:
-    umfa_torch.enable()
+@pytest.mark.parametrize("first", [True, False])
+def test_umfa_stays_where_the_program_has_enabled_it(first: bool) -> None:
     try:
-        umfa.shim.metal_sdpa_extension().remove()
+        if first:
+            umfa_torch.enable()
+        shim = umfa.shim.metal_sdpa_extension()
+        umfa_torch.enable()
+        shim.remove()
         assert umfa_torch.is_enabled()
     finally:
         umfa_torch.disable()
+    assert not umfa_torch.is_enabled()
 
 
 @pytest.mark.parametrize("name", NAMES)

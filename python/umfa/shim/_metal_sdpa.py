@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .. import torch as umfa_torch
+from ..torch import _switch
 from . import _dispatch_stats
 from . import _metal_sdpa_functions as _functions
 from ._modules import FOLDERS, Shim
@@ -37,14 +37,13 @@ def install(children: bool) -> Shim:
 
 
 def begin() -> Callable[[], None]:
-    """Puts umfa under torch's attention; returns what undoes that."""
-    was_enabled = umfa_torch.is_enabled()
-    umfa_torch.enable()
+    """Puts umfa under torch's attention; returns what undoes that. As with a block of
+    `umfa.torch.sdpa`, umfa stays there if the program has enabled it, too."""
+    _switch.enter()
     _dispatch_stats.listen()
 
     def end() -> None:
         _dispatch_stats.stop()
-        if not was_enabled:
-            umfa_torch.disable()
+        _switch.leave()
 
     return end
