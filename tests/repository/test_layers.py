@@ -28,7 +28,7 @@ INCLUDES = {
 
 IMPORTS = [
     "_ext", "_errors", "_stats", "_frameworks", "_call", "torch_ops", "_functional", "fa3", "fa4",
-    "torch", "transformers", "diffusers", "shim", "bench", "cli",
+    "torch", "transformers", "diffusers", "shim", "jax", "bench", "cli",
 ]  # fmt: skip
 """The parts of the package: each may import those before it, and itself. Only the commands and what
 they need import the package's public names."""
