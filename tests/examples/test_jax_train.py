@@ -1,0 +1,48 @@
+"""examples/jax_train.py: training with umfa is training with jax.nn's attention."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import umfa
+
+FILE = Path(__file__).parents[2] / "examples" / "jax_train.py"
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    pytest.importorskip("jax")
+    specification = importlib.util.spec_from_file_location("umfa_example_jax_train", FILE)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look it up
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_the_losses_agree_and_fall(example: ModuleType, window: int | None) -> None:
+    recipe = example.Recipe(steps=12, batch=2, seqlen=64, window=window)
+    before = umfa.stats().cpu_calls
+    ours, _ = example.train("umfa", recipe)
+    # A forward and a backward pass for each layer and step.
+    assert umfa.stats().cpu_calls - before >= recipe.steps * recipe.layers
+    middle = umfa.stats().cpu_calls
+    theirs, _ = example.train("jax.nn", recipe)
+    assert umfa.stats().cpu_calls == middle
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert ours[-1] < ours[0] - 0.2
+
+
+def test_the_command(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    example.main(["--steps", "2", "--seqlen", "32", "--layers", "1"])
+    printed = capsys.readouterr().out
+    assert re.search(r"umfa +loss \d\.\d+ -> \d\.\d+, \d+\.\d ms a step", printed)
+    assert re.search(r"losses differ by \d\.\de[-+]\d+; umfa computed [2-9]\d* calls", printed)
