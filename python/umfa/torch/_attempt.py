@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._attempt import refusal
 from .._errors import UnsupportedError
 from .._frameworks import _torch_autodiff
 from .._stats import count_left, count_taken
@@ -37,10 +37,10 @@ def attempt(operation: str, ours: Callable[[], Any], stock: Callable[[], Any] | 
     try:
         result = ours()
     except (UnsupportedError, ValueError, TypeError) as error:
-        text = str(error)
-        if stock is None or not text.startswith("[umfa."):
+        reason = refusal(error)
+        if stock is None or reason is None:
             raise
-        count_left(f"torch.{operation}", re.sub(r"^\[umfa\.[\w.]+\] ", "", text))
+        count_left(f"torch.{operation}", reason)
         for listen in listeners:
             listen(operation, None)
         thread.stock = True
