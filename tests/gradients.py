@@ -29,8 +29,14 @@ FIELDS = {
 RELATIVE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
+FRAME, MARK = 64, 77.0
+"""Elements on both sides of each gradient, and what they hold."""
+
+
 class Forward:
     """One call, computed, and ready for its backward pass."""
+
+    frames: list[tuple[Array, Array]]
 
     def __init__(self, function: _ext.Function = BSHD, backend: str = "cpu", **given: Any) -> None:
         attention = _ext.Attention(function, backend=backend, return_lse=True, **given)
@@ -51,8 +57,12 @@ class Forward:
         )
 
     def _filled(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, Array]:
-        """An array to be written, full of what must not stay there."""
-        array = np.full(shape, np.nan, DTYPES[dtype])
+        """An array to be written, full of what must not stay there, in a frame that must."""
+        size = int(np.prod(shape))
+        whole = np.full(size + 2 * FRAME, np.nan, DTYPES[dtype])
+        whole[:FRAME] = whole[FRAME + size :] = MARK
+        self.frames.append((whole[:FRAME], whole[FRAME + size :]))
+        array = whole[FRAME : FRAME + size].reshape(shape)
         return self.framework.export(array, self.call.function, "gradient"), array
 
     def backward(
@@ -64,6 +74,7 @@ class Forward:
         float32: bool = False,
     ) -> dict[str, Array]:
         """The gradients, by name."""
+        self.frames = []
         found = _ext.attention_backward(
             self.call.options,
             self.exported(),
@@ -72,6 +83,9 @@ class Forward:
             self._filled,
             float32,
         )
+        for name, frame in zip(wanted, self.frames, strict=True):
+            for part in frame:
+                assert (part == MARK).all(), f"{name}: something beside it was written"
         return dict(zip(wanted, found, strict=True))
 
 
