@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import umfa
-
-FILE = Path(__file__).parents[2] / "examples" / "jax_train.py"
+from tests.examples.loading import load
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     pytest.importorskip("jax")
-    specification = importlib.util.spec_from_file_location("umfa_example_jax_train", FILE)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look it up
-    specification.loader.exec_module(module)
-    return module
+    return load("jax_train")
 
 
 @pytest.mark.parametrize("window", [None, 16])

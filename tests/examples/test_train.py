@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import umfa
+from tests.examples.loading import FOLDER, load
 
-FILE = Path(__file__).parents[2] / "examples" / "train.py"
+FILE = FOLDER / "train.py"
 
 pytestmark = [
     pytest.mark.models,
@@ -29,13 +30,7 @@ def example() -> ModuleType:
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-    specification = importlib.util.spec_from_file_location("umfa_example_train", FILE)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look it up
-    specification.loader.exec_module(module)
-    return module
+    return load("train")
 
 
 def relative(ours: Any, theirs: Any) -> float:
