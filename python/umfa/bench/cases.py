@@ -9,7 +9,8 @@ from typing import Any, Literal
 from .._errors import message
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Kind = Literal["compute", "decode", "self", "overhead"]
+Kind = Literal["compute", "decode", "self", "overhead", "block", "call"]
+Library = Literal["", "numpy", "torch", "torch enabled", "jax", "mlx"]
 Mask = Literal["", "float mask", "float mask with gradient"]
 
 # Lengths under --quick, which only shows that everything works.
@@ -30,6 +31,10 @@ class Target:
     microseconds: float | None = None
     """Python's part of a call, at most."""
     against: str = "torch"
+    total_us: float | None = None
+    """Microseconds of a call, at most."""
+    amdahl: bool = False
+    """The block is as much faster as its attention allows; see `results.CaseResult.attainable`."""
 
     def text(self, kind: Kind) -> str:
         """The target in a few characters."""
@@ -40,7 +45,12 @@ class Target:
             of = "bandwidth" if kind == "decode" else "peak"
             parts.append(f"≥ {self.share:.0%} of {of}")
         if self.microseconds is not None:
-            parts.append(f"≤ {self.microseconds:g} µs")
+            over = f" over {self.against}" if kind == "call" else ""
+            parts.append(f"≤ {self.microseconds:g} µs{over}")
+        if self.total_us is not None:
+            parts.append(f"≤ {self.total_us:g} µs a call")
+        if self.amdahl:
+            parts.append("block: Amdahl's share")
         return ", ".join(parts)
 
 
@@ -49,8 +59,9 @@ class Case:
     """One row: attention of one shape, with the options of `umfa.flash_attn_func`.
 
     ``kind`` is ``"compute"`` (counted in operations), ``"decode"`` (counted in bytes of key and
-    value), ``"self"`` (umfa against umfa without window and options), or ``"overhead"`` (what
-    Python adds to a call).
+    value), ``"self"`` (umfa against umfa without window and options), ``"overhead"`` (what
+    Python adds to a call), ``"block"`` (a block of a transformer, and its attention alone) or
+    ``"call"`` (a tiny call beside the same of a library).
     """
 
     name: str
@@ -69,6 +80,7 @@ class Case:
     dropout_p: float = 0.0
     head_dim_v: int = 0  # 0: as head_dim
     kind: Kind = "compute"
+    library: Library = ""  # whose arrays a tiny call gets
     target: Target | None = None
     long: bool = False  # only with --long, or by name
     note: str = ""
@@ -86,6 +98,8 @@ class Case:
     @property
     def suite(self) -> str:
         """The suite that has this case."""
+        if self.kind == "block" or self.library:
+            return "models"
         return "backward" if self.backward else "cpu"
 
     @property
@@ -254,7 +268,54 @@ BACKWARD: tuple[Case, ...] = (
     _training("backward-bf16-causal", Target(2.0), dtype="bfloat16", causal=True),
 )
 
-SUITES: dict[str, tuple[Case, ...]] = {"cpu": CPU, "backward": BACKWARD}
+
+def _block(name: str, dtype: Dtype, target: Target | None) -> Case:
+    """FLUX.1's double block for 1024 × 1024 pixels: 4096 tokens of the picture, 512 of text."""
+    return Case(
+        name, 1, 24, 4608, 4608, 128, dtype, kind="block", target=target, note="a block of FLUX.1"
+    )
+
+
+def _call(name: str, library: Library, note: str, target: Target, kind: Kind = "call") -> Case:
+    return Case(name, 1, 1, 1, 8, 8, kind=kind, library=library, target=target, note=note)
+
+
+# Names of what is measured beside umfa, where it is not a library's attention.
+TORCH_ATTENTION, UMFA_ATTENTION = "torch's attention", "umfa's attention"
+IDENTITY = "identity"
+
+MODELS: tuple[Case, ...] = (
+    _block("flux-block-bf16", "bfloat16", Target(1.8, against=TORCH_ATTENTION, amdahl=True)),
+    _block("flux-block-fp32", "float32", None),
+    _call(
+        "call-torch",
+        "torch",
+        "torch, umfa's function beside torch's",
+        Target(0.5, total_us=8),
+    ),
+    _call(
+        "call-torch-enabled",
+        "torch enabled",
+        "torch's function with umfa enabled, and without umfa",
+        Target(0.5, total_us=8),
+    ),
+    _call(
+        "call-numpy",
+        "numpy",
+        "numpy, beside the kernel alone",
+        Target(against="", total_us=4),
+        "overhead",
+    ),
+    _call(
+        "call-jax",
+        "jax",
+        "jax, jitted, beside a jitted identity",
+        Target(microseconds=10, against=IDENTITY),
+    ),
+    _call("call-mlx", "mlx", "mlx", Target(against="mlx", total_us=10)),
+)
+
+SUITES: dict[str, tuple[Case, ...]] = {"cpu": CPU, "backward": BACKWARD, "models": MODELS}
 
 
 def select(suite: str, patterns: list[str], *, long: bool = False) -> list[Case]:

@@ -12,14 +12,17 @@ UMFA = "#2f6db5"
 COLOURS = {"torch": "#d9622b", "jax": "#3d9a6d", "mlx": "#8a63b8", "umfa-full": "#7a7a7a"}
 
 
-def check() -> None:
-    """Raise, before anything is measured, where there is no matplotlib.
+def check(suite: str) -> None:
+    """Raise, before anything is measured, where nothing can be drawn.
 
     Raises
     ------
     ValueError
-        matplotlib is not installed.
+        The suite has no rates, or matplotlib is not installed.
     """
+    if suite == "models":
+        what, expected = "a chart shows shares of the machine's limits", "another suite, or --json"
+        raise ValueError(message("umfa.bench", what, f"suite {suite}", expected))
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             message(
@@ -33,7 +36,7 @@ def check() -> None:
 
 def draw(run: Run, path: Path) -> None:
     """Write a PNG: how many times as fast umfa is, and its share of what the machine can do."""
-    check()
+    check(run.suite)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import umfa
 from umfa import _ext
 
+from .._errors import message
 from .cases import Case
 from .peers import (
     DROPOUT_SEED,
@@ -33,6 +34,10 @@ from .results import FAILED, MEASURED, NOT_SUPPORTED, CaseResult, Entry
 # A row (the head_dim numbers of one query and head) may differ by so much of its norm: loose enough
 # for a peer that rounds the weights to the dtype, tight enough for a wrong mask or scale.
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+
+# Both sides of the comparison are measured, so that a block which reaches its share exactly would
+# fail every second time.
+AMDAHL_NOISE = 0.97
 
 # Rows compared with float64 for each case.
 REFERENCE_ROWS = 12
@@ -104,6 +109,22 @@ def warmed(turn: Turn, sample_s: float) -> None:
         turn.call()
         seconds = time.perf_counter() - start
     turn.entry.calls = max(1, min(10000, round(sample_s / max(seconds, 1e-7))))
+
+
+def counted(turn: Turn, sample_s: float, *, by_umfa: bool) -> None:
+    """`warmed`, where a switch decides who computes. A call of the wrong one would be as right.
+
+    Raises
+    ------
+    RuntimeError
+        umfa has computed where the library should have, or the reverse.
+    """
+    before = umfa.stats().cpu_calls
+    warmed(turn, sample_s)
+    calls = umfa.stats().cpu_calls - before
+    if (calls > 0) != by_umfa:
+        what, expected = f"{turn.entry.name}: calls by umfa", "some" if by_umfa else "none"
+        raise RuntimeError(message("umfa.bench", what, calls, expected))
 
 
 def sample(turn: Turn) -> None:
@@ -379,10 +400,23 @@ def judge(case: Case, result: CaseResult, settings: Settings) -> None:
     if target.microseconds is not None:
         spent = result.overhead_us
         verdicts.append(None if spent is None else spent <= target.microseconds)
+    if target.total_us is not None:
+        took = result.umfa.median_s
+        verdicts.append(None if took is None else 1e6 * took <= target.total_us)
+    if target.amdahl:
+        verdicts.append(_as_fast_as_attainable(result))
     if False in verdicts:
         result.met = False
     elif None not in verdicts:
         result.met = True
+
+
+def _as_fast_as_attainable(result: CaseResult) -> bool | None:
+    """Whether the block is as much faster as its attention is; None if that was not measured."""
+    ratio = next((peer.ratio for peer in result.peers if peer.name == "torch"), None)
+    if ratio is None or result.attainable is None:
+        return None
+    return ratio >= AMDAHL_NOISE * result.attainable
 
 
 def run_overhead(case: Case, result: CaseResult, settings: Settings, step: Step) -> CaseResult:

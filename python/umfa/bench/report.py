@@ -49,7 +49,10 @@ def speed(entry: Entry, case: CaseResult) -> str:
 def share(case: CaseResult) -> str:
     """Share of the peak, or of the bandwidth; for the overhead, its microseconds."""
     if case.overhead_us is not None:
-        return f"{case.overhead_us:.2f} µs over it"
+        over = "it" if case.kind == "overhead" else case.target["against"]
+        return f"{case.overhead_us:.2f} µs over {over}"
+    if case.attention_share is not None and case.attainable is not None:
+        return f"attention {case.attention_share:.0%}: {case.attainable:.2f}× attainable"
     if case.share is None or case.limit_rate is None:
         return NONE
     unit = "GB/s" if case.unit == "bytes/s" else "GFLOP/s"

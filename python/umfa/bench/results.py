@@ -69,6 +69,10 @@ class CaseResult:
     share: float | None = None
     overhead_us: float | None = None
     """Microseconds that Python adds to a call."""
+    attention_share: float | None = None
+    """Of a block: the share of its time that the library's own attention takes."""
+    attainable: float | None = None
+    """Of a block: how many times as fast its faster attention makes it, by Amdahl's law."""
     error: float | None = None
     """Largest relative error of a row, of some rows compared with float64."""
     tolerance: float | None = None

@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from rich.progress import (
 import umfa
 from umfa import _ext
 from umfa._errors import message
-from umfa.bench import cases, chart, measure, peers, report, results
+from umfa.bench import calls, cases, chart, measure, models, peers, report, results
 from umfa.cli import env, terminal
 
 DESCRIPTION = """Time umfa and other libraries by turns, in one process, with as many threads each,
@@ -31,6 +32,12 @@ and a float64 reference, disagree. Targets that are missed do not change it."""
 # Samples of this many alternations and seconds show nothing but that the code runs.
 QUICK_REPEATS = 2
 QUICK_SAMPLE = 1e-4
+
+# How the kinds of cases are run that are not attention of some size.
+RUNS: dict[cases.Kind, Callable[..., results.CaseResult]] = {
+    "block": models.run_block,
+    "call": calls.run_call,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +170,8 @@ def measured(arguments: argparse.Namespace, console: Console) -> results.Run:
                 def step(text: str, name: str = case.name) -> None:
                     progress.update(task, description=f"{name}: {text}", refresh=True)
 
-                run.cases.append(measure.run_case(case, team, settings, step))
+                run_case = RUNS.get(case.kind, measure.run_case)
+                run.cases.append(run_case(case, team, settings, step))
                 progress.advance(task)
     return run
 
@@ -187,8 +195,8 @@ def check_files(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 message("umfa.bench", "no such folder", path.parent, "a folder that exists")
             )
-    if arguments.chart is not None:
-        chart.check()
+    if arguments.chart is not None and arguments.stored is None:
+        chart.check(arguments.suite)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -201,6 +209,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_files(arguments)
         if arguments.stored is not None:
             found = results.from_json(json.loads(arguments.stored.read_text(encoding="utf-8")))
+            if arguments.chart is not None:
+                chart.check(found.suite)
         else:
             found = measured(arguments, console)
     except (ValueError, OSError) as error:
