@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=positive, default=24, help="of 128 channels each")
     parser.add_argument("--double", type=positive, default=1, help="blocks of FLUX.1's 19")
     parser.add_argument("--single", type=positive, default=1, help="blocks of FLUX.1's 38")
+    parser.add_argument("--fused-rope", action="store_true", help="umfa's kernel rotates, too")
     parser.add_argument("--rounds", type=positive, default=2)
     given = parser.parse_args(arguments)
     if min(given.sizes) < 16:
@@ -90,11 +91,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     def use(attention: str) -> None:
         if attention == OURS:
-            umfa.diffusers.enable(model)
+            umfa.diffusers.enable(model, fused_rope=given.fused_rope)
         else:
             umfa.diffusers.disable(model)
 
-    print(umfa.diffusers.enable(model))
+    print(umfa.diffusers.enable(model, fused_rope=given.fused_rope))
     for size in given.sizes:
         inputs = inputs_of(model, size, given.text)
 

@@ -23,6 +23,7 @@ from diffusers.models.attention_processor import Attention, MochiAttention
 from . import torch as umfa_torch
 from ._errors import UnsupportedError, message
 from ._functional.flash_attn import flash_attn_func
+from ._functional.rope import fused_rope_attention
 from ._stats import count_taken
 
 __all__ = ["Coverage", "disable", "enable"]
@@ -51,9 +52,13 @@ class Coverage(NamedTuple):
     `umfa.torch.enable` describes."""
     others: dict[str, int]
     """Those that compute attention themselves, by the class of their processor."""
+    fused: int = 0
+    """Of `by_umfa`, those whose rotary embedding umfa's kernel applies."""
 
     def __str__(self) -> str:
         parts = [f"{self.by_umfa} through diffusers' dispatcher"] if self.by_umfa else []
+        if self.fused:
+            parts[0] += f", {self.fused} of them with rotary embedding"
         if self.by_torch:
             parts.append(f"{self.by_torch} through torch's attention")
         parts += [f"{n} not by umfa ({kind})" for kind, n in self.others.items()]
@@ -69,12 +74,20 @@ class Report(tuple[Coverage, ...]):
         return "\n".join(map(str, self))
 
 
-def enable(pipe: Any) -> Report:
+def enable(pipe: Any, *, fused_rope: bool = False) -> Report:
     """Let umfa compute the attention of a pipeline, or of one model.
 
     Processors that ask diffusers' dispatcher get the backend "umfa", as
     ``model.set_attention_backend("umfa")`` would give it. All others reach umfa through PyTorch's
     attention: `umfa.torch.enable` is called too, and holds for the whole process.
+
+    Parameters
+    ----------
+    pipe : DiffusionPipeline or torch.nn.Module
+    fused_rope : bool
+        umfa's kernel also applies the rotary embedding of FLUX.1's and FLUX.2's queries and keys,
+        where it loads them. Otherwise diffusers writes rotated copies. A second call without
+        `fused_rope` takes this back.
 
     Returns
     -------
@@ -85,11 +98,15 @@ def enable(pipe: Any) -> Report:
     ------
     TypeError
         `pipe` is neither.
+    UnsupportedError
+        `fused_rope`, and no processor is one of FLUX.1's or FLUX.2's. Nothing has changed then.
     """
     models = _models(pipe)
+    if fused_rope:
+        _refuse_without_rope(models)
     backend = _backend()
     umfa_torch.enable()
-    return Report(_enable(name, model, backend) for name, model in models)
+    return Report(_enable(name, model, backend, fused_rope) for name, model in models)
 
 
 def disable(pipe: Any) -> None:
@@ -97,6 +114,7 @@ def disable(pipe: Any) -> None:
     is PyTorch's."""
     for _, model in _models(pipe):
         for processor in _processors(model):
+            _set_rope(processor, False)
             if processor in _earlier:
                 processor._attention_backend = _earlier.pop(processor)
     umfa_torch.disable()
@@ -121,8 +139,33 @@ def _processors(model: torch.nn.Module) -> Iterator[Any]:
                 yield processor
 
 
-def _enable(name: str, model: torch.nn.Module, backend: Any) -> Coverage:
-    by_umfa = by_torch = 0
+def _refuse_without_rope(models: list[tuple[str, torch.nn.Module]]) -> None:
+    from . import _diffusers_rope as rope
+
+    found = [processor for _, model in models for processor in _processors(model)]
+    if not any(map(rope.can_fuse, found)):
+        kinds = sorted({type(processor).__name__ for processor in found})
+        what, expected = (
+            "fused_rope fits none of the processors",
+            "FLUX.1, FLUX.2, or no fused_rope",
+        )
+        raise UnsupportedError(message(_FUNCTION, what, ", ".join(kinds) or "none", expected))
+
+
+def _set_rope(processor: Any, fused: bool) -> bool:
+    """Let umfa's kernel rotate, or diffusers; whether umfa's will."""
+    if not fused and not hasattr(processor, "_umfa_stock"):
+        return False  # the usual case, which does not import FLUX
+    from . import _diffusers_rope as rope
+
+    if not rope.can_fuse(processor):
+        return False
+    (rope.fuse if fused else rope.unfuse)(processor)
+    return fused
+
+
+def _enable(name: str, model: torch.nn.Module, backend: Any, fused_rope: bool) -> Coverage:
+    by_umfa = by_torch = fused = 0
     others: Counter[str] = Counter()
     for processor in _processors(model):
         if hasattr(processor, "_attention_backend"):
@@ -130,11 +173,12 @@ def _enable(name: str, model: torch.nn.Module, backend: Any) -> Coverage:
                 _earlier[processor] = processor._attention_backend
             processor._attention_backend = backend
             by_umfa += 1
+            fused += _set_rope(processor, fused_rope)
         elif _calls_torch(type(processor)):
             by_torch += 1
         else:
             others[type(processor).__name__] += 1
-    return Coverage(name, type(model).__name__, by_umfa, by_torch, dict(others))
+    return Coverage(name, type(model).__name__, by_umfa, by_torch, dict(others), fused)
 
 
 def _calls_torch(kind: type) -> bool:
@@ -183,6 +227,9 @@ def _attention(
                 _FUNCTION, "context parallelism is not there yet", "a parallel config", expected
             )
         )
+    rotary: list[Any] = []
+    if isinstance(attn_mask, tuple):  # `_diffusers_rope.Rotated`
+        attn_mask, *rotary = attn_mask
     if (
         attn_mask is not None
         and attn_mask.ndim == 2
@@ -192,9 +239,13 @@ def _attention(
     if not enable_gqa and query.shape[2] != key.shape[2]:
         got = f"{query.shape[2]} heads of query, {key.shape[2]} of key"
         raise ValueError(message(_FUNCTION, "heads differ", got, "enable_gqa=True, or as many"))
-    result = flash_attn_func(
-        query, key, value, dropout_p, scale, is_causal,
-        causal_alignment="top_left", attn_mask=attn_mask, return_lse=return_lse,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "dropout_p": dropout_p, "softmax_scale": scale, "causal": is_causal,
+        "causal_alignment": "top_left", "attn_mask": attn_mask, "return_lse": return_lse,
+    }  # fmt: skip
+    if rotary:
+        result = fused_rope_attention(query, key, value, *rotary, **options)
+    else:
+        result = flash_attn_func(query, key, value, **options)
     count_taken("diffusers.dispatch_attention_fn")
     return result

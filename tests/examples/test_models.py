@@ -72,6 +72,13 @@ def test_it_compares_and_says_what_ran(name: str, capsys: pytest.CaptureFixture[
     assert printed.endswith(f"{after}\n")
 
 
+def test_flux_with_rotary_embedding(capsys: pytest.CaptureFixture[str]) -> None:
+    example("flux").main([*SMALL["flux"][0], "--rounds", "1", "--fused-rope"])
+    printed = capsys.readouterr().out
+    assert "2 through diffusers' dispatcher, 2 of them with rotary embedding" in printed
+    assert "2 calls by umfa" in printed
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_attention_that_differs_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tolerance sees 5 % of the attention alone, under all that a model adds to it. Tokens need

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -34,6 +36,19 @@ def flux() -> tuple[Any, dict[str, Any]]:
         "hidden_states": draw(1, 16, 4), "encoder_hidden_states": draw(1, 6, 32),
         "pooled_projections": draw(1, 32), "timestep": torch.tensor([1.0]),
         "img_ids": draw(16, 3), "txt_ids": draw(6, 3),
+    }  # fmt: skip
+
+
+def flux2() -> tuple[Any, dict[str, Any]]:
+    model = diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, timestep_guidance_channels=16,
+        axes_dims_rope=[4, 4, 4, 4],
+    )  # fmt: skip
+    return model, {
+        "hidden_states": draw(1, 16, 4), "encoder_hidden_states": draw(1, 6, 32),
+        "timestep": torch.tensor([1.0]), "guidance": torch.tensor([1.0]),
+        "img_ids": draw(16, 4), "txt_ids": draw(6, 4),
     }  # fmt: skip
 
 
@@ -113,6 +128,7 @@ def pixart() -> tuple[Any, dict[str, Any]]:
 
 CALLS = {
     flux: (DISPATCHED, 3),
+    flux2: (DISPATCHED, 3),
     wan: (DISPATCHED, 4),
     qwen_image: (DISPATCHED, 2),
     sd3: (SDPA, 2),
@@ -125,7 +141,11 @@ CALLS = {
 @pytest.fixture(autouse=True)
 def _torch_afterwards() -> Iterator[None]:
     torch.manual_seed(0)
+    # set_attention_backend() also changes the default of all models.
+    registry = diffusers.models.attention_dispatch._AttentionBackendRegistry
+    active = registry._active_backend
     yield
+    registry._active_backend = active
     umfa.torch.disable()
 
 
@@ -236,3 +256,140 @@ def test_a_graph_counts_when_it_is_traced() -> None:
     for _ in range(3):
         torch.testing.assert_close(compiled(q), umfa.flash_attn_func(q, q, q) + 1)
     assert Counter(umfa.stats().taken) - Counter(before.taken) == {DISPATCHED: 1}
+
+
+# ---- rotary embedding in the kernel ----------------------------------------------------------
+
+
+@pytest.fixture
+def rotated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each call of the backend, whether it got the tables."""
+    seen = []
+    for name in ("flash_attn_func", "fused_rope_attention"):
+        function = getattr(adapter, name)
+
+        def call(
+            *arguments: Any, function: Any = function, name: str = name, **options: Any
+        ) -> Any:
+            seen.append(name == "fused_rope_attention")
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(adapter, name, call)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [flux, flux2], ids=lambda make: make.__name__)
+def test_rotary_embedding_by_the_kernel(make: Any, dtype: str, rotated: list[bool]) -> None:
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        model, inputs = make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    positions = ("img_ids", "txt_ids")
+    inputs = {k: x if k in positions else x.to(model.dtype) for k, x in inputs.items()}
+    model.eval()
+    kinds = [type(processor) for processor in model.attn_processors.values()]
+    stock = run(model, inputs)
+    adapter.enable(model)
+    apart = run(model, inputs)
+    assert rotated == [False] * 3
+    (found,) = report = adapter.enable(model, fused_rope=True)
+    assert (found.by_umfa, found.fused) == (3, 3)
+    assert str(report).endswith("3 through diffusers' dispatcher, 3 of them with rotary embedding")
+    rotated.clear()
+    ours = run(model, inputs)
+    assert rotated == [True] * 3
+    if dtype == "bfloat16":  # rotated rows are rounded to it, so that nothing differs
+        assert torch.equal(ours, apart)
+    else:
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+    # Positions matter in this test: other ones give another result.
+    moved = run(model, {**inputs, "img_ids": inputs["img_ids"].flip(0)})
+    assert (moved - ours).norm() > 1e-3 * ours.norm()
+
+    (found,) = adapter.enable(model)  # without it
+    assert found.fused == 0
+    rotated.clear()
+    run(model, inputs)
+    assert rotated == [False] * 3
+    adapter.enable(model, fused_rope=True)
+    adapter.disable(model)
+    assert [type(processor) for processor in model.attn_processors.values()] == kinds
+    assert torch.equal(run(model, inputs), stock)
+
+
+def test_rotary_embedding_with_a_mask() -> None:
+    model, inputs = flux()
+    mask = torch.ones(1, 1, 22, 22).tril().bool()
+    inputs["joint_attention_kwargs"] = {"attention_mask": mask}
+    stock = run(model, inputs)
+    adapter.enable(model, fused_rope=True)
+    torch.testing.assert_close(run(model, inputs), stock, rtol=1e-4, atol=1e-5)
+    del inputs["joint_attention_kwargs"]
+    assert not torch.allclose(run(model, inputs), stock, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_through_the_rotation(rotated: list[bool]) -> None:
+    model, inputs = flux()
+
+    def gradients() -> list[Any]:
+        model.zero_grad()
+        model(**inputs, return_dict=False)[0].square().mean().backward()
+        return [x.grad.clone() for x in model.parameters() if x.grad is not None]
+
+    stock = gradients()
+    adapter.enable(model, fused_rope=True)
+    for x, y in zip(gradients(), stock, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-6)
+    assert rotated == [True] * 3
+
+
+def test_another_backend_still_gets_rotated_rows(rotated: list[bool]) -> None:
+    model, inputs = flux()
+    stock = run(model, inputs)
+    adapter.enable(model, fused_rope=True)
+    model.set_attention_backend("native")
+    umfa.torch.disable()
+    assert torch.equal(run(model, inputs), stock)
+    assert rotated == []
+
+
+def test_copies_and_pickles_while_the_kernel_rotates(rotated: list[bool]) -> None:
+    model, inputs = flux()
+    stock = run(model, inputs)
+    adapter.enable(model, fused_rope=True)
+    for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        rotated.clear()
+        torch.testing.assert_close(run(copy, inputs), stock, rtol=1e-4, atol=1e-5)
+        assert rotated == [True] * 3
+        adapter.disable(copy)
+        copy.set_attention_backend("native")
+        assert torch.equal(run(copy, inputs), stock)
+
+
+def test_a_graph_with_the_rotation() -> None:
+    model, inputs = flux()
+    stock = run(model, inputs)
+    adapter.enable(model, fused_rope=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    before = umfa.stats().cpu_calls
+    torch.testing.assert_close(run(compiled, inputs), stock, rtol=1e-4, atol=1e-5)
+    assert umfa.stats().cpu_calls - before == 3
+
+
+@pytest.mark.parametrize("make", [sd3, vae], ids=lambda make: make.__name__)
+def test_rotation_is_refused_where_there_is_none(make: Any) -> None:
+    model, _ = make()
+    with pytest.raises(umfa.UnsupportedError, match=r"fused_rope fits none of the processors; got"):
+        adapter.enable(model, fused_rope=True)
+    assert not umfa.torch.is_enabled()
+
+
+def test_what_a_pipeline_has_beside_flux_is_not_rotated() -> None:
+    class Pipeline:
+        def __init__(self) -> None:
+            self.components = {"vae": vae()[0], "transformer": flux()[0], "other": wan()[0]}
+
+    report = adapter.enable(Pipeline(), fused_rope=True)
+    assert [found.fused for found in report] == [0, 3, 0]
