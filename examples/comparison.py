@@ -19,9 +19,10 @@ import umfa
 STOCK, OURS = "stock", "umfa"
 
 ON_A_MAC = """\
-On a Mac: these examples have not run on one. They keep their tensors on the CPU, where umfa has
-kernels for arm64, tested under QEMU: expect the same differences and other times. Tensors on "mps"
-go to umfa's Metal kernels, which have run on an emulator only."""
+On a Mac: these examples have not run on one. Expect differences of the same size, and other times.
+Their tensors are in CPU memory. umfa computes small calls with its kernels for arm64, tested under
+QEMU, and gives large ones to the GPU, whose kernels have run on an emulator only.
+UMFA_BACKEND=cpu keeps all calls on the CPU."""
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,10 @@ def counted(turn: Turn, sample_s: float, *, by_umfa: bool) -> None:
     RuntimeError
         umfa has computed where the library should have, or the reverse.
     """
-    before = umfa.stats().cpu_calls
+    before = umfa.stats()
     warmed(turn, sample_s)
-    calls = umfa.stats().cpu_calls - before
+    after = umfa.stats()
+    calls = after.cpu_calls - before.cpu_calls + after.metal_calls - before.metal_calls
     if (calls > 0) != by_umfa:
         what, expected = f"{turn.entry.name}: calls by umfa", "some" if by_umfa else "none"
         raise RuntimeError(message("umfa.bench", what, calls, expected))
