@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         import umfa.transformers
 
         umfa.transformers.unregister()
-    umfa.torch.disable()
+    importlib.import_module("umfa.torch").disable()
 
 
 def example(name: str) -> Any:
