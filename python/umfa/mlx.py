@@ -21,6 +21,7 @@ from ._attempt import attempt
 from ._call import public
 from ._errors import UnsupportedError, message
 from ._ext import Attention, Function
+from ._replace import Replaced, Replacement
 
 __all__ = ["disable", "enable", "is_enabled", "sdpa"]
 
@@ -40,8 +41,6 @@ _FUNCTION = Function(
 _lock = threading.Lock()
 _reasons: list[object] = []
 """Who wants umfa now: `enable`, umfa.mlx_lm's, and blocks that are open."""
-_stock: Any = mx.fast.scaled_dot_product_attention
-_installed = False
 
 
 def __dir__() -> list[str]:
@@ -73,7 +72,7 @@ def disable() -> None:
 
 def is_enabled() -> bool:
     """Whether MLX's function is umfa's now."""
-    return _installed
+    return _replacement.installed
 
 
 @contextmanager
@@ -89,26 +88,26 @@ def sdpa() -> Iterator[None]:
 
 def want(reason: object, on: bool) -> None:
     """umfa is enabled while there is a reason for it."""
-    global _installed, _stock
     with _lock:
         if on and reason not in _reasons:
             _reasons.append(reason)
         elif not on and reason in _reasons:
             _reasons.remove(reason)
-        if bool(_reasons) == _installed:
-            return
-        fast: Any = mx.fast
         if _reasons:
-            _stock = fast.scaled_dot_product_attention
-            fast.scaled_dot_product_attention = _sdpa
-        elif fast.scaled_dot_product_attention is _sdpa:  # else somebody has replaced it meanwhile
-            fast.scaled_dot_product_attention = _stock
-        _installed = bool(_reasons)
+            _replacement.install()
+        else:
+            _replacement.remove()
 
 
-def _sdpa(q: Any, k: Any, v: Any, **options: Any) -> Any:
-    """As MLX's: (batch, heads, rows, head dim)."""
-    return attempt(_WHERE, lambda: _by_umfa(q, k, v, **options), lambda: _stock(q, k, v, **options))
+def _make(stock: Replaced) -> Replaced:
+    def sdpa(*args: Any, **options: Any) -> Any:
+        """As MLX's: (batch, heads, rows, head dim)."""
+        return attempt(_WHERE, lambda: _by_umfa(*args, **options), lambda: stock(*args, **options))
+
+    return sdpa
+
+
+_replacement = Replacement(mx.fast, "scaled_dot_product_attention", _make)
 
 
 def _by_umfa(

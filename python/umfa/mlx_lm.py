@@ -15,15 +15,14 @@ from typing import Any
 from mlx_lm.models import base
 
 from . import mlx as umfa_mlx
+from ._replace import Replaced, Replacement
 from ._stats import count_left
 
 __all__ = ["disable", "enable", "is_enabled"]
 
 _NAME = "umfa.mlx_lm"
-_QUANTIZED = "quantized_scaled_dot_product_attention"
+_REASON = "the cache is quantised: mlx-lm multiplies matrices itself; use a cache without kv_bits"
 _lock = threading.Lock()
-_enabled = False
-_stock: Any = getattr(base, _QUANTIZED)
 
 
 def __dir__() -> list[str]:
@@ -38,33 +37,29 @@ def enable() -> None:
     quantised cache, mlx-lm multiplies matrices itself: `umfa.stats` counts these calls. Enabling
     twice is the same as once.
     """
-    global _enabled, _stock
     with _lock:
-        if not _enabled:
-            _stock = getattr(base, _QUANTIZED)
-            setattr(base, _QUANTIZED, _counted)
+        _replacement.install()
         umfa_mlx.want(_NAME, True)
-        _enabled = True
 
 
 def disable() -> None:
     """Undo `enable`. If `umfa.mlx.enable` was called too, MLX's function stays umfa's."""
-    global _enabled
     with _lock:
         umfa_mlx.want(_NAME, False)
-        if getattr(base, _QUANTIZED) is _counted:  # else somebody has replaced it meanwhile
-            setattr(base, _QUANTIZED, _stock)
-        _enabled = False
+        _replacement.remove()
 
 
 def is_enabled() -> bool:
     """Whether `enable` holds now."""
-    return _enabled
+    return _replacement.installed
 
 
-def _counted(*args: Any, **kwargs: Any) -> Any:
-    count_left(
-        "mlx_lm.scaled_dot_product_attention",
-        "the cache is quantised: mlx-lm multiplies matrices itself; use a cache without kv_bits",
-    )
-    return _stock(*args, **kwargs)
+def _make(stock: Replaced) -> Replaced:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        count_left("mlx_lm.scaled_dot_product_attention", _REASON)
+        return stock(*args, **kwargs)
+
+    return counted
+
+
+_replacement = Replacement(base, "quantized_scaled_dot_product_attention", _make)

@@ -27,9 +27,9 @@ INCLUDES = {
 """Folders whose headers the files of a folder may include."""
 
 IMPORTS = [
-    "_ext", "_errors", "_stats", "_attempt", "_frameworks", "_call", "torch_ops", "_functional",
-    "fa3", "fa4", "torch", "transformers", "_diffusers_rope", "diffusers", "shim", "jax", "mlx",
-    "mlx_lm", "comfyui", "bench", "cli",
+    "_ext", "_errors", "_stats", "_attempt", "_replace", "_frameworks", "_call", "torch_ops",
+    "_functional", "fa3", "fa4", "torch", "transformers", "_diffusers_rope", "diffusers", "shim",
+    "jax", "mlx", "mlx_lm", "comfyui", "bench", "cli",
 ]  # fmt: skip
 """The parts of the package: each may import those before it, and itself. Only the commands and what
 they need import the package's public names."""

@@ -3,6 +3,7 @@ packed rows without padding."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ from torch.nested._internal.nested_tensor import NestedTensor
 
 from .._errors import UnsupportedError, message
 from .._functional.varlen import flash_attn_varlen_func
+from .._replace import Replaced, Replacement
 from ._attempt import attempt
 
 ops: Any = _ops  # torch does not export what is replaced here
-_stock: Any = None
 _NAME = "scaled_dot_product_attention of nested tensors"
 
 
 def _sdpa(
+    stock: Replaced,
     query: Any,
     key: Any,
     value: Any,
@@ -44,7 +46,7 @@ def _sdpa(
         ).transpose(1, 2)
 
     given = (query, key, value, attn_mask, dropout_p, is_causal)
-    return attempt(_NAME, by_umfa, lambda: _stock(*given, scale=scale, enable_gqa=enable_gqa))
+    return attempt(_NAME, by_umfa, lambda: stock(*given, scale=scale, enable_gqa=enable_gqa))
 
 
 def _rows(tensor: Any, name: str) -> tuple[Any, Any]:
@@ -67,11 +69,14 @@ def _refusal(what: str, got: Any, expected: str) -> UnsupportedError:
     return UnsupportedError(message("umfa.torch", what, got, expected))
 
 
+_replacement = Replacement(
+    ops, "jagged_scaled_dot_product_attention", lambda stock: partial(_sdpa, stock)
+)
+
+
 def install() -> None:
-    global _stock
-    _stock = ops.jagged_scaled_dot_product_attention
-    ops.jagged_scaled_dot_product_attention = _sdpa
+    _replacement.install()
 
 
 def remove() -> None:
-    ops.jagged_scaled_dot_product_attention = _stock
+    _replacement.remove()
