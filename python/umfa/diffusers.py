@@ -13,18 +13,18 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, MochiAttention
 
-from . import torch as umfa_torch
 from ._errors import UnsupportedError, message
 from ._functional.flash_attn import flash_attn_func
 from ._functional.rope import fused_rope_attention
 from ._stats import count_taken
+from .torch import _switch
 
 __all__ = ["Coverage", "disable", "enable"]
 
@@ -32,6 +32,8 @@ NAME = "umfa"
 _FUNCTION = "umfa.diffusers"
 _earlier: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 """Of each processor, the backend that `enable` has replaced."""
+_enabled: WeakSet[torch.nn.Module] = WeakSet()
+"""Models for which torch's attention runs on umfa."""
 
 
 def __dir__() -> list[str]:
@@ -79,7 +81,7 @@ def enable(pipe: Any, *, fused_rope: bool = False) -> Report:
 
     Processors that ask diffusers' dispatcher get the backend "umfa", as
     ``model.set_attention_backend("umfa")`` would give it. All others reach umfa through PyTorch's
-    attention: `umfa.torch.enable` is called too, and holds for the whole process.
+    attention, which runs on umfa as `umfa.torch.enable` describes, in the whole process.
 
     Parameters
     ----------
@@ -105,19 +107,26 @@ def enable(pipe: Any, *, fused_rope: bool = False) -> Report:
     if fused_rope:
         _refuse_without_rope(models)
     backend = _backend()
-    umfa_torch.enable()
+    _enabled.update(model for _, model in models)
+    _switch.enable(_FUNCTION)
     return Report(_enable(name, model, backend, fused_rope) for name, model in models)
 
 
 def disable(pipe: Any) -> None:
-    """Undo `enable`: the processors have the backends that they had before, and PyTorch's attention
-    is PyTorch's."""
-    for _, model in _models(pipe):
+    """Undo `enable`: the processors have the backends that they had before.
+
+    PyTorch's attention is PyTorch's again, unless another model is enabled or the program called
+    `umfa.torch.enable`. `umfa.torch.disable` takes PyTorch's attention from all models.
+    """
+    models = _models(pipe)
+    for _, model in models:
         for processor in _processors(model):
             _set_rope(processor, False)
             if processor in _earlier:
                 processor._attention_backend = _earlier.pop(processor)
-    umfa_torch.disable()
+    _enabled.difference_update([model for _, model in models])
+    if not _enabled:
+        _switch.disable(_FUNCTION)
 
 
 def _models(pipe: Any) -> list[tuple[str, torch.nn.Module]]:

@@ -147,6 +147,7 @@ def _torch_afterwards() -> Iterator[None]:
     yield
     registry._active_backend = active
     umfa.torch.disable()
+    assert not umfa.torch.is_enabled()
 
 
 def run(model: Any, inputs: dict[str, Any]) -> Any:
@@ -206,6 +207,25 @@ def test_a_pipeline_and_the_backends_that_it_had() -> None:
     backends = {processor._attention_backend for processor in model.attn_processors.values()}
     assert backends == {"native"}
     model.set_attention_backend("umfa")  # known now by name, too
+
+
+def test_models_hold_torch_s_attention_for_themselves() -> None:
+    (first, _), (second, _) = vae(), vae()
+    adapter.disable(first)  # was never enabled
+    umfa.torch.enable()
+    adapter.disable(first)
+    assert umfa.torch.is_enabled(), "by the program itself"
+    adapter.enable(first)
+    adapter.disable(first)
+    assert umfa.torch.is_enabled(), "by the program itself"
+    umfa.torch.disable()
+    for model in (first, second, second):
+        adapter.enable(model)
+    adapter.disable(first)
+    adapter.disable(first)
+    assert umfa.torch.is_enabled(), "for the second model"
+    adapter.disable(second)
+    assert not umfa.torch.is_enabled()
 
 
 def test_processors_that_compute_attention_themselves_are_named() -> None:

@@ -12,22 +12,25 @@ from .._errors import UnsupportedError, message
 from . import _kernels, _modules, _multihead, _nested, _overrides, _varlen
 
 _lock = threading.Lock()
-_enabled = False
+_callers: set[str] = set()
+"""Which modules of umfa have enabled it."""
 _blocks = 0
 """Blocks of `umfa.torch.sdpa` that are open."""
 
 
-def enable() -> None:
-    global _enabled
+def enable(caller: str = "umfa.torch") -> None:
     with _lock:
-        _enabled = True
+        _callers.add(caller)
         _update()
 
 
-def disable() -> None:
-    global _enabled
+def disable(caller: str | None = None) -> None:
+    """For one caller; for all without it."""
     with _lock:
-        _enabled = False
+        if caller is None:
+            _callers.clear()
+        else:
+            _callers.discard(caller)
         _update()
 
 
@@ -52,7 +55,7 @@ def leave() -> None:
 def uninstall() -> None:
     with _lock:
         if _kernels.switch.on:
-            what, got = "umfa is enabled", f"{_blocks} open blocks, enabled={_enabled}"
+            what, got = "umfa is enabled", f"{_blocks} open blocks, enabled={bool(_callers)}"
             expected = "a call after umfa.torch.disable(), outside of umfa.torch.sdpa()"
             raise ValueError(message("umfa.torch.uninstall", what, got, expected))
         _kernels.uninstall()
@@ -82,7 +85,7 @@ def register() -> None:
 
 
 def _update() -> None:
-    wanted = _enabled or _blocks > 0
+    wanted = bool(_callers) or _blocks > 0
     if wanted == _kernels.switch.on:
         return
     if wanted:
