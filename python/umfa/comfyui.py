@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ._attempt import attempt
 from ._errors import UnsupportedError, message
+from ._ext import integer
 from ._functional.flash_attn import flash_attn_func
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "attention"]
@@ -84,7 +87,9 @@ def attention(
     umfa.UnsupportedError
         Another option is given, `attn_precision` is above float32, or umfa cannot run the call.
     """
-    _check(attn_precision, others)
+    _check_options(attn_precision, others)
+    heads = integer(_NAME, "heads", heads, "an int")
+    _check_tensors(q, k, v, mask, skip_reshape)
     if not skip_reshape:
         q, k, v = _with_heads(q, k, v, heads)
     else:
@@ -100,26 +105,43 @@ def attention(
     return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
 
 
-def _check(attn_precision: Any, others: dict[str, Any]) -> None:
+def _check_options(attn_precision: Any, others: dict[str, Any]) -> None:
     unknown = others.keys() - _NO_OPTIONS - _HINTS
     if unknown:
         got, expected = ", ".join(sorted(unknown)), "scale and enable_gqa"
         raise UnsupportedError(message(_NAME, "an option is unknown", got, expected))
+    if not isinstance(attn_precision, torch.dtype | None):
+        what, expected = "attn_precision is no dtype", "a torch.dtype, or None"
+        raise TypeError(message(_NAME, what, repr(attn_precision), expected))
     if attn_precision is not None and attn_precision.itemsize > 4:
         what = "attn_precision is above umfa's"
         raise UnsupportedError(message(_NAME, what, attn_precision, "float32 or less"))
 
 
+def _check_tensors(q: Any, k: Any, v: Any, mask: Any, skip_reshape: bool) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("mask", mask)):
+        if not isinstance(x, torch.Tensor) and not (x is None and name == "mask"):
+            what, got = f"{name} is not a tensor of torch", type(x).__name__
+            raise TypeError(message(_NAME, what, got, "torch.Tensor"))
+    layout = "(batch, rows, heads * head_dim)"
+    if skip_reshape:
+        layout = "(batch, heads, rows, head_dim), because of skip_reshape"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3 + skip_reshape:
+            got = f"shape {tuple(x.shape)}"
+            raise ValueError(message(_NAME, f"{name} has {x.ndim} dimensions", got, layout))
+
+
 def _with_heads(q: Any, k: Any, v: Any, heads: int) -> tuple[Any, ...]:
     """(batch, rows, heads, head_dim) of tensors whose last dimension is both."""
-    if q.ndim != 3 or heads < 1 or q.shape[2] % heads:
+    if heads < 1 or q.shape[2] % heads or q.shape[2] == 0:
         got = f"{tuple(q.shape)} and {heads}"
         raise ValueError(
             message(_NAME, "q and heads do not fit", got, "(batch, rows, heads * head_dim)")
         )
     head_dim = q.shape[2] // heads
     for name, x in (("k", k), ("v", v)):
-        if x.ndim != 3 or x.shape[2] % head_dim:
+        if x.shape[2] % head_dim:
             expected = f"(batch, keys, heads * {head_dim})"
             raise ValueError(message(_NAME, f"{name} does not fit", tuple(x.shape), expected))
     return tuple(x.unflatten(2, (-1, head_dim)) for x in (q, k, v))

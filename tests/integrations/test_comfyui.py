@@ -222,11 +222,41 @@ def test_wrong_calls_raise_comfyui_s_error() -> None:
         ({"k": torch.zeros(B, S, 40)}, r"k does not fit; got \(2, 7, 40\)"),
         ({"k": torch.zeros(B, S, 32)}, "heads differ; got 4, 2 and 4"),
         ({"skip_reshape": True}, "heads is not that of q; got 5; expected 4"),
+        ({"q": torch.zeros(B, S, 4, 8)}, r"q has 4 dimensions; got shape \(2, 7, 4, 8\)"),
+        ({"v": torch.zeros(S)}, r"v has 1 dimensions; got shape \(7,\)"),
+        ({"q": torch.zeros(B, S, 0)}, r"q and heads do not fit; got \(2, 7, 0\) and 4"),
     ],
     ids=str,
 )
-def test_errors(change: dict[str, Any], message: str) -> None:
+def test_wrong_values(change: dict[str, Any], message: str) -> None:
     q, k, v = tensors(flat="skip_reshape" not in change)
     given = {"q": q, "k": k, "v": v, "heads": 5 if "skip_reshape" in change else H, **change}
     with pytest.raises(ValueError, match=r"^\[umfa\.comfyui\.attention\] " + message):
         comfyui.attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": None}, "q is not a tensor of torch; got NoneType"),
+        ({"k": [1.0]}, "k is not a tensor of torch; got list"),
+        ({"mask": [True]}, "mask is not a tensor of torch; got list"),
+        ({"heads": "4"}, "heads"),
+        ({"heads": 4.0}, "heads"),
+        ({"attn_precision": "fp32"}, "attn_precision is no dtype; got 'fp32'"),
+    ],
+    ids=str,
+)
+def test_wrong_types(change: dict[str, Any], message: str) -> None:
+    q, k, v = tensors()
+    with pytest.raises(TypeError, match=r"^\[umfa\.comfyui\.attention\] " + message):
+        comfyui.attention(**{"q": q, "k": k, "v": v, "heads": H, **change})
+
+
+def test_what_is_no_tensor_goes_to_comfyui() -> None:
+    """Its own error is raised, or another node knows what it is."""
+    q, k, v = tensors()
+    counted = Counted()
+    override = comfyui._Override(lambda function, *args, **kwargs: "another node's")
+    assert override(len, q, k, v, H, mask=["a mask of that node's"]) == "another node's"
+    assert list(counted.left) == ["mask is not a tensor of torch; got list; expected torch.Tensor"]
