@@ -127,6 +127,7 @@ def dot_product_attention(
     if unbatched:
         q, k, v = (x[None] if x.ndim == 3 else x for x in (q, k, v))
     what, attn_mask = _masks(bias, mask)
+    _check_no_longer(what, attn_mask, q, k)
     window, is_causal = _window(local_window_size, is_causal)
     results = run(
         Attention(
@@ -177,6 +178,17 @@ def _masks(bias: Any, mask: Any) -> tuple[str, Any]:
     except ValueError:
         got = f"{bias.shape} and {mask.shape}"
         _refuse("bias and mask do not broadcast", got, "shapes that broadcast to (B, N, T, S)")
+
+
+def _check_no_longer(what: str, mask: Any, query: Any, key: Any) -> None:
+    """With lengths, the core takes a mask that is longer than the rows. jax does not."""
+    if mask is None or not query.ndim == key.ndim == 4:
+        return
+    batch, rows, heads, _ = query.shape
+    keys = key.shape[1]
+    if any(size not in (1, x) for size, x in zip(mask.shape[::-1], (keys, rows), strict=False)):
+        expected = f"a shape that broadcasts to {(batch, heads, rows, keys)}"
+        _refuse(f"{what} has the wrong shape", str(mask.shape), expected)
 
 
 def _window(size: Any, is_causal: bool) -> tuple[tuple[int, int] | None, bool]:

@@ -286,6 +286,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"bias and mask .*\(1, 1, 9, 11\) and \(1, 1, 9, 3\)",
     ),
+    "a mask of more rows, with lengths": (
+        {"mask": np.ones((T + 1, S), bool), "query_seq_lengths": np.ones(B, np.int32)},
+        ValueError,
+        r"mask has the wrong shape; got \(10, 11\); expected .* \(2, 4, 9, 11\)",
+    ),
+    "a bias of more keys, with lengths": (
+        {"bias": np.ones((T, S + 1)), "key_value_seq_lengths": np.ones(B, np.int32)},
+        ValueError,
+        r"bias has the wrong shape; got \(9, 12\); expected .* \(2, 4, 9, 11\)",
+    ),
     "window": ({"local_window_size": (1, 2, 3)}, TypeError, r"local_window_size .*\(1, 2, 3\)"),
     "window of fractions": ({"local_window_size": 1.5}, TypeError, "local_window_size .*1.5"),
     "no key left": (
