@@ -239,6 +239,12 @@ def test_uninstalling() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
         with pytest.raises(ValueError, match=r"\[umfa.torch.uninstall\] umfa is enabled; got 1"):
             umfa_torch.uninstall()
+    umfa_torch.enable()
+    with pytest.raises(
+        ValueError, match=r"got 0 open blocks, .*; enabled by umfa\.torch; expected"
+    ):
+        umfa_torch.uninstall()
+    umfa_torch.disable()
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     umfa_torch.uninstall()
     umfa_torch.uninstall()

@@ -15,7 +15,7 @@ _lock = threading.Lock()
 _callers: set[str] = set()
 """Which modules of umfa have enabled it."""
 _blocks = 0
-"""Blocks of `umfa.torch.sdpa` that are open."""
+"""Blocks of `umfa.torch.sdpa` that are open, shims that are installed, and torch's activation."""
 
 
 def enable(caller: str = "umfa.torch") -> None:
@@ -55,9 +55,13 @@ def leave() -> None:
 def uninstall() -> None:
     with _lock:
         if _kernels.switch.on:
-            what, got = "umfa is enabled", f"{_blocks} open blocks, enabled={bool(_callers)}"
-            expected = "a call after umfa.torch.disable(), outside of umfa.torch.sdpa()"
-            raise ValueError(message("umfa.torch.uninstall", what, got, expected))
+            got = f"{_blocks} open blocks, shims and activations"
+            got += f"; enabled by {', '.join(sorted(_callers)) or 'none'}"
+            expected = (
+                "a call after umfa.torch.disable(), the end of umfa.torch.sdpa() blocks, "
+                "Shim.remove() and torch's restore_flash_attention_impl()"
+            )
+            raise ValueError(message("umfa.torch.uninstall", "umfa is enabled", got, expected))
         _kernels.uninstall()
 
 
