@@ -245,6 +245,10 @@ def test_wrong_tables_are_refused(extension: Any) -> None:
         function(q, k[:, :, :8], v[:, :, :8], cos, sin)
     with pytest.raises(ValueError, match="query has the wrong shape"):
         function(q[0], k, v, cos, sin)
+    with pytest.raises(ValueError, match=r"key has the wrong shape; got \(9, 16\)"):
+        function(q, k[0, 0], v, cos, sin)
+    with pytest.raises(ValueError, match=r"value has the wrong shape; got \(2, 9, 16\)"):
+        function(q, k, v[0], cos, sin)
 
 
 # ---- the others ----------------------------------------------------------------------------------

@@ -418,6 +418,10 @@ def test_masks_refuse_what_they_cannot_be() -> None:
     ):
         with pytest.raises(ValueError, match=rf"^\[umfa\.shim\.xformers\] .*{text}"):
             make()
+    with pytest.raises(
+        TypeError, match=r"^\[umfa\.shim\.xformers\] seqlens is not an integer; got 1.5"
+    ):
+        m.BlockDiagonalMask.from_seqlens([1.5, 2])
 
 
 def test_attention_refuses() -> None:

@@ -107,6 +107,10 @@ def rope_scaled_dot_product_attention(
     ValueError
         A table has another shape, or the channels of a pair have different numbers.
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4:
+            what, expected = f"{name} has the wrong shape", "(batch, heads, seqlen, head_dim)"
+            raise ValueError(_message(what, tuple(x.shape), expected))
     tables = [
         _table(x, name, query) for name, x in (("rope_cos", rope_cos), ("rope_sin", rope_sin))
     ]
@@ -128,9 +132,6 @@ def rope_scaled_dot_product_attention(
 
 def _table(table: Any, name: str, query: Any) -> Any:
     """The table in float32 as (1 or batch, seqlen, head_dim)."""
-    if query.ndim != 4:
-        expected = "4 dimensions (batch, heads, seqlen, head_dim)"
-        raise ValueError(_message("query has the wrong shape", tuple(query.shape), expected))
     batch, _, rows, channels = query.shape
     whole = table[None] if table.ndim == 2 else table
     if whole.ndim != 3 or whole.shape[0] not in (1, batch) or whole.shape[1:] != (rows, channels):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .._errors import message
+from .._ext import integer
 
 
 def moved(described: Any, device: Any) -> Any:
@@ -24,7 +25,7 @@ def refuse(what: str, got: object, expected: str) -> ValueError:
 def lengths_of(name: str, seqlens: Any) -> list[int]:
     if isinstance(seqlens, torch.Tensor):
         raise refuse(f"{name} are a tensor", tuple(seqlens.shape), "a list of integers")
-    found = [int(x) for x in seqlens]
+    found = [integer("umfa.shim.xformers", name, x, "integers") for x in seqlens]
     if any(x < 0 for x in found):
         raise refuse(f"{name} are no lengths", found, "0 and above")
     return found
