@@ -140,6 +140,43 @@ def test_what_flash_attention_lacks_is_refused() -> None:
         adapter._flash.attention(model, q, q, q, None, position_bias=torch.zeros(1, 2, 3, 3))
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(2, 5).tril(), torch.zeros(2, 1, 8, 8), torch.zeros(1, 8)],
+    ids=["too short", "of scores", "another batch"],
+)
+def test_masks_of_wrong_shapes(mask: Any) -> None:
+    model = model_of("llama")
+    model.set_attn_implementation("umfa_flash")
+    with pytest.raises(
+        ValueError, match=r"^\[umfa\.transformers\] attention_mask has the wrong shape; got"
+    ):
+        model(torch.ones(2, 8, dtype=torch.long), attention_mask=mask)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 8])
+def test_attention_to_a_padded_encoder(rows: int) -> None:
+    """The padding is that of the keys, also where query and keys have as many rows."""
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    )  # fmt: skip
+    ids, there = torch.arange(12).reshape(2, 6) + 3, torch.ones(2, 6, dtype=torch.long)
+    there[0, 3:] = 0
+    decoder_ids = torch.arange(2 * rows).reshape(2, rows) + 20
+    torch.manual_seed(0)
+    model = transformers.BartModel._from_config(config, attn_implementation="eager").eval()
+    expected, found, taken = both(
+        model,
+        lambda x: (
+            x(input_ids=ids, attention_mask=there, decoder_input_ids=decoder_ids).last_hidden_state
+        ),
+        "umfa_flash",
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert sum(taken.values()) == 3
+
+
 def test_unregister_restores_transformers() -> None:
     names = ("get_correct_attn_implementation", "_check_and_adjust_attn_implementation",
              "set_attn_implementation")  # fmt: skip

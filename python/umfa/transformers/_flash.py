@@ -73,6 +73,9 @@ def attention(
     if others.get("output_attentions"):
         raise _refusal("weights to return", "output_attentions=True")
     causal = module.is_causal if is_causal is None else is_causal
+    _check_mask(attention_mask, query, key, causal)
+    if attention_mask is not None and not causal and others.get("sliding_window") is None:
+        return _of_keys(query, key, value, attention_mask, dropout, scaling, **others), None
     out = utils._flash_attention_forward(
         *(x.transpose(1, 2) for x in (query, key, value)),
         attention_mask,
@@ -84,6 +87,43 @@ def attention(
         **others,
     )
     return out, None
+
+
+def _of_keys(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None = None,
+    s_aux: Any = None,
+    **others: Any,
+) -> Any:
+    """Padding in the keys only. transformers' function would remove the same rows of the query,
+    which are other tokens in the attention of a decoder to its encoder. The other options are of
+    causal or packed attention."""
+    del others
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    function, seen = _FUNCTIONS[0], mask[:, None, None, :].bool()
+    options = {"softcap": softcap or 0.0, "learnable_sink": s_aux}
+    return function(q, k, v, dropout, scaling, attn_mask=seen, **options)
+
+
+def _check_mask(mask: Any, query: Any, key: Any, causal: bool) -> None:
+    """transformers' function would read rows of another sequence."""
+    if mask is None:
+        return
+    (batch, _, rows, _), keys = query.shape, key.shape[2]
+    least = rows if causal else keys  # without a mask for the end of a static cache
+    if mask.ndim != 2 or mask.shape[0] != batch or not least <= mask.shape[1] <= keys:
+        what, expected = (
+            "attention_mask has the wrong shape",
+            f"(batch, keys), here {(batch, keys)}",
+        )
+        if mask.ndim > 2:
+            expected += ', or attn_implementation="umfa" for this mask'
+        raise ValueError(message("umfa.transformers", what, tuple(mask.shape), expected))
 
 
 def _refusal(what: str, got: str) -> UnsupportedError:
