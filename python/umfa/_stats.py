@@ -1,4 +1,4 @@
-"""Counters: what umfa has computed, and what integrations handed it or kept from it."""
+"""Counters: calls that umfa ran, and calls of other libraries that it computed or left to them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _NO_OPTIONS = {"transformer_options", "_inside_attn_wrapper"}
 """What ComfyUI passes on beside the options of a call."""
 
 _HINTS = {"low_precision_attention"}
-"""Permission to compute with less precision, which umfa does not need."""
+"""It allows less precision. umfa computes with float32 in any case."""
 
 
 def __dir__() -> list[str]:

@@ -40,7 +40,8 @@ _FUNCTION = Function(
 
 _lock = threading.Lock()
 _reasons: list[object] = []
-"""Who wants umfa now: `enable`, umfa.mlx_lm's, and blocks that are open."""
+"""Why umfa is enabled: the names of the modules whose `enable` holds, and an object for each open
+block of `sdpa`."""
 
 
 def __dir__() -> list[str]:

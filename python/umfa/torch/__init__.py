@@ -74,8 +74,8 @@ def sdpa() -> Iterator[None]:
 
 
 def uninstall() -> None:
-    """Take umfa's kernels out of torch's dispatcher, so that torch's calls cost what they cost
-    before the first `enable`.
+    """Remove umfa's kernels from torch's dispatcher. torch's calls are then as fast as before the
+    first `enable`.
 
     Call it while no other thread runs torch: the dispatcher does not allow a kernel to be removed
     during a call. `enable` puts the kernels back.

@@ -16,7 +16,7 @@ from .._stats import count_left, count_taken
 
 
 class Thread(threading.local):
-    """What goes on in this thread."""
+    """State of one thread."""
 
     stock = False
     """A call was refused, and runs on torch's kernels."""

@@ -1,4 +1,4 @@
-"""The name that transformers takes for flash-attn's functions, with umfa's in their place.
+"""The implementation "umfa_flash": transformers calls umfa where it would call flash-attn.
 
 transformers recognises flash attention by "flash" in the name of the implementation. Continuous
 batching, packed training and the vision towers of some models hand lengths of sequences only to

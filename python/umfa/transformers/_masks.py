@@ -1,7 +1,8 @@
 """transformers' masks as descriptions.
 
-transformers describes a mask by a function of two positions, built of a few parts, and asks each
-attention implementation to make of it what it takes. A matrix of bool for 64k tokens is 4 GiB.
+transformers describes a mask by a function of two positions, which is built from a few parts. Each
+attention implementation converts it to the form that it needs. A matrix of bool for 64k tokens is
+4 GiB.
 """
 
 from __future__ import annotations
