@@ -11,6 +11,8 @@ from . import _ext
 _lock = threading.Lock()
 _taken: Counter[str] = Counter()
 _left: Counter[tuple[str, str]] = Counter()
+_waits: Counter[str] = Counter()
+_in_stream = 0
 
 MOST_REASONS = 200
 """Reasons contain shapes, so a long run could collect any number of them."""
@@ -53,6 +55,11 @@ class Stats(NamedTuple):
     """Command queues that umfa replaced after the GPU had failed."""
     gpu_seconds: float
     """Time that the GPU spent on umfa's command buffers, by its own clock."""
+    plans_in_stream: int
+    """Of the work of Metal calls, the parts that went into torch's own MPS stream: the host did not
+    wait for them. Most calls are one part."""
+    waits: dict[str, int]
+    """How often a call on MPS tensors made the host wait for the GPU, by reason."""
     taken: dict[str, int]
     """Calls of other libraries' functions that umfa computed, by function; see
     `umfa.torch.enable`."""
@@ -63,6 +70,9 @@ class Stats(NamedTuple):
         lines = [f"{self.cpu_calls} calls on the CPU, {self.metal_calls} on an Apple GPU"]
         lines += [f"  {calls:>8}  {where}: computed by umfa" for where, calls in self.taken.items()]
         lines += [f"  {x.calls:>8}  {x.where}: not by umfa. {x.reason}" for x in self.left]
+        if self.plans_in_stream:
+            lines.append(f"  {self.plans_in_stream:>8}  in torch's MPS stream, without a wait")
+        lines += [f"  {calls:>8}  waits for the GPU: {why}" for why, calls in self.waits.items()]
         if self.metal_calls:
             lines.append(
                 f"GPU: {self.gpu_seconds:.3f} s in {self.command_buffers} command buffers; "
@@ -85,7 +95,21 @@ def stats() -> Stats:
     with _lock:
         taken = dict(_taken.most_common())
         left = tuple(Left(*key, calls) for key, calls in _left.most_common())
-    return Stats(**_ext.stats(), taken=taken, left=left)
+        waits, in_stream = dict(_waits.most_common()), _in_stream
+    return Stats(**_ext.stats(), plans_in_stream=in_stream, waits=waits, taken=taken, left=left)
+
+
+def count_in_stream() -> None:
+    """Counts a plan that went into another library's stream."""
+    global _in_stream
+    with _lock:
+        _in_stream += 1
+
+
+def count_wait(reason: str) -> None:
+    """Counts a wait for the GPU; of reasons there are few."""
+    with _lock:
+        _waits[reason] += 1
 
 
 def count_taken(where: str) -> None:

@@ -7,6 +7,7 @@
 
 #include "core/backward.h"
 #include "core/combine.h"
+#include "core/player.h"
 #include "core/problem.h"
 #include "core/self_test.h"
 #include "core/tuning.h"
@@ -49,6 +50,8 @@ struct Operation {
     /// should. True the first time that a call needs some kernels, which it starts to compile in the
     /// background; does not wait. Null: never.
     bool (*postpone)(const P&) = nullptr;
+    /// Hands the launches to a player. False if it takes none of them. Null: there are no launches.
+    bool (*play)(const P&, const typename P::Results&, Player&) = nullptr;
 };
 
 struct Backend {

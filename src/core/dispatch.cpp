@@ -214,6 +214,15 @@ std::string doubts_about(const Backend& backend) {
     return text.empty() ? text : "the self-test of this GPU excludes " + text;
 }
 
+/// Runs a part of a problem on the player's stream, or else on the backend.
+template <class P>
+void play(const Backend& backend, const P& part, const typename P::Results& results,
+          Player& player) {
+    const Operation<P>& operation = operation_of(backend, part);
+    if (operation.play && operation.play(part, results, player)) return;
+    player.instead([&] { operation.run(part, results); });
+}
+
 void count_call(const Backend& backend) {
     ++(&backend == &cpu::backend ? stats().cpu_calls : stats().metal_calls);
 }
@@ -305,6 +314,23 @@ void backward(const Backend& backend, const BackwardProblem& problem,
               const BackwardResults& results) {
     with_sums(problem, results, [&](const BackwardProblem& own, const BackwardResults& written) {
         backend.backward.run(own, written);
+    });
+    count_call(backend);
+}
+
+void forward(const Backend& backend, const Problem& problem, const ForwardResults& results,
+             Player& player) {
+    for_each_part(problem, results, [&](const Problem& part, const ForwardResults& own) {
+        play(backend, part, own, player);
+    });
+    count_call(backend);
+}
+
+void backward(const Backend& backend, const BackwardProblem& problem,
+              const BackwardResults& results, Player& player) {
+    // Sums are the host's, so that a tensor that the host cannot read has none (missing_sum_text).
+    with_sums(problem, results, [&](const BackwardProblem& own, const BackwardResults& written) {
+        play(backend, own, written, player);
     });
     count_call(backend);
 }

@@ -69,6 +69,12 @@ UMFA_CORE_API void combine(const Backend& backend, const CombineProblem& problem
 UMFA_CORE_API void backward(const Backend& backend, const BackwardProblem& problem,
                             const BackwardResults& results);
 
+/// The same on the player's stream. Where its launches cannot go there, `backend` runs the call.
+UMFA_CORE_API void forward(const Backend& backend, const Problem& problem,
+                           const ForwardResults& results, Player& player);
+UMFA_CORE_API void backward(const Backend& backend, const BackwardProblem& problem,
+                            const BackwardResults& results, Player& player);
+
 /// Records the call in a caller's stream on the device of `name`, a backend that has streams.
 /// Throws `Error` when it has none, or cannot run the problem.
 UMFA_CORE_API void encode_forward(const Problem& problem, const ForwardResults& results,

@@ -27,5 +27,8 @@ Kernels prepare_combine(const CombineProblem& problem, const CombineResults& res
 void encode_forward(const Problem& problem, const ForwardResults& results, void* command_buffer);
 void backward(const BackwardProblem& problem, const BackwardResults& results);
 void combine(const CombineProblem& problem, const CombineResults& results);
+/// Plan for this GPU, and let the player launch. False: it takes none of the launches.
+bool play_forward(const Problem& problem, const ForwardResults& results, Player& player);
+bool play_backward(const BackwardProblem& problem, const BackwardResults& results, Player& player);
 
 }  // namespace umfa::metal

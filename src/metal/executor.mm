@@ -274,6 +274,37 @@ void backward(const BackwardProblem& problem, const BackwardResults& results) {
         [&](const Capabilities& gpu) { return plan_backward(problem, results, gpu); });
 }
 
+namespace {
+
+/// As prepare() does, a plan whose threadgroups the player's kernels do not take is made again.
+bool play(std::string_view caller, Player& player, const Planner& plan) {
+    const AutoreleasePool pool;
+    Capabilities gpu = Context::current(caller)->capabilities();
+    for (;;) {
+        const LaunchPlan planned = plan(gpu);
+        if (planned.launches.empty()) return true;
+        const Played played = player.play(planned);
+        if (played.done || played.max_threads == 0) return played.done;
+        if (played.max_threads >= gpu.max_threads)
+            fail(ErrorKind::unsupported, caller, "no kernel has a tile small enough for this GPU",
+                 std::to_string(gpu.max_threads) + " threads",
+                 "at most " + std::to_string(played.max_threads));
+        gpu.max_threads = played.max_threads;
+    }
+}
+
+}  // namespace
+
+bool play_forward(const Problem& problem, const ForwardResults& results, Player& player) {
+    return play(problem.function, player,
+                [&](const Capabilities& gpu) { return plan_forward(problem, results, gpu); });
+}
+
+bool play_backward(const BackwardProblem& problem, const BackwardResults& results, Player& player) {
+    return play(problem.forward.function, player,
+                [&](const Capabilities& gpu) { return plan_backward(problem, results, gpu); });
+}
+
 void combine(const CombineProblem& problem, const CombineResults& results) {
     run(*Context::current(problem.function), problem.function,
         [&](const Capabilities& gpu) { return plan_combine(problem, results, gpu); });

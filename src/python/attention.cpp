@@ -5,6 +5,7 @@
 
 #include "core/dispatch.h"
 #include "core/weights.h"
+#include "python/player.h"
 #include "python/record.h"
 #include "python/running.h"
 
@@ -14,7 +15,8 @@ namespace {
 using namespace nb::literals;
 
 nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
-                            nb::callable framework_allocate, nb::handle like, nb::handle wish) {
+                            nb::callable framework_allocate, nb::handle like, nb::handle wish,
+                            nb::handle play) {
     const auto allocate = [&](const TensorView& shape, DType dtype) -> nb::object {
         return framework_allocate(like, shape_tuple(shape), name_of(dtype), wish);
     };
@@ -49,10 +51,15 @@ nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
         matrix = allocate(weights_shape(problem), problem.query.view.dtype);
         matrix_array = import_output(matrix[0], function, "weights");
     }
-    without_gil([&] {
-        forward(backend, problem, results);
-        if (wants_weights) weights(backend, problem, matrix_array.view);
-    });
+    if (play.is_none() || wants_weights) {
+        without_gil([&] {
+            forward(backend, problem, results);
+            if (wants_weights) weights(backend, problem, matrix_array.view);
+        });
+    } else {
+        PythonPlayer player(play);
+        forward(backend, problem, results, player);
+    }
     const auto handed_back = [](const nb::object& allocated) {
         return allocated.is_none() ? allocated : nb::object(allocated[1]);
     };
@@ -84,16 +91,21 @@ nb::tuple attention_warm_up(const Options& options, const nb::tuple& tensors) {
 
 void bind_attention(nb::module_& m) {
     m.def("attention_forward", &attention_forward, "options"_a, "tensors"_a, "allocate"_a, "like"_a,
-          "backend"_a,
+          "backend"_a, "play"_a.none() = nb::none(),
           nb::sig("def attention_forward(options: Options, tensors: tuple[object, ...], "
                   "allocate: collections.abc.Callable[[object, tuple[int, ...], str, str], "
-                  "tuple[object, object]], like: object, backend: str) "
+                  "tuple[object, object]], like: object, backend: str, "
+                  "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None "
+                  "= None) "
                   "-> tuple[object | None, object | None, object | None]"),
           "Computes attention on DLPack tensors, in the order of options.names.\n\n"
           "`allocate(like, shape, dtype, backend)` returns (DLPack tensor to write, what to hand\n"
           "back); `like` and `backend` are passed on to it.\n"
           "Returns (out, lse or None, weights or None) as allocate handed them back; out is None\n"
-          "if it was given. The weights are those of return_attn_probs with dropout.");
+          "if it was given. The weights are those of return_attn_probs with dropout.\n\n"
+          "`play(plan)` queues a Metal plan in another library's stream: None if it did; the most\n"
+          "threads of a threadgroup that the kernels take, if that is too few for the plan; 0 if the\n"
+          "stream cannot take it, and has nothing left to do. Then umfa's own queue runs it.");
     m.def("attention_can_run", &attention_can_run, "options"_a, "tensors"_a,
           nb::sig("def attention_can_run(options: Options, tensors: tuple[object, ...]) "
                   "-> tuple[bool, str]"),

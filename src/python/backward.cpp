@@ -8,6 +8,7 @@
 
 #include "core/dispatch.h"
 #include "python/backward.h"
+#include "python/player.h"
 #include "python/record.h"
 #include "python/running.h"
 
@@ -50,7 +51,7 @@ namespace {
 
 nb::tuple attention_backward(const Options& options, const nb::tuple& tensors,
                              const nb::tuple& saved, const Names& wanted, nb::callable allocate,
-                             bool float32) {
+                             bool float32, nb::handle play) {
     BackwardTensors kept;
     const BackwardProblem problem = make_backward(options, tensors, saved, wanted, kept);
     const Backend& backend = routed(problem, options.backend);
@@ -68,7 +69,12 @@ nb::tuple attention_backward(const Options& options, const nb::tuple& tensors,
         handed_back.append(made[1]);
     }
     const BackwardResults results = problem.results(gradients);
-    without_gil([&] { backward(backend, problem, results); });
+    if (play.is_none()) {
+        without_gil([&] { backward(backend, problem, results); });
+    } else {
+        PythonPlayer player(play);
+        backward(backend, problem, results, player);
+    }
     return nb::tuple(handed_back);
 }
 
@@ -87,18 +93,21 @@ std::pair<bool, std::string> attention_backward_can_run(const Options& options,
 void bind_backward(nb::module_& m) {
     m.def(
         "attention_backward", &attention_backward, "options"_a, "tensors"_a, "saved"_a, "wanted"_a,
-        "allocate"_a, "float32"_a = false,
+        "allocate"_a, "float32"_a = false, "play"_a.none() = nb::none(),
         nb::sig("def attention_backward(options: Options, tensors: tuple[object, ...], "
                 "saved: tuple[object, object, object, object | None], "
                 "wanted: collections.abc.Sequence[str], "
                 "allocate: collections.abc.Callable[[tuple[int, ...], str], "
-                "tuple[object, object]], float32: bool = False) -> tuple[object, ...]"),
+                "tuple[object, object]], float32: bool = False, "
+                "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None = None) "
+                "-> tuple[object, ...]"),
         "Gradients of the attention call that options and tensors describe.\n\n"
         "`saved` is (out, lse, dout, dlse): the results of the call, the natural log-sum-exp in\n"
         "float32, and the gradients of both; None for a dlse of 0. `wanted` has names among dq,\n"
         "dk, dv, dqv, dmask, dsinks and dalibi_slopes.\n"
         "`allocate(shape, dtype)` returns (DLPack tensor to write, what to hand back). A gradient\n"
         "has the shape of its tensor, and its dtype, or with `float32` that.\n"
+        "`play`: as of attention_forward.\n"
         "Returns what allocate handed back, in the order of `wanted`.");
     m.def("attention_backward_can_run", &attention_backward_can_run, "options"_a, "tensors"_a,
           "saved"_a, "wanted"_a,

@@ -6,6 +6,7 @@
 #include "core/instruments.h"
 #include "core/problem.h"
 #include "python/backward.h"
+#include "python/player.h"
 #include "python/record.h"
 
 namespace umfa::python {
@@ -59,21 +60,28 @@ nb::dict launch_dict(const KernelLaunch& launch) {
     return result;
 }
 
+}  // namespace
+
 nb::dict plan_dict(const LaunchPlan& plan) {
-    nb::list tensors, launches, scratch, data;
-    for (const PlanTensor& tensor : plan.tensors)
+    nb::list tensors, offsets, launches, scratch, data;
+    for (const PlanTensor& tensor : plan.tensors) {
         tensors.append(nb::make_tuple(tensor.name, tensor.written));
+        offsets.append(tensor.view.byte_offset);
+    }
     for (const KernelLaunch& launch : plan.launches) launches.append(launch_dict(launch));
     for (const uint64_t bytes : plan.scratch_bytes) scratch.append(bytes);
     for (const std::vector<std::byte>& piece : plan.data)
         data.append(nb::bytes(reinterpret_cast<const char*>(piece.data()), piece.size()));
     nb::dict result;
     result["tensors"] = tensors;
+    result["byte_offsets"] = offsets;
     result["launches"] = launches;
     result["scratch_bytes"] = scratch;
     result["data"] = data;
     return result;
 }
+
+namespace {
 
 nb::dict metal_plan_forward(const Options& options, int family, int cores, const nb::tuple& tensors,
                             nb::handle out, nb::handle lse, const std::vector<std::string>& tiles) {

@@ -28,6 +28,10 @@ def run_combination(call: Combination) -> tuple[Any, Any]:
             return framework.allocate(inputs[0], shape, dtype, call.backend)
 
         arguments = _exported(framework, call, dict(zip(tensors, inputs, strict=True)), out)
+        if framework.before_own_queue is not None:
+            framework.before_own_queue(
+                inputs[0], "merging partial results has no kernel in a stream"
+            )
         merged, lse = _ext.combine(*arguments, allocate)
         if out is not None:
             return (framework.finish(lse),)

@@ -179,16 +179,27 @@ class Differentiable:
             else framework.export(dlse, function, "the gradient of softmax_lse", backend)
         )
 
+        inputs = exported(framework, self._call, self._named(tensors))
+        allocate_like, play = framework.allocate, None
+        if framework.stream is not None:
+            given = {"out": out, "lse": lse, "dout": dout}
+            if dlse is not None:
+                given["dlse"] = dlse
+            stream = framework.stream(self._call, self._named(tensors), names, **given)
+            if stream is not None:
+                allocate_like, play = stream.allocate, stream.play
+
         def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-            return framework.allocate(tensors[0], shape, dtype, backend)
+            return allocate_like(tensors[0], shape, dtype, backend)
 
         found = iter(
             _ext.attention_backward(
                 self._call.options,
-                exported(framework, self._call, self._named(tensors)),
+                inputs,
                 tuple(shown),
                 names,
                 allocate,
+                play=play,
             )
         )
         return tuple(framework.finish(next(found)) if wants else None for wants in wanted)

@@ -45,12 +45,20 @@ def exported(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> t
 
 def execute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
     """(out,), (out, lse) or (out, lse, weights)."""
+    shown = exported(framework, call, tensors)
+    allocate, play = framework.allocate, None
+    if framework.stream is not None:
+        results = ("lse",) if "out" in tensors else ("out", "lse")
+        stream = framework.stream(call, tensors, results)
+        if stream is not None:
+            allocate, play = stream.allocate, stream.play
     out, lse, weights = _ext.attention_forward(
         call.options,
-        exported(framework, call, tensors),
-        framework.allocate,
+        shown,
+        allocate,
         tensors[call.names[0]],
         call.backend,
+        play,
     )
     result = tensors["out"] if out is None else framework.finish(out)
     if lse is None:

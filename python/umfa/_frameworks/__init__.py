@@ -73,7 +73,8 @@ class Framework(Protocol):
     `written` in place. None: the framework has no automatic mixed precision."""
 
     def export(self, tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
-        """A DLPack object on the tensor's memory, which holds its value; raises if it cannot.
+        """A DLPack object on the tensor's memory; raises if it cannot. The memory holds the value
+        already, or once `stream` has been asked.
 
         `backend` matters where a framework can show the same memory as the CPU's and as the GPU's.
         """
@@ -99,6 +100,17 @@ class Framework(Protocol):
     def trains(self, tensors: Iterable[Any]) -> bool:
         """Whether a call on these tensors may be part of training. True if the framework does not
         tell."""
+
+    stream: Callable[..., Any] | None
+    """stream(call, tensors, results, **saved) is what queues the call in the framework's own stream:
+    an object with `allocate`, in place of the framework's, and `play`, as `_ext.attention_forward`
+    takes it. None where umfa computes before it returns; what the framework has queued is done by
+    then. `results`: the names in a plan of what will be allocated; `saved`: further tensors that a
+    plan names. None: the framework has no stream."""
+
+    before_own_queue: Callable[[Any, str], None] | None
+    """before_own_queue(tensor, reason): what the framework has queued for the tensor's device is done.
+    None: the framework has no stream."""
 
     def mark_written(self, tensor: Any) -> None:
         """Tells the framework that the memory of a tensor has been written."""

@@ -54,6 +54,8 @@ autodiff = None
 
 autocast = None
 
+stream = before_own_queue = None
+
 draw_seed = None
 
 

@@ -78,6 +78,8 @@ autodiff = _jax_autodiff
 
 autocast = None
 
+stream = before_own_queue = None
+
 draw_seed = None
 
 

@@ -95,6 +95,8 @@ autodiff = _mlx_autodiff
 
 autocast = None
 
+stream = before_own_queue = None
+
 
 def draw_seed() -> int:
     low, high = np.array(mx.random.randint(0, 2**31 - 1, (2,))).tolist()

@@ -102,6 +102,8 @@ autodiff = None
 
 autocast = None
 
+stream = before_own_queue = None
+
 
 def draw_seed() -> int:
     # The generator that numpy.random.seed sets; there is no other one that all share.

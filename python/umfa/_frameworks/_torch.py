@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from .._errors import UnsupportedError, message
-from . import _torch_autodiff, causal_bias
+from . import _torch_autodiff, _torch_mps, causal_bias
 from ._versions import release
 
 _forward_ad: Any = forward_ad  # its functions carry no annotations
@@ -76,12 +76,34 @@ def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> 
         )
     # Lazily negated or conjugated views export the memory without the minus sign.
     shown = tensor.detach().resolve_conj().resolve_neg()
-    if tensor.device.type == "mps":
+    if _torch_mps.is_mps(tensor):
         _check_offset(shown, function, argument)
-        # DLPack knows no Metal streams: what torch has queued must be done before umfa's own queue
-        # reads it. The other direction needs nothing, since the call waits.
-        torch.mps.synchronize()
     return shown
+
+
+def stream(
+    call: Any, tensors: dict[str, Any], results: Sequence[str], **saved: Any
+) -> _torch_mps.Stream | None:
+    first = tensors[call.names[0]]
+    if first.is_cpu and not _torch_mps.is_mps(first):
+        return None
+    options = call.options
+    reason = _torch_mps.missing()
+    if options.return_attn_probs and options.dropout_p != 0:
+        reason = "the host gathers the matrix of weights"
+    if reason:
+        before_own_queue(first, reason)
+        return None
+    named = zip(options.fields, tensors.items(), strict=True)
+    shown = {field: tensor for field, (name, tensor) in named if name not in call.tables}
+    return _torch_mps.Stream(call.function, {**shown, **saved}, results, allocate)
+
+
+def before_own_queue(tensor: Any, reason: str) -> None:
+    # DLPack knows no Metal streams: what torch has queued must be done before umfa's own queue
+    # reads it. The other direction needs nothing, since the call waits.
+    if _torch_mps.is_mps(tensor):
+        _torch_mps.wait(reason)
 
 
 def _check_offset(tensor: Any, function: str, argument: str) -> None:
@@ -184,6 +206,8 @@ def to_host(tensor: Any, function: str, argument: str) -> Any:
     if _torch_autodiff.records():
         return tensor  # the recorded operation will copy it
     _check_plain(tensor, function, argument)
+    if _torch_mps.is_mps(tensor):
+        _torch_mps.count_wait(f"{argument} is a table on the GPU, which the host reads")
     return tensor.detach().cpu()
 
 
