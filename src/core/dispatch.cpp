@@ -300,6 +300,15 @@ Warmup warm_up(const CombineProblem& problem, std::string_view name) {
             backend.combine.prepare(problem, {{problem.out_shape()}, {problem.lse_shape()}})};
 }
 
+const char* warm_up(const Problem& problem, std::string_view name, const ForwardResults& results,
+                    Player& player) {
+    const Backend& backend = route(problem, name);
+    for_each_part(problem, results, [&](const Problem& part, const ForwardResults& written) {
+        if (backend.forward.play) backend.forward.play(part, written, player);
+    });
+    return backend.name;
+}
+
 void forward(const Backend& backend, const Problem& problem, const ForwardResults& results) {
     for_each_part(problem, results, backend.forward.run);
     count_call(backend);

@@ -60,6 +60,10 @@ struct Warmup {
 UMFA_CORE_API Warmup warm_up(const Problem& problem, std::string_view name,
                              const ForwardResults& results);
 UMFA_CORE_API Warmup warm_up(const CombineProblem& problem, std::string_view name);
+/// Hands the call's launches to a player that compiles them. Returns the backend's name; throws
+/// `Error` as route() does.
+UMFA_CORE_API const char* warm_up(const Problem& problem, std::string_view name,
+                                  const ForwardResults& results, Player& player);
 
 /// Runs the problem on `backend`, and counts the call.
 UMFA_CORE_API void forward(const Backend& backend, const Problem& problem,

@@ -89,23 +89,23 @@ Tuned tune(const Tuned& wanted, bool keep) {
 
 }  // namespace
 
-const Backend backend{"metal",
-                      available,
-                      [](Device) { return true; },  // host memory is the GPU's too
-                      {forward_features, can_plan_forward, forward, encode_forward, worthwhile,
-                       trusts_forward, forward_may_wait, prepare_forward, postpone_forward, play_forward},
-                      {0, can_plan_combine, combine, nullptr, combine_is_worthwhile, trusts_combine,
-                       combine_may_wait, prepare_combine},
-                      {backward_features, can_plan_backward, backward, nullptr,
-                       backward_is_worthwhile, trusts_backward, backward_may_wait, nullptr, nullptr,
-                       play_backward},
-                      allocate,
-                      deallocate,
-                      contents,
-                      describe_device,
-                      self_tests,
-                      tuning,
-                      tune};
+const Backend backend{
+    "metal",
+    available,
+    [](Device) { return true; },  // host memory is the GPU's too
+    {forward_features, can_plan_forward, forward, encode_forward, worthwhile, trusts_forward,
+     forward_may_wait, prepare_forward, postpone_forward, play_forward},
+    {0, can_plan_combine, combine, nullptr, combine_is_worthwhile, trusts_combine, combine_may_wait,
+     prepare_combine},
+    {backward_features, can_plan_backward, backward, nullptr, backward_is_worthwhile,
+     trusts_backward, backward_may_wait, nullptr, nullptr, play_backward},
+    allocate,
+    deallocate,
+    contents,
+    describe_device,
+    self_tests,
+    tuning,
+    tune};
 
 void release() {
     wait_for_background();  // its threads hold the context

@@ -79,12 +79,16 @@ std::pair<bool, std::string> attention_can_run(const Options& options, const nb:
     return {verdict.yes, verdict.reason};
 }
 
-nb::tuple attention_warm_up(const Options& options, const nb::tuple& tensors) {
+nb::tuple attention_warm_up(const Options& options, const nb::tuple& tensors, nb::handle play) {
     Inputs inputs;
     const AttentionRequest request = make_request(options, tensors, inputs);
     const Problem problem = Problem::make(request);
     const ForwardResults results = problem.results_without_memory(request.out);
-    return warmed_up([&] { return warm_up(problem, options.backend, results); });
+    if (play.is_none())
+        return warmed_up([&] { return warm_up(problem, options.backend, results); });
+    routed(problem, options.backend);  // the self-test may have to run, without the GIL
+    PythonPlayer player(play);
+    return nb::make_tuple(warm_up(problem, options.backend, results, player), 0, 0);
 }
 
 }  // namespace
@@ -104,16 +108,20 @@ void bind_attention(nb::module_& m) {
           "Returns (out, lse or None, weights or None) as allocate handed them back; out is None\n"
           "if it was given. The weights are those of return_attn_probs with dropout.\n\n"
           "`play(plan)` queues a Metal plan in another library's stream: None if it did; the most\n"
-          "threads of a threadgroup that the kernels take, if that is too few for the plan; 0 if the\n"
+          "threads of a threadgroup that the kernels take, if that is too few for the plan; 0 if "
+          "the\n"
           "stream cannot take it, and has nothing left to do. Then umfa's own queue runs it.");
     m.def("attention_can_run", &attention_can_run, "options"_a, "tensors"_a,
           nb::sig("def attention_can_run(options: Options, tensors: tuple[object, ...]) "
                   "-> tuple[bool, str]"),
           "The routing's verdict on the same call, and its reason.");
     m.def("attention_warm_up", &attention_warm_up, "options"_a, "tensors"_a,
-          nb::sig("def attention_warm_up(options: Options, tensors: tuple[object, ...]) "
-                  "-> tuple[str, int, int]"),
-          "Compiles the kernels of the same call: (backend, kernels used, kernels built now).");
+          "play"_a.none() = nb::none(),
+          nb::sig("def attention_warm_up(options: Options, tensors: tuple[object, ...], "
+                  "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None "
+                  "= None) -> tuple[str, int, int]"),
+          "Compiles the kernels of the same call: (backend, kernels used, kernels built now).\n\n"
+          "With `play`, which compiles those of each plan that it is given, the numbers are 0.");
 }
 
 }  // namespace umfa::python

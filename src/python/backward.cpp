@@ -94,13 +94,14 @@ void bind_backward(nb::module_& m) {
     m.def(
         "attention_backward", &attention_backward, "options"_a, "tensors"_a, "saved"_a, "wanted"_a,
         "allocate"_a, "float32"_a = false, "play"_a.none() = nb::none(),
-        nb::sig("def attention_backward(options: Options, tensors: tuple[object, ...], "
-                "saved: tuple[object, object, object, object | None], "
-                "wanted: collections.abc.Sequence[str], "
-                "allocate: collections.abc.Callable[[tuple[int, ...], str], "
-                "tuple[object, object]], float32: bool = False, "
-                "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None = None) "
-                "-> tuple[object, ...]"),
+        nb::sig(
+            "def attention_backward(options: Options, tensors: tuple[object, ...], "
+            "saved: tuple[object, object, object, object | None], "
+            "wanted: collections.abc.Sequence[str], "
+            "allocate: collections.abc.Callable[[tuple[int, ...], str], "
+            "tuple[object, object]], float32: bool = False, "
+            "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None = None) "
+            "-> tuple[object, ...]"),
         "Gradients of the attention call that options and tensors describe.\n\n"
         "`saved` is (out, lse, dout, dlse): the results of the call, the natural log-sum-exp in\n"
         "float32, and the gradients of both; None for a dlse of 0. `wanted` has names among dq,\n"

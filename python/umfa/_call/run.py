@@ -86,8 +86,14 @@ def run_backward(
 def warm_up(attention: _ext.Attention) -> tuple[str, int, int]:
     """Compiles a call's kernels. Returns (backend, kernels used, kernels built now)."""
     call = prepared(attention.options)
-    framework = ready(call, attention.tensors)
-    return _ext.attention_warm_up(call.options, exported(framework, call, attention.tensors))
+    tensors = attention.tensors
+    framework = ready(call, tensors)
+    shown = exported(framework, call, tensors)
+    stream = None if framework.stream is None else framework.stream(call, tensors, ())
+    if stream is None:
+        return _ext.attention_warm_up(call.options, shown)
+    name, _, _ = _ext.attention_warm_up(call.options, shown, stream.warm_up)
+    return name, stream.used, stream.built
 
 
 def ready(call: Prepared, tensors: dict[str, Any]) -> Framework:

@@ -102,15 +102,16 @@ class Framework(Protocol):
         tell."""
 
     stream: Callable[..., Any] | None
-    """stream(call, tensors, results, **saved) is what queues the call in the framework's own stream:
-    an object with `allocate`, in place of the framework's, and `play`, as `_ext.attention_forward`
-    takes it. None where umfa computes before it returns; what the framework has queued is done by
-    then. `results`: the names in a plan of what will be allocated; `saved`: further tensors that a
-    plan names. None: the framework has no stream."""
+    """stream(call, tensors, results, **saved) is what queues the call in the framework's own
+    stream: an object with `allocate`, in place of the framework's, `play`, as
+    `_ext.attention_forward` takes it, and `warm_up`, as `_ext.attention_warm_up` takes it. None
+    where umfa computes before it returns; what the framework has queued is done by then. `results`:
+    the names in a plan of what will be allocated; `saved`: further tensors that a plan names.
+    None: the framework has no stream."""
 
     before_own_queue: Callable[[Any, str], None] | None
-    """before_own_queue(tensor, reason): what the framework has queued for the tensor's device is done.
-    None: the framework has no stream."""
+    """before_own_queue(tensor, reason): waits for what the framework has queued on the tensor's
+    device. None: the framework has no stream."""
 
     def mark_written(self, tensor: Any) -> None:
         """Tells the framework that the memory of a tensor has been written."""

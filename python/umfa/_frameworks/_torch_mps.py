@@ -61,6 +61,11 @@ class Stream:
         The names of what `allocate` is asked for, in this order.
     allocate
         The framework's.
+
+    Attributes
+    ----------
+    used, built
+        Kernels that `warm_up` has found, and those of them that it had to compile.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class Stream:
         self._results = iter(results)
         self._allocate = allocate
         self._device = next(iter(tensors.values())).device
+        self.used = self.built = 0
 
     def allocate(self, *arguments: Any) -> tuple[Any, Any]:
         """As the framework's `allocate`."""
@@ -94,11 +100,9 @@ class Stream:
             # macOS ends command buffers that take seconds, and torch decides where its own end.
             wait("the call is long, and umfa divides it into command buffers of its own")
             return 0
-        kernels = [_kernel(self._function, launch) for launch in launches]
-        for launch, kernel in zip(launches, kernels, strict=True):
-            x, y, z = launch["threadgroup"]
-            if x * y * z > kernel.max_threads_per_threadgroup:
-                return int(kernel.max_threads_per_threadgroup)
+        kernels, most = self._kernels(launches)
+        if most is not None:
+            return most
         pieces = {
             "tensor": [
                 _from_byte(self._tensors[name], offset)
@@ -113,6 +117,25 @@ class Stream:
             kernel(*self._arguments(launch, pieces), threads=threads, group_size=group)
         count_in_stream()
         return None
+
+    def warm_up(self, plan: dict[str, Any]) -> int | None:
+        """Compiles the kernels of a plan, and counts them in `used` and `built`."""
+        launches = plan["launches"]
+        before = _compiled.cache_info().misses
+        kernels, most = self._kernels(launches)
+        self.built += _compiled.cache_info().misses - before
+        if most is None:
+            self.used = max(self.used, len(set(map(id, kernels))))
+        return most
+
+    def _kernels(self, launches: list[dict[str, Any]]) -> tuple[list[Any], int | None]:
+        """The launches' kernels, and None or the most threads that one takes with too many."""
+        kernels = [_kernel(self._function, launch) for launch in launches]
+        for launch, kernel in zip(launches, kernels, strict=True):
+            x, y, z = launch["threadgroup"]
+            if x * y * z > kernel.max_threads_per_threadgroup:
+                return kernels, int(kernel.max_threads_per_threadgroup)
+        return kernels, None
 
     def _arguments(self, launch: dict[str, Any], pieces: dict[str, list[Any]]) -> list[Any]:
         """What is at each buffer index of the kernel."""

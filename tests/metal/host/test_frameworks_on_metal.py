@@ -21,6 +21,7 @@ class MpsTensor:
     """A torch tensor on MPS that starts `offset` elements into its buffer."""
 
     requires_grad = False
+    is_cpu, is_mps = False, True
     device = SimpleNamespace(type="mps")
 
     def __init__(self, offset: int = 0) -> None:
@@ -48,14 +49,19 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_torch_is_waited_for(waits: list[int]) -> None:
+    """Before umfa's own queue reads what torch has queued."""
     import torch
 
     from umfa._frameworks import _torch
 
     tensor = MpsTensor()
     assert _torch.export(tensor, "f", "q") is tensor
+    assert waits == [], "a verdict needs no values"
+    before = umfa.stats().waits.get("a test", 0)
+    _torch.before_own_queue(tensor, "a test")
     assert waits == [1]
-    _torch.export(torch.zeros(2), "f", "q")
+    assert umfa.stats().waits["a test"] == before + 1
+    _torch.before_own_queue(torch.zeros(2), "a test")
     assert waits == [1], "the CPU's tensors wait for nothing"
 
 
@@ -93,7 +99,7 @@ def test_later_torch_exports_slices_on_mps(
     monkeypatch.setattr(torch, "__version__", version)
     part = MpsTensor(offset=64)
     assert _torch.export(part, "umfa.f", "q") is part
-    assert waits == [1]
+    assert waits == []
 
 
 class MlxArray(MetalTensor):

@@ -11,12 +11,23 @@ import pytest
 
 import umfa
 from tests import reference
+from tests.attend import BSHD
 from tests.checks import BASE, LSE, assert_close
+from tests.gradients import RELATIVE, assert_gradients
+from tests.metal.emulated import exported_of as plans_of
+from tools.metal import double as metal_double
 from tools.metal.double import Double
+from tools.metal.double.gpus import Recorder
+from umfa import _ext
+from umfa._call.prepared import prepared
+from umfa._frameworks import _numpy
 
 torch = pytest.importorskip("torch")
 
-from tests.metal.host.torch_mps import TorchMps, standing_in  # noqa: E402
+from tests.metal.host.torch_mps import Kernel, TorchMps, standing_in  # noqa: E402
+from umfa._frameworks import _torch, _torch_mps  # noqa: E402
+
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -57,3 +68,396 @@ def test_nothing_runs_and_nothing_waits_within_a_call(mps: TorchMps) -> None:
     wanted, wanted_lse = expected(mps, (q, k, v), causal=True)
     assert_close(mps.read(out), wanted, BASE["float16"])
     assert_close(mps.read(lse), wanted_lse, LSE, "lse")
+
+
+def test_calls_in_a_row_see_each_other(mps: TorchMps) -> None:
+    q, k, v = made(mps, torch.float16, 20, 70)
+    first = umfa.flash_attn_func(q, k, v, causal=True)
+    second = umfa.flash_attn_func(first, k, v, causal=True)
+    assert mps.waits == 0
+    assert mps.poisoned(first)
+    assert mps.poisoned(second)
+    wanted, _ = expected(mps, (q, k, v), causal=True)
+    assert_close(mps.read(first), wanted, BASE["float16"])
+    wanted, _ = expected(mps, (first, k, v), causal=True)
+    assert_close(mps.read(second), wanted, BASE["float16"])
+
+
+def test_slices_start_where_they_lie(mps: TorchMps) -> None:
+    """Query, key and value in one tensor: Metal's offsets are the tensors' own."""
+    packed = mps.tensor(torch.randn(2, 33, 3, 4, 64, generator=torch.Generator().manual_seed(1)))
+    packed = mps.adopt(packed.half())
+    out = umfa.flash_attn_qkvpacked_func(packed, causal=True)
+    wanted, _ = expected(mps, packed.unbind(2), causal=True)
+    assert_close(mps.read(out), wanted, BASE["float16"])
+
+
+def test_a_model_compiles_few_texts(mps: TorchMps) -> None:
+    """Layers and steps of different lengths share their kernels."""
+    for step in range(8):
+        q, k, v = made(mps, torch.float16, 20 + step, 70 + step)
+        for _ in range(3):
+            q = umfa.flash_attn_func(q, k, v, causal=True)
+    assert len(mps.launched) == 24
+    assert len(mps.compiled) == 1
+    assert mps.waits == 0
+
+
+OPTIONS = {
+    "plain": {},
+    "window": {"window_size": (9, 3)},
+    "softcap": {"softcap": 5.0},
+    "mask of numbers": {"attn_mask": (1, 4, 20, 70)},
+    "mask of bool": {"attn_mask": (2, 1, 1, 70)},
+    "slopes": {"alibi_slopes": (4,)},
+    "sinks": {"learnable_sink": (4,)},
+    "dropout": {"dropout_p": 0.3, "dropout_seed": 7},
+}
+
+
+def with_tensors(mps: TorchMps, options: dict[str, Any]) -> dict[str, Any]:
+    """Shapes become tensors on the device."""
+    found = {}
+    for name, value in options.items():
+        found[name] = value
+        if name in ("attn_mask", "alibi_slopes", "learnable_sink"):
+            numbers = torch.rand(value, generator=torch.Generator().manual_seed(5))
+            found[name] = mps.tensor(numbers > 0.3 if value[-2:] == (1, 70) else numbers)
+    return found
+
+
+def in_reference(mps: TorchMps, options: dict[str, Any]) -> dict[str, Any]:
+    """The options as tests/reference.py names them."""
+    arrays = {
+        name: (value.numpy() if value.dtype == torch.bool else mps.read(value))
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in options.items()
+    }
+    return {"mask" if name == "attn_mask" else name: value for name, value in arrays.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(mps: TorchMps, name: str) -> None:
+    q, k, v = made(mps, torch.float16, 20, 70)
+    options = with_tensors(mps, OPTIONS[name])
+    out = umfa.flash_attn_func(q, k, v, **options)
+    assert mps.waits == 0
+    assert mps.poisoned(out)
+    wanted, _ = expected(mps, (q, k, v), **in_reference(mps, options))
+    assert_close(mps.read(out), wanted, BASE["float16"])
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [20, 1])
+def test_dtypes(mps: TorchMps, dtype: Any, rows: int) -> None:
+    """Of many queries, and of one, whose keys are split."""
+    tensors = made(mps, dtype, rows, 500)
+    out = umfa.flash_attn_func(*tensors, causal=True)
+    assert mps.waits == 0
+    wanted, _ = expected(mps, tensors, causal=True)
+    assert_close(mps.read(out), wanted, BASE[name_of(dtype)])
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, *(pytest.param(x, marks=SLOW) for x in (torch.float32, torch.bfloat16))],
+)
+def test_gradients(mps: TorchMps, dtype: Any) -> None:
+    """Forward and backward in a row: the backward pass reads results that are not there yet."""
+    leaves = [x.requires_grad_() for x in made(mps, dtype, 20, 70)]
+    dout = mps.tensor(
+        torch.randn(2, 20, 4, 64, generator=torch.Generator().manual_seed(9)).to(dtype)
+    )
+    before = umfa.stats()
+    out = umfa.flash_attn_func(*leaves, causal=True)
+    found = torch.autograd.grad(out, leaves, dout)
+    after = umfa.stats()
+    assert mps.waits == 0
+    assert after.plans_in_stream - before.plans_in_stream == 2
+    assert after.waits == before.waits
+    assert all(map(mps.poisoned, (out, *found)))
+    arrays = [mps.read(x) for x in leaves]
+    wanted = reference.gradients(*arrays, mps.read(dout), causal=True)
+    gradients = dict(zip(("dq", "dk", "dv"), map(mps.read, found), strict=True))
+    assert_gradients(gradients, wanted, RELATIVE[name_of(dtype)])
+
+
+@pytest.mark.slow
+def test_all_gradients(mps: TorchMps) -> None:
+    q, k, v = made(mps, torch.float16, 20, 70)
+    options = with_tensors(mps, {"attn_mask": (4, 20, 70), "learnable_sink": (4,)})
+    options["alibi_slopes"] = mps.tensor(torch.linspace(0.1, 0.4, 4))
+    leaves = [x.requires_grad_() for x in (q, k, v, *options.values())]
+    out = umfa.flash_attn_func(q, k, v, dropout_p=0.2, dropout_seed=3, **options)
+    dout = mps.tensor(torch.ones(2, 20, 4, 64).half())
+    found = torch.autograd.grad(out, leaves, dout)
+    assert mps.waits == 0
+    names = ("dq", "dk", "dv", "dmask", "dsinks", "dalibi_slopes")
+    wanted = reference.gradients(
+        *(mps.read(x) for x in (q, k, v)), mps.read(dout), dropout_p=0.2, dropout_seed=3,
+        **in_reference(mps, options),
+    )  # fmt: skip
+    assert_gradients(
+        dict(zip(names, map(mps.read, found), strict=True)), wanted, RELATIVE["float16"]
+    )
+
+
+@pytest.mark.slow
+def test_a_cache_grows_in_the_stream(mps: TorchMps) -> None:
+    """New rows go into the caches, and the next step reads them; lengths are the host's."""
+    steps, start = 3, 130
+    _, keys, values = made(mps, torch.float16, 1, 200)
+    rows = [made(mps, torch.float16, 1, 1 + 0 * step) for step in range(steps)]
+    for step, (_, key, value) in enumerate(rows):
+        key.add_(step)
+        value.sub_(step)
+    caches = [mps.read(x).copy() for x in (keys, values)]
+    outs = [
+        umfa.flash_attn_with_kvcache(q, keys, values, k, v, cache_seqlens=start + i, causal=True)
+        for i, (q, k, v) in enumerate(rows)
+    ]
+    assert mps.waits == 0
+    assert len(mps.compiled) <= 4
+    for i, ((q, k, v), out) in enumerate(zip(rows, outs, strict=True)):
+        n = start + i + 1
+        for cache, row in zip(caches, (k, v), strict=True):
+            cache[:, n - 1 : n] = mps.read(row)
+        wanted, _ = reference.attention(mps.read(q), *(x[:, :n] for x in caches), causal=True)
+        assert_close(mps.read(out), wanted, BASE["float16"])
+    assert np.array_equal(mps.read(keys), caches[0])
+
+
+@pytest.mark.slow
+def test_a_table_on_the_gpu_is_waited_for(mps: TorchMps) -> None:
+    lengths = (5, 12)
+    q, k, v = (x[0] for x in made(mps, torch.float16, 17, 17))
+    offsets = mps.tensor(torch.tensor([0, 5, 17], dtype=torch.int32))
+    before = umfa.stats().waits
+    out = umfa.flash_attn_varlen_func(q, k, v, offsets, offsets, 12, 12, causal=True)
+    waits = {x: n for x, n in umfa.stats().waits.items() if n != before.get(x, 0)}
+    assert waits == {
+        f"cu_seqlens_{x} is a table on the GPU, which the host reads":
+            before.get(f"cu_seqlens_{x} is a table on the GPU, which the host reads", 0) + 1
+        for x in "qk"
+    }  # fmt: skip
+    assert mps.waits == 2
+    first = 0
+    for length in lengths:
+        own = slice(first, first + length)
+        wanted, _ = expected(mps, [x[own][None] for x in (q, k, v)], causal=True)
+        assert_close(mps.read(out)[own][None], wanted, BASE["float16"])
+        first += length
+
+
+def test_the_self_tests_exclusions_hold(recorder: Recorder, monkeypatch: Any) -> None:
+    """On a GPU that computes nothing right."""
+    with (
+        metal_double.machine(recorder, self_test="1"),
+        standing_in(monkeypatch) as mps,
+    ):
+        tensors = made(mps, torch.float16, 20, 70)
+        possible, reason = umfa.can_run(*tensors)
+        assert not possible
+        assert "forward_f16" in reason
+        with pytest.raises(umfa.UnsupportedError, match="forward_f16"):
+            umfa.flash_attn_func(*tensors)
+        assert mps.launched == []
+        assert mps.compiled == []
+
+
+def test_verdicts_wait_for_nothing(mps: TorchMps) -> None:
+    tensors = made(mps, torch.float16, 20, 70)
+    assert umfa.can_run(*tensors) == (True, "")
+    assert umfa.can_run(*(x.requires_grad_() for x in tensors)) == (True, "")
+    possible, reason = umfa.can_run(*tensors, backend="cpu")
+    assert not possible
+    assert "metal" in reason
+    assert mps.waits == 0
+    assert mps.compiled == []
+
+
+def test_warmup_compiles_for_the_stream(mps: TorchMps) -> None:
+    tensors = made(mps, torch.float16, 20, 70)
+    before = umfa.stats()
+    done = umfa.warmup(*tensors, causal=True)
+    assert done[:3] == ("metal", 1, 1)
+    assert umfa.warmup(*tensors, causal=True)[:3] == ("metal", 1, 0)
+    assert umfa.stats() == before
+    assert mps.launched == []
+    umfa.flash_attn_func(*tensors, causal=True)
+    assert len(mps.compiled) == 1
+
+
+def test_kernels_that_take_few_threads(mps: TorchMps) -> None:
+    mps.max_threads = 16
+    with pytest.raises(umfa.UnsupportedError, match="no kernel has a tile small enough"):
+        umfa.flash_attn_func(*made(mps, torch.float16, 20, 70), causal=True)
+    assert mps.queue == []
+
+
+@pytest.mark.slow
+def test_a_smaller_threadgroup_is_planned(mps: TorchMps) -> None:
+    """The kernels of dK and dV have 512 threads where the GPU allows it, else half as many."""
+    mps.max_threads = 256
+    shapes = [(1, 20, 2, 576), (1, 35, 1, 576), (1, 35, 1, 512)]
+    tensors = [mps.tensor(torch.randn(x).half()).requires_grad_() for x in shapes]
+    dout = mps.tensor(torch.randn(1, 20, 2, 512).half())
+    found = torch.autograd.grad(umfa.flash_attn_func(*tensors), tensors, dout)
+    assert mps.waits == 0
+    wanted = reference.gradients(*(mps.read(x) for x in (*tensors, dout)))
+    gradients = dict(zip(("dq", "dk", "dv"), map(mps.read, found), strict=True))
+    assert_gradients(gradients, wanted, RELATIVE["float16"])
+
+
+def test_an_error_of_the_compiler_names_the_kernel(mps: TorchMps, monkeypatch: Any) -> None:
+    def refuse(text: str) -> Any:
+        raise RuntimeError("program_source:1:1: error")
+
+    monkeypatch.setattr(torch.mps, "compile_shader", refuse)
+    with pytest.raises(RuntimeError) as caught:
+        umfa.flash_attn_func(*made(mps, torch.float16, 20, 70))
+    assert str(caught.value) == (
+        "[umfa.flash_attn_func] torch.mps.compile_shader refused the kernel "
+        "forward_f16_d64_v64_k32; got program_source:1:1: error; "
+        "expected a macOS whose Metal is 3.1 or newer; else report this as a bug"
+    )
+
+
+def test_simdgroups_of_another_size(mps: TorchMps, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Kernel, "thread_execution_width", 16)
+    with pytest.raises(umfa.UnsupportedError, match="simdgroups have another size; got 16"):
+        umfa.flash_attn_func(*made(mps, torch.float16, 20, 70), causal=True)
+
+
+def the_wait_of(mps: TorchMps, call: Any) -> str:
+    """The reason of the only wait of `call`."""
+    before, waits = umfa.stats().waits, mps.waits
+    call()
+    assert mps.waits == waits + 1
+    [reason] = [x for x, n in umfa.stats().waits.items() if n > before.get(x, 0)]
+    return reason
+
+
+def test_what_umfas_own_queue_runs_is_waited_for(mps: TorchMps, monkeypatch: Any) -> None:
+    """Each reason is counted, once for a call."""
+    q, k, v = made(mps, torch.float16, 20, 70)
+
+    def stream(**options: Any) -> Any:
+        record = _ext.Attention(BSHD, query=q, key=k, value=v, backend="auto", **options)
+        call = prepared(record.options)
+        return _torch.stream(call, record.tensors, ("out", "lse"))
+
+    assert isinstance(stream(), _torch_mps.Stream)
+
+    def weights() -> None:
+        assert stream(return_attn_probs=True, dropout_p=0.5, dropout_seed=1) is None
+
+    assert the_wait_of(mps, weights) == "the host gathers the matrix of weights"
+
+    def long() -> None:
+        assert stream().play({"launches": [{"further_slice": True}]}) == 0
+
+    assert "command buffers of its own" in the_wait_of(mps, long)
+
+    def fast() -> None:
+        assert stream() is None
+
+    monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", "1")
+    assert "PYTORCH_MPS_FAST_MATH" in the_wait_of(mps, fast)
+    monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", "0")
+    monkeypatch.delattr(torch.mps, "compile_shader")
+    assert "has no torch.mps.compile_shader" in the_wait_of(mps, fast)
+
+
+def test_large_tables_are_copied_once(mps: TorchMps) -> None:
+    small, large = bytes(range(250)), bytes(5000)
+    device = torch.device("cpu")
+    assert np.array(_torch_mps._data(small, device), np.int64).tobytes()[:250] == small
+
+    def copy() -> None:
+        assert mps.has(_torch_mps._data(large, device))
+
+    assert "more than 4 KB" in the_wait_of(mps, copy)
+    copy()
+    assert mps.waits == 1
+
+
+def test_a_stream_that_takes_nothing(double: Double) -> None:
+    """umfa's own queue runs what the stream hands back."""
+    arrays = [np.zeros((1, 20, 2, 16), np.float32) for _ in range(3)]
+    record = _ext.Attention(BSHD, query=arrays[0], key=arrays[1], value=arrays[2], backend="metal")
+    plans = []
+
+    def play(plan: dict[str, Any]) -> int:
+        plans.append(plan)
+        return 0
+
+    def allocate(like: Any, shape: Any, dtype: str, backend: str) -> Any:
+        out = np.zeros(shape, dtype)
+        return _numpy.export(out, "f", "out"), out
+
+    before = umfa.stats()
+    _ext.attention_forward(record.options, plans_of(record), allocate, arrays[0], "metal", play)
+    assert len(plans) == 1
+    assert umfa.stats().command_buffers == before.command_buffers + 1
+    assert umfa.stats().metal_calls == before.metal_calls + 1
+
+
+# ---- the stand-in itself -------------------------------------------------------------------------
+
+COPY = """
+#include <metal_stdlib>
+using namespace metal;
+kernel void copy(device const float* from [[buffer(0)]], constant long& more [[buffer(1)]],
+                 device float* to [[buffer(2)]], uint i [[thread_position_in_grid]]) {
+    to[i] = from[i] + float(more);
+}
+"""
+
+
+def test_the_stand_in_runs_later_and_in_order(mps: TorchMps) -> None:
+    copy = torch.mps.compile_shader(COPY).copy
+    x, y, z = (mps.tensor(torch.full((32,), float(n))) for n in range(3))
+    copy(x, 5, y, threads=(32,), group_size=(32,))
+    copy(y, (2,), z, threads=(32,), group_size=(32,))
+    assert z[0] == 2
+    torch.mps.synchronize()
+    assert mps.waits == 1
+    assert (y == 5).all()
+    assert (z == 7).all()
+
+
+def test_the_stand_in_refuses(mps: TorchMps) -> None:
+    copy = torch.mps.compile_shader(COPY).copy
+    x, host = mps.tensor(torch.zeros(32)), torch.zeros(32)
+    shape = {"threads": (32,), "group_size": (32,)}
+    for arguments, words in (
+        ((host, 1, x), "Passed CPU tensor"),
+        ((x, b"1234", x), "Unsupported argument type"),
+        ((x, (), x), "Empty list/tuple"),
+        ((x, (1,) * 600, x), "setBytes"),
+        ((x, *(1,) * 31), "31 buffers"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            copy(*arguments, **shape)
+    with pytest.raises(RuntimeError, match="part of a threadgroup"):
+        copy(x, 1, x, threads=(33,), group_size=(32,))
+    with pytest.raises(RuntimeError, match="exceed"):
+        copy(x, 1, x, threads=(2048,), group_size=(2048,))
+    with pytest.raises(RuntimeError, match="Number of threads"):
+        copy(x, 1, x)
+    with pytest.raises(RuntimeError, match="function state object"):
+        getattr(torch.mps.compile_shader(COPY), "no_such_kernel")  # noqa: B009
+    with pytest.raises(RuntimeError, match="threadgroup memory"):
+        torch.mps.compile_shader("kernel void f(threadgroup float* x [[threadgroup(0)]]) {}")
+    constant = "constant bool on [[function_constant(0)]];\n"
+    with pytest.raises(RuntimeError, match="function constants"):
+        torch.mps.compile_shader(
+            constant + "kernel void f(device int* x [[buffer(0)]]) { *x = on; }"
+        )
+    assert mps.queue == []

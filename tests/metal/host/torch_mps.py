@@ -77,6 +77,37 @@ class Compiled:
         return Kernel(self._device, self._library, name)
 
 
+class Shown:
+    """An MPS tensor as DLPack has it: a buffer, and where the tensor starts in it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._sizes = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
+        self._strides = (ctypes.c_int64 * tensor.dim())(*tensor.stride())
+        code, bits = _CODES[tensor.dtype]
+        self._managed = _DLManagedTensor(
+            _DLTensor(
+                data=tensor.untyped_storage().data_ptr(),
+                device_type=METAL,
+                ndim=tensor.dim(),
+                code=code,
+                bits=bits,
+                lanes=1,
+                shape=self._sizes,
+                strides=self._strides,
+                byte_offset=tensor.storage_offset() * tensor.element_size(),
+            ),
+            None,
+            None,
+        )
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return METAL, 0
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return _new_capsule(ctypes.addressof(self._managed), b"dltensor", None)
+
+
 class TorchMps:
     """The device, its memory and its stream."""
 
@@ -87,7 +118,7 @@ class TorchMps:
         self.waits = 0
         self.max_threads = 1024
         self._memory: dict[int, Any] = {}  # storages by address; all live as long as the device
-        self._shown: list[Any] = []
+        self._shown: list[Shown] = []  # the core does not keep them
 
     # ---- torch.mps -------------------------------------------------------------------------------
 
@@ -157,30 +188,13 @@ class TorchMps:
         """Whether nothing has been written to a result yet."""
         return bool(tensor.detach().isnan().all())
 
-    # ---- what umfa asks of MPS tensors -------------------------------------------------------------
+    # ---- what umfa asks of MPS tensors -----------------------------------------------------------
 
-    def show(self, tensor: torch.Tensor) -> Any:
-        """A DLPack capsule as torch makes of an MPS tensor."""
-        sizes = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
-        strides = (ctypes.c_int64 * tensor.dim())(*tensor.stride())
-        code, bits = _CODES[tensor.dtype]
-        managed = _DLManagedTensor(
-            _DLTensor(
-                data=tensor.untyped_storage().data_ptr(),
-                device_type=METAL,
-                ndim=tensor.dim(),
-                code=code,
-                bits=bits,
-                lanes=1,
-                shape=sizes,
-                strides=strides,
-                byte_offset=tensor.storage_offset() * tensor.element_size(),
-            ),
-            None,
-            None,
-        )
-        self._shown.append((managed, sizes, strides, tensor))
-        return _new_capsule(ctypes.addressof(managed), b"dltensor", None)
+    def show(self, tensor: torch.Tensor) -> Shown:
+        """What torch shows of an MPS tensor."""
+        shown = Shown(tensor)
+        self._shown.append(shown)
+        return shown
 
 
 @contextmanager
