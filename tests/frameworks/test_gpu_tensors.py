@@ -46,6 +46,28 @@ def test_torch_on_mps(dtype: str, torch: Any) -> None:
     checks.assert_close(lse.cpu().numpy().astype(np.float64), expected_lse, checks.LSE)
 
 
+def test_torch_on_mps_does_not_wait(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward go into torch's stream, in the order of the calls."""
+    leaves = [torch.from_numpy(a).to("mps").requires_grad_() for a in arrays()]
+    q, k, v = leaves
+    before = umfa.stats()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.mps, "synchronize", lambda: pytest.fail("somebody waits"))
+        out = umfa.flash_attn_func(umfa.flash_attn_func(q, k, v), k, v, causal=True)
+        found = torch.autograd.grad(out.sum(), leaves)
+    after = umfa.stats()
+    assert after.plans_in_stream - before.plans_in_stream == 4
+    assert after.waits == before.waits
+    assert after.command_buffers == before.command_buffers
+    host = [torch.from_numpy(a).requires_grad_() for a in arrays()]
+    q, k, v = host
+    expected = umfa.flash_attn_func(umfa.flash_attn_func(q, k, v), k, v, causal=True)
+    close(out.detach().cpu().numpy(), expected.detach().double().numpy(), "float32")
+    for mine, other in zip(found, torch.autograd.grad(expected.sum(), host), strict=True):
+        bound = 1e-4 * float(other.abs().max())
+        assert float((mine.cpu() - other).abs().max()) <= bound
+
+
 def test_torch_slices_on_mps(torch: Any) -> None:
     """Views begin inside the buffer of their base."""
     qkv = torch.from_numpy(np.stack(arrays(), axis=2)).to("mps")
@@ -54,7 +76,7 @@ def test_torch_slices_on_mps(torch: Any) -> None:
     close(out.cpu().numpy(), expected, "float32")
 
 
-def test_what_torch_has_queued_is_waited_for(torch: Any) -> None:
+def test_what_torch_has_queued_comes_first(torch: Any) -> None:
     q, k, v = (torch.from_numpy(a).to("mps") for a in arrays())
     big = torch.randn(4096, 4096, device="mps")
     for _ in range(20):

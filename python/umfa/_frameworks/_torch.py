@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .._errors import UnsupportedError, message
+from .._stats import count_wait
 from . import _torch_autodiff, _torch_mps, causal_bias
 from ._versions import release
 
@@ -85,7 +86,7 @@ def stream(
     call: Any, tensors: dict[str, Any], results: Sequence[str], **saved: Any
 ) -> _torch_mps.Stream | None:
     first = tensors[call.names[0]]
-    if first.is_cpu and not _torch_mps.is_mps(first):
+    if not _torch_mps.is_mps(first):
         return None
     options = call.options
     reason = _torch_mps.missing()
@@ -207,7 +208,7 @@ def to_host(tensor: Any, function: str, argument: str) -> Any:
         return tensor  # the recorded operation will copy it
     _check_plain(tensor, function, argument)
     if _torch_mps.is_mps(tensor):
-        _torch_mps.count_wait(f"{argument} is a table on the GPU, which the host reads")
+        count_wait(f"{argument} is a table on the GPU, which the host reads")
     return tensor.detach().cpu()
 
 

@@ -139,7 +139,7 @@ class Stream:
 
     def _arguments(self, launch: dict[str, Any], pieces: dict[str, list[Any]]) -> list[Any]:
         """What is at each buffer index of the kernel."""
-        arguments = list(_spare(self._device)[: launch["buffer_count"]])
+        arguments: list[Any] = list(_spare(self._device)[: launch["buffer_count"]])
         for index, kind, piece, offset in launch["buffers"]:
             memory = pieces[kind][piece]
             if memory is not None:  # else a tensor without elements, which has no memory

@@ -233,6 +233,42 @@ def test_a_cache_grows_in_the_stream(mps: TorchMps) -> None:
 
 
 @pytest.mark.slow
+def test_parts_of_a_batch_start_where_they_lie(mps: TorchMps) -> None:
+    """Two batch dimensions that no stride joins: each index of the outer one is a plan."""
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (
+        mps.tensor(torch.randn((3, 2, 4, n, 64), generator=generator).half()).transpose(0, 1)
+        for n in (20, 70, 70)
+    )
+    before = umfa.stats()
+    out = umfa.scaled_dot_product_attention(q, k, v)
+    after = umfa.stats()
+    assert mps.waits == 0
+    assert after.plans_in_stream - before.plans_in_stream > 1
+    assert after.metal_calls - before.metal_calls == 1
+    wanted = reference.scaled_dot_product(*(mps.read(x) for x in (q, k, v)))
+    assert_close(mps.read(out), wanted, BASE["float16"])
+
+
+@pytest.mark.slow
+def test_tensors_without_elements(mps: TorchMps) -> None:
+    """They have no memory that could be bound."""
+    q, k, v = made(mps, torch.float16, 20, 70)
+    out = umfa.flash_attn_func(q, mps.adopt(k[:, :0].clone()), mps.adopt(v[:, :0].clone()))
+    assert (mps.read(out) == 0).all()
+    assert umfa.flash_attn_func(mps.adopt(q[:, :0].clone()), k, v).shape == (2, 0, 4, 64)
+    assert mps.waits == 0
+
+
+def test_stats_say_what_ran_where(mps: TorchMps) -> None:
+    umfa.flash_attn_func(*made(mps, torch.float16, 20, 70), causal=True)
+    _torch_mps.wait("a test")
+    lines = str(umfa.stats()).splitlines()
+    assert any(line.endswith("in torch's MPS stream, without a wait") for line in lines)
+    assert any(line.endswith("waits for the GPU: a test") for line in lines)
+
+
+@pytest.mark.slow
 def test_a_table_on_the_gpu_is_waited_for(mps: TorchMps) -> None:
     lengths = (5, 12)
     q, k, v = (x[0] for x in made(mps, torch.float16, 17, 17))
