@@ -309,6 +309,13 @@ const char* warm_up(const Problem& problem, std::string_view name, const Forward
     return backend.name;
 }
 
+const char* warm_up(const CombineProblem& problem, std::string_view name, Player& player) {
+    const Backend& backend = route(problem, name);
+    if (backend.combine.play)
+        backend.combine.play(problem, {{problem.out_shape()}, {problem.lse_shape()}}, player);
+    return backend.name;
+}
+
 void forward(const Backend& backend, const Problem& problem, const ForwardResults& results) {
     for_each_part(problem, results, backend.forward.run);
     count_call(backend);
@@ -341,6 +348,12 @@ void backward(const Backend& backend, const BackwardProblem& problem,
     with_sums(problem, results, [&](const BackwardProblem& own, const BackwardResults& written) {
         play(backend, own, written, player);
     });
+    count_call(backend);
+}
+
+void combine(const Backend& backend, const CombineProblem& problem, const CombineResults& results,
+             Player& player) {
+    play(backend, problem, results, player);
     count_call(backend);
 }
 

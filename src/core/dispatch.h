@@ -64,6 +64,8 @@ UMFA_CORE_API Warmup warm_up(const CombineProblem& problem, std::string_view nam
 /// `Error` as route() does.
 UMFA_CORE_API const char* warm_up(const Problem& problem, std::string_view name,
                                   const ForwardResults& results, Player& player);
+UMFA_CORE_API const char* warm_up(const CombineProblem& problem, std::string_view name,
+                                  Player& player);
 
 /// Runs the problem on `backend`, and counts the call.
 UMFA_CORE_API void forward(const Backend& backend, const Problem& problem,
@@ -78,6 +80,8 @@ UMFA_CORE_API void forward(const Backend& backend, const Problem& problem,
                            const ForwardResults& results, Player& player);
 UMFA_CORE_API void backward(const Backend& backend, const BackwardProblem& problem,
                             const BackwardResults& results, Player& player);
+UMFA_CORE_API void combine(const Backend& backend, const CombineProblem& problem,
+                           const CombineResults& results, Player& player);
 
 /// Records the call in a caller's stream on the device of `name`, a backend that has streams.
 /// Throws `Error` when it has none, or cannot run the problem.

@@ -96,7 +96,7 @@ const Backend backend{
     {forward_features, can_plan_forward, forward, encode_forward, worthwhile, trusts_forward,
      forward_may_wait, prepare_forward, postpone_forward, play_forward},
     {0, can_plan_combine, combine, nullptr, combine_is_worthwhile, trusts_combine, combine_may_wait,
-     prepare_combine},
+     prepare_combine, nullptr, play_combine},
     {backward_features, can_plan_backward, backward, nullptr, backward_is_worthwhile,
      trusts_backward, backward_may_wait, nullptr, nullptr, play_backward},
     allocate,

@@ -30,5 +30,6 @@ void combine(const CombineProblem& problem, const CombineResults& results);
 /// Plan for this GPU, and let the player launch. False: it takes none of the launches.
 bool play_forward(const Problem& problem, const ForwardResults& results, Player& player);
 bool play_backward(const BackwardProblem& problem, const BackwardResults& results, Player& player);
+bool play_combine(const CombineProblem& problem, const CombineResults& results, Player& player);
 
 }  // namespace umfa::metal

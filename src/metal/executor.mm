@@ -305,6 +305,11 @@ bool play_backward(const BackwardProblem& problem, const BackwardResults& result
                 [&](const Capabilities& gpu) { return plan_backward(problem, results, gpu); });
 }
 
+bool play_combine(const CombineProblem& problem, const CombineResults& results, Player& player) {
+    return play(problem.function, player,
+                [&](const Capabilities& gpu) { return plan_combine(problem, results, gpu); });
+}
+
 void combine(const CombineProblem& problem, const CombineResults& results) {
     run(*Context::current(problem.function), problem.function,
         [&](const Capabilities& gpu) { return plan_combine(problem, results, gpu); });

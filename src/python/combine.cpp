@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "core/dispatch.h"
+#include "python/player.h"
 #include "python/record.h"
 #include "python/running.h"
 #include "python/values.h"
@@ -38,7 +39,7 @@ CombineProblem make_problem(const std::string& function, nb::handle out_partial,
 
 nb::tuple combine_parts(const std::string& function, nb::handle out_partial, nb::handle lse_partial,
                         nb::handle out, nb::handle out_dtype, const std::string& backend_name,
-                        nb::callable allocate) {
+                        nb::callable allocate, nb::handle play) {
     Tensors tensors;
     const CombineProblem problem =
         make_problem(function, out_partial, lse_partial, out, out_dtype, tensors);
@@ -52,7 +53,12 @@ nb::tuple combine_parts(const std::string& function, nb::handle out_partial, nb:
     nb::object lse = allocate(shape_tuple(problem.lse_shape()), name_of(DType::f32));
     const Output lse_array = import_output(lse[0], function, "softmax_lse");
     const CombineResults results = problem.results(tensors.out.view, lse_array.view);
-    without_gil([&] { combine(backend, problem, results); });
+    if (play.is_none()) {
+        without_gil([&] { combine(backend, problem, results); });
+    } else {
+        PythonPlayer player(play);
+        combine(backend, problem, results, player);
+    }
     return nb::make_tuple(merged, nb::object(lse[1]));
 }
 
@@ -68,24 +74,30 @@ std::pair<bool, std::string> combine_can_run(const std::string& function, nb::ha
 
 nb::tuple combine_warm_up(const std::string& function, nb::handle out_partial,
                           nb::handle lse_partial, nb::handle out, nb::handle out_dtype,
-                          const std::string& backend_name) {
+                          const std::string& backend_name, nb::handle play) {
     Tensors tensors;
     const CombineProblem problem =
         make_problem(function, out_partial, lse_partial, out, out_dtype, tensors);
-    return warmed_up([&] { return warm_up(problem, backend_name); });
+    if (play.is_none()) return warmed_up([&] { return warm_up(problem, backend_name); });
+    routed(problem, backend_name);  // the self-test may have to run, without the GIL
+    PythonPlayer player(play);
+    return nb::make_tuple(warm_up(problem, backend_name, player), 0, 0);
 }
 
 }  // namespace
 
 void bind_combine(nb::module_& m) {
     m.def("combine", &combine_parts, "function"_a, "out_partial"_a, "lse_partial"_a, "out"_a.none(),
-          "out_dtype"_a.none(), "backend"_a, "allocate"_a,
+          "out_dtype"_a.none(), "backend"_a, "allocate"_a, "play"_a.none() = nb::none(),
           nb::sig("def combine(function: str, out_partial: object, lse_partial: object, "
                   "out: object | None, out_dtype: object | None, backend: str, "
                   "allocate: collections.abc.Callable[[tuple[int, ...], str], "
-                  "tuple[object, object]]) -> tuple[object | None, object]"),
+                  "tuple[object, object]], "
+                  "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None "
+                  "= None) -> tuple[object | None, object]"),
           "Merges partial results of attention, DLPack tensors.\n\n"
           "`allocate(shape, dtype)` returns (DLPack tensor to write, what to hand back).\n"
+          "`play`: as of attention_forward.\n"
           "Returns (out, lse) as allocate handed them back; None for an `out` that was given.");
     m.def(
         "combine_can_run", &combine_can_run, "function"_a, "out_partial"_a, "lse_partial"_a,
@@ -94,10 +106,11 @@ void bind_combine(nb::module_& m) {
                 "out: object | None, out_dtype: object | None, backend: str) -> tuple[bool, str]"),
         "The routing's verdict on the same call, and its reason.");
     m.def("combine_warm_up", &combine_warm_up, "function"_a, "out_partial"_a, "lse_partial"_a,
-          "out"_a.none(), "out_dtype"_a.none(), "backend"_a,
+          "out"_a.none(), "out_dtype"_a.none(), "backend"_a, "play"_a.none() = nb::none(),
           nb::sig("def combine_warm_up(function: str, out_partial: object, lse_partial: object, "
-                  "out: object | None, out_dtype: object | None, backend: str) "
-                  "-> tuple[str, int, int]"),
+                  "out: object | None, out_dtype: object | None, backend: str, "
+                  "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None "
+                  "= None) -> tuple[str, int, int]"),
           "Compiles the kernels of the same call: (backend, kernels used, kernels built now).");
 }
 

@@ -24,15 +24,17 @@ def run_combination(call: Combination) -> tuple[Any, Any]:
     framework, tensors, out = _ready(call)
 
     def compute(*inputs: Any) -> tuple[Any, ...]:
-        def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-            return framework.allocate(inputs[0], shape, dtype, call.backend)
+        given = dict(zip(tensors, inputs, strict=True))
+        arguments = _exported(framework, call, given, out)
+        allocate_like, play = framework.allocate, None
+        stream = _stream(framework, call, given, out)
+        if stream is not None:
+            allocate_like, play = stream.allocate, stream.play
 
-        arguments = _exported(framework, call, dict(zip(tensors, inputs, strict=True)), out)
-        if framework.before_own_queue is not None:
-            framework.before_own_queue(
-                inputs[0], "merging partial results has no kernel in a stream"
-            )
-        merged, lse = _ext.combine(*arguments, allocate)
+        def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+            return allocate_like(inputs[0], shape, dtype, call.backend)
+
+        merged, lse = _ext.combine(*arguments, allocate, play)
         if out is not None:
             return (framework.finish(lse),)
         return framework.finish(merged), framework.finish(lse)
@@ -58,7 +60,21 @@ def judge_combination(call: Combination) -> tuple[bool, str]:
 def warm_up_combination(call: Combination) -> tuple[str, int, int]:
     """Compiles a merge's kernels. Returns (backend, kernels used, kernels built now)."""
     framework, tensors, out = _ready(call)
-    return _ext.combine_warm_up(*_exported(framework, call, tensors, out))
+    arguments = _exported(framework, call, tensors, out)
+    stream = _stream(framework, call, tensors, out)
+    if stream is None:
+        return _ext.combine_warm_up(*arguments)
+    name, _, _ = _ext.combine_warm_up(*arguments, stream.warm_up)
+    return name, stream.used, stream.built
+
+
+def _stream(framework: Framework, call: Combination, tensors: dict[str, Any], out: Any) -> Any:
+    """The stream of the tensors; None where umfa computes before it returns."""
+    if framework.in_stream is None or not framework.in_stream(tensors["out_partial"]):
+        return None
+    written = {} if out is None else {"out": out}
+    results = ["lse"] if written else ["out", "lse"]
+    return framework.stream(call.function, {**tensors, **written}, results)
 
 
 def _ready(call: Combination) -> tuple[Framework, dict[str, Any], Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from .. import _ext
 from .._errors import UnsupportedError, message
 from .._frameworks import Autodiff, Framework
-from .prepared import Prepared, execute, exported, prepared
+from .prepared import Prepared, execute, exported, prepared, stream_of
 
 # By field of the record: what `_ext.attention_backward` calls the gradient.
 _NAMES = {
@@ -181,13 +181,12 @@ class Differentiable:
 
         inputs = exported(framework, self._call, self._named(tensors))
         allocate_like, play = framework.allocate, None
-        if framework.stream is not None:
-            given = {"out": out, "lse": lse, "dout": dout}
-            if dlse is not None:
-                given["dlse"] = dlse
-            stream = framework.stream(self._call, self._named(tensors), names, **given)
-            if stream is not None:
-                allocate_like, play = stream.allocate, stream.play
+        given = {"out": out, "lse": lse, "dout": dout}
+        if dlse is not None:
+            given["dlse"] = dlse
+        stream = stream_of(framework, self._call, self._named(tensors), names, **given)
+        if stream is not None:
+            allocate_like, play = stream.allocate, stream.play
 
         def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
             return allocate_like(tensors[0], shape, dtype, backend)

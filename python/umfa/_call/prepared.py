@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .. import _ext
@@ -43,15 +44,34 @@ def exported(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> t
     )
 
 
+def stream_of(
+    framework: Framework,
+    call: Prepared,
+    tensors: dict[str, Any],
+    results: Sequence[str],
+    **saved: Any,
+) -> Any:
+    """The stream of the call's tensors; None where umfa computes before it returns.
+
+    `exported` comes first: it may queue copies.
+    """
+    if framework.in_stream is None or not framework.in_stream(tensors[call.names[0]]):
+        return None
+    options = call.options
+    fields = zip(options.fields, tensors.items(), strict=True)
+    named = {field: tensor for field, (name, tensor) in fields if name not in call.tables}
+    gathers = options.return_attn_probs and options.dropout_p != 0
+    obstacle = "the host gathers the matrix of weights" if gathers else ""
+    return framework.stream(call.function, {**named, **saved}, results, obstacle)
+
+
 def execute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
     """(out,), (out, lse) or (out, lse, weights)."""
     shown = exported(framework, call, tensors)
     allocate, play = framework.allocate, None
-    if framework.stream is not None:
-        results = ("lse",) if "out" in tensors else ("out", "lse")
-        stream = framework.stream(call, tensors, results)
-        if stream is not None:
-            allocate, play = stream.allocate, stream.play
+    stream = stream_of(framework, call, tensors, ("lse",) if "out" in tensors else ("out", "lse"))
+    if stream is not None:
+        allocate, play = stream.allocate, stream.play
     out, lse, weights = _ext.attention_forward(
         call.options,
         shown,

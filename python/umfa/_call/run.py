@@ -12,7 +12,7 @@ from .. import _ext
 from .._errors import message
 from .._frameworks import Framework, framework_of, known_framework
 from .gradients import differentiable
-from .prepared import Prepared, execute, exported, prepared
+from .prepared import Prepared, execute, exported, prepared, stream_of
 
 
 def run(attention: _ext.Attention) -> Any:
@@ -89,7 +89,7 @@ def warm_up(attention: _ext.Attention) -> tuple[str, int, int]:
     tensors = attention.tensors
     framework = ready(call, tensors)
     shown = exported(framework, call, tensors)
-    stream = None if framework.stream is None else framework.stream(call, tensors, ())
+    stream = stream_of(framework, call, tensors, ())
     if stream is None:
         return _ext.attention_warm_up(call.options, shown)
     name, _, _ = _ext.attention_warm_up(call.options, shown, stream.warm_up)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -73,8 +73,8 @@ class Framework(Protocol):
     `written` in place. None: the framework has no automatic mixed precision."""
 
     def export(self, tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
-        """A DLPack object on the tensor's memory; raises if it cannot. The memory holds the value
-        already, or once `stream` has been asked.
+        """A DLPack object on the tensor's memory, which holds its value, now or when the tensor's
+        stream has run; raises if it cannot.
 
         `backend` matters where a framework can show the same memory as the CPU's and as the GPU's.
         """
@@ -101,17 +101,21 @@ class Framework(Protocol):
         """Whether a call on these tensors may be part of training. True if the framework does not
         tell."""
 
-    stream: Callable[..., Any] | None
-    """stream(call, tensors, results, **saved) is what queues the call in the framework's own
-    stream: an object with `allocate`, in place of the framework's, `play`, as
-    `_ext.attention_forward` takes it, and `warm_up`, as `_ext.attention_warm_up` takes it. None
-    where umfa computes before it returns; what the framework has queued is done by then. `results`:
-    the names in a plan of what will be allocated; `saved`: further tensors that a plan names.
-    None: the framework has no stream."""
+    in_stream: Callable[[Any], bool] | None
+    """Whether the framework runs operations on a tensor later, in a stream of its own. None: a
+    tensor's memory holds its value once `export` has been asked."""
 
-    before_own_queue: Callable[[Any, str], None] | None
-    """before_own_queue(tensor, reason): waits for what the framework has queued on the tensor's
-    device. None: the framework has no stream."""
+    def stream(
+        self, function: str, tensors: dict[str, Any], results: Sequence[str], obstacle: str = ""
+    ) -> Any:
+        """What queues a call in the stream of its tensors, for which `in_stream` is true.
+
+        An object with `allocate`, in place of the framework's, `play`, as `_ext.attention_forward`
+        takes it, and `warm_up`, as `_ext.attention_warm_up` does. None where umfa's own queue has
+        to run the call, because of `obstacle` or for a reason of the framework's: what the
+        framework has queued is done by then. `tensors` by their names in a plan; `results`: the
+        names of what will be allocated.
+        """
 
     def mark_written(self, tensor: Any) -> None:
         """Tells the framework that the memory of a tensor has been written."""

@@ -54,7 +54,7 @@ autodiff = None
 
 autocast = None
 
-stream = before_own_queue = None
+in_stream = None
 
 draw_seed = None
 

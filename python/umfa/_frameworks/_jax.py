@@ -78,7 +78,7 @@ autodiff = _jax_autodiff
 
 autocast = None
 
-stream = before_own_queue = None
+in_stream = None
 
 draw_seed = None
 

@@ -95,7 +95,7 @@ autodiff = _mlx_autodiff
 
 autocast = None
 
-stream = before_own_queue = None
+in_stream = None
 
 
 def draw_seed() -> int:

@@ -102,7 +102,7 @@ autodiff = None
 
 autocast = None
 
-stream = before_own_queue = None
+in_stream = None
 
 
 def draw_seed() -> int:

@@ -82,29 +82,20 @@ def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> 
     return shown
 
 
+def in_stream(tensor: Any) -> bool:
+    return _torch_mps.is_mps(tensor)
+
+
 def stream(
-    call: Any, tensors: dict[str, Any], results: Sequence[str], **saved: Any
+    function: str, tensors: dict[str, Any], results: Sequence[str], obstacle: str = ""
 ) -> _torch_mps.Stream | None:
-    first = tensors[call.names[0]]
-    if not _torch_mps.is_mps(first):
-        return None
-    options = call.options
-    reason = _torch_mps.missing()
-    if options.return_attn_probs and options.dropout_p != 0:
-        reason = "the host gathers the matrix of weights"
+    reason = obstacle or _torch_mps.missing()
     if reason:
-        before_own_queue(first, reason)
-        return None
-    named = zip(options.fields, tensors.items(), strict=True)
-    shown = {field: tensor for field, (name, tensor) in named if name not in call.tables}
-    return _torch_mps.Stream(call.function, {**shown, **saved}, results, allocate)
-
-
-def before_own_queue(tensor: Any, reason: str) -> None:
-    # DLPack knows no Metal streams: what torch has queued must be done before umfa's own queue
-    # reads it. The other direction needs nothing, since the call waits.
-    if _torch_mps.is_mps(tensor):
+        # DLPack knows no Metal streams: what torch has queued must be done before umfa's own queue
+        # reads it. The other direction needs nothing, since the call waits.
         _torch_mps.wait(reason)
+        return None
+    return _torch_mps.Stream(function, tensors, results, allocate)
 
 
 def _check_offset(tensor: Any, function: str, argument: str) -> None:

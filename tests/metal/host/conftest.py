@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here not in item.path.parents:
             continue
-        if "emulated" not in getattr(item, "fixturenames", ()):
+        if not {"emulated", "mps"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.sanitize)
         elif item.path.name == "test_self_test.py":
             item.add_marker(pytest.mark.slow)

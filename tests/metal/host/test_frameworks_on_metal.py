@@ -57,12 +57,12 @@ def test_torch_is_waited_for(waits: list[int]) -> None:
     tensor = MpsTensor()
     assert _torch.export(tensor, "f", "q") is tensor
     assert waits == [], "a verdict needs no values"
+    assert _torch.in_stream(tensor)
+    assert not _torch.in_stream(torch.zeros(2))
     before = umfa.stats().waits.get("a test", 0)
-    _torch.before_own_queue(tensor, "a test")
+    assert _torch.stream("f", {"query": tensor}, (), "a test") is None
     assert waits == [1]
     assert umfa.stats().waits["a test"] == before + 1
-    _torch.before_own_queue(torch.zeros(2), "a test")
-    assert waits == [1], "the CPU's tensors wait for nothing"
 
 
 @pytest.mark.parametrize("version", ["2.9.0", "2.9.1+cpu"])

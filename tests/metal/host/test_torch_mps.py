@@ -19,7 +19,7 @@ from tools.metal import double as metal_double
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
 from umfa import _ext
-from umfa._call.prepared import prepared
+from umfa._call.prepared import prepared, stream_of
 from umfa._frameworks import _numpy
 
 torch = pytest.importorskip("torch")
@@ -250,6 +250,26 @@ def test_parts_of_a_batch_start_where_they_lie(mps: TorchMps) -> None:
     assert_close(mps.read(out), wanted, BASE["float16"])
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_combine(mps: TorchMps, given: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    parts = mps.tensor(torch.randn(3, 2, 5, 2, 24, generator=generator))
+    sums = mps.tensor(torch.randn(3, 2, 5, 2, generator=generator))
+    out = mps.tensor(torch.full((2, 5, 2, 24), float("nan"))) if given else None
+    assert umfa.warmup(umfa.flash_attn_combine, parts, sums, out)[:3] == ("metal", 1, 1)
+    before = umfa.stats()
+    merged, lse = umfa.flash_attn_combine(parts, sums, out)
+    after = umfa.stats()
+    assert mps.waits == 0
+    assert len(mps.compiled) == 1
+    assert after.plans_in_stream - before.plans_in_stream == 1
+    assert mps.poisoned(merged)
+    assert merged is out or not given
+    wanted, wanted_lse = reference.combine(mps.read(parts), mps.read(sums))
+    assert_close(mps.read(merged), wanted, BASE["float32"])
+    assert_close(mps.read(lse), wanted_lse, LSE, "lse")
+
+
 @pytest.mark.slow
 def test_tensors_without_elements(mps: TorchMps) -> None:
     """They have no memory that could be bound."""
@@ -385,8 +405,7 @@ def test_what_umfas_own_queue_runs_is_waited_for(mps: TorchMps, monkeypatch: Any
 
     def stream(**options: Any) -> Any:
         record = _ext.Attention(BSHD, query=q, key=k, value=v, backend="auto", **options)
-        call = prepared(record.options)
-        return _torch.stream(call, record.tensors, ("out", "lse"))
+        return stream_of(_torch, prepared(record.options), record.tensors, ("out", "lse"))
 
     assert isinstance(stream(), _torch_mps.Stream)
 
