@@ -4,6 +4,7 @@ only when the test says so. No part of it is Apple's."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from umfa._frameworks import _numpy
 
 torch = pytest.importorskip("torch")
 
+import umfa.torch  # noqa: E402
 from tests.metal.host.torch_mps import Kernel, TorchMps, standing_in  # noqa: E402
 from umfa._frameworks import _torch, _torch_mps  # noqa: E402
 
@@ -101,6 +103,26 @@ def test_a_model_compiles_few_texts(mps: TorchMps) -> None:
     assert len(mps.launched) == 24
     assert len(mps.compiled) == 1
     assert mps.waits == 0
+
+
+def test_torchs_own_attention(mps: TorchMps) -> None:
+    """With `umfa.torch`, as a program calls it that knows nothing of umfa; with gradients, too."""
+    q, k, v = (x.transpose(1, 2) for x in made(mps, torch.float16, 20, 70))
+    leaves = [mps.adopt(x.clone()).requires_grad_() for x in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    before = umfa.stats()
+    with umfa.torch.sdpa():
+        out = sdpa(sdpa(*leaves, enable_gqa=True), *leaves[1:], enable_gqa=True)
+    after = umfa.stats()
+    assert after.plans_in_stream - before.plans_in_stream == 2
+    assert after.left == before.left
+    assert mps.waits == 0
+    assert mps.poisoned(out)
+    first = reference.scaled_dot_product(*(mps.read(x) for x in leaves), enable_gqa=True)
+    wanted = reference.scaled_dot_product(
+        first.astype(np.float16), *(mps.read(x) for x in leaves[1:]), enable_gqa=True
+    )
+    assert_close(mps.read(out), wanted, BASE["float16"])
 
 
 OPTIONS = {
@@ -349,11 +371,18 @@ def test_warmup_compiles_for_the_stream(mps: TorchMps) -> None:
     assert len(mps.compiled) == 1
 
 
-def test_kernels_that_take_few_threads(mps: TorchMps) -> None:
-    mps.max_threads = 16
-    with pytest.raises(umfa.UnsupportedError, match="no kernel has a tile small enough"):
-        umfa.flash_attn_func(*made(mps, torch.float16, 20, 70), causal=True)
-    assert mps.queue == []
+def test_kernels_that_take_few_threads(mps: TorchMps, monkeypatch: Any) -> None:
+    """The plan is made again for fewer, until there is none."""
+    kernel = SimpleNamespace(max_threads_per_threadgroup=16, thread_execution_width=32)
+    asked = []
+    monkeypatch.setattr(_torch_mps, "_compiled", lambda name, *_: asked.append(name) or kernel)
+    with pytest.raises(umfa.UnsupportedError) as caught:
+        umfa.flash_attn_func(*made(mps, torch.float16, 20, 70))
+    assert str(caught.value) == (
+        "[umfa.flash_attn_func] no kernel has a tile small enough for this GPU; got 16 threads; "
+        "expected at most 16"
+    )
+    assert len(asked) > 1
 
 
 @pytest.mark.slow
