@@ -68,6 +68,20 @@ def test_torch_on_mps_does_not_wait(torch: Any, monkeypatch: pytest.MonkeyPatch)
         assert float((mine.cpu() - other).abs().max()) <= bound
 
 
+def test_torch_on_mps_by_umfas_queue(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UMFA_TORCH_STREAM", "0")
+    q, k, v = (torch.from_numpy(a).to("mps") for a in arrays())
+    before = umfa.stats()
+    out = umfa.flash_attn_func(2 * q, k, v)
+    after = umfa.stats()
+    assert after.plans_in_stream == before.plans_in_stream
+    assert after.command_buffers == before.command_buffers + 1
+    reason = "UMFA_TORCH_STREAM=0"
+    assert after.waits[reason] == before.waits.get(reason, 0) + 1
+    a, b, c = arrays()
+    close(out.cpu().numpy(), reference.attention(2 * a, b, c)[0], "float32")
+
+
 def test_torch_slices_on_mps(torch: Any) -> None:
     """Views begin inside the buffer of their base."""
     qkv = torch.from_numpy(np.stack(arrays(), axis=2)).to("mps")

@@ -41,6 +41,8 @@ def wait(reason: str) -> None:
 
 def missing() -> str:
     """Why this process cannot launch kernels in torch's stream; empty if it can."""
+    if os.environ.get("UMFA_TORCH_STREAM") == "0":  # another value than 1 is the core's to refuse
+        return "UMFA_TORCH_STREAM=0"
     if not hasattr(torch.mps, "compile_shader"):
         return f"torch {torch.__version__} has no torch.mps.compile_shader"
     if os.environ.get("PYTORCH_MPS_FAST_MATH", "0") != "0":

@@ -448,14 +448,20 @@ def test_what_umfas_own_queue_runs_is_waited_for(mps: TorchMps, monkeypatch: Any
 
     assert "command buffers of its own" in the_wait_of(mps, long)
 
-    def fast() -> None:
+    def refused() -> None:
         assert stream() is None
 
+    monkeypatch.setenv("UMFA_TORCH_STREAM", "0")
+    assert the_wait_of(mps, refused) == "UMFA_TORCH_STREAM=0"
+    monkeypatch.setenv("UMFA_TORCH_STREAM", "yes")
+    with pytest.raises(ValueError, match="UMFA_TORCH_STREAM is wrong; got 'yes'; expected '0'"):
+        umfa.flash_attn_func(q, k, v)
+    monkeypatch.delenv("UMFA_TORCH_STREAM")
     monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", "1")
-    assert "PYTORCH_MPS_FAST_MATH" in the_wait_of(mps, fast)
+    assert "PYTORCH_MPS_FAST_MATH" in the_wait_of(mps, refused)
     monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", "0")
     monkeypatch.delattr(torch.mps, "compile_shader")
-    assert "has no torch.mps.compile_shader" in the_wait_of(mps, fast)
+    assert "has no torch.mps.compile_shader" in the_wait_of(mps, refused)
 
 
 def test_large_tables_are_copied_once(mps: TorchMps) -> None:
