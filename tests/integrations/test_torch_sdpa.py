@@ -100,15 +100,15 @@ def doubled(q: Any, k: Any, v: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 @pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    "compiler", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-def test_compile(backend: str, grad: bool) -> None:
+def test_compile(compiler: str, grad: bool) -> None:
     given = tensors(1, 2, 24, 16, grad=grad)
     torch._dynamo.reset()
     stock = doubled(*given)
     with umfa_torch.sdpa():
-        compiled = torch.compile(doubled, backend=backend, fullgraph=True)
+        compiled = torch.compile(doubled, backend=compiler, fullgraph=True)
         compiled(*given)
         counted = Counted()
         out = compiled(*given)

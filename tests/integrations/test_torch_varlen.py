@@ -154,8 +154,10 @@ def test_pages(whole_pages: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile(backend: str) -> None:
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_compile(compiler: str) -> None:
     """Of query and key that are slices of one tensor, whose strides the graph asks about."""
 
     def doubled(qkv: Any, offsets: Any) -> Any:
@@ -165,7 +167,7 @@ def test_compile(backend: str) -> None:
 
     qkv = torch.randn(11, 3, 2, 16, requires_grad=True)
     torch._dynamo.reset()
-    compiled = torch.compile(doubled, backend=backend, fullgraph=True)
+    compiled = torch.compile(doubled, backend=compiler, fullgraph=True)
     with umfa_torch.sdpa():
         expected = doubled(qkv, OFFSETS)
         counted = Counted()

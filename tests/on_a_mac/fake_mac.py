@@ -26,9 +26,9 @@ import xdist  # noqa: F401
 
 import umfa
 
-for framework in ("torch", "jax", "mlx.core"):
+for library in ("torch", "jax", "mlx.core", "huggingface_hub.hf_api"):
     with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module(framework)
+        importlib.import_module(library)
 
 PARAVIRTUAL = (
     "Apple Paravirtual device is older than GPU family Apple7 (M1), whose matrix operations umfa "
