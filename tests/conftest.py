@@ -159,7 +159,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         elif not mac.EMULATOR_RUNS:
             item.add_marker(pytest.mark.skip(reason=mac.EMULATOR_REASON))
-        elif item.get_closest_marker("slow_emulated") or backend == "metal-permuted":
+        elif slow := item.get_closest_marker("slow_emulated"):
+            item.add_marker(slow.kwargs.get("tier", "slow"))
+        elif backend == "metal-permuted":
             item.add_marker(pytest.mark.slow)
         elif backend == "metal":
             name = getattr(item, "originalname", "")
@@ -190,11 +192,11 @@ def _runs_kernels(item: pytest.Item) -> bool:
 def _sample_kernel_tests(items: list[pytest.Item]) -> None:
     """Of a test's parameters on the emulator, the first and a quarter of the others always run.
 
-    Their kernels take half of the run's time to compile. Of what is slow, the first and a sixth of
+    Their kernels take half of the run's time to compile. Of what is slow, the first and a tenth of
     the others stay there, and the rest is nightly. A hash chooses, so that no value of one
     parameter is left out in favour of another.
     """
-    for tier, share, next_tier in (("", 4, "slow"), ("slow", 6, "nightly")):
+    for tier, share, next_tier in (("", 4, "slow"), ("slow", 10, "nightly")):
         seen = set()
         for item in items:
             of_tier = {mark for mark in ("slow", "nightly") if item.get_closest_marker(mark)}

@@ -50,6 +50,8 @@ def test_small(case: Case, attend: Attend) -> None:
     attend.case(case)
 
 
+NIGHTLY_EMULATED = pytest.mark.slow_emulated(tier="nightly")  # 40 to 150 s each
+
 LARGE = [
     Case((2, 8, 1023, 1023, 64), "float16", label="A07"),
     pytest.param(
@@ -58,17 +60,13 @@ LARGE = [
     pytest.param(
         Case((1, 8, 4096, 77, 40), "float16", label="A08"), marks=pytest.mark.slow_emulated
     ),
-    pytest.param(
-        Case((1, 1, 4096, 4096, 512), "float16", label="A10"), marks=pytest.mark.slow_emulated
-    ),
-    pytest.param(
-        Case((1, 1, 4096, 4096, 512), "float32", label="A10"), marks=pytest.mark.slow_emulated
-    ),
+    pytest.param(Case((1, 1, 4096, 4096, 512), "float16", label="A10"), marks=NIGHTLY_EMULATED),
+    pytest.param(Case((1, 1, 4096, 4096, 512), "float32", label="A10"), marks=NIGHTLY_EMULATED),
     # One group of heads takes the emulator 15 s. The default run tests the same kernel with 1536
     # keys in tests/metal/test_forward_kernel.py, and groups and causal masks with fewer keys.
     pytest.param(
         Case((1, 32, 2048, 2048, 128), "bfloat16", heads_k=8, options=(CAUSAL,), label="A19"),
-        marks=pytest.mark.slow_emulated,
+        marks=NIGHTLY_EMULATED,
     ),
 ]
 

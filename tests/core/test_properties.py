@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.attend import Attend
 
 # Four minutes there, most of them compiling kernels for ever new combinations.
-pytestmark = pytest.mark.slow_emulated
+pytestmark = pytest.mark.slow_emulated(tier="nightly")
 
 PROFILE = settings(
     deadline=None,  # the first call starts threads; a slow machine is no error

@@ -34,7 +34,7 @@ def test_the_plan_needs_no_memory(family: int, kind: type) -> None:
     assert sorted(names) == ["attn_mask", "key", "lse", "out", "query", "value"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # 130 s
 def test_the_kernel_reads_the_mask_where_it_is() -> None:
     """One head of it. The emulator would stop at any access outside of the buffers it was given, of
     which the mask's holds one row."""

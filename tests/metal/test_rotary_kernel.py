@@ -127,7 +127,7 @@ def test_bfloat_fragments(interleaved: bool) -> None:
     check(*dense("bfloat16", 40, 70, 64), *rotary_tables(70, 48), interleaved, causal=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # 160 s
 @INTERLEAVED
 def test_a30_flux(interleaved: bool) -> None:
     """A30, one head: the fused pass and rotating first."""

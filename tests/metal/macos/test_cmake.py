@@ -324,7 +324,7 @@ def test_wheels_are_made_with_a_metallib_or_not_at_all() -> None:
     assert re.findall('CMAKE_ARGS = "(.*)"', project) == ["-DUMFA_METAL=ON -DUMFA_METALLIB=ON"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # `.ci/run wheel` links it too
 def test_the_library_links(tmp_path: Path) -> None:
     mac = Mac.made(tmp_path, found=True, works=True)
     mac.configure("-DUMFA_METAL=ON")

@@ -380,7 +380,7 @@ def _survivors(renamings: Iterable[tuple[str, str, str]]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_any_name_of_a_shader_replaced_by_a_keyword_is_refused(every: bool) -> None:
     """Each third name in each declaration by one keyword, or in the smallest by all."""
     pairs, keywords = _names_in_place(), sorted(words.KEYWORDS)
@@ -421,7 +421,7 @@ def test_a_macro_of_the_shaders_named_by_any_word_of_metals_is_refused() -> None
                 assert macro_faults([dataclasses.replace(macro, parameters=given)]), word
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # 100 s
 def test_names_at_namespace_scope_replaced_by_functions_of_metals_are_refused() -> None:
     renamings = [
         (chunk, d.token.text, word)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.tiers import crossed
 from tests.tools.ptx.ptx_kernels import compile_all, launches_of
 from tools.metal.ptx.cases import Case
 from tools.metal.ptx.ptxas import Resources, find_ptxas, ptxas_report
@@ -64,9 +65,10 @@ def test_every_kind_of_kernel_is_among_them() -> None:
     assert {n.split("_")[0] for n in names} == {"forward", "decode", "append", "delta", "dq", "dkv"}
 
 
-@pytest.mark.slow  # compiles every kernel that the planner can name
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, "rare"])
+@pytest.mark.slow  # compiles every kernel that the planner can name; most of them every night
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), crossed([*HEAD_DIMS, "rare"], DTYPES, mark=pytest.mark.nightly)
+)
 def test_every_kernel_compiles(head_dim: int | str, dtype: str) -> None:
     """With the entry, bounds and threadgroup memory of its plan, and without local memory."""
     usual = [x for x in FORWARD + DECODE + BACKWARD if x.head_dim == head_dim]
