@@ -651,7 +651,9 @@ def test_the_report_shows_it(recorded: Double) -> None:
     text = env.rows(report)["self-test"]
     assert "float16: 0 of 35 families of kernels pass" in text
     assert "Apple M1, applegpu_g13g, Apple7, " in text
-    assert f"{report['self_tests'][0]['when']}, 6 pipelines in " in text
+    test = report["self_tests"][0]
+    assert test["pipelines"] > 0  # of the process: another thread may compile meanwhile
+    assert f"{test['when']}, {test['pipelines']} pipelines in " in text
     assert "combine_f16 excluded: out" in text
     assert "available in part" in env.rows(report)["metal backend"]
 

@@ -42,6 +42,24 @@ class Timed(Recorder):
         time.sleep(self.seconds(kernel))
 
 
+class Clocked(Recorder):
+    """A GPU whose kernels take the planted time by a clock of its own: sleeping is not exact."""
+
+    def __init__(self, time_of: Callable[[Kernel], float]) -> None:
+        super().__init__()
+        self.time_of = time_of
+        self.clock = 0.0
+
+    def run(self, kernel: Kernel) -> None:
+        super().run(kernel)
+        self.clock += self.time_of(kernel)
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        before = self.clock
+        call()
+        return self.clock - before
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UMFA_METAL_CACHE", str(cache_folder()))
@@ -72,7 +90,9 @@ def planted(best: int) -> Callable[[Kernel], float]:
 def test_the_fastest_split_is_chosen(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 key heads on 8 cores: as many splits as threadgroups per core."""
     monkeypatch.setattr(tune, "LENGTHS", (64,))
-    with metal_double.machine(Timed(planted(count)), tune="1"):
+    gpu = Clocked(planted(count))
+    monkeypatch.setattr(tune, "gpu_seconds", gpu.seconds)
+    with metal_double.machine(gpu, tune="1"):
         assert tune.run(BUDGET) == 0
         assert _ext.tuning()["decode_threadgroups_per_core"] == count
         q, k = np.ones((1, 1, 32, 128), np.float16), np.ones((1, 8192, 8, 128), np.float16)
@@ -88,10 +108,9 @@ def split_count(q: Any, k: Any) -> int:
 
 def test_without_a_difference_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "LENGTHS", (64,))
-    monkeypatch.setattr(tune, "BETTER", 0.5)  # sleeping is not exact
-    with metal_double.machine(
-        Timed(lambda kernel: 0.002 * ("f16_d128_v" in kernel.name)), tune="1"
-    ):
+    gpu = Clocked(lambda kernel: 0.002 * ("f16_d128_v" in kernel.name))
+    monkeypatch.setattr(tune, "gpu_seconds", gpu.seconds)
+    with metal_double.machine(gpu, tune="1"):
         assert tune.run(BUDGET) == 0
         assert _ext.tuning()["decode_threadgroups_per_core"] == 3
 
@@ -102,28 +121,19 @@ MORE_KEYS = "forward_f16_d128_v128_k32_q1_f2"
 """An alternative that Apple7 has."""
 
 
-class Fills(Recorder):
-    """Tiles write the planted number to 40 rows of a head. `fast` takes less than the others, by a
-    clock of its own: sleeping is not exact."""
+class Fills(Clocked):
+    """Tiles write the planted number to 40 rows of a head. `fast` takes less than the others."""
 
     def __init__(self, fast: str, number: Callable[[str], float]) -> None:
-        super().__init__()
-        self.fast = fast
+        super().__init__(lambda kernel: 1.0 if kernel.name == fast else 1.1)
         self.number = number
-        self.clock = 0.0
 
     def run(self, kernel: Kernel) -> None:
         super().run(kernel)
-        self.clock += 1.0 if kernel.name == self.fast else 1.1
         if found := re.match(r"forward_(\w+?)_d(\d+)_", kernel.name):
             out, dtype = kernel.buffers[3], DTYPES[DTYPE_OF[found.group(1)]]
             bits = memory(out)[out.offset :][: 40 * int(found.group(2)) * np.dtype(dtype).itemsize]
             bits.view(dtype)[:] = self.number(kernel.name)
-
-    def seconds(self, call: Callable[[], Any]) -> float:
-        before = self.clock
-        call()
-        return self.clock - before
 
 
 @pytest.fixture
