@@ -54,6 +54,10 @@ BLOCKS = [block for document in EXAMPLES for block in fenced(document)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 
 
+NEEDS = {"umfa.comfyui": {"torch"}}
+"""Libraries that a module of umfa imports and a block that uses it does not."""
+
+
 def imports(code: str) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(code)):
@@ -61,6 +65,7 @@ def imports(code: str) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.split(".")[0])
+            names |= NEEDS.get(node.module, set())
     return names
 
 
