@@ -45,38 +45,32 @@ class _FusedRope:
         return Rotated(mask, cos, sin), None
 
 
-class Flux(_FusedRope, FluxAttnProcessor):
+class _Joint(_FusedRope):
+    """Attention of text and image together."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Any,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        hidden = self._hidden(attention_mask, image_rotary_emb)
+        stock: Any = super()  # one of diffusers' classes
+        return stock.__call__(attn, hidden_states, encoder_hidden_states, *hidden)
+
+
+class Flux(_Joint, FluxAttnProcessor):
     """FLUX.1."""
 
     _umfa_stock = FluxAttnProcessor
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Any,
-        encoder_hidden_states: Any = None,
-        attention_mask: Any = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        hidden = self._hidden(attention_mask, image_rotary_emb)
-        return super().__call__(attn, hidden_states, encoder_hidden_states, *hidden)
 
-
-class Flux2(_FusedRope, Flux2AttnProcessor):
+class Flux2(_Joint, Flux2AttnProcessor):
     """FLUX.2's double blocks."""
 
     _umfa_stock = Flux2AttnProcessor
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Any,
-        encoder_hidden_states: Any = None,
-        attention_mask: Any = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        hidden = self._hidden(attention_mask, image_rotary_emb)
-        return super().__call__(attn, hidden_states, encoder_hidden_states, *hidden)
 
 
 class Flux2Parallel(_FusedRope, Flux2ParallelSelfAttnProcessor):
