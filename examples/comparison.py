@@ -52,7 +52,7 @@ def relative(ours: Any, stock: Any) -> float:
 
 
 def computed() -> int:
-    """Calls that umfa has computed in this process, whoever made them."""
+    """The number of calls that umfa has computed in this process."""
     found = umfa.stats()
     return found.cpu_calls + found.metal_calls
 

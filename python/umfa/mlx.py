@@ -160,7 +160,7 @@ def _attention(
     causal: bool = False,
     out_dtype: Any = None,
 ) -> Attention:
-    """A call of which options without arrays are kept for later ones."""
+    """The call as a record. Calls with the same options, apart from arrays, share one set."""
     return Attention(
         _FUNCTION,
         query=q,

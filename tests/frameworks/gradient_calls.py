@@ -18,7 +18,7 @@ Q, K, V = (2, 9, 4, 16), (2, 13, 2, 16), (2, 13, 2, 24)
 
 
 class Call(NamedTuple):
-    """A function of umfa, the tensors of which gradients are taken, and the rest."""
+    """A function of umfa, the tensors to differentiate with respect to, and the other arguments."""
 
     function: Callable[..., Any]
     tensors: dict[str, Array]

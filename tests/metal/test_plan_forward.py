@@ -168,7 +168,7 @@ def test_kernels_compiled_ahead_are_all_asked_for() -> None:
                 head_dim_v=head_dim_v, family=family,
             )  # fmt: skip
             asked |= {launch["kernel"] for launch in made["launches"]}
-    # Rows of Apple7 and 8 alone, of which bfloat makes no use: it is float there.
+    # Rows of Apple7 and Apple8 alone. bfloat does not use them: the GPU computes it as float.
     spare = {"forward_bf16_d128_v128_k16", "forward_bf16_d256_v256_k32"}
     spare |= {f"forward_bf16_d128_v128_{rest}" for rest in ("k32_q1_f2", "k16_q1_f0")}
     for kernel in host_names("forward.metal") - asked - spare:  # that tuning may choose

@@ -177,8 +177,8 @@ def _kernel(function: str, launch: dict[str, Any]) -> Any:
 
 @lru_cache(maxsize=256)
 def _compiled(name: str, source: str, defines: str) -> Any:
-    """The kernel that these #define lines make of a shader. One text for each value of each
-    constant, of which a model has a few."""
+    """The kernel that these #define lines make of a shader. Each set of constants is a text of its
+    own; a model needs a few."""
     return getattr(torch.mps.compile_shader(defines + _ext.shader_text(source)), name)
 
 

@@ -232,7 +232,7 @@ def test_processes(cache: Path) -> None:
     together = [outcome_of(process) for process in [child(), child(), child()]]
     assert {pipelines for _, pipelines in together} == {3}
     assert max(count for count, _ in together) <= 3
-    assert outcome_of(child()) == [0, 3], "whoever wrote last"
+    assert outcome_of(child()) == [0, 3], "the last file is whole, whichever process wrote it"
     assert len(archives(cache)) == 3
     files = {file.suffix for file in archives(cache)[0].parent.iterdir()}
     assert files == {".archive", ".txt"}, "nothing else is left"

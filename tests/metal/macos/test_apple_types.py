@@ -151,7 +151,7 @@ def test_types_are_apples(ours: list[Method], apples: dict[str, list[dict[str, A
                 wrong[f"{method.owner} {method.selector}"] = found
     assert not wrong, "ours, Apple's"
     assert compared > 40
-    # Properties of objects and enums of four classes, of which pyobjc has nothing to say.
+    # Properties of four classes that are objects or enums. pyobjc does not describe their types.
     assert unknown == {
         *("languageVersion", "setLanguageVersion:", "mathMode", "setMathMode:"),
         *("mathFloatingPointFunctions", "setMathFloatingPointFunctions:"),
