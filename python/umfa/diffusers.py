@@ -107,6 +107,8 @@ def enable(pipe: Any, *, fused_rope: bool = False) -> Report:
     if fused_rope:
         _refuse_without_rope(models)
     backend = _backend()
+    if not _switch.is_enabled_by(_FUNCTION):  # umfa.torch.disable() has switched all models off
+        _enabled.clear()
     _enabled.update(model for _, model in models)
     _switch.enable(_FUNCTION)
     return Report(_enable(name, model, backend, fused_rope) for name, model in models)

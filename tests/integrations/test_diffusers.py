@@ -375,6 +375,15 @@ def test_another_backend_still_gets_rotated_rows(rotated: list[bool]) -> None:
     assert rotated == []
 
 
+def test_a_model_that_torch_switched_off_keeps_nothing_on() -> None:
+    first, second = flux()[0], vae()[0]
+    adapter.enable(first)
+    umfa.torch.disable()
+    adapter.enable(second)
+    adapter.disable(second)
+    assert not umfa.torch.is_enabled()
+
+
 def test_copies_and_pickles_while_the_kernel_rotates(rotated: list[bool]) -> None:
     model, inputs = flux()
     stock = run(model, inputs)

@@ -34,6 +34,10 @@ def disable(caller: str | None = None) -> None:
         _update()
 
 
+def is_enabled_by(caller: str) -> bool:
+    return caller in _callers
+
+
 def is_enabled() -> bool:
     return _kernels.switch.on
 
