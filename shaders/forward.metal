@@ -21,6 +21,7 @@
 #include "shared/forward_shapes.h"
 #include "shared/fragment.h"
 #include "shared/indices.h"
+#include "shared/key_order.h"
 #include "shared/operand.h"
 #include "shared/params.h"
 #include "shared/products.h"
@@ -121,15 +122,53 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][DF], thread Fragment<M
     }
 }
 
+/// Bits of a lane's elements of the mask of row f, which begins at element `row`, for a tile.
+template <int QF, int KF>
+UMFA_INLINE void load_runs(thread uint2 (&bits)[QF][KF], int f, device const uchar* mask,
+                           int64_t row, int k0, int seqlen_kv, LaneMap at) {
+    device const uchar* from = mask + row * mask_bytes();
+    const int run = run_fragments<KF>(), bytes = 2 * run * mask_bytes();
+#pragma clang loop unroll(full)
+    for (int j = 0; j < KF; ++j) {
+        if (j % run != 0) continue;
+        // A run behind the last key is hidden, whatever is read for it.
+        const int column = min(k0 + key_column<KF>(j, at.column), (seqlen_kv - 1) & ~(2 * run - 1));
+        device const uchar* mine = from + int64_t(column) * mask_bytes();
+        uint4 words = uint4(0u);
+        if (bytes == 16) words = *reinterpret_cast<device const uint4*>(mine);
+        if (bytes == 8) words.xy = *reinterpret_cast<device const uint2*>(mine);
+        if (bytes == 4) words.x = *reinterpret_cast<device const uint*>(mine);
+        if (mask_kind == UMFA_MASK_F32) {
+            bits[f][j] = words.xy;
+            bits[f][(j + 1) % KF] = words.zw;
+        } else if (mask_kind == UMFA_MASK_BOOL) {
+            bits[f][j] = uint2(words.x, 0u);
+            bits[f][(j + 1) % KF] = uint2(words.x >> 16, 0u);
+            if (run > 2) bits[f][(j + 2) % KF] = uint2(words.y, 0u);
+            if (run > 2) bits[f][(j + 3) % KF] = uint2(words.y >> 16, 0u);
+        } else {
+            bits[f][j] = uint2(words.x, 0u);
+            bits[f][(j + 1) % KF] = uint2(words.y, 0u);
+            if (run > 2) bits[f][(j + 2) % KF] = uint2(words.z, 0u);
+            if (run > 2) bits[f][(j + 3) % KF] = uint2(words.w, 0u);
+        }
+    }
+}
+
 /// A lane's elements of the mask for a tile.
 template <int QF, int KF>
 UMFA_INLINE void load_mask(thread uint2 (&bits)[QF][KF], thread const ScoreRow (&rows)[QF], int k0,
                            int seqlen_kv, constant ForwardParams& params, device const uchar* mask,
                            LaneMap at) {
+    if (mask_runs) {
+#pragma clang loop unroll(full)
+        for (int f = 0; f < QF; ++f) load_runs(bits, f, mask, rows[f].mask, k0, seqlen_kv, at);
+        return;
+    }
 #pragma clang loop unroll(full)
     for (int i = 0; i < QF * KF; ++i)
-        bits[i / KF][i % KF] =
-            mask_bits(mask, rows[i / KF].mask, k0 + i % KF * 8 + at.column, seqlen_kv, params);
+        bits[i / KF][i % KF] = mask_bits(mask, rows[i / KF].mask,
+                                         k0 + key_column<KF>(i % KF, at.column), seqlen_kv, params);
 }
 
 /// Scores of one row in a tile with all that depends on positions, and `lowest` for hidden keys.
@@ -142,7 +181,7 @@ UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[QF][KF], int f, thread co
     const bool counting = counts(pass);
 #pragma clang loop unroll(full)
     for (int j = 0; j < KF; ++j) {
-        const int column = k0 + j * 8 + at.column;
+        const int column = k0 + key_column<KF>(j, at.column);
         const float2 x = pair_of(s[f][j]);
         set(s[f][j], biased(x.x, row, column, scale, params),
             biased(x.y, row, column + 1, scale, params));
@@ -155,7 +194,7 @@ UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[QF][KF], int f, thread co
         const VisibleRow seen = whole_row(range, row.row);
 #pragma clang loop unroll(full)
         for (int j = 0; j < KF; ++j) {
-            const int column = k0 + j * 8 + at.column;
+            const int column = k0 + key_column<KF>(j, at.column);
             const float2 x = pair_of(s[f][j]);
             set(s[f][j], sees(seen, column) ? x.x : lowest, sees(seen, column + 1) ? x.y : lowest);
         }
@@ -189,9 +228,10 @@ UMFA_INLINE void softmax_tile(thread Fragment<M> (&p)[QF][KF], thread Fragment<f
         float p1 = weight(x.y, unit, relative_to);
         softmax.sum += p0 + p1;
         if (has_dropout) {
-            const int column = k0 + j * 8 + at.column;
-            if (KF == 1 || j % 2 == 0) words = words_of(params.dropout, batch, head, row, column);
-            drop(p0, p1, words, KF == 1 ? column / 8 % 2 != 0 : j % 2 != 0,
+            const int column = k0 + key_column<KF>(j, at.column);
+            const bool alone = KF == 1 || mask_runs;  // else two fragments share the words
+            if (alone || j % 2 == 0) words = words_of(params.dropout, batch, head, row, column);
+            drop(p0, p1, words, alone ? column / 8 % 2 != 0 : j % 2 != 0,
                  threshold_of(params.dropout, pass));
         }
         set(p[f][j], M(p0), M(p1));

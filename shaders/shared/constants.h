@@ -73,7 +73,10 @@
     X(42, bool, wants_dq)                                                                   \
     X(43, bool, wants_dslopes)                                                              \
     X(44, int, dqv_kind)                                                                    \
-    X(45, bool, wants_dqv)
+    X(45, bool, wants_dqv)                                                                  \
+    /* Keys of the forward kernel's tiles lie as key_order.h says, and the mask of a */     \
+    /* lane's keys is aligned. */                                                           \
+    X(46, bool, mask_runs)
 
 // Values of mask_kind. The other kinds use them too, except BOOL.
 #define UMFA_MASK_NONE 0

@@ -69,7 +69,7 @@ inline int mask_bytes() {
     return mask_kind == UMFA_MASK_F32 ? 4 : mask_kind == UMFA_MASK_BOOL ? 1 : 2;
 }
 
-/// Bits of two neighbouring elements of the mask. With `wide_mask`, those of both begin in x.
+/// Bits of two neighbouring elements of the mask. With `wide_mask`, those of both are in x.
 inline uint2 mask_bits(device const uchar* mask, int64_t row, int column, int seqlen_kv,
                        constant ForwardParams& params) {
     // The start of the row first: it stays the same, and what follows has 32 bits, which one
@@ -101,7 +101,7 @@ inline float2 mask_elements(uint2 bits) {
     uint second = bits.y;
     if (mask_kind == UMFA_MASK_F32) return float2(as_type<float>(first), as_type<float>(second));
     if (mask_kind == UMFA_MASK_BOOL) {
-        if (wide_mask) second = first >> 8;
+        if (wide_mask) second = first & 0xff00u;
         if (wide_mask) first &= 0xffu;
         return float2(first != 0u ? 1.0f : 0.0f, second != 0u ? 1.0f : 0.0f);
     }

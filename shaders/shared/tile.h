@@ -2,6 +2,7 @@
 #pragma once
 
 #include "shared/fragment.h"
+#include "shared/key_order.h"
 #include "shared/operand.h"
 #include "shared/rotary.h"
 #include "shared/threadgroup_memory.h"
@@ -117,8 +118,8 @@ inline void load_tile(thread uint4 (&words)[STEPS], device const T* rows,
                                  is_channel(Mine::column(step, thread_index), columns));
 }
 
-/// Copies ROWS rows of D channels of K or V into threadgroup memory; zeros past the last row and
-/// channel. `rows`: what first_rows() returned, or this for the tile before. Returns the same for the
+/// Copies ROWS rows of D channels of K or V into threadgroup memory, in the order of key_order.h; zeros
+/// past the last row and channel. `rows`: what first_rows() returned, or this for the tile before. Returns the same for the
 /// next tile, but `rows` where this one is not whole, since none follows. There is a row.
 template <typename M, int D, int ROWS, int THREADS, typename T>
 inline device const T* stage(threadgroup M* staged, device const T* rows,
@@ -148,13 +149,14 @@ inline device const T* stage(threadgroup M* staged, device const T* rows,
         for (int step = 0; step < Mine::STEPS; ++step) {
             const int row = Mine::row(step, thread_index);
             if (Mine::IN_ROWS || row < ROWS)
-                Store<M, T>::words(staged + row * ROW + Mine::column(step, thread_index),
-                                   words[step]);
+                Store<M, T>::words(
+                    staged + key_slot<ROWS>(row) * ROW + Mine::column(step, thread_index),
+                    words[step]);
         }
     } else {
         for (int i = thread_index; i < ROWS * D; i += THREADS) {
             const int row = i / D, column = i % D;
-            staged[row * ROW + column] =
+            staged[key_slot<ROWS>(row) * ROW + column] =
                 element<M>(start, strides, pages, row, row_count, column, columns);
         }
     }
@@ -243,8 +245,9 @@ inline device const T* stage_rotated(threadgroup M* staged, device const T* rows
             load_elements<N>(x + N, key, strides, there, at.y, columns);
             if (there && 2 * pair < rotary.params.channels)
                 rotate_runs<N>(x, rotary, first + row, pair);
-            Store<M, T>::words(staged + row * ROW + at.x, Pack<T>::words(x));
-            Store<M, T>::words(staged + row * ROW + at.y, Pack<T>::words(x + N));
+            threadgroup M* to = staged + key_slot<ROWS>(row) * ROW;
+            Store<M, T>::words(to + at.x, Pack<T>::words(x));
+            Store<M, T>::words(to + at.y, Pack<T>::words(x + N));
         }
         return next;
     }
@@ -256,8 +259,9 @@ inline device const T* stage_rotated(threadgroup M* staged, device const T* rows
         T b = element<T>(start, strides, pages, row, row_count, at.y, columns);
         if (row < row_count && 2 * pair < rotary.params.channels)
             rotate_pair(a, b, rotary, first + row, pair);
-        staged[row * ROW + at.x] = M(a);
-        staged[row * ROW + at.y] = M(b);
+        threadgroup M* to = staged + key_slot<ROWS>(row) * ROW;
+        to[at.x] = M(a);
+        to[at.y] = M(b);
     }
     return next;
 }

@@ -24,15 +24,6 @@ uint64_t start_of(const TensorView& view) {
                                       : view.byte_offset;
 }
 
-/// Whether the mask consists of column pairs (2n, 2n + 1) that one aligned load reads.
-bool wide_mask(const TensorView& mask) {
-    const int64_t bytes = bits_of(mask.dtype) / 8;
-    const auto even = [](int64_t value) { return value % 2 == 0; };
-    return mask.strides[3] == 1 && even(mask.shape[3]) && even(mask.strides[0]) &&
-           even(mask.strides[1]) && even(mask.strides[2]) &&
-           start_of(mask) % static_cast<uint64_t>(2 * bytes) == 0;
-}
-
 /// Whether 32 bits hold the distance of any rows of a tile of keys or of a page, and of two pages
 /// that follow each other.
 bool near_rows(const Problem& problem) {
@@ -70,6 +61,14 @@ bool wide_rotary(const Problem& problem) {
 }
 
 }  // namespace
+
+bool has_aligned_runs(const TensorView& mask, int columns) {
+    const int64_t bytes = std::min<int64_t>(bits_of(mask.dtype) / 8 * columns, 16);
+    const auto whole = [&](int64_t value) { return value % columns == 0; };
+    return mask.strides[3] == 1 && whole(mask.shape[3]) && whole(mask.strides[0]) &&
+           whole(mask.strides[1]) && whole(mask.strides[2]) &&
+           start_of(mask) % static_cast<uint64_t>(bytes) == 0;
+}
 
 ElementType element_type(DType dtype, const Capabilities& gpu) {
     switch (dtype) {
@@ -250,7 +249,7 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     flag(constant::unit_mask, problem.mask && problem.mask->view.strides[3] == 1);
     flag(constant::shifts_pages, shifts_pages(problem));
     flag(constant::near_rows, near_rows(problem));
-    flag(constant::wide_mask, problem.mask && wide_mask(problem.mask->view));
+    flag(constant::wide_mask, problem.mask && has_aligned_runs(problem.mask->view, 2));
     if (problem.one_dtype()) return constants;
     constants[constant::query_kind].value = narrow_kind(problem.query.view.dtype);
     constants[constant::key_kind].value = narrow_kind(problem.key.view.dtype);

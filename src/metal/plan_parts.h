@@ -45,6 +45,10 @@ bool wide_loads(const Problem& problem);
 /// Whether the head dims are exactly a kernel's.
 bool has_dims(const Problem& problem, int d, int dv);
 
+/// Whether the columns (n * columns, ... , n * columns + columns - 1) of the mask can be read together,
+/// by loads of up to 16 bytes.
+bool has_aligned_runs(const TensorView& mask, int columns);
+
 /// Indices of the constants, in whose order constants_of has them.
 namespace constant {
 #define UMFA_ENUMERATOR(INDEX, TYPE, NAME) NAME = INDEX,

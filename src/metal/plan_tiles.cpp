@@ -131,6 +131,14 @@ bool is_tile_choice(const std::string& kernel) {
            is_of("f32", alternatives_32) || is_of("bf16_as_f32", alternatives_widened);
 }
 
+/// Whether a lane reads the mask of its keys at once. A tile of one fragment has no more than a pair. The
+/// order in which keys are added depends on it, and so on where the mask lies.
+static bool mask_runs(const Problem& problem, const Tiles& tiles) {
+    if (!problem.mask || tiles.bk == 8 || problem.batch_invariant) return false;
+    const TensorView& mask = problem.mask->view;
+    return has_aligned_runs(mask, std::min(tiles.bk / 4, 128 / bits_of(mask.dtype)));
+}
+
 LaunchBuilder tile_launch(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
                           const Capabilities& gpu, const Tiles& tiles) {
     const ElementType type = element_type(problem, gpu);
@@ -140,6 +148,7 @@ LaunchBuilder tile_launch(LaunchPlan& plan, const Problem& problem, const Forwar
         .shape(tiles.d, tiles.dv, tiles.bk, tiles.qf, tiles.simdgroups, tiles.split, tiles.one_tile,
                tiles.fences)
         .constant(constant::whole_channels, has_dims(problem, tiles.d, tiles.dv))
+        .constant(constant::mask_runs, mask_runs(problem, tiles))
         .tensors(layout)
         .params(UMFA_FORWARD_PARAMS, forward_params(problem, results))
         .simdgroups(tiles.simdgroups)

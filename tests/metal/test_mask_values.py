@@ -31,10 +31,11 @@ def agrees(found: tuple[Array, Array], exact: tuple[Array, Array]) -> None:
 
 @pytest.mark.parametrize("seqlen_q", [4, 40], ids=["decode", "forward"])
 @pytest.mark.parametrize("rows", ["all", "some"])
-def test_the_lowest_number_is_not_minus_infinity(rows: str, seqlen_q: int) -> None:
+@pytest.mark.parametrize("seqlen_k", [70, 72], ids=["pairs", "runs"])
+def test_the_lowest_number_is_not_minus_infinity(seqlen_k: int, rows: str, seqlen_q: int) -> None:
     """Masks that transformers makes hold finfo.min: a row of it weighs all keys alike."""
-    query, key, value = arrays(seqlen_q, 70)
-    mask = np.zeros((1, 1, seqlen_q, 70), np.float32)
+    query, key, value = arrays(seqlen_q, seqlen_k)
+    mask = np.zeros((1, 1, seqlen_q, seqlen_k), np.float32)
     lowest = slice(None) if rows == "all" else slice(0, None, 3)
     mask[:, :, lowest] = np.finfo(np.float32).min
     out, _ = emulated.attention(query, key, value, mask=mask)
