@@ -265,19 +265,23 @@ def test_other_tiles_attend_right(family: int, types: set[str]) -> None:
 def test_the_threshold_lies_where_the_gpu_begins_to_win(
     monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    """A launch costs 4 ms here, and the CPU's time is planted too."""
+    """A launch costs 5 ms here, and the CPU's time is planted too."""
     monkeypatch.setattr(tune, "SPLITS", (3,))
     cpu = {64: 0.001, 96: 0.002, 128: 0.003, 192: 0.012, 256: 0.02}
     monkeypatch.setattr(tune, "LENGTHS", tuple(cpu))
     real = umfa.flash_attn_func
+    gpu = Clocked(lambda kernel: 0.005)
+    monkeypatch.setattr(tune, "gpu_seconds", gpu.seconds)
+    monkeypatch.setattr(tune, "wall_seconds", gpu.seconds)
 
     def call(q: Any, k: Any, v: Any, *, backend: str) -> Any:
         if backend == "cpu":
-            return time.sleep(cpu[q.shape[1]])
+            gpu.clock += cpu[q.shape[1]]
+            return None
         return real(q, k, v, backend=backend)
 
     monkeypatch.setattr(umfa, "flash_attn_func", call)
-    with metal_double.machine(Timed(lambda kernel: 0.005), tune="1"):
+    with metal_double.machine(gpu, tune="1"):
         assert tune.run(BUDGET) == 0
         found = _ext.tuning()
     assert found["worthwhile_flop"] == 4.0 * 192 * 192 * 8 * 64
