@@ -127,6 +127,10 @@ struct SplitParams {
     int32_t reserved;
 };
 
+/// P is raised by 2 to this power where it is multiplied in half, whose smallest numbers are too large for
+/// it (gradients.h).
+#define UMFA_HALF_RAISED 12
+
 /// Gradients. `forward`: the call, with the strides of its out and lse.
 struct BackwardParams {
     ForwardParams forward;

@@ -60,8 +60,6 @@ constexpr Shape dkv_shapes_32[] = {UMFA_DKV_SHAPES_32(UMFA_ROW)};
 constexpr Shape dkv_shapes_widened[] = {UMFA_DKV_SHAPES_WIDENED(UMFA_ROW)};
 #undef UMFA_ROW
 
-/// P is 2^12 times as large in kernels of half (shaders/shared/gradients.h).
-constexpr int half_raised = 12;
 /// Simdgroups of a threadgroup of umfa_delta, which are independent of each other.
 constexpr int delta_simdgroups = 8;
 /// Of umfa_row_sums, which add up together.
@@ -195,7 +193,7 @@ private:
         if (results_.qv) params_.dqv = strides_of(*results_.qv);
         if (results_.key) params_.dk = strides_of(*results_.key);
         if (results_.value) params_.dv = strides_of(*results_.value);
-        const int raised = std::string_view(type_.operand) == "half" ? half_raised : 0;
+        const int raised = std::string_view(type_.operand) == "half" ? UMFA_HALF_RAISED : 0;
         lowered_ = std::ldexp(1.0, -raised);
         params_.score_factor = static_cast<float>(forward_.softmax_scale * lowered_);
         params_.value_factor =

@@ -133,3 +133,17 @@ def test_large_scores() -> None:
     given["query"] = given["query"] * np.float32(30)
     expected = reference.gradients(*given.values(), dout)
     assert_gradients(Forward(**given).backward(dout), expected, 2e-4)
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_scores_that_float32_cannot_tell_from_the_log_sum_exp(dtype: str, alibi: bool) -> None:
+    """Of such scores a probability may round to 0, but to no more than 1."""
+    given, dout = inputs(dtype)
+    if alibi:
+        given["alibi_slopes"] = np.float32([0.5, 0.25])
+    call = Forward(**given, softmax_scale=np.float32(1e30))
+    found = call.backward(dout, wanted=("dv",), float32=True)["dv"]
+    most = np.abs(dout.astype(np.float64)).sum(axis=1, keepdims=True)
+    assert (np.abs(found) <= most * (1 + 1e-6)).all()
+    assert found.any()

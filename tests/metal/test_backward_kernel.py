@@ -474,6 +474,15 @@ def test_gradients_of_half_neither_overflow_nor_vanish(factor: float) -> None:
         assert np.abs(expected["dv"][0]).max() < 2.0**-14
 
 
+def test_scores_that_float32_cannot_tell_from_the_log_sum_exp() -> None:
+    """Of such scores a probability may round to 0, but to no more than 1."""
+    call = Call([45], [61], dtype="float16", options={"softmax_scale": 1e30})
+    found = call.run(("dv",), float32=True)["dv"][0]
+    most = np.abs(call.tensors["dout"][0].astype(np.float64)).sum(axis=-3, keepdims=True)
+    assert (np.abs(found) <= most * 2 * (1 + 1e-6)).all()  # of the heads that share it
+    assert found.any()
+
+
 @pytest.mark.parametrize("seed", range(24))
 @pytest.mark.slow
 def test_any_options_together(seed: int) -> None:

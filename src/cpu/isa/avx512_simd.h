@@ -54,6 +54,7 @@ struct Avx512 : SimdBase {
         return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc);
     }
     static vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+    static vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
     static vf round(vf x) {
         return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     }

@@ -25,6 +25,13 @@ inline typename S::vf distance_of(int32_t diagonal) {
     return (typename S::vf)((vu)S::to_float(lane + diagonal) & 0x7fffffffu);
 }
 
+/// exp2 of a score relative to the log-sum-exp, which no score exceeds but by rounding: of scores of 1e9
+/// and more, that gave infinities.
+template <class S>
+inline typename S::vf probability(typename S::vf exponent) {
+    return Lanes<S>::exp2(S::min(S::splat(0), exponent));
+}
+
 /// P^T of MR keys from `first` on, out of K Q^T: exp(score - lse), 0 where a key is hidden. `slopes`:
 /// the derivative of softcap, where it is on.
 template <class S, bool Masked, bool Plain, int MR>
@@ -46,7 +53,7 @@ inline __attribute__((always_inline)) void finish_probabilities(
             vi hidden = nothing;
             if constexpr (Plain) {
                 // The scale and the log-sum-exp have two floats each: see exponential().
-                p = L::exp2((s * scoring.scale - pivot) + (s * scoring.scale_low - low));
+                p = probability<S>((s * scoring.scale - pivot) + (s * scoring.scale_low - low));
             } else {
                 s *= scoring.scale;
                 if (scoring.softcap != 0) {
@@ -61,7 +68,7 @@ inline __attribute__((always_inline)) void finish_probabilities(
                     hidden = b == -infinity;
                     s += b;
                 }
-                p = L::exp2((s - pivot) - low);
+                p = probability<S>((s - pivot) - low);
             }
             if constexpr (Masked) hidden |= ~sees<vi>(rows.visible, n * W, first + m);
             if constexpr (Masked || !Plain) p = hidden ? vf{} : p;

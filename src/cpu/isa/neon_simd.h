@@ -56,6 +56,7 @@ struct Neon : SimdBase {
     /// NaN where either is NaN, unlike simd.h's. Results are the same: one NaN score makes its
     /// whole row NaN.
     static vf max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+    static vf min(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }
     static vf fma(vf acc, vf a, vf b) {
         return (vf)vfmaq_f32((float32x4_t)acc, (float32x4_t)a, (float32x4_t)b);
     }

@@ -98,6 +98,7 @@ struct SimdBase {
         return all != 0;
     }
     static vf max(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
+    static vf min(vf a, vf b) { return a < b ? a : b; }  // likewise
     static vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
     static vu load_u16(const uint16_t* p) {
