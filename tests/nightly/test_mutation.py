@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,31 @@ def test_the_table_names_what_exists() -> None:
             assert (mutate.ROOT / test).exists(), test
     assert len(mutate.choose(25, 1, "")) == 25
     assert mutate.choose(25, 1, "") == mutate.choose(25, 1, "")
+
+
+@pytest.mark.parametrize(
+    ("test", "verdict"),
+    [
+        ("assert True", mutate.SURVIVED),
+        ("assert False", "killed by test_it.py::test_it"),
+        ("yield", "killed by test_it.py"),  # pytest cannot collect it
+    ],
+)
+def test_the_verdict_on_a_mutant(test: str, verdict: str, tmp_path: Path) -> None:
+    assert verdict_on(tmp_path, f"def test_it(): {test}\n", "not slow") == verdict
+
+
+def test_a_run_without_tests_is_no_verdict(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="pytest ended with 5"):
+        verdict_on(tmp_path, "def test_it(): assert False\n", "slow")
+
+
+def verdict_on(folder: Path, text: str, expression: str) -> str:
+    """What becomes of a mutant whose only covering test is `text`."""
+    (folder / "test_it.py").write_text(text)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    mutant = mutate.Mutant(Path("a.h"), 1, "a", "b", ("test_it.py",), expression)
+    return mutate.run_tests(folder, folder, mutant)
 
 
 @pytest.mark.nightly
