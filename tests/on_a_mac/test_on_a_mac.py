@@ -18,6 +18,7 @@ from tests import mac
 from tests.on_a_mac import compile, lanes, report, rows, self_test, shapes, smoke, stages, suite
 from tests.on_a_mac.metal import Device
 from tests.on_a_mac.part import Part
+from tests.on_a_mac.process import Outcome
 from tests.on_a_mac.stages import Stage
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,11 @@ def on_the_double(test: Any) -> Any:
 
 STUB = """#!/bin/sh
 name=$(basename "$0")
+# Runs Python's -c as a Python of that version, which can make virtual environments.
+answer() {
+    pretend="import sys; sys.version_info = $1; sys.modules['ensurepip'] = sys"
+    exec "$REAL" -c "$pretend; exec(sys.argv[1])" "$2"
+}
 echo "$name $*" >>"$CALLS"
 case "$name $*" in
 "uname -s") echo "${SYSTEM:-Darwin}" ;;
@@ -41,8 +47,9 @@ case "$name $*" in
 "c++ "*) exit "${NO_COMPILER:-0}" ;;
 "python3 --version") echo "Python 3.9.6" ;;
 "$WORKS --version") echo "Python 3.12.9" ;;
-"$WORKS -c "*) exit 0 ;;
-python3*" -c "*) exit 1 ;;
+"$WORKS -c "*) answer "(3, 12, 9)" "$2" ;;
+"python3 -c "* | "python3.9 -c "*) answer "(3, 9, 6)" "$2" ;;
+python3*" -c "*) exit 127 ;;
 *" -m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/pip" ;;
 esac
 """
@@ -66,6 +73,7 @@ def run_command(
         env={
             "PATH": f"{programs}:{os.environ['PATH']}",
             "CALLS": str(calls),
+            "REAL": sys.executable,
             "WORKS": "python3.12",
             **machine,
         },
@@ -411,6 +419,32 @@ def test_a_file_of_tests_that_dies_does_not_end_the_stage(
     if last == "os.abort()":
         assert "2 failed alike" in text
         assert "RuntimeError: the compiler said\nmuch" in text
+
+
+def test_how_the_tests_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time, each with a limit: with Metal's validation, and the slow ones too without."""
+    asked: list[tuple[list[str], dict[str, str]]] = []
+
+    def run_limited(command: list[str], log: Path, seconds: float, *given: Any) -> Outcome:
+        asked.append((command, given[0]))
+        return Outcome(1, "ended with status 1", "")
+
+    for name in suite.VALIDATION:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(suite, "files_with", lambda *_: collections.Counter({"test_a.py": 1}))
+    monkeypatch.setattr(suite, "run_limited", run_limited)
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda _: True)
+    part = Part(tmp_path / "part.md")
+    suite.run_validated(part, quick=False)
+    suite.run_everything(part, quick=False)
+    for command, _ in asked:
+        assert {"test_a.py", "--timeout=300", "--timeout-method=thread"} <= set(command)
+        assert command[command.index("-n") + 1] == "2"
+    validated, everything = asked
+    assert validated[1].items() >= {"MTL_DEBUG_LAYER": "1", "MTL_SHADER_VALIDATION": "1"}.items()
+    assert not set(suite.VALIDATION) & set(everything[1])
+    assert "gpu and not slow" in validated[0]
+    assert "gpu and (slow or not slow)" in everything[0]
 
 
 @pytest.mark.slow
