@@ -59,6 +59,14 @@ def test_files_that_are_named_exist(name: str) -> None:
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
+def test_the_readme_says_what_hidden_values_do() -> None:
+    """tests/core/test_hidden_values.py tests it."""
+    assert (
+        "NaN and infinities in keys and values that a query does not see do not change its result, "
+        "for any kind of mask and on both backends"
+    ) in text_of("README.md")
+
+
 def test_contributing_says_where_a_row_of_the_readme_comes_from() -> None:
     assert "`python -m umfa features --markdown`" in text_of("CONTRIBUTING.md")
 
