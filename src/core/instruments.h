@@ -40,7 +40,8 @@ UMFA_CORE_API void set_num_threads(int64_t count);
 UMFA_CORE_API std::vector<std::pair<std::string, std::string>> peaks();
 /// Operations per second of multiply-adds (each counts two) from registers, on operands of `dtype`,
 /// over num_threads() threads. `isa` may name a set of kernels: its family decides, so that "avx512"
-/// finds the bfloat16 loop of "avx512_bf16"; "auto" takes the best there is.
+/// finds the bfloat16 loop of "avx512_bf16", and "amx_bf16" the float32 loop of "avx512"; "auto" takes the
+/// best there is.
 /// Throws `Error` when this CPU has no such loop.
 UMFA_CORE_API double peak(const std::string& dtype, const std::string& isa);
 /// Bytes per second that num_threads() threads read from a buffer of so many bytes. It is main

@@ -1,12 +1,15 @@
 #include "cpu/features.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <thread>
 
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
 #elif defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -97,6 +100,19 @@ const std::vector<std::string>& features() {
 
 bool has_feature(const char* name) {
     return std::find(features().begin(), features().end(), name) != features().end();
+}
+
+int request_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    // Documentation/arch/x86/xstate.rst of Linux: an interrupted thread has these 8 KiB on its stack,
+    // so a process gets them on request, and not while an alternate signal stack is too small for them.
+    constexpr int arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
+    static const int refusal =
+        syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0 ? 0 : errno;
+    return refusal;
+#else
+    return ENOSYS;
+#endif
 }
 
 int usable_cpus() {

@@ -7,6 +7,10 @@ namespace umfa::cpu {
 
 bool has_feature(const char* name);
 
+/// Asks the system for the registers of AMX, once for the process: 0, or the errno of its refusal. Every
+/// thread may use them from then on, and so may children after fork().
+int request_tiles();
+
 /// CPUs this process may run on: the affinity mask on Linux, performance cores on macOS.
 int usable_cpus();
 

@@ -9,6 +9,7 @@
 
 #include "core/error.h"
 #include "cpu/features.h"
+#include "cpu/isa/amx_tiles.h"
 #include "cpu/thread_pool.h"
 
 #if defined(__x86_64__)
@@ -73,6 +74,23 @@ UMFA_PEAK_LOOP(avx512_int8, UMFA_TARGET("avx512f,avx512bw,avx512vnni"), __m512i,
                _mm512_set1_epi32(1),
                acc = _mm512_dpbusd_epi32(acc, _mm512_set1_epi16(0x3f80), _mm512_set1_epi16(0x3f80)))
 
+#if defined(UMFA_AMX)
+void amx_bf16(int64_t iterations) {
+    alignas(64) uint16_t ones[16 * 32];
+    std::fill(std::begin(ones), std::end(ones), uint16_t{0x3f80});
+    AmxTiles::configure();
+    AmxTiles::load<4>(ones, 64);
+    AmxTiles::load<5>(ones, 64);
+    for (int64_t i = 0; i < iterations; ++i) {
+        AmxTiles::multiply_add_bf16<0, 4, 5>();
+        AmxTiles::multiply_add_bf16<1, 4, 5>();
+        AmxTiles::multiply_add_bf16<2, 4, 5>();
+        AmxTiles::multiply_add_bf16<3, 4, 5>();
+    }
+    AmxTiles::release();
+}
+#endif
+
 #elif defined(__aarch64__)
 
 // As inline assembly: which of these intrinsics a compiler declares depends on its flags and its
@@ -125,6 +143,10 @@ const Loop loops[] = {
     {"float32", "avx512", [] { return has_feature("avx512f"); }, avx512_f32, 16 * 16 * 2},
     {"float32", "avx2", [] { return has_feature("avx2") && has_feature("fma"); }, avx2_f32,
      12 * 8 * 2},
+#if defined(UMFA_AMX)
+    {"bfloat16", "amx_bf16", [] { return has_feature("amx_bf16") && request_tiles() == 0; },
+     amx_bf16, 4 * 16 * 16 * 32 * 2},
+#endif
     {"bfloat16", "avx512_bf16",
      [] {
          return has_feature("avx512_bf16") && has_feature("avx512bw") && has_feature("avx512vl");
@@ -142,7 +164,13 @@ const Loop loops[] = {
     {"float32", "portable", [] { return true; }, portable_f32, 12 * 4 * 2},
 };
 
-std::string_view family(std::string_view isa) { return isa.substr(0, isa.find('_')); }
+/// Whether kernels of the set `isa` could use the loop: its family has it, or the one that AMX's
+/// kernels build on.
+bool could_use(std::string_view isa, const Loop& loop) {
+    const auto family = [](std::string_view name) { return name.substr(0, name.find('_')); };
+    const std::string_view own = family(isa), other = family(loop.isa);
+    return isa == "auto" || own == other || (own == "amx" && other == "avx512");
+}
 
 const Loop& find(const std::string& dtype, const std::string& isa) {
     std::string here;
@@ -155,7 +183,7 @@ const Loop& find(const std::string& dtype, const std::string& isa) {
         known = true;
         // The set's own name goes before its family: "neon_dotprod" is not "neon_i8mm".
         if (isa == loop.isa) return loop;
-        if (!best && (isa == "auto" || family(isa) == family(loop.isa))) best = &loop;
+        if (!best && could_use(isa, loop)) best = &loop;
     }
     if (best) return *best;
     fail(ErrorKind::unsupported, "umfa.cpu_peak",

@@ -11,7 +11,8 @@ import pytest
 
 from tests.cpu import test_kernel_math as kernel_math
 
-ELSEWHERE = "avx" if platform.machine() in ("arm64", "aarch64") else "neon"
+ON_ARM = platform.machine() in ("arm64", "aarch64")
+ELSEWHERE = ("amx", "avx") if ON_ARM else ("neon",)
 PATHS = (kernel_math.ROOT / "src/cpu/isa").glob("*.h")
 HEADERS = sorted(path.name for path in PATHS if not path.name.startswith(ELSEWHERE))
 
@@ -21,7 +22,7 @@ def test_header_compiles_alone(header: str) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    flags = kernel_math.AVX512 if header.startswith("avx512") else []
+    flags = kernel_math.FLAGS["avx512_bf16"] if header.startswith("avx512") else []
     folders = (f"-I{kernel_math.ROOT / folder}" for folder in ("src", "shaders"))
     path = kernel_math.ROOT / "src/cpu/isa" / header
     command = [*compiler.split(), "-std=c++20", "-fsyntax-only", "-w", *flags, *folders]

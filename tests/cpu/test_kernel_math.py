@@ -22,10 +22,15 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx_bf16": [*AVX512, "-mavx512bf16"],
     "neon": [],
     "neon_bf16": ["-march=armv8.2-a+bf16"],
 }
-BASES = {"avx512_bf16": ["avx512.cpp"], "neon_bf16": ["neon.cpp"]}
+BASES = {
+    "avx512_bf16": ["avx512.cpp"],
+    "amx_bf16": ["avx512.cpp"],
+    "neon_bf16": ["neon.cpp"],
+}
 USABLE = [name for name, usable in umfa._ext.cpu_isas() if usable]
 Run = Callable[[str, np.ndarray], np.ndarray]
 

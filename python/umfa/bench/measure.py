@@ -287,9 +287,10 @@ def limit_of(case: Case, settings: Settings) -> tuple[str, Callable[[], float]]:
         return "read bandwidth", partial(_ext.read_bandwidth, size)
     isa = _ext.cpu_isa()
     family = isa.split("_")[0]
+    families = {"amx": ("amx", "avx512")}.get(family, (family,))  # AMX has no loop on float32
     for dtype in (case.dtype, "float32"):  # float32, where a dtype has no arithmetic of its own
         for its_dtype, its_isa in _ext.cpu_peaks():
-            if its_dtype == dtype and its_isa.split("_")[0] == family:
+            if its_dtype == dtype and its_isa.split("_")[0] in families:
                 return f"peak of {dtype} {its_isa}", partial(_ext.cpu_peak, dtype, isa)
     raise AssertionError(isa)  # every set of kernels has a float32 loop
 

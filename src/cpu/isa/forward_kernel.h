@@ -23,6 +23,7 @@
 #include "cpu/isa/rotary.h"
 #include "cpu/isa/rows.h"
 #include "cpu/isa/softmax.h"
+#include "cpu/isa/tile_products.h"
 #include "cpu/isa/units.h"
 
 namespace umfa::cpu {
@@ -41,9 +42,9 @@ struct Scratch {
     int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, size;
 
     Scratch(const ForwardArgs& args, int64_t panel_count) {
-        key_depth = (args.head_dim + U::E - 1) / U::E;
-        depth = key_depth + (args.qv.data ? (args.head_dim_v + U::E - 1) / U::E : 0);
-        channels = padded_rows<S>(args.head_dim_v);
+        key_depth = units_of(args.head_dim);
+        depth = key_depth + (args.qv.data ? units_of(args.head_dim_v) : 0);
+        channels = U::tiles ? whole_tiles(args.head_dim_v) : padded_rows<S>(args.head_dim_v);
         panels = 0;
         scores = panels + panel_count * panel_floats<S>;
         probabilities = scores + (U::E == 1 ? 0 : block_kv * N);
@@ -54,9 +55,14 @@ struct Scratch {
         key = out + panel_count * channels * N;                 // [group][depth][mr]
         value = key + block_kv * depth + slack;
         // An odd number of cache lines: rows of V spread over all sets of the L1 cache.
-        value_pitch = ((channels + 15) / 16 | 1) * 16;
-        rotated = value + block_kv / U::E * value_pitch + slack;
+        value_pitch = (((U::tiles ? block_kv / U::E : channels) + 15) / 16 | 1) * 16;
+        rotated = value + (U::tiles ? channels : block_kv / U::E) * value_pitch + slack;
         size = rotated + (args.rotary.keys ? block_kv * args.head_dim : 0);
+    }
+
+    static int64_t units_of(int64_t elements) {
+        const int64_t units = (elements + U::E - 1) / U::E;
+        return U::tiles ? whole_tiles(units) : units;
     }
 };
 
@@ -200,6 +206,7 @@ template <class S, class U>
 struct ForwardBlock {
     using storage = typename U::storage;
     using P = typename U::product;
+    using vf = typename S::vf;
     static constexpr int W = S::W, E = U::E;
     static constexpr int64_t N = S::nv * S::W;  // queries of a panel
 
@@ -247,9 +254,11 @@ struct ForwardBlock {
     static int64_t height(int64_t rows) { return rows < S::mr ? rows : S::mr; }
 
     /// pack_transposed() of rows of element type `type`.
-    static void pack(ElementType type, const storage* const* rows, int64_t count,
-                     int64_t stride_channel, int64_t height, int64_t pitch, int64_t channels,
-                     float* dst) {
+    void pack(ElementType type, const storage* const* rows, int64_t count, int64_t stride_channel,
+              int64_t height, int64_t pitch, int64_t channels, float* dst) const {
+        if constexpr (U::tiles)  // the product takes whole tiles
+            for (int64_t u = (channels + E - 1) / E; u < at.units_of(channels); ++u)
+                for (int64_t r = 0; r < height; r += W) S::store(dst + u * pitch + r, vf{});
         with_units<S, U>(type, [&](auto units) {
             pack_transposed<S, decltype(units)>(rows, count, stride_channel, height, pitch,
                                                 channels, dst);
@@ -299,7 +308,25 @@ struct ForwardBlock {
             k_rows[k] = row_of(args.key, tile + k);
             v_rows[k] = row_of(args.value, tile + k);
         }
-        const int64_t key_stride = rotate_keys(), value_stride = args.value.stride_channel;
+        pack_keys_and_values(rotate_keys(), args.value.stride_channel);
+    }
+
+    void pack_keys_and_values(int64_t key_stride, int64_t value_stride)
+        requires(U::tiles)
+    {
+        const int64_t padded = padded_rows<S>(keys);
+        float* const key = memory + at.key;
+        pack_tile_rows<S, U>(k_rows, keys, key_stride, padded, args.head_dim, at.depth, key);
+        if (args.qv.data)
+            pack_tile_rows<S, U>(v_rows, keys, value_stride, padded, args.head_dim_v, at.depth,
+                                 key + at.key_depth);
+        values = pack_tile_columns<S, U>(v_rows, keys, value_stride, args.head_dim_v,
+                                         at.value_pitch, memory + at.value);
+    }
+
+    void pack_keys_and_values(int64_t key_stride, int64_t value_stride)
+        requires(!U::tiles)
+    {
         const int64_t padded = padded_rows<S>(keys);
         for (int64_t k = 0; k < padded; k += S::mr) {
             const int64_t rows = height(padded - k);
@@ -385,11 +412,22 @@ struct ForwardBlock {
         const int64_t row = q_begin + p * N;
         set_visible_rows(sequence.visible, row, tile, keys, panel[p].visible);
         for (int64_t j = 0; j < N; ++j) panel[p].tile_maximum[j] = -__builtin_inff();
-        (scoring.plain ? score_panel<S, P, true>
-                       : score_panel<S, P, false>)(scoring, memory + at.key, query_of(p), at.depth,
-                                                   groups.first, groups.last, groups.all.begin,
-                                                   groups.all.end, diagonal_of(sequence, row, tile),
-                                                   bias, memory + at.scores, panel[p]);
+        if constexpr (U::tiles) {
+            tile_scores<S>(memory + at.key, query_of(p), at.depth, groups.first, groups.last,
+                           memory + at.scores);
+            (scoring.plain ? finish_tile_scores<S, true>
+                           : finish_tile_scores<S, false>)(scoring, groups.first, groups.last,
+                                                           groups.all.begin, groups.all.end,
+                                                           diagonal_of(sequence, row, tile), bias,
+                                                           memory + at.scores, panel[p]);
+        } else {
+            (scoring.plain ? score_panel<S, P, true>
+                           : score_panel<S, P, false>)(scoring, memory + at.key, query_of(p),
+                                                       at.depth, groups.first, groups.last,
+                                                       groups.all.begin, groups.all.end,
+                                                       diagonal_of(sequence, row, tile), bias,
+                                                       memory + at.scores, panel[p]);
+        }
     }
 
     /// Scores -> probabilities, maxima and sums of panel p; then dropout.
@@ -405,7 +443,9 @@ struct ForwardBlock {
     }
 
     /// O^T = O^T * alpha + V^T P^T of panel p.
-    void accumulate_tile(int64_t p, const KeyGroups& groups) {
+    void accumulate_tile(int64_t p, const KeyGroups& groups)
+        requires(!U::tiles)
+    {
         const int64_t units = (keys + E - 1) / E, Dv = args.head_dim_v;
         const int64_t first = groups.first / E;
         const int64_t last = groups.last / E < units ? groups.last / E : units;
@@ -425,6 +465,18 @@ struct ForwardBlock {
             if (values.tiny)
                 accumulate_tiny<S, U>(v_rows, args.value.stride_channel, keys, Dv, probabilities,
                                       groups.first, groups.last, out);
+        panel[p].fresh = false;
+    }
+
+    void accumulate_tile(int64_t p, const KeyGroups& groups)
+        requires(U::tiles)
+    {
+        const float *value = memory + at.value, *probabilities = memory + at.probabilities;
+        accumulate_tiles<S>(value, at.value_pitch, probabilities, groups.first / E, groups.last / E,
+                            at.channels, panel[p], out_of(p));
+        if (values.tiny)
+            accumulate_left_out<S, U>(v_rows, args.value.stride_channel, keys, args.head_dim_v,
+                                      probabilities, groups.first, groups.last, out_of(p));
         panel[p].fresh = false;
     }
 

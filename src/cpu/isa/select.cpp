@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 
 #include "core/error.h"
 #include "cpu/features.h"
@@ -19,12 +20,19 @@ bool avx512() {
     return has_feature("avx512f") && has_feature("avx512bw") && has_feature("avx512dq") &&
            has_feature("avx512vl");
 }
+bool avx512_bf16() { return avx512() && has_feature("avx512_bf16"); }
+#if defined(UMFA_AMX)
+bool amx_bf16() { return avx512_bf16() && has_feature("amx_bf16"); }
+#endif
 #endif
 
 // Best first; the last one runs anywhere.
 const Candidate candidates[] = {
 #if defined(__x86_64__)
-    {&avx512_bf16_kernels, [] { return avx512() && has_feature("avx512_bf16"); }},
+#if defined(UMFA_AMX)
+    {&amx_bf16_kernels, [] { return amx_bf16() && request_tiles() == 0; }},
+#endif
+    {&avx512_bf16_kernels, avx512_bf16},
     {&avx512_kernels, avx512},
     {&avx2_kernels,
      [] { return has_feature("avx2") && has_feature("fma") && has_feature("f16c"); }},
@@ -44,8 +52,13 @@ const Kernels* find(const std::string& name, const char* spelled) {
         if (name == "auto" || name == candidate.kernels->name) return candidate.kernels;
         usable_names += std::string(", ") + candidate.kernels->name;
     }
-    fail(ErrorKind::value, "umfa", std::string(spelled) + " names no instruction set of this CPU",
-         "'" + name + "'", "one of " + usable_names);
+    std::string refusal = " names no instruction set of this CPU";
+#if defined(UMFA_AMX)
+    if (name == amx_bf16_kernels.name && amx_bf16())
+        refusal = std::string(" names an instruction set whose registers the system refuses (") +
+                  std::strerror(request_tiles()) + ")";
+#endif
+    fail(ErrorKind::value, "umfa", spelled + refusal, "'" + name + "'", "one of " + usable_names);
 }
 
 }  // namespace

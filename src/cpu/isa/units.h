@@ -19,6 +19,7 @@ struct FloatUnits {
     static constexpr int E = 1;
     static constexpr bool any = false;
     static constexpr bool flushes = false;  // subnormal numbers
+    static constexpr bool tiles = false;    // multiplied by matrix registers: see tile_products.h
     using vf = typename S::vf;
     using vi = typename S::vi;
 
@@ -55,6 +56,7 @@ struct Bf16Units {
     static constexpr int E = 2;
     static constexpr bool any = false;
     static constexpr bool flushes = true;
+    static constexpr bool tiles = false;
     static constexpr uint16_t tiny = (127 - 100) << 7;  // 2**-100
     using vf = typename S::vf;
     using vi = typename S::vi;
@@ -81,6 +83,23 @@ struct Bf16Units {
     }
     static vf without(vf p, const vi* dropped) {
         return (vf)((vi)p & ~((dropped[0] & 0x7fff) | (dropped[1] & 0x7fff0000)));
+    }
+};
+
+/// The same pairs for matrix registers (S::Tiles). Values that are not finite are left out of the
+/// product too: a tile's product takes all keys, seen or not.
+template <class S>
+struct TileUnits : Bf16Units<S> {
+    using product = TileUnits;
+    static constexpr bool tiles = true;
+    using typename Bf16Units<S>::storage;
+    using typename Bf16Units<S>::vf;
+
+    static bool is_left_out(storage x) {
+        return Bf16Units<S>::is_tiny(x) || (x & 0x7fff) >= 0x7f80;
+    }
+    static vf without_extremes(vf x, bool& found) {
+        return S::without_extremes_bf16(x, Bf16Units<S>::tiny, found);
     }
 };
 
