@@ -18,15 +18,13 @@
 namespace umfa::cpu {
 namespace {
 
-/// Query rows per task: a tile of K and V is packed once per block, so large blocks are cheaper
-/// (D=64: 6 % from 128 to 256 rows, 1 % more to 512), as long as Q and O stay in the L2 cache, and
-/// every thread should get a few tasks. Results do not depend on it.
+/// Query rows per task: as many as the kernel takes at a time, but every thread should get a few tasks.
+/// Results do not depend on it.
 int64_t block_q_of(const std::vector<Sequence>& sequences,
                    const std::vector<int64_t>& batch_indices, int64_t nheads, int64_t channels,
-                   int64_t lanes) {
-    constexpr int64_t floats = 64 * 1024;  // of Q and O: 256 KiB
-    int64_t block = std::max<int64_t>(lanes, 512), longest = 0;
-    while (block > lanes && block * channels > floats) block /= 2;
+                   const ForwardKernel& kernel, int64_t lanes) {
+    int64_t block = std::max<int64_t>(lanes, kernel.most_rows), longest = 0;
+    while (block > lanes && block * channels > kernel.most_floats) block /= 2;
     const auto tasks = [&] {
         int64_t count = 0;
         for (const int64_t b : batch_indices)
@@ -158,7 +156,7 @@ void run_prefill(const Problem& problem, ForwardArgs& args, const std::vector<Se
                  const ForwardKernel& kernel, const std::vector<int64_t>& batch_indices,
                  int lanes) {
     args.block_q = block_q_of(sequences, batch_indices, problem.nheads_q,
-                              score_channels(problem) + problem.head_dim_v, lanes);
+                              score_channels(problem) + problem.head_dim_v, kernel, lanes);
     std::vector<Block> tasks;
     double pairs = 0;
     for (const int64_t b : batch_indices) {

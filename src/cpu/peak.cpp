@@ -201,6 +201,28 @@ double seconds_of(const Loop& loop, int64_t iterations, int threads) {
 
 }  // namespace
 
+#if defined(__x86_64__)
+bool bf16_products_pay() {
+    // A few microseconds each, by turns. The rates differ by a factor of two or more, one way (AMD) or the
+    // other (Intel).
+    constexpr int64_t iterations = 1000;
+    constexpr int turns = 20;
+    static const bool pay = [] {
+        double bf16 = 1, f32 = 1;
+        for (int i = 0; i < turns; ++i) {
+            const double start = seconds_now();
+            avx512_bf16(iterations);
+            const double then = seconds_now();
+            avx512_f32(iterations);
+            bf16 = std::min(bf16, then - start);
+            f32 = std::min(f32, seconds_now() - then);
+        }
+        return bf16 < 2 * f32;  // it multiplies twice as many numbers
+    }();
+    return pay;
+}
+#endif
+
 std::vector<std::pair<std::string, std::string>> peaks() {
     std::vector<std::pair<std::string, std::string>> list;
     for (const Loop& loop : loops)

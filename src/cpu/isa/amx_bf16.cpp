@@ -1,9 +1,10 @@
-// AMX: bfloat16 products by matrix registers, at sixteen times the rate of float ones. The rest is
-// avx512.cpp's, and decoding is avx512_bf16.cpp's in all but name.
+// AMX: bfloat16 products by matrix registers, at fifteen times the rate of float ones. The rest is
+// avx512.cpp's.
 #define UMFA_VECTOR_LANES 16
 #include "cpu/isa/amx_tiles.h"
 #include "cpu/isa/avx512_bf16_simd.h"
 #include "cpu/isa/dtype_kernels.h"
+#include "cpu/isa/tile_kernel.h"
 
 namespace umfa::cpu {
 namespace {
@@ -15,20 +16,32 @@ struct Simd : Avx512Bf16 {
 
 void amx_forward(const ForwardArgs& args, const Block& block, const Block* next, float* scratch) {
     AmxTiles::configure();
-    forward_block<Simd, TileUnits<Simd>>(args, block, next, scratch);
+    forward_tiles<Simd, TileUnits<Simd>>(args, block, next, scratch);
     AmxTiles::release();
 }
 
-constexpr DtypeKernels bf16_kernels() {
-    DtypeKernels kernels = dtype_kernels<Avx512Bf16, FloatUnits<Avx512Bf16, BF16>>;
-    kernels.forward = {amx_forward, forward_scratch_floats<Simd, TileUnits<Simd>>};
-    return kernels;
-}
+// The products take so little time that packing counts for more: 18 % from 256 to 1024 rows, D=128. Every
+// CPU with AMX has an L2 cache of 2 MiB.
+constexpr int64_t amx_block_rows = 1024, amx_block_floats = 256 * 1024;
+
+// vdpbf16ps is slower than float multiplications on the CPUs that have AMX.
+using Decode = FloatUnits<Simd, BF16>;
 
 }  // namespace
 
 constinit const Kernels amx_bf16_kernels{
-    "amx_bf16", &avx512_kernels, Simd::nv * Simd::W, {}, {}, bf16_kernels(), {}, {},
+    "amx_bf16",
+    &avx512_kernels,
+    Simd::nv * Simd::W,
+    {},
+    {},
+    {{amx_forward, forward_scratch_floats<Simd, TileUnits<Simd>>, amx_block_rows, amx_block_floats},
+     {decode_keys<Simd, Decode>, decode_merge<Simd, Decode>, decode_scratch_floats<Simd, Decode>,
+      decode_row_floats<Simd>},
+     append_row<Simd, BF16>,
+     {combine_add<Simd, BF16>, combine_store<Simd, BF16>}},
+    {},
+    {},
 };
 
 }  // namespace umfa::cpu

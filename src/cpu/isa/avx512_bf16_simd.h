@@ -17,15 +17,31 @@ struct Avx512Bf16 : Avx512 {
         found |= _mm512_mask_test_epi16_mask(small, magnitude, magnitude) != 0;
         return (vf)_mm512_mask_mov_epi16((__m512i)x, small, _mm512_setzero_si512());
     }
-    /// The same for elements that are tiny or not finite.
-    static vf without_extremes_bf16(vf x, uint16_t tiny, bool& found) {
+    /// x with elements made 0 that are smaller than `tiny`, or not finite.
+    static vf without_extremes_bf16(vf x, uint16_t tiny) {
         const __m512i magnitude = _mm512_and_si512((__m512i)x, _mm512_set1_epi16(0x7fff));
-        const __mmask32 extreme =
-            _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(static_cast<short>(tiny))) |
-            _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(0x7f80));
-        found |= _mm512_mask_test_epi16_mask(extreme, magnitude, magnitude) != 0;
-        return (vf)_mm512_mask_mov_epi16((__m512i)x, extreme, _mm512_setzero_si512());
+        const __mmask32 keep =
+            _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(static_cast<short>(tiny))) &
+            _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(0x7f80));
+        return (vf)_mm512_maskz_mov_epi16(keep, (__m512i)x);
     }
+    /// Whether there are any but zeros.
+    struct ExtremesBf16 {
+        __m512i highest = _mm512_setzero_si512(), lowest = _mm512_set1_epi16(-1);
+        void add(vf x) {
+            const __m512i magnitude = _mm512_and_si512((__m512i)x, _mm512_set1_epi16(0x7fff));
+            highest = _mm512_max_epu16(highest, magnitude);
+            // Unsigned: 0 becomes the largest.
+            lowest = _mm512_min_epu16(lowest, _mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)));
+        }
+        bool finite() const {
+            return _mm512_cmpge_epu16_mask(highest, _mm512_set1_epi16(0x7f80)) == 0;
+        }
+        bool found(uint16_t tiny) const {
+            const __m512i least = _mm512_set1_epi16(static_cast<short>(tiny - 1));
+            return !finite() || _mm512_cmplt_epu16_mask(lowest, least) != 0;
+        }
+    };
     /// Lane by lane: low in the lower half, high in the upper.
     static vf pack_bf16(vf low, vf high) {
         typedef uint16_t v32h __attribute__((vector_size(64)));

@@ -14,14 +14,15 @@ namespace {
 /// S: the vectors; U: what the micro-kernels multiply.
 template <class S, class U>
 constexpr DtypeKernels dtype_kernels{
-    {forward_block<S, U>, forward_scratch_floats<S, U>},
+    {forward_block<S, U>, forward_scratch_floats<S, U>, most_block_rows, most_block_floats},
     {decode_keys<S, U>, decode_merge<S, U>, decode_scratch_floats<S, U>, decode_row_floats<S>},
     append_row<S, typename U::type>,
     {combine_add<S, typename U::type>, combine_store<S, typename U::type>}};
 
 template <class S>
 constexpr DtypeKernels mixed_kernels{
-    {forward_block<S, AnyUnits<S>>, forward_scratch_floats<S, AnyUnits<S>>},
+    {forward_block<S, AnyUnits<S>>, forward_scratch_floats<S, AnyUnits<S>>, most_block_rows,
+     most_block_floats},
     {decode_keys<S, AnyUnits<S>>, decode_merge<S, AnyUnits<S>>,
      decode_scratch_floats<S, AnyUnits<S>>, decode_row_floats<S>},
     append_any<S>,

@@ -8,7 +8,7 @@
 // panels of the block: heads of a (seqlen, heads, channels) tensor lie so far apart that twelve
 // rows in place would share one set of the L1 cache.
 //
-// Key tiles start at multiples of block_kv whatever the block of queries, and lanes never mix: the
+// Key tiles start at multiples of keys_of_tile whatever the block of queries, and lanes never mix: the
 // bits of a row do not depend on block sizes, threads, or the other rows.
 //
 // S is an instruction set's vectors, with `mr` (keys or channels per micro-tile) and `nv` (vectors
@@ -23,7 +23,6 @@
 #include "cpu/isa/rotary.h"
 #include "cpu/isa/rows.h"
 #include "cpu/isa/softmax.h"
-#include "cpu/isa/tile_products.h"
 #include "cpu/isa/units.h"
 
 namespace umfa::cpu {
@@ -37,6 +36,7 @@ constexpr int64_t panel_floats = (sizeof(Panel<S>) + 63) / 64 * 16;
 template <class S, class U>
 struct Scratch {
     static constexpr int64_t N = S::nv * S::W, slack = 64;
+    static constexpr int64_t buffers = U::tiles ? 2 : 1;  // of scores and probabilities
     int64_t key_depth, depth, channels;  // units of Q.K; with those of QV.V; padded channels of O
     int64_t value_pitch;
     int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, size;
@@ -47,17 +47,19 @@ struct Scratch {
         channels = U::tiles ? whole_tiles(args.head_dim_v) : padded_rows<S>(args.head_dim_v);
         panels = 0;
         scores = panels + panel_count * panel_floats<S>;
-        probabilities = scores + (U::E == 1 ? 0 : block_kv * N);
-        bias = probabilities + block_kv * N;  // [key][lane], whole vectors of keys
+        probabilities = scores + (U::E == 1 ? 0 : buffers * keys_of_tile<U> * N);
+        bias = probabilities + buffers * keys_of_tile<U> * N;  // [key][lane], whole vectors of keys
         const bool has_mask = args.mask.element != ElementType::none;
-        query = bias + (has_mask ? (block_kv + S::W) * N : 0);  // [panel][depth][N]
-        out = query + panel_count * depth * N;                  // [panel][channels][N]
-        key = out + panel_count * channels * N;                 // [group][depth][mr]
-        value = key + block_kv * depth + slack;
-        // An odd number of cache lines: rows of V spread over all sets of the L1 cache.
-        value_pitch = (((U::tiles ? block_kv / U::E : channels) + 15) / 16 | 1) * 16;
-        rotated = value + (U::tiles ? channels : block_kv / U::E) * value_pitch + slack;
-        size = rotated + (args.rotary.keys ? block_kv * args.head_dim : 0);
+        query = bias + (has_mask ? (keys_of_tile<U> + S::W) * N : 0);  // [panel][depth][N]
+        out = query + panel_count * depth * N;                         // [panel][channels][N]
+        key = out + panel_count * channels * N;                        // [group][depth][mr]
+        value = key + keys_of_tile<U> * depth + slack;
+        // An odd number of cache lines: rows of V spread over all sets of the L1 cache. Of the rows of
+        // tiles, which are transposed, each has a unit for two keys.
+        value_pitch = U::tiles ? keys_of_tile<U> / U::E : ((channels + 15) / 16 | 1) * 16;
+        const int64_t value_rows = U::tiles ? padded_rows<S>(channels) : keys_of_tile<U> / U::E;
+        rotated = value + value_rows * value_pitch + slack;
+        size = rotated + (args.rotary.keys ? keys_of_tile<U> * args.head_dim : 0);
     }
 
     static int64_t units_of(int64_t elements) {
@@ -180,9 +182,10 @@ UMFA_INLINE void prefetch_block(const ForwardArgs& args, const Block& block, int
             prefetch_row(query_row<const storage>(args.qv, sequence, block.head, block.first + i),
                          args.qv, channels_qv);
     }
-    const int64_t first =
-        next_tile(sequence.visible, block.first, block.first + queries - 1, int64_t{0}, block_kv);
-    const int64_t left = sequence.seqlen_kv - first, keys = left < block_kv ? left : block_kv;
+    const int64_t first = next_tile(sequence.visible, block.first, block.first + queries - 1,
+                                    int64_t{0}, keys_of_tile<U>);
+    const int64_t left = sequence.seqlen_kv - first,
+                  keys = left < keys_of_tile<U> ? left : keys_of_tile<U>;
     for (int64_t k = first + keys * part / parts; k < first + keys * (part + 1) / parts; ++k) {
         const int64_t head = block.head / args.group;
         prefetch_row(key_row<const storage>(args.key, sequence, args.page_size, head, k), args.key,
@@ -191,15 +194,6 @@ UMFA_INLINE void prefetch_block(const ForwardArgs& args, const Block& block, int
                      args.value, channels_v);
     }
 }
-
-/// Groups of S::mr keys of a tile, as one panel computes them.
-struct KeyGroups {
-    int64_t first, last;            // those with a key that some row sees
-    int64_t open_first, open_last;  // those whose scores need no comparison with -inf
-    KeyRange all;                   // keys that every row sees, but for a dense mask
-
-    bool empty() const { return first >= last; }
-};
 
 /// One block of queries while it goes over the keys, a tile at a time.
 template <class S, class U>
@@ -223,7 +217,7 @@ struct ForwardBlock {
 
     // The tile: where it begins, how many keys it has, and where their rows are.
     int64_t tile = 0, keys = 0;
-    const storage *k_rows[block_kv], *v_rows[block_kv];
+    const storage *k_rows[keys_of_tile<U>], *v_rows[keys_of_tile<U>];
     PackedValues values{};
 
     ForwardBlock(const ForwardArgs& all_args, const Block& block, float* scratch)
@@ -243,7 +237,7 @@ struct ForwardBlock {
           panel(reinterpret_cast<Panel<S>*>(memory + at.panels)) {}
 
     int64_t next_tile_from(int64_t from) const {
-        return next_tile(sequence.visible, q_begin, q_end - 1, from, block_kv);
+        return next_tile(sequence.visible, q_begin, q_end - 1, from, keys_of_tile<U>);
     }
     const storage* row_of(const Rows& rows, int64_t key) const {
         return key_row<const storage>(rows, sequence, args.page_size, head_kv, key);
@@ -299,34 +293,21 @@ struct ForwardBlock {
         return 1;
     }
 
-    /// Packs the K and V of the tile that begins at `first_key`.
-    void load_tile(int64_t first_key) {
+    /// Where the rows of the tile that begins at `first_key` are.
+    void find_tile(int64_t first_key) {
         tile = first_key;
         const int64_t rest = sequence.seqlen_kv - tile;
-        keys = rest < block_kv ? rest : block_kv;
+        keys = rest < keys_of_tile<U> ? rest : keys_of_tile<U>;
         for (int64_t k = 0; k < keys; ++k) {
             k_rows[k] = row_of(args.key, tile + k);
             v_rows[k] = row_of(args.value, tile + k);
         }
-        pack_keys_and_values(rotate_keys(), args.value.stride_channel);
     }
 
-    void pack_keys_and_values(int64_t key_stride, int64_t value_stride)
-        requires(U::tiles)
-    {
-        const int64_t padded = padded_rows<S>(keys);
-        float* const key = memory + at.key;
-        pack_tile_rows<S, U>(k_rows, keys, key_stride, padded, args.head_dim, at.depth, key);
-        if (args.qv.data)
-            pack_tile_rows<S, U>(v_rows, keys, value_stride, padded, args.head_dim_v, at.depth,
-                                 key + at.key_depth);
-        values = pack_tile_columns<S, U>(v_rows, keys, value_stride, args.head_dim_v,
-                                         at.value_pitch, memory + at.value);
-    }
-
-    void pack_keys_and_values(int64_t key_stride, int64_t value_stride)
-        requires(!U::tiles)
-    {
+    /// Packs the K and V of the tile that begins at `first_key`.
+    void load_tile(int64_t first_key) {
+        find_tile(first_key);
+        const int64_t key_stride = rotate_keys(), value_stride = args.value.stride_channel;
         const int64_t padded = padded_rows<S>(keys);
         for (int64_t k = 0; k < padded; k += S::mr) {
             const int64_t rows = height(padded - k);
@@ -368,7 +349,7 @@ struct ForwardBlock {
             return;
         }
         const int64_t count =
-            seen_by_some(sequence.visible, q_begin, q_end - 1, next, block_kv).end;
+            seen_by_some(sequence.visible, q_begin, q_end - 1, next, keys_of_tile<U>).end;
         for (int64_t k = next + count * p / panels; k < next + count * (p + 1) / panels; ++k) {
             prefetch_row(row_of(args.key, k), args.key, extent<U>(args.types.key, args.head_dim));
             prefetch_row(row_of(args.value, k), args.value,
@@ -406,28 +387,22 @@ struct ForwardBlock {
         return memory + at.bias;
     }
 
+    /// Which keys the rows of panel p see; no maximum yet.
+    void start_tile(int64_t p) {
+        set_visible_rows(sequence.visible, q_begin + p * N, tile, keys, panel[p].visible);
+        for (int64_t j = 0; j < N; ++j) panel[p].tile_maximum[j] = -__builtin_inff();
+    }
+
     /// S^T of panel p: scaled, capped, biased; -inf where a key is hidden.
     void score_tile(int64_t p, const KeyGroups& groups) {
         const float* bias = mask_tile(p, groups);
         const int64_t row = q_begin + p * N;
-        set_visible_rows(sequence.visible, row, tile, keys, panel[p].visible);
-        for (int64_t j = 0; j < N; ++j) panel[p].tile_maximum[j] = -__builtin_inff();
-        if constexpr (U::tiles) {
-            tile_scores<S>(memory + at.key, query_of(p), at.depth, groups.first, groups.last,
-                           memory + at.scores);
-            (scoring.plain ? finish_tile_scores<S, true>
-                           : finish_tile_scores<S, false>)(scoring, groups.first, groups.last,
-                                                           groups.all.begin, groups.all.end,
-                                                           diagonal_of(sequence, row, tile), bias,
-                                                           memory + at.scores, panel[p]);
-        } else {
-            (scoring.plain ? score_panel<S, P, true>
-                           : score_panel<S, P, false>)(scoring, memory + at.key, query_of(p),
-                                                       at.depth, groups.first, groups.last,
-                                                       groups.all.begin, groups.all.end,
-                                                       diagonal_of(sequence, row, tile), bias,
-                                                       memory + at.scores, panel[p]);
-        }
+        start_tile(p);
+        (scoring.plain ? score_panel<S, P, true>
+                       : score_panel<S, P, false>)(scoring, memory + at.key, query_of(p), at.depth,
+                                                   groups.first, groups.last, groups.all.begin,
+                                                   groups.all.end, diagonal_of(sequence, row, tile),
+                                                   bias, memory + at.scores, panel[p]);
     }
 
     /// Scores -> probabilities, maxima and sums of panel p; then dropout.
@@ -443,9 +418,7 @@ struct ForwardBlock {
     }
 
     /// O^T = O^T * alpha + V^T P^T of panel p.
-    void accumulate_tile(int64_t p, const KeyGroups& groups)
-        requires(!U::tiles)
-    {
+    void accumulate_tile(int64_t p, const KeyGroups& groups) {
         const int64_t units = (keys + E - 1) / E, Dv = args.head_dim_v;
         const int64_t first = groups.first / E;
         const int64_t last = groups.last / E < units ? groups.last / E : units;
@@ -465,18 +438,6 @@ struct ForwardBlock {
             if (values.tiny)
                 accumulate_tiny<S, U>(v_rows, args.value.stride_channel, keys, Dv, probabilities,
                                       groups.first, groups.last, out);
-        panel[p].fresh = false;
-    }
-
-    void accumulate_tile(int64_t p, const KeyGroups& groups)
-        requires(U::tiles)
-    {
-        const float *value = memory + at.value, *probabilities = memory + at.probabilities;
-        accumulate_tiles<S>(value, at.value_pitch, probabilities, groups.first / E, groups.last / E,
-                            at.channels, panel[p], out_of(p));
-        if (values.tiny)
-            accumulate_left_out<S, U>(v_rows, args.value.stride_channel, keys, args.head_dim_v,
-                                      probabilities, groups.first, groups.last, out_of(p));
         panel[p].fresh = false;
     }
 
@@ -510,7 +471,7 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
     ForwardBlock<S, U> work(args, block, scratch);
     work.load_queries();
     for (int64_t tile = work.next_tile_from(0), next; tile < work.sequence.seqlen_kv; tile = next) {
-        next = work.next_tile_from(tile + block_kv);
+        next = work.next_tile_from(tile + keys_of_tile<U>);
         work.load_tile(tile);
         for (int64_t p = 0; p < work.panels; ++p) {
             work.prefetch(p, next, next_block);

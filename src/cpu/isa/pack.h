@@ -8,6 +8,9 @@ namespace umfa::cpu {
 namespace {
 
 constexpr int64_t block_kv = 96;  // keys of a tile
+/// The same of the forward pass. With matrix registers O is read and written once a tile.
+template <class U>
+constexpr int64_t keys_of_tile = U::tiles ? 192 : block_kv;
 
 /// dst[0, n) = src[0], src[stride], ...; zeros up to `size`.
 template <class S, class Element>

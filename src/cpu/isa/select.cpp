@@ -13,6 +13,7 @@ namespace {
 struct Candidate {
     const Kernels* kernels;
     bool (*usable)();
+    bool (*pays)() = nullptr;  // whether "auto" takes it where it is usable; null: yes
 };
 
 #if defined(__x86_64__)
@@ -21,8 +22,14 @@ bool avx512() {
            has_feature("avx512vl");
 }
 bool avx512_bf16() { return avx512() && has_feature("avx512_bf16"); }
-#if defined(UMFA_AMX)
+#if defined(UMFA_AMX_DOUBLE)
+bool amx_bf16() { return avx512_bf16(); }
+int tiles_refused() { return 0; }
+bool amx_pays() { return false; }
+#elif defined(UMFA_AMX)
 bool amx_bf16() { return avx512_bf16() && has_feature("amx_bf16"); }
+int tiles_refused() { return request_tiles(); }
+bool amx_pays() { return true; }
 #endif
 #endif
 
@@ -30,9 +37,9 @@ bool amx_bf16() { return avx512_bf16() && has_feature("amx_bf16"); }
 const Candidate candidates[] = {
 #if defined(__x86_64__)
 #if defined(UMFA_AMX)
-    {&amx_bf16_kernels, [] { return amx_bf16() && request_tiles() == 0; }},
+    {&amx_bf16_kernels, [] { return amx_bf16() && tiles_refused() == 0; }, amx_pays},
 #endif
-    {&avx512_bf16_kernels, avx512_bf16},
+    {&avx512_bf16_kernels, avx512_bf16, bf16_products_pay},
     {&avx512_kernels, avx512},
     {&avx2_kernels,
      [] { return has_feature("avx2") && has_feature("fma") && has_feature("f16c"); }},
@@ -49,14 +56,16 @@ const Kernels* find(const std::string& name, const char* spelled) {
     std::string usable_names = "auto";
     for (const Candidate& candidate : candidates) {
         if (!candidate.usable()) continue;
-        if (name == "auto" || name == candidate.kernels->name) return candidate.kernels;
+        const bool wished =
+            name == "auto" ? !candidate.pays || candidate.pays() : name == candidate.kernels->name;
+        if (wished) return candidate.kernels;
         usable_names += std::string(", ") + candidate.kernels->name;
     }
     std::string refusal = " names no instruction set of this CPU";
 #if defined(UMFA_AMX)
     if (name == amx_bf16_kernels.name && amx_bf16())
         refusal = std::string(" names an instruction set whose registers the system refuses (") +
-                  std::strerror(request_tiles()) + ")";
+                  std::strerror(tiles_refused()) + ")";
 #endif
     fail(ErrorKind::value, "umfa", spelled + refusal, "'" + name + "'", "one of " + usable_names);
 }

@@ -9,6 +9,15 @@
 namespace umfa::cpu {
 namespace {
 
+/// Groups of S::mr keys of a tile, as one panel computes them.
+struct KeyGroups {
+    int64_t first, last;            // those with a key that some row sees
+    int64_t open_first, open_last;  // those whose scores need no comparison with -inf
+    KeyRange all;                   // keys that every row sees, but for a dense mask
+
+    bool empty() const { return first >= last; }
+};
+
 template <class S>
 struct Panel {  // one panel of queries: nv * W lanes
     static constexpr int N = S::nv * S::W;

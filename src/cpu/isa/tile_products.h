@@ -16,24 +16,24 @@
 namespace umfa::cpu {
 namespace {
 
-constexpr int64_t tile_units = 16;  // rows, and units of a row
 constexpr int64_t unit_bytes = 4;
+/// Two tiles of A, one below the other.
+constexpr int64_t pair_floats = 2 * tile_units * tile_units;
 
-inline int64_t whole_tiles(int64_t rows) {
-    return (rows + tile_units - 1) / tile_units * tile_units;
-}
-
-/// Copies `count` rows: dst[row * pitch + unit], with zeros up to `height` rows and whole tiles.
+/// Copies `count` rows into pairs of tiles, [row / 32][step][row % 32][unit], with zeros up to `height`
+/// rows and whole tiles. A row has `steps` of them in all; `dst` is the place of its first unit.
 template <class S, class U>
 inline void pack_tile_rows(const typename U::storage* const* rows, int64_t count,
-                           int64_t stride_channel, int64_t height, int64_t channels, int64_t pitch,
+                           int64_t stride_channel, int64_t height, int64_t channels, int64_t steps,
                            float* dst) {
-    const int64_t units = whole_tiles((channels + U::E - 1) / U::E);
-    for (int64_t r = 0; r < height; ++r)
-        for (int64_t u = 0; u < units; u += S::W)
-            S::store(dst + r * pitch + u,
-                     r < count ? row_units<S, U>(rows[r], stride_channel, u, channels)
-                               : typename S::vf{});
+    const int64_t units = (channels + U::E - 1) / U::E;
+    for (int64_t r = 0; r < height; ++r) {
+        float* to =
+            dst + r / (2 * tile_units) * steps * pair_floats + r % (2 * tile_units) * tile_units;
+        for (int64_t u = 0; u < units; u += S::W, to += pair_floats)
+            S::store(to, r < count ? row_units<S, U>(rows[r], stride_channel, u, channels)
+                                   : typename S::vf{});
+    }
 }
 
 /// W units of rows[0] and rows[1], of channels from `first` on; null rows, and channels past the last,
@@ -55,37 +55,45 @@ inline typename S::vf paired_channels(const typename U::storage* const* rows,
     return U::from_rows(part, 0);
 }
 
-/// Transposes a tile of V: dst[channel * pitch + unit of keys], with zeros up to whole tiles.
+/// Transposes a tile of V into pairs of tiles, [channel / 32][step][channel % 32][unit of keys], with
+/// zeros up to whole tiles. There is room for `steps` of each channel.
 template <class S, class U>
 inline PackedValues pack_tile_columns(const typename U::storage* const* rows, int64_t count,
-                                      int64_t stride_channel, int64_t channels, int64_t pitch,
+                                      int64_t stride_channel, int64_t channels, int64_t steps,
                                       float* dst) {
     constexpr int W = S::W;
     static_assert(W == tile_units && U::E == 2);
-    bool left_out = false;
-    typename S::vf not_finite{};
-    for (int64_t u = 0; u < whole_tiles((count + 1) / 2); u += W)
-        for (int64_t c = 0; c < channels; c += W) {
-            typename S::vf x[W];
-            for (int i = 0; i < W; ++i) {
-                const int64_t k = (u + i) * 2;
-                const typename U::storage* pair[] = {k < count ? rows[k] : nullptr,
-                                                     k + 1 < count ? rows[k + 1] : nullptr};
-                x[i] = paired_channels<S, U>(pair, stride_channel, c, channels);
-                not_finite += U::times_zero(x[i]);
-                x[i] = U::without_extremes(x[i], left_out);
+    typename U::Extremes extremes;
+    const auto pack = [&](auto leave_out) {
+        for (int64_t u = 0; u < (count + 1) / 2; u += W)
+            for (int64_t c = 0; c < channels; c += W) {
+                typename S::vf x[W];
+                for (int i = 0; i < W; ++i) {
+                    const int64_t k = (u + i) * 2;
+                    const typename U::storage* pair[] = {k < count ? rows[k] : nullptr,
+                                                         k + 1 < count ? rows[k + 1] : nullptr};
+                    x[i] = paired_channels<S, U>(pair, stride_channel, c, channels);
+                    if constexpr (decltype(leave_out)::value)
+                        x[i] = U::without_extremes(x[i]);
+                    else
+                        extremes.add(x[i]);
+                }
+                S::transpose(x);
+                float* to = dst + (c / (2 * W) * steps + u / W) * pair_floats + c % (2 * W) * W;
+                for (int i = 0; i < W; ++i) S::store(to + i * W, x[i]);
             }
-            S::transpose(x);
-            for (int i = 0; i < W; ++i) S::store(dst + (c + i) * pitch + u, x[i]);
-        }
-    bool finite = true;
-    for (int i = 0; i < W; ++i) finite &= not_finite[i] == 0;
-    return {left_out, finite};
+    };
+    pack(Constant<0>{});
+    const PackedValues found{extremes.found(U::tiny), extremes.finite()};
+    if (found.tiny) pack(Constant<1>{});
+    return found;
 }
 
-/// The four tiles of C, or the first two: Rows tiles of A beside two of B.
+/// The four tiles of C, or the first two: Rows tiles of A beside two of B. C and B have rows of 32.
 template <class Tiles, int Rows>
 struct Accumulators {
+    static constexpr int64_t pitch = 2 * tile_units * unit_bytes, a_pitch = tile_units * unit_bytes;
+
     static void zero() {
         Tiles::template zero<0>();
         Tiles::template zero<1>();
@@ -94,49 +102,74 @@ struct Accumulators {
             Tiles::template zero<3>();
         }
     }
-    static void load(const float* c, int64_t pitch) {
-        Tiles::template load<0>(c, pitch * unit_bytes);
-        Tiles::template load<1>(c + tile_units, pitch * unit_bytes);
+    static void load(const float* c) {
+        Tiles::template load<0>(c, pitch);
+        Tiles::template load<1>(c + tile_units, pitch);
         if constexpr (Rows == 2) {
-            Tiles::template load<2>(c + tile_units * pitch, pitch * unit_bytes);
-            Tiles::template load<3>(c + tile_units * pitch + tile_units, pitch * unit_bytes);
+            Tiles::template load<2>(c + pair_floats, pitch);
+            Tiles::template load<3>(c + pair_floats + tile_units, pitch);
         }
     }
-    static void store(float* c, int64_t pitch) {
-        Tiles::template store<0>(c, pitch * unit_bytes);
-        Tiles::template store<1>(c + tile_units, pitch * unit_bytes);
+    static void store(float* c) {
+        Tiles::template store<0>(c, pitch);
+        Tiles::template store<1>(c + tile_units, pitch);
         if constexpr (Rows == 2) {
-            Tiles::template store<2>(c + tile_units * pitch, pitch * unit_bytes);
-            Tiles::template store<3>(c + tile_units * pitch + tile_units, pitch * unit_bytes);
+            Tiles::template store<2>(c + pair_floats, pitch);
+            Tiles::template store<3>(c + pair_floats + tile_units, pitch);
         }
     }
-    static void step(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch) {
-        Tiles::template load<6>(b, b_pitch * unit_bytes);
-        Tiles::template load<4>(a, a_pitch * unit_bytes);
+    static void step(const float* a, const float* b) {
+        Tiles::template load<6>(b, pitch);
+        Tiles::template load<4>(a, a_pitch);
         Tiles::template multiply_add_bf16<0, 4, 6>();
-        Tiles::template load<7>(b + tile_units, b_pitch * unit_bytes);
+        Tiles::template load<7>(b + tile_units, pitch);
         Tiles::template multiply_add_bf16<1, 4, 7>();
         if constexpr (Rows == 2) {
-            Tiles::template load<5>(a + tile_units * a_pitch, a_pitch * unit_bytes);
+            Tiles::template load<5>(a + tile_units * tile_units, a_pitch);
             Tiles::template multiply_add_bf16<2, 5, 6>();
             Tiles::template multiply_add_bf16<3, 5, 7>();
         }
     }
 };
 
-/// Products q.k of keys [first, last), multiples of 32, and the N queries of a panel: scores[key][N].
-template <class S>
-inline void tile_scores(const float* key, const float* query, int64_t depth, int64_t first,
-                        int64_t last, float* scores) {
-    constexpr int64_t N = S::nv * S::W;
-    using C = Accumulators<typename S::Tiles, 2>;
-    static_assert(N == 2 * tile_units && S::mr == 2 * tile_units);
-    for (int64_t k = first; k < last; k += S::mr) {
-        C::zero();
-        for (int64_t u = 0; u < depth; u += tile_units)
-            C::step(key + k * depth + u, depth, query + u * N, N);
-        C::store(scores + k * N, N);
-    }
+/// C += A B, of whole tiles. B and C have the 32 lanes of a panel.
+struct TileProduct {
+    const float* a;
+    int64_t a_pitch;  // from one pair of rows of tiles to the next
+    const float* b;
+    float* c;
+    int64_t rows;   // of A and C, in tiles
+    int64_t depth;  // of the sums, in tiles
+    bool fresh;     // C was not set before: it begins at 0
+
+    int64_t steps() const { return (rows + 1) / 2 * depth; }
+};
+
+/// The product, and meanwhile() after each step: the matrix unit works beside the vector units, but only
+/// as far as the CPU looks ahead.
+template <class Tiles, class Meanwhile>
+inline __attribute__((always_inline)) void multiply(const TileProduct& product,
+                                                    Meanwhile&& meanwhile) {
+    const auto rows_of = [&](auto rows, const float* a, float* c) __attribute__((always_inline)) {
+        using C = Accumulators<Tiles, decltype(rows)::value>;
+        if (product.fresh)
+            C::zero();
+        else
+            C::load(c);
+        const float* b = product.b;
+        for (int64_t k = 0; k < product.depth; ++k, a += pair_floats, b += pair_floats) {
+            C::step(a, b);
+            meanwhile();
+        }
+        C::store(c);
+    };
+    int64_t row = 0;
+    for (; row + 2 <= product.rows; row += 2)
+        rows_of(Constant<2>{}, product.a + row / 2 * product.a_pitch,
+                product.c + row / 2 * (2 * pair_floats));
+    if (row < product.rows)
+        rows_of(Constant<1>{}, product.a + row / 2 * product.a_pitch,
+                product.c + row / 2 * (2 * pair_floats));
 }
 
 /// finish_scores() of keys [first, last), whose products are in `scores`. Groups inside
@@ -157,16 +190,112 @@ inline void finish_tile_scores(const Scoring& scoring, int64_t first, int64_t la
             finish_scores<S, true, Plain>(acc, scoring, static_cast<int32_t>(k), diagonal, own,
                                           scores + k * N, panel);
         } else if constexpr (Plain) {
+            // A NaN may hide other scores here: its row is NaN whatever they are.
             for (int n = 0; n < NV; ++n) {
-                vf maximum = S::load(panel.tile_maximum + n * W);
-                for (int m = 0; m < MR; ++m) maximum = S::max(acc[m][n], maximum);
-                S::store(panel.tile_maximum + n * W, maximum);
+                for (int half = MR / 2; half > 0; half /= 2)
+                    for (int m = 0; m < half; ++m) acc[m][n] = S::max(acc[m][n], acc[m + half][n]);
+                S::store(panel.tile_maximum + n * W,
+                         S::max(acc[0][n], S::load(panel.tile_maximum + n * W)));
             }
         } else {
             finish_scores<S, false, Plain>(acc, scoring, static_cast<int32_t>(k), diagonal, own,
                                            scores + k * N, panel);
         }
     }
+}
+
+/// 2**(difference * scale), 0 below 2**-126.5, NaN stays NaN; within 2.1 ulp, and 1 for 0. With fewer
+/// operations than exponential(): a scale of one float errs by 2**-24 of the exponent, which is much only
+/// where the result is nothing beside 1.
+template <class S>
+inline typename S::vf tile_exponential(typename S::vf difference, typename S::vf scale) {
+    using vf = typename S::vf;
+    const vf magic = S::splat(12582912.f);  // 1.5 * 2**23: adding it rounds to an integer
+    const vf whole = S::fma(magic, difference, scale) - magic;
+    const vf f = S::fma(-whole, difference, scale);
+    vf p = f * 1.326472731307e-3f + 9.671512991190e-3f;
+    p = p * f + 5.550733581185e-2f;
+    p = p * f + 2.402224242687e-1f;
+    p = p * f + 6.931470036507e-1f;
+    p = p * f + 1.0f;
+    return S::scale_unless_tiny(p, whole, whole);
+}
+
+/// exponentials() by tile_exponential(), some units of keys at a time. All keys are compared with -inf,
+/// unless none is Masked.
+template <class S, class U, bool Plain, bool Masked>
+class TileExponentials {
+    using vf = typename S::vf;
+    static constexpr int NV = S::nv, W = S::W, E = U::E;
+    static constexpr float infinity = __builtin_inff();
+
+public:
+    TileExponentials(const Scoring& scoring, const KeyGroups& groups, const float* first_scores,
+                     float* first_units, Panel<S>& own_panel)
+        : panel(own_panel),
+          scores(first_scores + groups.first * NV * W),
+          units(first_units + groups.first / E * NV * W),
+          left((groups.last - groups.first) / E),
+          scale(S::splat(Plain ? scoring.scale : 1.f)) {
+        for (int n = 0; n < NV; ++n) {
+            const vf old = S::load(panel.maximum + n * W);
+            const vf now = S::max(S::load(panel.tile_maximum + n * W), old);
+            // A lane that has seen no key keeps -inf; 0 stands in, and its exponentials are 0 below.
+            pivot[n] = now == -infinity ? vf{} : now;
+            S::store(panel.maximum + n * W, now);
+            S::store(panel.alpha + n * W, tile_exponential<S>(old - pivot[n], scale));
+            sum[n] = vf{};
+        }
+    }
+
+    inline __attribute__((always_inline)) void take(int64_t count) {
+        if (count > left) count = left;
+        left -= count;
+        for (int64_t i = 0; i < count; ++i, scores += E * NV * W, units += NV * W)
+            for (int n = 0; n < NV; ++n) {
+                vf p[E];
+                for (int e = 0; e < E; ++e) {
+                    const vf s = S::load(scores + (e * NV + n) * W);
+                    p[e] = tile_exponential<S>(s - pivot[n], scale);
+                    if constexpr (Masked)  // hidden, whatever the scale
+                        p[e] = s == -infinity ? S::splat(-0.f) : p[e];
+                    sum[n] += p[e];
+                }
+                S::store(units + n * W, U::pack(p));
+            }
+    }
+
+    void finish() {
+        take(left);
+        for (int n = 0; n < NV; ++n)
+            S::store(panel.sum + n * W,
+                     sum[n] + S::load(panel.sum + n * W) * S::load(panel.alpha + n * W));
+    }
+
+private:
+    Panel<S>& panel;
+    const float* scores;
+    float* units;
+    int64_t left;
+    const vf scale;
+    vf pivot[NV], sum[NV];
+};
+
+/// Both products, and exponentials meanwhile.
+template <class S, class U, bool Plain, bool Masked>
+__attribute__((noinline)) void take_exponentials(const Scoring& scoring, const KeyGroups& groups,
+                                                 const float* scores, float* units, Panel<S>& panel,
+                                                 const TileProduct& first,
+                                                 const TileProduct& second) {
+    using Tiles = typename S::Tiles;
+    TileExponentials<S, U, Plain, Masked> exponentials(scoring, groups, scores, units, panel);
+    const int64_t steps = first.steps() + second.steps();
+    const int64_t count = (groups.last - groups.first) / U::E / (steps > 0 ? steps : 1);
+    const int64_t each = count > 0 ? count : 1;
+    const auto meanwhile = [&]() __attribute__((always_inline)) { exponentials.take(each); };
+    multiply<Tiles>(first, meanwhile);
+    multiply<Tiles>(second, meanwhile);
+    exponentials.finish();
 }
 
 /// O^T = O^T * alpha, where some lane's alpha is not 1.
@@ -182,34 +311,6 @@ inline void rescale(const Panel<S>& panel, int64_t channels, float* o) {
             S::store(at, S::load(at) * alpha);
         }
     }
-}
-
-/// O^T += V^T P^T over the units [first, last) of keys, multiples of 16. O is rounded once for 32 keys,
-/// not once per key, so that 2**24 keys of equal weight still count.
-template <class S, int Rows>
-inline void tile_sums(const float* value, int64_t pitch, const float* p, int64_t first,
-                      int64_t last, bool fresh, float* o) {
-    constexpr int64_t N = S::nv * S::W;
-    using C = Accumulators<typename S::Tiles, Rows>;
-    if (fresh)
-        C::zero();
-    else
-        C::load(o, N);
-    for (int64_t u = first; u < last; u += tile_units) C::step(value + u, pitch, p + u * N, N);
-    C::store(o, N);
-}
-
-/// The same for all channels of a panel, after rescale().
-template <class S>
-inline void accumulate_tiles(const float* value, int64_t pitch, const float* p, int64_t first,
-                             int64_t last, int64_t channels, const Panel<S>& panel, float* o) {
-    constexpr int64_t N = S::nv * S::W, two = 2 * tile_units;
-    if (!panel.fresh) rescale<S>(panel, channels, o);
-    int64_t c = 0;
-    for (; c + two <= channels; c += two)
-        tile_sums<S, 2>(value + c * pitch, pitch, p, first, last, panel.fresh, o + c * N);
-    if (c < channels)
-        tile_sums<S, 1>(value + c * pitch, pitch, p, first, last, panel.fresh, o + c * N);
 }
 
 /// Adds the values that pack_tile_columns() left out. Hidden keys, whose probability is negative,

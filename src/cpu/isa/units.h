@@ -98,9 +98,8 @@ struct TileUnits : Bf16Units<S> {
     static bool is_left_out(storage x) {
         return Bf16Units<S>::is_tiny(x) || (x & 0x7fff) >= 0x7f80;
     }
-    static vf without_extremes(vf x, bool& found) {
-        return S::without_extremes_bf16(x, Bf16Units<S>::tiny, found);
-    }
+    static vf without_extremes(vf x) { return S::without_extremes_bf16(x, Bf16Units<S>::tiny); }
+    using Extremes = typename S::ExtremesBf16;
 };
 
 /// Floats, converted from the types that ForwardArgs::types gives at run time.
@@ -126,6 +125,13 @@ UMFA_INLINE void with_units(ElementType type, F&& f) {
         f(FloatUnits<S, BF16>{});
     else
         f(FloatUnits<S, F32>{});
+}
+
+/// Rows of a tile, and units of a row.
+constexpr int64_t tile_units = 16;
+
+inline int64_t whole_tiles(int64_t units) {
+    return (units + tile_units - 1) / tile_units * tile_units;
 }
 
 inline int64_t size_of(ElementType element) {
