@@ -58,6 +58,8 @@ struct UMFA_CORE_API Function {
     const std::string& operator[](Field field) const { return names[static_cast<size_t>(field)]; }
     std::string& operator[](Field field) { return names[static_cast<size_t>(field)]; }
 
+    bool operator==(const Function&) const = default;
+
     std::string name;  // "umfa.flash_attn_func"
     std::array<std::string, field_count> names;
     Layout layout = Layout::bshd;
@@ -80,6 +82,8 @@ struct AttentionOptions {
 #define UMFA_WINDOW(name, text) int64_t name##_left = -1, name##_right = -1;
 #define UMFA_RESULT_FLAG(name, value) bool name = value;
 #include "core/options.def"
+
+    bool operator==(const AttentionOptions&) const = default;
 };
 
 struct AttentionRequest : AttentionOptions {

@@ -3,6 +3,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <functional>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -225,6 +226,19 @@ bool is_written(const Options& options, const TensorField& tensor) {
     return appends && (tensor.field == Field::key || tensor.field == Field::value);
 }
 
+/// Equal for equal options: what differs most between the calls of a program.
+size_t hash_of(const Options& options) {
+    size_t hash = std::hash<std::string>{}(options.function->name);
+    const auto mix = [&](size_t value) { hash = hash * 31 + value; };
+    for (const uint8_t index : options.given) mix(index);
+    mix(options.values.causal);
+    mix(std::hash<double>{}(options.values.softmax_scale.value_or(0)));
+    mix(std::hash<double>{}(options.values.dropout_p));
+    mix(std::hash<uint64_t>{}(options.values.dropout_seed.value_or(0)));
+    mix(std::hash<int64_t>{}(options.values.window_size_left));
+    return hash;
+}
+
 Options replace(const Options& options, const nb::kwargs& arguments) {
     Options changed = options;
     for (const auto& [key, value] : arguments) {
@@ -248,6 +262,11 @@ bool Options::has(Field field) const {
     for (const uint8_t index : given)
         if (tensor_fields[index].field == field) return true;
     return false;
+}
+
+bool Options::operator==(const Options& other) const {
+    return given == other.given && values == other.values && backend == other.backend &&
+           (function == other.function || *function == *other.function);
 }
 
 AttentionRequest make_request(const Options& options, const nb::tuple& tensors, Inputs& inputs) {
@@ -346,6 +365,15 @@ void bind_record(nb::module_& m) {
         .def_prop_ro("return_lse", [](const Options& o) { return o.values.return_lse; })
         .def_prop_ro("return_attn_probs",
                      [](const Options& o) { return o.values.return_attn_probs; })
+        .def(
+            "__eq__",
+            [](const Options& o, nb::handle other) {
+                const Options* options = nullptr;
+                return nb::try_cast(other, options) && options && o == *options;
+            },
+            "other"_a, nb::sig("def __eq__(self, other: object, /) -> bool"),
+            "Whether a call with these options is the same, on the same tensors.")
+        .def("__hash__", &hash_of)
         .def("replace", &replace, "values"_a,
              nb::sig("def replace(self, **values: object) -> Options"),
              "The same with other values of options that are no tensors; out=None leaves it out.");

@@ -25,6 +25,7 @@ struct Options {
         return (*function)[tensor_fields[index].field];
     }
     bool has(Field field) const;
+    bool operator==(const Options& other) const;
     /// Whether the call returns its weights too: they are of use only to see what dropout has
     /// dropped.
     bool returns_weights() const { return values.return_attn_probs && values.dropout_p != 0; }

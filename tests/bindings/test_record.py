@@ -19,6 +19,28 @@ VALUES: list[dict[str, Any]] = [
 ]
 
 
+def made(function: _ext.Function = FUNCTION, backend: str = "cpu", **given: Any) -> _ext.Options:
+    tensors = {"query": 0, "key": 0, "value": 0}
+    return _ext.Attention(function, backend=backend, **(tensors | given)).options
+
+
+def test_equal_options() -> None:
+    """Each differs from all others, and equals another one of its kind."""
+    other = _ext.Function("umfa.f", layout="bhsd", broadcasts=True, query="q", causal="causal")
+    alike = _ext.Function("umfa.f", layout="bhsd", broadcasts=True, query="q", causal="is_causal")
+    kinds: list[dict[str, Any]] = [
+        *VALUES, {"attn_mask": 0}, {"backend": "auto"}, {"function": other},
+        {"dropout_p": 0.25, "dropout_seed": 3}, {"softmax_scale": 0.2}, {"return_lse": True},
+    ]  # fmt: skip
+    first, second = [made(**kind) for kind in kinds], [made(**kind) for kind in kinds]
+    for i, options in enumerate(first):
+        assert [options == x for x in second] == [i == j for j in range(len(kinds))]
+        assert hash(options) == hash(second[i])
+    assert made(alike) == made()
+    assert hash(made(alike)) == hash(made())
+    assert made() != "other"
+
+
 @pytest.mark.parametrize("values", VALUES, ids=str)
 def test_a_description_makes_the_same_options(values: dict[str, Any]) -> None:
     tensors = {"query": 0, "key": 0, "value": 0, "attn_mask": 0, "seqused_k": 0}

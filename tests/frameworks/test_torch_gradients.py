@@ -616,3 +616,23 @@ def test_batches_of_gradients_have_no_second_derivative() -> None:
         torch.autograd.grad(
             out, given, torch.ones(3, *out.shape), is_grads_batched=True, create_graph=True
         )
+
+
+def test_a_call_with_a_mask_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are made anew each time, and are equal."""
+    from umfa._call.gradients import Differentiable
+
+    judge, judged = Differentiable.judge, []
+
+    def counting(self: Any, *args: Any) -> Any:
+        judged.append(self)
+        return judge(self, *args)
+
+    monkeypatch.setattr(Differentiable, "judge", counting)
+    q, k, v = torch.randn(3, 1, 2, 6, 8, requires_grad=True)
+    for scale in (0.123, 0.456):
+        for _ in range(3):
+            mask = torch.randn(6, 6)
+            out = umfa.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+            out.sum().backward()
+    assert len(judged) == 2
