@@ -37,7 +37,11 @@ def call_on(backend: str, function: Any, *tensors: Any, **options: Any) -> Any:
     if backend in ("cpu", "metal"):
         return function(*tensors, backend=backend, **options)
     assert backend == "metal-emulated", backend
-    with mock.patch("umfa._call.run.compute", emulated.compute):
+    # The second: a call that repeats another one's options would not come to `compute`.
+    with (
+        mock.patch("umfa._call.run.compute", emulated.compute),
+        mock.patch("umfa._call._public._repeat", return_value=False),
+    ):
         return function(*tensors, **options)
 
 

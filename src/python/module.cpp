@@ -12,6 +12,7 @@
 #include "core/error.h"
 #include "core/instruments.h"
 #include "core/stats.h"
+#include "python/plain.h"
 #include "python/record.h"
 #include "python/running.h"
 #include "python/values.h"
@@ -134,6 +135,9 @@ NB_MODULE(_ext, m) {
     bind_attention(m);
     bind_combine(m);
     bind_backward(m);
+    bind_plain(m);
+    bind_repeated(m);
+    bind_switched(m);
     bind_memory(m);
     bind_xla(m);
 

@@ -1,5 +1,5 @@
 """From a function's arguments to the core: the only package that runs `umfa._ext`'s operations."""
 
-from ._public import public
+from ._public import public, repeated
 
-__all__ = ["public"]
+__all__ = ["public", "repeated"]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any, ParamSpec, cast
 
-from .._errors import message
-from .._ext import Attention, Function, Options
+from .._errors import UnsupportedError, message
+from .._ext import Attention, Function, Options, Repeated
 from .._frameworks import FUNCTIONS, shape_of
 from .combine import Combination
 from .prepared import Prepared, prepared
@@ -60,6 +60,26 @@ def public(
     return decorate
 
 
+_REPEATED: dict[Callable[..., Any], Repeated] = {}
+"""Of each public function that reuses options, what knows them."""
+
+
+def repeated(function: Callable[..., Any], tensors: tuple[Any, ...], options: Any) -> Any:
+    """The result of ``function(*tensors, **options)`` where it takes nothing of Python; else None.
+
+    None also for what `function` refuses, since a call of it says why, and for a function that
+    `public` has not made with ``reuse=True``.
+    """
+    known = _REPEATED.get(function)
+    if known is None:
+        return None
+    try:
+        found = known.run(tensors, options)
+    except (UnsupportedError, ValueError, TypeError):
+        return None
+    return None if found is False or type(found) is Prepared else found
+
+
 def called(asking: str, args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """(function, its arguments) of ``asking(function, ...)``, or of ``asking(q, k, v, ...)``, which
     means `flash_attn_func`.
@@ -105,50 +125,36 @@ def _run_and_finish(attention: Attention, finish: Callable[[Attention, Any], Any
 
 
 def _reusing(body: Callable[P, Attention]) -> Callable[P, Any]:
-    made: dict[tuple[Any, ...], Prepared] = {}
+    known = Repeated()
 
-    # What a call costs beyond the work is mostly here: 2 of 5 us went into checking options anew.
+    # What a call costs beyond the work is mostly here. One that repeats another's options, and has
+    # tensors that need nothing of Python, is done when `_repeat` returns.
     @functools.wraps(body)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-        key = (_key(kwargs) if kwargs else ()) if len(args) == 3 else None
-        if key is None:
+        found = _repeat(known, args, kwargs)
+        if found is False:
             return run(body(*args, **kwargs))
-        known = made.get(key)
-        if known is not None:
-            return run_prepared(known, args)
-        return _run_first(body(*args, **kwargs), made, key)
+        if found is None:
+            return _run_first(body(*args, **kwargs), known, kwargs)
+        if type(found) is Prepared:
+            return run_prepared(found, args)
+        return found
 
+    _REPEATED[call] = known
     return call
 
 
-def _run_first(
-    attention: Attention, made: dict[tuple[Any, ...], Prepared], key: tuple[Any, ...]
-) -> Any:
+def _repeat(known: Repeated, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return known.run(args, kwargs)
+
+
+def _run_first(attention: Attention, known: Repeated, kwargs: dict[str, Any]) -> Any:
     """Runs a call, and keeps its options for later ones."""
     result = run(attention)
     options = attention.options
-    if not (options.lacks_seed or options.return_attn_probs) and len(made) < 256:
-        made[key] = prepared(options)
+    if not (options.lacks_seed or options.return_attn_probs):
+        known.keep(kwargs, options, prepared(options))
     return result
-
-
-_PLAIN = frozenset((bool, int, float, str, type(None)))
-
-
-def _key(options: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Equal for equal options. None if there is something else among them, such as a tensor."""
-    key: list[Any] = []
-    for name, value in options.items():
-        kind = type(value)
-        # Types too: True == 1 == 1.0, and not all of them are right.
-        if kind is tuple:
-            key += map(type, value)
-            if not _PLAIN.issuperset(key[-len(value) :]):
-                return None
-        elif kind not in _PLAIN:
-            return None
-        key += (name, kind, value)
-    return tuple(key)
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
@@ -206,4 +212,4 @@ def _trace_deferred(attention: _Deferred, *_: Any) -> Any:
 for _function in (run, _run_and_finish, _run_first):
     setattr(_function, _INLINED, _trace_deferred)
 setattr(run_prepared, _INLINED, lambda call, given: _trace(call.function, given, {}))
-setattr(_key, _INLINED, lambda options: None)  # so that `run_prepared` has no options
+setattr(_repeat, _INLINED, lambda *_: False)  # `run` is what takes the options

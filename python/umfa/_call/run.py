@@ -207,11 +207,4 @@ def compute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tu
         results = autodiff.run(differentiable(framework, autodiff, call), tensors)
         options = call.options
         return results if options.return_lse or options.return_attn_probs else results[:1]
-    if framework.call is None:
-        return execute(framework, call, tensors)
-
-    def again(*inputs: Any) -> tuple[Any, ...]:
-        return execute(framework, call, dict(zip(tensors, inputs, strict=True)))
-
-    results = framework.call(again, call.function, *tensors.values())
-    return tuple(results)
+    return execute(framework, call, tensors)

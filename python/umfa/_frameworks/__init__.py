@@ -61,8 +61,8 @@ class Framework(Protocol):
         """It is a module."""
 
     call: Callable[..., Any] | None
-    """call(compute, function, *tensors) is compute(*tensors), so that the framework's autograd
-    notices. None: it has no need to be told."""
+    """call(compute, function, *tensors) is compute(*tensors) of a function without a backward pass,
+    so that the framework's autograd notices. None: it has no need to be told."""
 
     autodiff: Autodiff | None
     """The framework's automatic differentiation. None: it has none, or umfa refuses it."""

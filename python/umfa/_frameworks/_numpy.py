@@ -14,6 +14,8 @@ _EXPECTED = "float32, float16 or ml_dtypes.bfloat16"
 # numpy keeps one object of each.
 _FLOAT32, _FLOAT16, _BOOL = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.bool_)
 
+_ext.plain_numpy(np.zeros((3, 5), _FLOAT16)[1:, ::2], np.empty, _FLOAT32, _FLOAT16)
+
 
 def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
     dtype = tensor.dtype

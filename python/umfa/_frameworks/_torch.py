@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from .. import _ext
 from .._errors import UnsupportedError, message
 from .._stats import count_wait
 from . import _torch_autodiff, _torch_mps, causal_bias
@@ -52,6 +53,17 @@ def _cast_unexpanded(tensor: Any, dtype: torch.dtype) -> Any:
 # The binding reads tensors of exactly this class through DLPack's C exchange API: no capsule.
 _HAS_EXCHANGE_API = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+_autocasts: Any = getattr(  # on any device
+    torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
+)
+_ext.plain_torch(
+    torch.Tensor,
+    torch.empty_like,
+    (*_torch_autodiff.TRANSFORMING, _autocasts),
+    torch.is_grad_enabled,
+    vars(_forward_ad),
+)
 
 
 def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:

@@ -13,6 +13,8 @@ from .._errors import UnsupportedError, message
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _modes_active: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _jit_trace: Callable[[], Any] = torch._C._get_tracing_state
+TRANSFORMING: tuple[Callable[[], Any], ...] = (_functorch_active, _modes_active, _jit_trace)
+"""Each returns something true wherever `transformed` may."""
 _RECORDERS = tuple(
     (getattr(torch._C._TorchDispatchModeKey, key), name)
     for key, name in (

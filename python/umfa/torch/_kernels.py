@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import _ext
+
 Kernel = Callable[..., Any]
 """Takes the dispatcher's set of keys, then the arguments of the operation."""
 
@@ -59,12 +61,13 @@ class Below:
 
     def __init__(self, operation: str) -> None:
         self._operation: Any = getattr(torch.ops.aten, operation).default
-        self._for_cpu = torch.library.get_kernel(f"aten::{operation}", "CPU").call_boxed
+        self.for_cpu = torch.library.get_kernel(f"aten::{operation}", "CPU").call_boxed
+        """The same for CPU tensors, 1 us faster."""
         self._after = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
     def call_boxed(self, keys: Any, first: Any, *args: Any, **kwargs: Any) -> Any:
-        if first.is_cpu:  # the same as below, 1 us faster
-            return self._for_cpu(keys, first, *args, **kwargs)
+        if first.is_cpu:
+            return self.for_cpu(keys, first, *args, **kwargs)
         return self._operation.redispatch(keys & self._after, first, *args, **kwargs)
 
 
@@ -117,12 +120,8 @@ def _kernels(override: Override, key: str) -> tuple[Any, Kernel]:
 
 
 def _switched(stock: Any, ours: Kernel) -> Kernel:
-    by_torch = stock.call_boxed
-
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        return (ours if switch.on else by_torch)(keys, *args, **kwargs)
-
-    return kernel
+    for_cpu = stock.for_cpu if isinstance(stock, Below) else None
+    return _ext.switched(switch, ours, stock.call_boxed, for_cpu)
 
 
 _EXAMPLES: dict[str, Any] = {"int": 0, "SymInt": 0, "float": 0.0, "bool": False}
