@@ -49,10 +49,15 @@ def attempt(operation: str, ours: Callable[[], Any], stock: Callable[[], Any] | 
         finally:
             thread.stock = False
     if _torch_autodiff.records():
-        operation += ", recorded in a graph"
-    else:
-        for listen in listeners:
-            listen(operation, result)
+        count_taken(f"torch.{operation}, recorded in a graph")
+        return result
+    return computed(operation, result)
+
+
+def computed(operation: str, result: Any) -> Any:
+    """The result that umfa has computed of a call that is not recorded."""
+    for listen in listeners:
+        listen(operation, result)
     count_taken("torch." + operation)
     return result
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .._call import repeated
 from .._call.run import run_backward
 from .._errors import UnsupportedError, message
 from .._ext import Attention, Function
@@ -18,7 +19,7 @@ from .._frameworks import _torch_autodiff
 from .._functional.flash_attn import flash_attn_func
 from .._functional.sdpa import scaled_dot_product_attention
 from .._stats import count_left
-from ._attempt import attempt, plainly, thread
+from ._attempt import attempt, computed, plainly, thread
 from ._kernels import Kernel, Override
 
 _SDPA = "scaled_dot_product_attention"
@@ -63,6 +64,23 @@ def _sdpa(stock: Any) -> Kernel:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
+        # Options other than the defaults, and none by position: umfa then remembers the call.
+        options: dict[str, Any] = {}
+        if attn_mask is not None:
+            options["attn_mask"] = attn_mask
+        if dropout_p != 0:
+            options["dropout_p"] = dropout_p
+        if is_causal:
+            options["is_causal"] = True
+        if scale is not None:
+            options["scale"] = scale
+        if enable_gqa:
+            options["enable_gqa"] = True
+        if not thread.stock and _fused_allowed():
+            found = repeated(scaled_dot_product_attention, (query, key, value), options)
+            if found is not None:
+                return computed(_SDPA, found)
+
         def by_torch() -> Any:
             return stock.call_boxed(
                 keys, query, key, value, attn_mask, dropout_p, is_causal,
@@ -73,18 +91,6 @@ def _sdpa(stock: Any) -> Kernel:
             if not _fused_allowed():
                 what = "torch.nn.attention.sdpa_kernel excludes fused kernels"
                 raise UnsupportedError(message("umfa.torch", what, "MATH", "FLASH_ATTENTION"))
-            # Options other than the defaults, and none by position: umfa then remembers the call.
-            options: dict[str, Any] = {}
-            if attn_mask is not None:
-                options["attn_mask"] = attn_mask
-            if dropout_p != 0:
-                options["dropout_p"] = dropout_p
-            if is_causal:
-                options["is_causal"] = True
-            if scale is not None:
-                options["scale"] = scale
-            if enable_gqa:
-                options["enable_gqa"] = True
             return scaled_dot_product_attention(query, key, value, **options)
 
         # Transforms of torch.func have a rule for torch's inner operations, none for umfa's.
