@@ -15,12 +15,12 @@ import pytest
 import umfa
 from umfa.__main__ import main
 from umfa.bench import cases, chart, measure, report, results
-from umfa.bench.cases import IDENTITY, TORCH_ATTENTION, UMFA_ATTENTION, Case, Target
+from umfa.bench.cases import DISABLED, IDENTITY, TORCH_ATTENTION, UMFA_ATTENTION, Case, Target
 
 BLOCKS = ["flux-block-bf16", "flux-block-fp32"]
 PEERS = {
     "call-torch": ["torch"],
-    "call-torch-enabled": ["torch"],
+    "call-torch-enabled": ["torch", DISABLED],
     "call-jax": [IDENTITY, "jax"],
     "call-mlx": ["mlx"],
 }

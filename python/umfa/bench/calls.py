@@ -12,7 +12,7 @@ import numpy as np
 
 import umfa
 
-from .cases import IDENTITY, Case, Library
+from .cases import DISABLED, IDENTITY, Case, Library
 from .measure import (
     TOLERANCE,
     Settings,
@@ -23,7 +23,7 @@ from .measure import (
     judge,
     reference_error,
     row_difference,
-    sample,
+    sample_burst,
 )
 from .peers import Call, Float64, Inputs, Team, make_inputs
 from .results import MEASURED, NOT_SUPPORTED, CaseResult, Entry
@@ -59,9 +59,14 @@ def _torch_enabled(inputs: Inputs) -> list[Caller]:
         switch.disable()
         switch.uninstall()  # torch is then as it is without umfa
 
+    def switched_off() -> None:
+        switch.enable()  # torch has umfa's kernels, which then leave all calls to torch's
+        switch.disable()
+
     return [
         Caller("umfa", stock.call, enter=switch.enable),
         Caller("torch", stock.call, enter=without),
+        Caller(DISABLED, stock.call, enter=switched_off),
     ]
 
 
@@ -158,7 +163,7 @@ def _measure(
         first = number % len(turns)
         for caller, turn in turns[first:] + turns[:first]:
             caller.enter()
-            sample(turn)
+            sample_burst(turn)
 
     for _, turn in turns:
         turn.entry.samples_s = turn.samples

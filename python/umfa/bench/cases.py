@@ -283,6 +283,7 @@ def _call(name: str, library: Library, note: str, target: Target, kind: Kind = "
 # Names of what is measured beside umfa, where it is not a library's attention.
 TORCH_ATTENTION, UMFA_ATTENTION = "torch's attention", "umfa's attention"
 IDENTITY = "identity"
+DISABLED = "torch, umfa disabled"
 
 MODELS: tuple[Case, ...] = (
     _block("flux-block-bf16", "bfloat16", Target(1.8, against=TORCH_ATTENTION, amdahl=True)),
@@ -296,7 +297,7 @@ MODELS: tuple[Case, ...] = (
     _call(
         "call-torch-enabled",
         "torch enabled",
-        "torch's function with umfa enabled, and without umfa",
+        "torch's function with umfa enabled, without umfa, and with umfa disabled",
         Target(0.5, total_us=8),
     ),
     _call(
@@ -314,6 +315,9 @@ MODELS: tuple[Case, ...] = (
     ),
     _call("call-mlx", "mlx", "mlx", Target(against="mlx", total_us=10)),
 )
+
+BURST = 100
+"""Calls of a tiny case that are timed together."""
 
 SUITES: dict[str, tuple[Case, ...]] = {"cpu": CPU, "backward": BACKWARD, "models": MODELS}
 

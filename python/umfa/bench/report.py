@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cases import BURST
 from .results import MEASURED, NOT_MEASURED, NOT_SUPPORTED, CaseResult, Entry, Run
 
 COLUMNS = (
@@ -130,6 +131,8 @@ def facts(run: Run) -> dict[str, str]:
         low, high = (f"{rate / 1e9:.0f}" for rate in (min(rates), max(rates)))
         lines[name] = f"{low} {unit}" if low == high else f"{low} to {high} {unit}, case by case"
     lines["method"] = f"medians of {run.repeats} alternations in one process, inputs N(0,1)"
+    if any(case.kind in ("call", "overhead") for case in run.cases):
+        lines["method"] += f"; of tiny calls, the fastest {BURST} of each alternation"
     if run.quick:
         lines["quick"] = "lengths cut to almost nothing: these numbers say nothing about speed"
     return lines
