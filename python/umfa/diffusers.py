@@ -13,7 +13,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from diffusers.models import attention_dispatch
@@ -30,8 +30,8 @@ __all__ = ["Coverage", "disable", "enable"]
 
 NAME = "umfa"
 _FUNCTION = "umfa.diffusers"
-_earlier: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-"""Of each processor, the backend that `enable` has replaced."""
+_EARLIER = "_umfa_earlier_backend"
+"""Where a processor, and so each of its copies, keeps the backend that `enable` has replaced."""
 _enabled: WeakSet[torch.nn.Module] = WeakSet()
 """Models for which torch's attention runs on umfa."""
 
@@ -115,7 +115,8 @@ def enable(pipe: Any, *, fused_rope: bool = False) -> Report:
 
 
 def disable(pipe: Any) -> None:
-    """Undo `enable`: the processors have the backends that they had before.
+    """Undo `enable`: the processors have the backends that they had before. So have those of a copy
+    of a model that was enabled.
 
     PyTorch's attention is PyTorch's again, unless another model is enabled or the program called
     `umfa.torch.enable`. `umfa.torch.disable` takes PyTorch's attention from all models.
@@ -124,8 +125,9 @@ def disable(pipe: Any) -> None:
     for _, model in models:
         for processor in _processors(model):
             _set_rope(processor, False)
-            if processor in _earlier:
-                processor._attention_backend = _earlier.pop(processor)
+            if hasattr(processor, _EARLIER):
+                processor._attention_backend = getattr(processor, _EARLIER)
+                delattr(processor, _EARLIER)
     _enabled.difference_update([model for _, model in models])
     if not _enabled:
         _switch.disable(_FUNCTION)
@@ -180,8 +182,8 @@ def _enable(name: str, model: torch.nn.Module, backend: Any, fused_rope: bool) -
     others: Counter[str] = Counter()
     for processor in _processors(model):
         if hasattr(processor, "_attention_backend"):
-            if processor not in _earlier:
-                _earlier[processor] = processor._attention_backend
+            if not hasattr(processor, _EARLIER):
+                setattr(processor, _EARLIER, processor._attention_backend)
             processor._attention_backend = backend
             by_umfa += 1
             fused += _set_rope(processor, fused_rope)

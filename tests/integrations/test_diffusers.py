@@ -209,6 +209,21 @@ def test_a_pipeline_and_the_backends_that_it_had() -> None:
     model.set_attention_backend("umfa")  # known now by name, too
 
 
+def test_a_copy_gets_the_backends_that_the_model_had() -> None:
+    model, _ = flux()
+    model.set_attention_backend("native")
+    adapter.enable(model)
+    copies = deepcopy(model), pickle.loads(pickle.dumps(model))
+    adapter.disable(model)
+    for copy in (model, *copies):
+        processors = copy.attn_processors.values()
+        if copy is not model:
+            assert {x._attention_backend for x in processors} == {"umfa"}
+        adapter.disable(copy)
+        assert {x._attention_backend for x in processors} == {"native"}
+        assert not any("umfa" in name for x in processors for name in vars(x))
+
+
 def test_models_hold_torch_s_attention_for_themselves() -> None:
     (first, _), (second, _) = vae(), vae()
     adapter.disable(first)  # was never enabled
@@ -394,7 +409,6 @@ def test_copies_and_pickles_while_the_kernel_rotates(rotated: list[bool]) -> Non
         torch.testing.assert_close(run(copy, inputs), stock, rtol=1e-4, atol=1e-5)
         assert rotated == [True] * 3
         adapter.disable(copy)
-        copy.set_attention_backend("native")
     adapter.disable(model)  # until then PyTorch's attention is umfa's
     for copy in copies:
         assert torch.equal(run(copy, inputs), stock)
