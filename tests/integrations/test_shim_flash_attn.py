@@ -17,7 +17,8 @@ import pytest
 
 import umfa
 import umfa.shim
-from tests import reference
+from tests import array_libraries, reference
+from tests.cases import normal
 from tests.checks import BASE, LSE, assert_close
 
 torch = pytest.importorskip("torch")
@@ -103,6 +104,22 @@ def arguments(function: str, **options: Any) -> tuple[tuple[Any, ...], dict[str,
         given = tuple(x.flatten(0, 1) for x in given)
         given += (offsets[0], 6) if "qkvpacked" in function else (*offsets, 6, 3)
     return given, options
+
+
+@pytest.mark.parametrize("library", ["numpy", "jax", "mlx"])
+def test_results_of_other_libraries(library: str) -> None:
+    """The first of 3 queries sees none of 2 keys."""
+    framework = array_libraries.load(library)
+    q, k = (framework.tensor(normal(shape, seed=5)) for shape in ((1, 3, 2, 8), (1, 2, 2, 8)))
+    function = module("flash_attn").flash_attn_func
+    out, lse, weights = function(q, k, k, causal=True, return_attn_probs=True)
+    own, own_lse = umfa.flash_attn_func(q, k, k, causal=True, return_lse=True)
+    assert np.array_equal(framework.numpy(out), framework.numpy(own))
+    expected = framework.numpy(own_lse)
+    assert np.isneginf(expected).any()
+    assert framework.numpy(lse).dtype == np.float32
+    assert np.array_equal(framework.numpy(lse), np.where(np.isneginf(expected), np.inf, expected))
+    assert (type(weights), weights.shape, weights.dtype) == (type(out), (0,), out.dtype)
 
 
 @pytest.mark.parametrize(

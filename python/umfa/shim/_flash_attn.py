@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .._functional import flash_attn, kvcache, varlen
 from .._stats import count_taken
 from . import _bert_padding, _flash_attn_private, _flash_attn_rotary
@@ -30,11 +32,24 @@ def _as_flash_attn(function: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(results, tuple):
             return results
         out, lse, *weights = results
+        if not hasattr(lse, "masked_fill"):  # not torch's
+            return _of_arrays(out, lse, *weights)
         lse = lse.masked_fill(lse == -math.inf, math.inf)
         return (out, lse, *(out.new_empty(0) if x is None else x for x in weights))
 
     call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return call
+
+
+def _of_arrays(out: Any, lse: Any, *weights: Any) -> tuple[Any, ...]:
+    """The same results of libraries that flash-attn does not know."""
+    if isinstance(lse, np.ndarray):
+        library: Any = np  # which says so itself since its release 2
+    else:
+        library = lse.__array_namespace__()
+    lse = library.where(lse == -math.inf, math.inf, lse)
+    none = library.zeros((0,), dtype=out.dtype)
+    return (out, lse, *(none if x is None else x for x in weights))
 
 
 PUBLIC = {
