@@ -205,6 +205,30 @@ def test_unregister_restores_transformers() -> None:
         model_of("llama").set_attn_implementation("umfa")
 
 
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("", "AttentionInterface"),
+        ("class AttentionInterface: ...\nclass AttentionMaskInterface: ...", "masking_utils"),
+    ],
+)
+def test_a_transformers_without_interfaces_is_named(
+    text: str, missing: str, tmp_path: Any, run_python: Any
+) -> None:
+    (tmp_path / "transformers.py").write_text(f"__version__ = '4.30.2'\n{text}\n")
+    done = run_python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "try:\n"
+        "    import umfa.transformers\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[umfa.transformers] this transformers cannot be extended")
+    assert f"'{missing}'" in done.stdout
+    assert done.stdout.rstrip().endswith("; got transformers 4.30.2; expected 5.24 or later")
+
+
 def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """In 5.0, masks are described by positions in the cache, and there is no third function."""
     adapter.unregister()

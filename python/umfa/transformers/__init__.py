@@ -12,10 +12,22 @@ from __future__ import annotations
 import inspect
 
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 from .._errors import UnsupportedError, message
-from . import _attention, _flash, _masks, _models
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+    from . import _attention, _flash, _masks, _models
+except ImportError as error:  # that of a name that came later
+    raise ImportError(
+        message(
+            "umfa.transformers",
+            f"this transformers cannot be extended ({error})",
+            f"transformers {transformers.__version__}",
+            "5.24 or later",
+        )
+    ) from error
 
 __all__ = ["register", "unregister"]
 
