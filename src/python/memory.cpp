@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -103,9 +104,48 @@ AnyArray as_bfloat16(nb::ndarray<nb::ro> bits, nb::handle owner) {
                     shape.data(), owner, strides.data(), nb::dtype<BFloat16>());
 }
 
+struct NamedType {
+    const char* name;
+    nb::dlpack::dtype type;
+};
+
+/// What frameworks name their dtypes, those that umfa refuses among them.
+const NamedType types[] = {
+    {"float32", nb::dtype<float>()},
+    {"float16", nb::dtype<Float16>()},
+    {"bfloat16", nb::dtype<BFloat16>()},
+    {"float64", nb::dtype<double>()},
+    {"bool", nb::dtype<bool>()},
+    {"bool_", nb::dtype<bool>()},
+    {"int8", nb::dtype<int8_t>()},
+    {"int16", nb::dtype<int16_t>()},
+    {"int32", nb::dtype<int32_t>()},
+    {"int64", nb::dtype<int64_t>()},
+    {"uint8", nb::dtype<uint8_t>()},
+    {"uint16", nb::dtype<uint16_t>()},
+    {"uint32", nb::dtype<uint32_t>()},
+    {"uint64", nb::dtype<uint64_t>()},
+    {"complex64", {static_cast<uint8_t>(nb::dlpack::dtype_code::Complex), 64, 1}},
+};
+
+/// A tensor on Metal as planners see it: its address stands for memory that there is not yet.
+AnyArray outline(const std::vector<size_t>& shape, const std::string& dtype) {
+    static std::atomic<uintptr_t> used{0};
+    for (const NamedType& known : types)
+        if (dtype == known.name)
+            // An address of its own, so that no two seem to overlap.
+            return AnyArray(reinterpret_cast<void*>(used += 4096), shape.size(), shape.data(),
+                            nb::none(), nullptr, known.type, nb::device::metal::value, 0);
+    fail(ErrorKind::type, "umfa._ext.outline", "dtype is unknown", dtype, "one of a framework's");
+}
+
 }  // namespace
 
 void bind_memory(nb::module_& m) {
+    m.def("outline", &outline, "shape"_a, "dtype"_a,
+          nb::sig("def outline(shape: collections.abc.Sequence[int], dtype: str) -> typing.Any"),
+          "A contiguous tensor on Metal without memory, for verdicts and for calls with `play`.\n\n"
+          "Only its shape, dtype and layout may be used: whatever reads it ends the process.");
     m.def("empty", &empty, "shape"_a, "dtype"_a, "device"_a = "cpu",
           nb::sig("def empty(shape: collections.abc.Sequence[int], dtype: str, "
                   "device: str = 'cpu') -> typing.Any"),

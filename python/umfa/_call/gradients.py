@@ -37,6 +37,8 @@ class Differentiable:
         Name of the public function, for messages.
     names
         Those of the tensors, as the caller calls them.
+    backend
+        As the caller chose it.
     tables
         Those of them that the host reads.
     lacks_seed
@@ -62,6 +64,7 @@ class Differentiable:
         self._call = call._replace(options=options)
         self.options = options
         self.function, self.names, self.tables = call.function, call.names, call.tables
+        self.backend = call.backend
         self.lacks_seed = options.lacks_seed
         self.judged: set[Any] = set()
         self.returns_weights = options.return_attn_probs and options.dropout_p != 0

@@ -1,8 +1,9 @@
-"""mlx arrays, evaluated eagerly (outside mx.compile and mx.vmap)."""
+"""mlx arrays. A call becomes part of MLX's graph where that can be (`_mlx_graph`); else its arrays
+are evaluated, and umfa computes before it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ import numpy as np
 
 from .. import _ext
 from .._errors import UnsupportedError, message
-from . import _mlx_autodiff
+from . import _mlx_autodiff, _mlx_graph
 from ._dlpack import METAL
 
 
@@ -27,10 +28,12 @@ def _evaluate(tensor: Any, function: str, argument: str) -> None:
     except (RuntimeError, ValueError) as error:
         if "transformation" not in str(error):
             raise
+        reason = _mlx_graph.reason()
         raise UnsupportedError(
             message(
                 function,
-                f"{argument} is being traced by mx.compile or mx.vmap",
+                f"{argument} is being traced by mx.compile or mx.vmap"
+                + (f", and the call needs its value: {reason}" if reason else ""),
                 "a tracer",
                 "an array with a value; call it outside the transform",
             )
@@ -38,6 +41,8 @@ def _evaluate(tensor: Any, function: str, argument: str) -> None:
 
 
 def export(tensor: Any, function: str, argument: str, backend: str = "auto") -> Any:
+    if _mlx_graph.is_recording():
+        return _mlx_graph.outline(tensor)
     _evaluate(tensor, function, argument)
     # eval() has waited: umfa's own queue may read. On a Mac, mlx offers its unified memory as
     # Metal; the CPU view is asked for by name.
@@ -52,13 +57,25 @@ def allocate(
 
 
 def finish(handle: Any) -> Any:
-    return mx.from_dlpack(handle)
+    return handle.result() if isinstance(handle, _mlx_graph.Cell) else mx.from_dlpack(handle)
+
+
+def in_stream(tensor: Any) -> bool:
+    return _mlx_graph.is_recording()
+
+
+def stream(
+    function: str, tensors: Mapping[str, Any], results: Sequence[str], obstacle: str = ""
+) -> _mlx_graph.Graph:
+    if obstacle:
+        raise _mlx_graph.NotRecorded(obstacle)
+    return _mlx_graph.Graph(tensors, results)
 
 
 def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
     # For functions without a backward pass. mlx cannot see through DLPack: without this, mx.grad
     # would take the result for a constant and return a gradient of zero.
-    guarded = mx.custom_function(compute)
+    guarded = mx.custom_function(lambda *inputs: _mlx_graph.computed(lambda: compute(*inputs)))
 
     def refuse(*_: Any) -> Any:
         raise UnsupportedError(
@@ -94,8 +111,6 @@ def check_writable(tensor: Any, function: str, argument: str) -> None:
 autodiff = _mlx_autodiff
 
 autocast = None
-
-in_stream = None
 
 
 def draw_seed() -> int:

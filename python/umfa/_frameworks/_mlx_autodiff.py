@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .. import _ext
 from .._errors import UnsupportedError, message
+from . import _mlx_graph
 
 _marks: dict[str, object] = {"mark": None}
 """The last time that `_compiled` ran as Python."""
@@ -64,7 +65,7 @@ def applies(tensors: Iterable[Any]) -> bool:
 
 
 def records() -> bool:
-    return False  # what mlx traces has no value, which `_mlx.export` refuses
+    return False  # a traced array has a shape, and that is enough
 
 
 def transformed() -> bool:
@@ -100,7 +101,10 @@ def run(call: Any, tensors: dict[str, Any]) -> tuple[Any, ...]:
             tensors[i] = tensor
         return tensors
 
-    forward: Any = mx.custom_function(lambda *inputs: call.forward(completed(inputs)))
+    def compute(*inputs: Any) -> Any:
+        return _mlx_graph.computed(lambda: call.forward(completed(inputs)), call.backend)
+
+    forward: Any = mx.custom_function(compute)
     forward.vjp(lambda *primal: _backward(call, own, completed, *primal))
     forward.jvp(lambda *_: _refuse(call, *_FORWARD_MODE))
     results = tuple(forward(*inputs))
@@ -124,7 +128,9 @@ def _backward(
         wants[i] = call.gradients[i] is not None and mx.issubdtype(tensor.dtype, mx.floating)
 
     def compute(out: Any, lse: Any, dout: Any, dlse: Any, *inputs: Any) -> list[Any]:
-        found = call.backward(completed(inputs), out, lse, dout, dlse, wants)
+        found = _mlx_graph.computed(
+            lambda: call.backward(completed(inputs), out, lse, dout, dlse, wants), call.backend
+        )
         return [gradient for gradient in found if gradient is not None]
 
     backward: Any = mx.custom_function(compute)

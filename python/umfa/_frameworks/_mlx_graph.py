@@ -1,0 +1,278 @@
+"""Calls in MLX's own graph: nothing is evaluated when umfa is called.
+
+A call is planned from the shapes of its arrays, and each launch of the plan becomes an operation of
+`mx.fast.metal_kernel` (`_metal_body` has the text). What a launch writes, scratch memory too, is an
+output of its operation and an input of those that read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .. import _ext
+from .._stats import count_in_stream, count_wait
+from . import _metal_body
+
+LEAST_ELEMENTS = 8
+"""MLX hands smaller inputs to kernels in constant memory, which umfa's do not read them from."""
+
+_MOST_THREADS = 2**31 - 1  # of a grid, in each dimension: MLX counts in int
+
+_state = threading.local()
+
+
+class NotRecorded(Exception):
+    """The call cannot be put into the graph; its text says why. The arrays are as they were."""
+
+
+class Cell:
+    """Where a result will be found."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        self.shape, self.dtype = shape, getattr(mx, dtype)
+        self.array: Any = None
+
+    def result(self) -> Any:
+        """The array; one without elements, if nothing was to be computed."""
+        if self.array is None:
+            assert 0 in self.shape, "a plan that writes nothing has empty results"
+            self.array = mx.zeros(self.shape, self.dtype)
+        return self.array
+
+
+def missing() -> str:
+    """Why calls cannot go into MLX's graph in this process; empty if they can."""
+    if not mx.metal.is_available():
+        return "this MLX has no Metal"
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "MLX's default device is not the GPU"
+    if not any(name == "metal" and available for name, available, *_ in _ext.backends()):
+        return "umfa has no Metal backend here"
+    return ""
+
+
+def is_recording() -> bool:
+    """Whether the call that this thread computes is being put into the graph."""
+    return getattr(_state, "recording", False)
+
+
+def reason() -> str:
+    """Why the call that this thread computes is not in the graph; empty if nothing is known."""
+    return getattr(_state, "reason", "")
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """While it is open arrays are shown by their outlines, and nothing is evaluated."""
+    _state.recording = True
+    try:
+        yield
+    finally:
+        _state.recording = False
+
+
+@contextmanager
+def _evaluating(reason: str) -> Iterator[None]:
+    _state.reason = reason
+    try:
+        yield
+    finally:
+        _state.reason = ""
+
+
+def computed(compute: Callable[[], Any], backend: str = "auto") -> Any:
+    """`compute()`, as part of the graph if that can be.
+
+    Else arrays are evaluated. A wait for the GPU is counted with its reason.
+    """
+    if _ext.backend_name(backend) == "cpu" or missing():
+        return compute()
+    try:
+        with _recording():
+            return compute()
+    except NotRecorded as obstacle:
+        why = f"the call cannot be part of MLX's graph, since {obstacle}"
+    with _evaluating(why):
+        results = compute()
+    count_wait(why)
+    return results
+
+
+def outline(array: Any) -> Any:
+    """What planners see of an array, which may have no value yet."""
+    return _ext.outline(array.shape, str(array.dtype).rpartition(".")[2])
+
+
+class Graph:
+    """One call's launches in MLX's graph.
+
+    Parameters
+    ----------
+    tensors
+        The call's arrays, by the names in a plan.
+    results
+        The names of what `allocate` is asked for, in this order.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], results: Sequence[str]) -> None:
+        self._tensors = tensors
+        self._results = iter(results)
+        self._cells: dict[str, Cell] = {}
+        self._played = False
+
+    def allocate(
+        self, like: Any, shape: tuple[int, ...], dtype: str, backend: str = "auto"
+    ) -> tuple[Any, Any]:
+        """As the framework's `allocate`."""
+        cell = self._cells[next(self._results)] = Cell(shape, dtype)
+        return _ext.outline(shape, dtype), cell
+
+    def play(self, plan: dict[str, Any]) -> None:
+        """Adds the operations of `_ext`'s plan to the graph."""
+        if self._played:
+            raise NotRecorded("its batch dimensions are not one, and take a plan each")
+        self._played = True
+        launches = plan["launches"]
+        if any(launch["further_slice"] for launch in launches):
+            # macOS ends command buffers that take seconds, and MLX decides where its own end.
+            raise NotRecorded("it is long, and umfa divides it into command buffers of its own")
+        names = [name for name, _ in plan["tensors"]]
+        pieces = Pieces(
+            {
+                "tensor": [self._tensors.get(name) for name in names],
+                "scratch": [None for _ in plan["scratch_bytes"]],
+                "data": [_in_memory(data) for data in plan["data"]],
+            },
+            [self._cells.get(name) for name in names],
+            plan,
+        )
+        for launch in launches:
+            _add(launch, pieces)
+        for cell, array in zip(pieces.cells, pieces.arrays["tensor"], strict=True):
+            if cell is not None:
+                cell.array = array
+        count_in_stream()
+
+
+class Pieces(NamedTuple):
+    """What the launches of a plan work on."""
+
+    arrays: dict[str, list[Any]]
+    """By kind and number; None: nothing has been written there."""
+    cells: list[Cell | None]
+    """Of the tensors that are results."""
+    plan: dict[str, Any]
+
+
+def _add(launch: dict[str, Any], pieces: Pieces) -> None:
+    """Adds a launch's operation to the graph."""
+    shader = _metal_body.kernel_of(launch)
+    places = {index: (kind, piece) for index, kind, piece, _ in launch["buffers"]}
+    assert not any(offset for *_, offset in launch["buffers"]), "all pieces are arrays of their own"
+    inputs: list[Any] = []
+    written: list[tuple[str, int]] = []
+    shapes: list[tuple[int, ...]] = []
+    dtypes: list[Any] = []
+    for buffer in shader.buffers:
+        if buffer.is_params:
+            inputs.append(_in_memory(launch["params"]))
+        elif buffer.index not in places:
+            continue
+        elif buffer.written:
+            kind, piece = places[buffer.index]
+            written.append((kind, piece))
+            shape, dtype = _described(kind, piece, pieces)
+            shapes.append(shape)
+            dtypes.append(dtype)
+        else:
+            kind, piece = places[buffer.index]
+            inputs.append(_in_device_memory(pieces.arrays[kind][piece]))
+    threads = tuple(n * size for n, size in zip(launch["grid"], launch["threadgroup"], strict=True))
+    if max(threads) > _MOST_THREADS:
+        raise NotRecorded("it takes more threads than MLX launches")
+    kernel = _kernel(
+        launch["kernel"],
+        launch["source"],
+        launch["constant_defines"] + launch["defines"],
+        tuple(launch["macros"].items()),
+        frozenset(places),
+        int(np.prod(launch["threadgroup"])),
+    )
+    found = kernel(
+        inputs=inputs,
+        grid=threads,
+        threadgroup=tuple(launch["threadgroup"]),
+        output_shapes=shapes,
+        output_dtypes=dtypes,
+    )
+    for (kind, piece), array in zip(written, found, strict=True):
+        pieces.arrays[kind][piece] = array
+
+
+def _described(kind: str, piece: int, pieces: Pieces) -> tuple[tuple[int, ...], Any]:
+    """(shape, dtype) of something that a launch writes."""
+    if kind == "scratch":
+        size = -(-pieces.plan["scratch_bytes"][piece] // 4)
+        if size > _MOST_THREADS:
+            raise NotRecorded("its scratch memory has more elements than an array of MLX's")
+        return (size,), mx.float32
+    cell = pieces.cells[piece]
+    if cell is None:
+        raise NotRecorded("it writes an array of the caller's")
+    return cell.shape, cell.dtype
+
+
+def _in_device_memory(array: Any) -> Any:
+    """The array, with elements behind its own if they are too few for a buffer in device memory."""
+    if array.size >= LEAST_ELEMENTS:
+        return array
+    return mx.concatenate([array.reshape(-1), mx.zeros(LEAST_ELEMENTS, array.dtype)])
+
+
+def _in_memory(data: bytes) -> Any:
+    """What kernels only read, as an array."""
+    return _small(data) if len(data) <= 4096 else _copied(data)
+
+
+def _copied(data: bytes) -> Any:
+    return mx.array(np.frombuffer(data + bytes(-len(data) % 16), np.uint8))
+
+
+_small: Callable[[bytes], Any] = lru_cache(maxsize=256)(_copied)
+
+
+@lru_cache(maxsize=256)
+def _kernel(
+    name: str,
+    source: str,
+    defines: str,
+    macros: tuple[tuple[str, str], ...],
+    bound: frozenset[int],
+    threads: int,
+) -> Any:
+    """A kernel of MLX's: each set of constants and buffers is a text of its own."""
+    values = dict(macros)
+    shader = _metal_body.kernel_of({"source": source, "kernel": name, "macros": values})
+    inputs, outputs = {}, {}
+    for buffer in shader.buffers:
+        if buffer.is_params or buffer.index in bound:
+            (outputs if buffer.written else inputs)[buffer.index] = f"umfa_{buffer.name}"
+    header = defines + shader.before + _metal_body.most_threads(threads)
+    body = _metal_body.declarations(shader, values, {**inputs, **outputs}) + shader.body
+    # MLX compiles a name anew whenever it comes with another text.
+    digest = hashlib.sha256((header + body).encode()).hexdigest()[:16]
+    return mx.fast.metal_kernel(
+        name=f"{name}_{digest}",
+        input_names=list(inputs.values()),
+        output_names=list(outputs.values()),
+        source=body,
+        header=header,
+    )
