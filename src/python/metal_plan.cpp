@@ -8,6 +8,7 @@
 #include "python/backward.h"
 #include "python/player.h"
 #include "python/record.h"
+#include "shared/params.h"
 
 namespace umfa::python {
 namespace {
@@ -78,6 +79,7 @@ nb::dict plan_dict(const LaunchPlan& plan) {
     result["launches"] = launches;
     result["scratch_bytes"] = scratch;
     result["data"] = data;
+    result["sequence_bytes"] = sizeof(SequenceParams);
     return result;
 }
 

@@ -68,7 +68,7 @@ def stream(
     function: str, tensors: Mapping[str, Any], results: Sequence[str], obstacle: str = ""
 ) -> _mlx_graph.Graph:
     if obstacle:
-        raise _mlx_graph.NotRecorded(obstacle)
+        raise _mlx_graph.NotRecordedError(obstacle)
     return _mlx_graph.Graph(tensors, results)
 
 

@@ -29,7 +29,7 @@ _MOST_THREADS = 2**31 - 1  # of a grid, in each dimension: MLX counts in int
 _state = threading.local()
 
 
-class NotRecorded(Exception):
+class NotRecordedError(Exception):
     """The call cannot be put into the graph; its text says why. The arrays are as they were."""
 
 
@@ -98,7 +98,7 @@ def computed(compute: Callable[[], Any], backend: str = "auto") -> Any:
     try:
         with _recording():
             return compute()
-    except NotRecorded as obstacle:
+    except NotRecordedError as obstacle:
         why = f"the call cannot be part of MLX's graph, since {obstacle}"
     with _evaluating(why):
         results = compute()
@@ -138,12 +138,14 @@ class Graph:
     def play(self, plan: dict[str, Any]) -> None:
         """Adds the operations of `_ext`'s plan to the graph."""
         if self._played:
-            raise NotRecorded("its batch dimensions are not one, and take a plan each")
+            raise NotRecordedError("its batch dimensions are not one, and take a plan each")
         self._played = True
         launches = plan["launches"]
         if any(launch["further_slice"] for launch in launches):
             # macOS ends command buffers that take seconds, and MLX decides where its own end.
-            raise NotRecorded("it is long, and umfa divides it into command buffers of its own")
+            raise NotRecordedError(
+                "it is long, and umfa divides it into command buffers of its own"
+            )
         names = [name for name, _ in plan["tensors"]]
         pieces = Pieces(
             {
@@ -154,8 +156,12 @@ class Graph:
             [self._cells.get(name) for name in names],
             plan,
         )
+        cleared = [launch for launch in launches if launch["source"] == "clear.metal"]
         for launch in launches:
-            _add(launch, pieces)
+            if launch not in cleared:
+                _add(launch, pieces)
+        for launch in cleared:
+            _clear(launch, pieces)
         for cell, array in zip(pieces.cells, pieces.arrays["tensor"], strict=True):
             if cell is not None:
                 cell.array = array
@@ -197,7 +203,7 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
             inputs.append(_in_device_memory(pieces.arrays[kind][piece]))
     threads = tuple(n * size for n, size in zip(launch["grid"], launch["threadgroup"], strict=True))
     if max(threads) > _MOST_THREADS:
-        raise NotRecorded("it takes more threads than MLX launches")
+        raise NotRecordedError("it takes more threads than MLX launches")
     kernel = _kernel(
         launch["kernel"],
         launch["source"],
@@ -213,8 +219,101 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
         output_shapes=shapes,
         output_dtypes=dtypes,
     )
+    rows = _rows_of(launch, shader, pieces.plan) if len(pieces.plan["launches"]) > 1 else None
     for (kind, piece), array in zip(written, found, strict=True):
-        pieces.arrays[kind][piece] = array
+        before = pieces.arrays[kind][piece]
+        if kind == "scratch" or before is None or rows is None:
+            pieces.arrays[kind][piece] = array  # all of it, or all that has been written so far
+        else:
+            name = pieces.plan["tensors"][piece][0]
+            assert name in ("out", "lse"), f"two kernels write {name}"
+            pieces.arrays[kind][piece] = mx.where(_marked(rows, name, array), array, before)
+
+
+class Rows(NamedTuple):
+    """Rows of results: so many from `first` on, of an index of the batch."""
+
+    batch: np.ndarray[Any, Any]
+    first: np.ndarray[Any, Any]
+    count: np.ndarray[Any, Any]
+
+
+def _structs(data: bytes, size: int, **offsets: tuple[str, int]) -> np.ndarray[Any, Any]:
+    """Fields (dtype, offset) of each of the structs of `size` bytes."""
+    described = {
+        "names": list(offsets),
+        "formats": [kind for kind, _ in offsets.values()],
+        "offsets": [offset for _, offset in offsets.values()],
+        "itemsize": size,
+    }
+    return np.frombuffer(data, np.dtype(described))
+
+
+def _data_of(launch: dict[str, Any], shader: _metal_body.Shader, plan: Any, name: str) -> Any:
+    """The plan's data that a buffer of the kernel is bound to; None if it is not."""
+    places = {index: piece for index, kind, piece, _ in launch["buffers"] if kind == "data"}
+    for buffer in shader.buffers:
+        if buffer.name == name and buffer.index in places:
+            return plan["data"][places[buffer.index]]
+    return None
+
+
+def _rows_of(launch: dict[str, Any], shader: _metal_body.Shader, plan: Any) -> Rows | None:
+    """The rows of queries that a launch's sequences have; None: all that there are.
+
+    The structs are SequenceTask and SequenceParams of shaders/shared/params.h.
+    """
+    tasks = _data_of(launch, shader, plan, "tasks")
+    if tasks is None:
+        return None
+    sequences = _structs(
+        _data_of(launch, shader, plan, "sequences"),
+        plan["sequence_bytes"],
+        batch=("<i8", 0),
+        first=("<i8", 8),
+        count=("<i4", 48),
+    )
+    own = sequences[np.unique(_structs(tasks, 16, sequence=("<i4", 0))["sequence"])]
+    return Rows(own["batch"], own["first"], own["count"])
+
+
+def _marked(rows: Rows, name: str, array: Any) -> Any:
+    """True where an element of a result belongs to one of the rows."""
+    batches, axis = (array.shape[0], 1) if array.ndim == 4 - (name == "lse") else (1, 0)
+    shape = [1] * array.ndim
+    if axis == 1:
+        shape[0] = batches
+    axis += name == "lse"  # heads come before its rows
+    shape[axis] = array.shape[axis]
+    marks = np.zeros((batches, array.shape[axis]), np.bool_)
+    for batch, first, count in zip(*rows, strict=True):
+        marks[batch, first : first + count] = True
+    return mx.array(marks.reshape(shape))
+
+
+def _clear(launch: dict[str, Any], pieces: Pieces) -> None:
+    """What umfa_clear does to rows that belong to no sequence: 0, and -inf in the log-sum-exp."""
+    shader = _metal_body.kernel_of(launch)
+    unused = _structs(
+        _data_of(launch, shader, pieces.plan, "unused"),
+        24,  # UnusedRows of shaders/shared/params.h
+        batch=("<i8", 0),
+        first=("<i8", 8),
+        count=("<i4", 16),
+    )
+    rows = Rows(unused["batch"], unused["first"], unused["count"])
+    for _, kind, piece, _ in launch["buffers"]:
+        if kind != "tensor":
+            continue
+        cell = pieces.cells[piece]
+        assert cell is not None, "only results are cleared"
+        name = pieces.plan["tensors"][piece][0]
+        value = mx.array(float("-inf") if name == "lse" else 0.0, cell.dtype)
+        before = pieces.arrays[kind][piece]
+        if before is None:  # nothing else writes there: no row is in use
+            pieces.arrays[kind][piece] = mx.full(cell.shape, value)
+        else:
+            pieces.arrays[kind][piece] = mx.where(_marked(rows, name, before), value, before)
 
 
 def _described(kind: str, piece: int, pieces: Pieces) -> tuple[tuple[int, ...], Any]:
@@ -222,11 +321,11 @@ def _described(kind: str, piece: int, pieces: Pieces) -> tuple[tuple[int, ...], 
     if kind == "scratch":
         size = -(-pieces.plan["scratch_bytes"][piece] // 4)
         if size > _MOST_THREADS:
-            raise NotRecorded("its scratch memory has more elements than an array of MLX's")
+            raise NotRecordedError("its scratch memory has more elements than an array of MLX's")
         return (size,), mx.float32
     cell = pieces.cells[piece]
     if cell is None:
-        raise NotRecorded("it writes an array of the caller's")
+        raise NotRecordedError("it writes an array of the caller's")
     return cell.shape, cell.dtype
 
 
