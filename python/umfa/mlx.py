@@ -11,7 +11,7 @@ Importing this module changes nothing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,9 +21,10 @@ from ._attempt import attempt
 from ._call import public
 from ._errors import UnsupportedError, message
 from ._ext import Attention, Function
+from ._frameworks import _mlx_graph
 from ._replace import Replaced, Replacement
 
-__all__ = ["disable", "enable", "is_enabled", "sdpa"]
+__all__ = ["disable", "enable", "is_enabled", "sdpa", "vmap"]
 
 _NAME = "umfa.mlx"
 _WHERE = "mlx.fast.scaled_dot_product_attention"
@@ -85,6 +86,35 @@ def sdpa() -> Iterator[None]:
         yield
     finally:
         want(reason, False)
+
+
+def vmap(fun: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> Callable[..., Any]:
+    """As ``mx.vmap``, of a function that calls umfa on a GPU.
+
+    A mapped call of umfa becomes one call with a larger batch. ``mx.vmap`` itself asks MLX's
+    kernels for a rule that they do not have, and raises.
+
+    Parameters
+    ----------
+    fun
+        A function of arrays. What it captures is not mapped.
+    in_axes, out_axes
+        As those of ``mx.vmap``.
+
+    Returns
+    -------
+    callable
+        The mapped function. It raises `umfa.UnsupportedError` where a call of umfa inside of it has
+        sequences of different lengths or dropout, maps what has no batch dimension (sinks, rotary
+        angles), or cannot be part of MLX's graph.
+    """
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with _mlx_graph.mapping():
+            return fun(*args, **kwargs)
+
+    mapped: Callable[..., Any] = mx.vmap(traced, in_axes, out_axes)
+    return mapped
 
 
 def want(reason: object, on: bool) -> None:

@@ -1,4 +1,5 @@
-"""A call as a custom function of mlx's: mx.grad, mx.vjp, mx.value_and_grad and mx.checkpoint."""
+"""A call as a custom function of mlx's: mx.grad, mx.vjp, mx.value_and_grad, mx.checkpoint and
+mx.vmap."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 
 from .. import _ext
 from .._errors import UnsupportedError, message
-from . import _mlx_graph
+from . import _mlx_graph, _mlx_vmap
 
 _marks: dict[str, object] = {"mark": None}
 """The last time that `_compiled` ran as Python."""
@@ -107,6 +108,7 @@ def run(call: Any, tensors: dict[str, Any]) -> tuple[Any, ...]:
     forward: Any = mx.custom_function(compute)
     forward.vjp(lambda *primal: _backward(call, own, completed, *primal))
     forward.jvp(lambda *_: _refuse(call, *_FORWARD_MODE))
+    forward.vmap(lambda *mapped: _mapped(call, own, completed, *mapped))
     results = tuple(forward(*inputs))
     if len(results) < 3:
         return results
@@ -136,10 +138,65 @@ def _backward(
     backward: Any = mx.custom_function(compute)
     backward.vjp(lambda *_: _refuse(call, *_SECOND))
     backward.jvp(lambda *_: _refuse(call, *_SECOND))
+    backward.vmap(lambda *mapped: _mapped_backward(call, own, completed, wants, *mapped))
     found = iter(backward(*results[:2], *cotangents[:2], *inputs))
     return tuple(
         next(found) if wants[i] else mx.zeros_like(x) for i, x in zip(own, inputs, strict=True)
     )
+
+
+def _batch(
+    call: Any, own: list[int], axes: Any, tensors: list[Any], wants: list[bool] | None = None
+) -> _mlx_vmap.Batch:
+    every: list[int | None] = [None] * len(tensors)
+    for i, axis in zip(own, axes, strict=True):
+        every[i] = axis
+    return _mlx_vmap.Batch(call, tensors, every, wants)
+
+
+def _mapped(
+    call: Any,
+    own: list[int],
+    completed: Callable[[Iterable[Any]], list[Any]],
+    inputs: Any,
+    axes: Any,
+) -> tuple[list[Any], list[int]]:
+    """The call for all indices of the axes that mx.vmap maps."""
+    inputs, axes = (x if isinstance(x, (list, tuple)) else [x] for x in (inputs, axes))
+    tensors = completed(inputs)
+    batch = _batch(call, own, axes, tensors)
+    merged = batch.merged(tensors)
+    results = run(call, dict(zip(call.names, merged, strict=True)))
+    return [batch.divided(x) for x in results], [0] * len(results)
+
+
+def _mapped_backward(
+    call: Any,
+    own: list[int],
+    completed: Callable[[Iterable[Any]], list[Any]],
+    wants: list[bool],
+    given: Any,
+    axes: Any,
+) -> tuple[list[Any], list[int]]:
+    """Likewise of the gradients that are wanted."""
+    saved, inputs = given[:4], given[4:]
+    tensors = completed(inputs)
+    batch = _batch(call, own, axes[4:], tensors, wants)
+    # In the layout of the results every dimension is there, so that none has to be added.
+    folded = [
+        batch.merge(x, axis, x.ndim - (axis is not None))
+        for x, axis in zip(saved, axes[:4], strict=True)
+    ]
+    found = _mlx_graph.computed(
+        lambda: call.backward(batch.merged(tensors), *folded, wants), call.backend
+    )
+    of = dict(zip(own, axes[4:], strict=True))
+    gradients = [
+        batch.gradient(gradient, tensors[i], of[i])
+        for i, gradient in enumerate(found)
+        if gradient is not None
+    ]
+    return gradients, [0] * len(gradients)
 
 
 _FORWARD_MODE = (

@@ -106,6 +106,42 @@ def computed(compute: Callable[[], Any], backend: str = "auto") -> Any:
     return results
 
 
+@contextmanager
+def mapping() -> Iterator[None]:
+    """While it is open MLX traces for mx.vmap: results stand for what each index will get.
+
+    MLX asks the operations inside of a custom function for rules of their own, and kernels have
+    none. So within a trace the results depend on nothing, and the function's rule computes.
+    """
+    before, _state.mapping = getattr(_state, "mapping", False), True
+    try:
+        yield
+    finally:
+        _state.mapping = before
+
+
+def _stand_in(cell: Cell) -> Any:
+    """A result within a trace for mx.vmap. Evaluated, it raises: no GPU has such threadgroups."""
+    threads = (4096, 1, 1)
+    kernel = _unmapped()
+    [array] = kernel(
+        inputs=[],
+        grid=threads,
+        threadgroup=threads,
+        output_shapes=[cell.shape],
+        output_dtypes=[cell.dtype],
+    )
+    return array
+
+
+@lru_cache(maxsize=1)
+def _unmapped() -> Any:
+    name = "umfa_result_within_vmap_used_outside_of_it"
+    return mx.fast.metal_kernel(
+        name=name, input_names=[], output_names=["out"], source="out[0] = 0;"
+    )
+
+
 def outline(array: Any) -> Any:
     """What planners see of an array, which may have no value yet."""
     return _ext.outline(array.shape, str(array.dtype).rpartition(".")[2])
@@ -146,6 +182,10 @@ class Graph:
             raise NotRecordedError(
                 "it is long, and umfa divides it into command buffers of its own"
             )
+        if getattr(_state, "mapping", False):
+            for cell in self._cells.values():
+                cell.array = _stand_in(cell)
+            return
         names = [name for name, _ in plan["tensors"]]
         pieces = Pieces(
             {

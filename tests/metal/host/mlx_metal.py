@@ -278,7 +278,9 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[MlxMetal]:
     patch.setattr(_mlx_graph, "missing", lambda: "")
     patch.setattr(mx.fast, "metal_kernel", device.metal_kernel)
     _mlx_graph._kernel.cache_clear()
+    _mlx_graph._unmapped.cache_clear()
     yield device
     mx.synchronize()
     _mlx_graph._kernel.cache_clear()
+    _mlx_graph._unmapped.cache_clear()
     device.check()

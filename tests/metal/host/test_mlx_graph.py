@@ -17,6 +17,7 @@ from tools.metal.double import Double
 
 mx = pytest.importorskip("mlx.core")
 
+import umfa.mlx  # noqa: E402
 from tests.metal.host.mlx_metal import MlxMetal, standing_in  # noqa: E402
 
 
@@ -209,3 +210,56 @@ def test_packed_sequences(mlx: MlxMetal, gaps: int, lengths: Any) -> None:
     check_packed(mlx, tensors, offsets, used, out, lse, causal=True)
     assert umfa.stats().waits == before
     assert len(mlx.ran) == 1 + 2 * (len(lengths) == 3)
+
+
+MAPPED = {
+    "all": (0, 0, 0, None),
+    "queries": (1, None, None, None),
+    "queries and a mask": (0, None, None, 0),
+    "another axis": (3, 2, 0, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MAPPED)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_vmap(mlx: MlxMetal, kind: str, gradients: bool) -> None:
+    """One call of a larger batch; each index as by itself."""
+    draw = np.random.default_rng(2)
+    axes = MAPPED[kind]
+    shapes = [(2, 4, 20, 64), (2, 2, 70, 64), (2, 2, 70, 64), (4, 20, 70)]
+    own = [
+        mx.array(
+            draw.standard_normal(
+                shape if axis is None else (*shape[:axis], 3, *shape[axis:])
+            ).astype(np.float16)
+        )
+        for shape, axis in zip(shapes, axes, strict=True)
+    ]
+
+    def call(*x: Any) -> Any:
+        return umfa.scaled_dot_product_attention(*x, enable_gqa=True)
+
+    def loss(*x: Any) -> Any:
+        return (call(*x).astype(mx.float32) ** 2).sum()
+
+    function = mx.grad(loss, (0, 1, 2, 3)) if gradients else call
+    found = umfa.mlx.vmap(function, in_axes=axes)(*own)
+    assert mlx.ran == []
+    for i in range(3):
+        one = [
+            x if axis is None else mx.take(x, i, axis) for x, axis in zip(own, axes, strict=True)
+        ]
+        arrays = list(map(numbers, one))
+        turned = [x.transpose(0, 2, 1, 3) for x in arrays[:3]]
+        out, _ = reference.attention(*turned, mask=arrays[3])
+        if not gradients:
+            assert_close(mlx.read(found)[i], out.transpose(0, 2, 1, 3), BASE["float16"])
+            continue
+        wanted = reference.gradients(*turned, 2 * out, mask=arrays[3])
+        named = {
+            name: mlx.read(gradient)[i].transpose(0, 2, 1, 3)
+            for name, gradient in zip(("dq", "dk", "dv"), found, strict=False)
+        }
+        named["dmask"] = mlx.read(found[3])[i]
+        assert_gradients(named, wanted, RELATIVE["float16"])
