@@ -4,7 +4,9 @@
 outputs, each at the next buffer index, then those of Metal's attributes whose names the body has.
 It offers neither function constants nor parameters in constant memory: an input of eight elements
 or more is in device memory. So the constants are text, the template's parameters are declarations
-at the top of the body, and ``constant SomeParams&`` is ``device const SomeParams&``.
+at the top of the body, and ``constant SomeParams&`` is ``device const SomeParams&``. An array of
+MLX's may start at any element of its memory: loads of several elements at once are loads of
+elements, which the compiler may join.
 """
 
 from __future__ import annotations
@@ -24,6 +26,23 @@ _PARAMETER = re.compile(
 )
 _INDEX = re.compile(r"^#define (UMFA_\w+) (\d+)\b", re.M)
 _PARAMS = re.compile(r"\bconstant (\w+)&")
+_JOINED_LOAD = re.compile(r"\*reinterpret_cast<device const (uint4|uint2|uint|ushort)\*>\(")
+_LOADS = """// Neighbours that start at any element.
+inline ushort umfa_load_ushort(device const uchar* at) { return ushort(at[0] | at[1] << 8); }
+inline uint umfa_load_uint(device const void* from) {
+    device const ushort* at = reinterpret_cast<device const ushort*>(from);
+    return uint(at[0]) | uint(at[1]) << 16;
+}
+inline uint2 umfa_load_uint2(device const void* from) {
+    device const ushort* at = reinterpret_cast<device const ushort*>(from);
+    return uint2(umfa_load_uint(at), umfa_load_uint(at + 2));
+}
+inline uint4 umfa_load_uint4(device const void* from) {
+    device const ushort* at = reinterpret_cast<device const ushort*>(from);
+    return uint4(umfa_load_uint(at), umfa_load_uint(at + 2), umfa_load_uint(at + 4),
+                 umfa_load_uint(at + 6));
+}
+"""
 
 
 class Buffer(NamedTuple):
@@ -51,9 +70,10 @@ class Shader(NamedTuple):
     body: str
 
 
-def in_device_memory(text: str) -> str:
-    """The same text, whose functions take parameters in device memory."""
-    return _PARAMS.sub(r"device const \1&", text)
+def for_mlx(text: str) -> str:
+    """The same text, whose functions take parameters in device memory and align no loads."""
+    text = _PARAMS.sub(r"device const \1&", text)
+    return _LOADS + _JOINED_LOAD.sub(r"umfa_load_\1(", text)
 
 
 def kernel_of(launch: Mapping[str, object]) -> Shader:
@@ -77,7 +97,7 @@ def _kernel_of(source: str, name: str, function: str) -> Shader:
 @lru_cache(maxsize=16)
 def shaders(source: str) -> dict[str, Shader]:
     """The kernels of a file under shaders/, by the names of their functions."""
-    text = in_device_memory(_ext.shader_text(source))
+    text = for_mlx(_ext.shader_text(source))
     indices = {name: int(value) for name, value in _INDEX.findall(text)}
     found: dict[str, Shader] = {}
     before, at = "", 0
@@ -164,6 +184,11 @@ def declarations(shader: Shader, macros: Mapping[str, str], inputs: Mapping[int,
             lines.append(f"{pointer} {buffer.name} = {value};")
     lines += [f"{kind} {name} = {attribute};" for kind, name, attribute in shader.attributes]
     return "\n".join(lines) + "\n"
+
+
+def constants(defines: str) -> str:
+    """The constants of a launch, without those that rely on where an array starts."""
+    return defines.replace("UMFA_VALUE_wide_rotary true", "UMFA_VALUE_wide_rotary false")
 
 
 def most_threads(threads: int) -> str:

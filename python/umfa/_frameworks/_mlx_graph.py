@@ -247,7 +247,7 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
     kernel = _kernel(
         launch["kernel"],
         launch["source"],
-        launch["constant_defines"] + launch["defines"],
+        _metal_body.constants(launch["constant_defines"]) + launch["defines"],
         tuple(launch["macros"].items()),
         frozenset(places),
         int(np.prod(launch["threadgroup"])),

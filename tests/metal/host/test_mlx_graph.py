@@ -263,3 +263,24 @@ def test_vmap(mlx: MlxMetal, kind: str, gradients: bool) -> None:
         }
         named["dmask"] = mlx.read(found[3])[i]
         assert_gradients(named, wanted, RELATIVE["float16"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "rows"), [("float16", 20), ("bfloat16", 1), ("float32", 20)])
+def test_arrays_that_start_anywhere(mlx: MlxMetal, dtype: str, rows: int) -> None:
+    """Contiguous slices that no 16 bytes begin with; others are copied."""
+    tensors = []
+    for x in made(getattr(mx, dtype), rows, 500):
+        joined = mx.concatenate([mx.zeros(1, x.dtype), x.reshape(-1)])
+        mx.eval(joined)
+        tensors.append(joined[1:].reshape(x.shape))
+    mask = mx.array(np.random.default_rng(1).random(1 + rows * 500) > 0.3)
+    mx.eval(mask)
+    mask = mask[1:].reshape(1, 1, rows, 500)
+    out = umfa.flash_attn_func(*tensors, attn_mask=mask)
+    wanted, _ = expected(tensors, mask=np.array(mask))
+    assert_close(mlx.read(out), wanted, BASE[dtype])
+    reversed_keys = [tensors[0], *(x[:, ::-1] for x in tensors[1:])]
+    out = umfa.flash_attn_func(*reversed_keys, causal=True)
+    wanted, _ = expected(reversed_keys, causal=True)
+    assert_close(mlx.read(out), wanted, BASE[dtype])
