@@ -12,7 +12,7 @@ _lock = threading.Lock()
 _taken: Counter[str] = Counter()
 _left: Counter[tuple[str, str]] = Counter()
 _waits: Counter[str] = Counter()
-_in_stream = 0
+_plans = {"stream": 0, "graph": 0}
 
 MOST_REASONS = 200
 """Reasons contain shapes, so a long run could collect any number of them."""
@@ -58,8 +58,12 @@ class Stats(NamedTuple):
     plans_in_stream: int
     """Of the work of Metal calls, the parts that went into torch's own MPS stream: the host did not
     wait for them. Most calls are one part."""
+    plans_in_graph: int
+    """Of the same, the parts that became operations of MLX's graph, which runs them when it is
+    evaluated."""
     waits: dict[str, int]
-    """How often a call on MPS tensors made the host wait for the GPU, by reason."""
+    """How often a call on MPS tensors or on arrays of MLX's GPU made the host wait for the GPU, by
+    reason."""
     taken: dict[str, int]
     """Calls of other libraries' functions that umfa computed, by function; see
     `umfa.torch.enable`."""
@@ -72,6 +76,8 @@ class Stats(NamedTuple):
         lines += [f"  {x.calls:>8}  {x.where}: not by umfa. {x.reason}" for x in self.left]
         if self.plans_in_stream:
             lines.append(f"  {self.plans_in_stream:>8}  in torch's MPS stream, without a wait")
+        if self.plans_in_graph:
+            lines.append(f"  {self.plans_in_graph:>8}  in MLX's graph, without a wait")
         lines += [f"  {calls:>8}  waits for the GPU: {why}" for why, calls in self.waits.items()]
         if self.metal_calls:
             lines.append(
@@ -95,15 +101,27 @@ def stats() -> Stats:
     with _lock:
         taken = dict(_taken.most_common())
         left = tuple(Left(*key, calls) for key, calls in _left.most_common())
-        waits, in_stream = dict(_waits.most_common()), _in_stream
-    return Stats(**_ext.stats(), plans_in_stream=in_stream, waits=waits, taken=taken, left=left)
+        waits, plans = dict(_waits.most_common()), dict(_plans)
+    return Stats(
+        **_ext.stats(),
+        plans_in_stream=plans["stream"],
+        plans_in_graph=plans["graph"],
+        waits=waits,
+        taken=taken,
+        left=left,
+    )
 
 
 def count_in_stream() -> None:
-    """Counts a plan that went into another library's stream."""
-    global _in_stream
+    """Counts a plan that went into torch's stream."""
     with _lock:
-        _in_stream += 1
+        _plans["stream"] += 1
+
+
+def count_in_graph() -> None:
+    """Counts a plan that went into MLX's graph."""
+    with _lock:
+        _plans["graph"] += 1
 
 
 def count_wait(reason: str) -> None:

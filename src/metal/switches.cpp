@@ -20,7 +20,8 @@ bool is_on(const char* variable) {
 
 void check_environment() {
     self_test_mode();
-    for (const char* variable : {archive_switch, background_switch, tuning_switch, stream_switch})
+    for (const char* variable :
+         {archive_switch, background_switch, tuning_switch, stream_switch, graph_switch})
         is_on(variable);
 }
 

@@ -11,7 +11,9 @@ UMFA_CORE_API bool is_on(const char* variable);
 constexpr const char* archive_switch = "UMFA_PIPELINE_ARCHIVE";
 constexpr const char* tuning_switch = "UMFA_TUNE";
 constexpr const char* background_switch = "UMFA_BACKGROUND_COMPILE";
-constexpr const char* stream_switch = "UMFA_TORCH_STREAM";  // python/umfa/_frameworks reads it
+// python/umfa/_frameworks reads these.
+constexpr const char* stream_switch = "UMFA_TORCH_STREAM";
+constexpr const char* graph_switch = "UMFA_MLX_GRAPH";
 
 /// Throws `Error` if one of the backend's variables has a value that it does not know. On every
 /// machine, so that a mistake shows where there is no GPU too.

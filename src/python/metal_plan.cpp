@@ -64,9 +64,11 @@ nb::dict launch_dict(const KernelLaunch& launch) {
 }  // namespace
 
 nb::dict plan_dict(const LaunchPlan& plan) {
-    nb::list tensors, offsets, launches, scratch, data;
+    nb::list tensors, described, offsets, launches, scratch, data;
     for (const PlanTensor& tensor : plan.tensors) {
         tensors.append(nb::make_tuple(tensor.name, tensor.written));
+        described.append(
+            nb::make_tuple(tensor.name, shape_tuple(tensor.view), name_of(tensor.view.dtype)));
         offsets.append(tensor.view.byte_offset);
     }
     for (const KernelLaunch& launch : plan.launches) launches.append(launch_dict(launch));
@@ -75,6 +77,7 @@ nb::dict plan_dict(const LaunchPlan& plan) {
         data.append(nb::bytes(reinterpret_cast<const char*>(piece.data()), piece.size()));
     nb::dict result;
     result["tensors"] = tensors;
+    result["described"] = described;
     result["byte_offsets"] = offsets;
     result["launches"] = launches;
     result["scratch_bytes"] = scratch;

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from .. import _ext
 from .._frameworks import Framework, framework_of
+from .prepared import recorded
 
 
 class Combination(NamedTuple):
@@ -43,7 +44,7 @@ def run_combination(call: Combination) -> tuple[Any, Any]:
     if framework.call is None:
         results = compute(*inputs)
     else:
-        results = framework.call(compute, call.function, *inputs)
+        results = framework.call(compute, call.function, *inputs, backend=call.backend)
     if out is None:
         merged, lse = results
         return merged, lse
@@ -54,18 +55,26 @@ def run_combination(call: Combination) -> tuple[Any, Any]:
 def judge_combination(call: Combination) -> tuple[bool, str]:
     """The routing's verdict on a merge, and its reason."""
     framework, tensors, out = _ready(call)
-    return _ext.combine_can_run(*_exported(framework, call, tensors, out))
+    return recorded(
+        framework,
+        lambda: _ext.combine_can_run(*_exported(framework, call, tensors, out)),
+        call.backend,
+    )
 
 
 def warm_up_combination(call: Combination) -> tuple[str, int, int]:
     """Compiles a merge's kernels. Returns (backend, kernels used, kernels built now)."""
     framework, tensors, out = _ready(call)
-    arguments = _exported(framework, call, tensors, out)
-    stream = _stream(framework, call, tensors, out)
-    if stream is None:
-        return _ext.combine_warm_up(*arguments)
-    name, _, _ = _ext.combine_warm_up(*arguments, stream.warm_up)
-    return name, stream.used, stream.built
+
+    def compiled() -> tuple[str, int, int]:
+        arguments = _exported(framework, call, tensors, out)
+        stream = _stream(framework, call, tensors, out)
+        if stream is None:
+            return _ext.combine_warm_up(*arguments)
+        name, _, _ = _ext.combine_warm_up(*arguments, stream.warm_up)
+        return name, stream.used, stream.built
+
+    return recorded(framework, compiled, call.backend)
 
 
 def _stream(framework: Framework, call: Combination, tensors: dict[str, Any], out: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 from .. import _ext
 from .._frameworks import Framework
@@ -63,6 +63,16 @@ def stream_of(
     gathers = options.return_attn_probs and options.dropout_p != 0
     obstacle = "the host gathers the matrix of weights" if gathers else ""
     return framework.stream(call.function, {**named, **saved}, results, obstacle)
+
+
+T = TypeVar("T")
+
+
+def recorded(framework: Framework, compute: Callable[[], T], backend: Any) -> T:
+    """`compute()`, without evaluating tensors if the framework has a graph that can take it."""
+    if framework.recorded is None:
+        return compute()
+    return cast(T, framework.recorded(compute, backend))
 
 
 def execute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:

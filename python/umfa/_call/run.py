@@ -12,7 +12,7 @@ from .. import _ext
 from .._errors import message
 from .._frameworks import Framework, framework_of, known_framework
 from .gradients import differentiable
-from .prepared import Prepared, execute, exported, prepared, stream_of
+from .prepared import Prepared, execute, exported, prepared, recorded, stream_of
 
 
 def run(attention: _ext.Attention) -> Any:
@@ -58,7 +58,7 @@ def judge(attention: _ext.Attention) -> tuple[bool, str]:
         autodiff.refuse(call.function, tensors)
     if framework.stand_ins is not None:
         framework, tensors = framework.stand_ins(call, tensors)
-    verdict = _ext.attention_can_run(call.options, exported(framework, call, tensors))
+    verdict = _verdict(framework, call, tensors)
     if not verdict[0] or autodiff is None:
         return verdict
     wanted = autodiff.wanted(tensors.values())
@@ -67,6 +67,15 @@ def judge(attention: _ext.Attention) -> tuple[bool, str]:
     operation = differentiable(framework, autodiff, call)
     operation.check(wanted)
     return operation.judge(list(tensors.values()), wanted)
+
+
+def _verdict(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[bool, str]:
+    """The routing's verdict on a call."""
+    return recorded(
+        framework,
+        lambda: _ext.attention_can_run(call.options, exported(framework, call, tensors)),
+        call.backend,
+    )
 
 
 def run_backward(
@@ -88,12 +97,20 @@ def warm_up(attention: _ext.Attention) -> tuple[str, int, int]:
     call = prepared(attention.options)
     tensors = attention.tensors
     framework = ready(call, tensors)
-    shown = exported(framework, call, tensors)
-    stream = stream_of(framework, call, tensors, ())
-    if stream is None:
-        return _ext.attention_warm_up(call.options, shown)
-    name, _, _ = _ext.attention_warm_up(call.options, shown, stream.warm_up)
-    return name, stream.used, stream.built
+    if framework.recorded is not None and framework.autodiff is not None:
+        # Such a framework does not tell what it will differentiate: calls have a log-sum-exp.
+        operation = differentiable(framework, framework.autodiff, call)
+        call = call._replace(options=operation.options)
+
+    def compiled() -> tuple[str, int, int]:
+        shown = exported(framework, call, tensors)
+        stream = stream_of(framework, call, tensors, ())
+        if stream is None:
+            return _ext.attention_warm_up(call.options, shown)
+        name, _, _ = _ext.attention_warm_up(call.options, shown, stream.warm_up)
+        return name, stream.used, stream.built
+
+    return recorded(framework, compiled, call.backend)
 
 
 def ready(call: Prepared, tensors: dict[str, Any]) -> Framework:
@@ -172,7 +189,7 @@ def _seed(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> int:
     if framework.draw_seed is None:
         return 0  # `ready` has refused it
     if framework.autodiff is None or not framework.autodiff.transformed():
-        possible, _ = _ext.attention_can_run(call.options, exported(framework, call, tensors))
+        possible, _ = _verdict(framework, call, tensors)
         if not possible:
             return 0  # computing will say why
     if not framework.trains(tensors.values()):

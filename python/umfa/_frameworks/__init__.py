@@ -61,8 +61,13 @@ class Framework(Protocol):
         """It is a module."""
 
     call: Callable[..., Any] | None
-    """call(compute, function, *tensors) is compute(*tensors) of a function without a backward pass,
-    so that the framework's autograd notices. None: it has no need to be told."""
+    """call(compute, function, *tensors, backend=) is compute(*tensors) of a function without a
+    backward pass, so that the framework's autograd notices. None: it has no need to be told."""
+
+    recorded: Callable[[Callable[[], Any], Any], Any] | None
+    """recorded(compute, backend) is compute(), in which `export` shows tensors that may have no
+    value yet and `in_stream` is true, if calls on the backend become part of the framework's graph.
+    None: the framework has none that they could."""
 
     autodiff: Autodiff | None
     """The framework's automatic differentiation. None: it has none, or umfa refuses it."""

@@ -48,7 +48,7 @@ inline uint4 umfa_load_uint4(device const void* from) {
 class Buffer(NamedTuple):
     """A buffer of a kernel."""
 
-    index: int
+    place: int
     """In umfa's own layout, by which a plan binds it."""
     name: str
     pointee: str
@@ -176,7 +176,7 @@ def declarations(shader: Shader, macros: Mapping[str, str], inputs: Mapping[int,
             lines.append(f"constexpr {kind} {name} = {next(values)};")
     for buffer in shader.buffers:
         pointer = f"device {'' if buffer.written else 'const '}{buffer.pointee}*"
-        given = inputs.get(buffer.index)
+        given = inputs.get(buffer.place)
         value = "nullptr" if given is None else f"reinterpret_cast<{pointer}>({given})"
         if buffer.is_params:
             lines.append(f"{pointer[:-1]}& {buffer.name} = *{value};")

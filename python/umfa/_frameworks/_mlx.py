@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import _ext
 from .._errors import UnsupportedError, message
+from .._stats import count_wait
 from . import _mlx_autodiff, _mlx_graph
 from ._dlpack import METAL
 
@@ -72,10 +73,12 @@ def stream(
     return _mlx_graph.Graph(tensors, results)
 
 
-def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
+def call(compute: Callable[..., Any], function: str, *tensors: Any, backend: str = "auto") -> Any:
     # For functions without a backward pass. mlx cannot see through DLPack: without this, mx.grad
     # would take the result for a constant and return a gradient of zero.
-    guarded = mx.custom_function(lambda *inputs: _mlx_graph.computed(lambda: compute(*inputs)))
+    guarded = mx.custom_function(
+        lambda *inputs: _mlx_graph.computed(lambda: compute(*inputs), backend)
+    )
 
     def refuse(*_: Any) -> Any:
         raise UnsupportedError(
@@ -93,6 +96,8 @@ def call(compute: Callable[..., Any], function: str, *tensors: Any) -> Any:
 
 
 def to_host(tensor: Any, function: str, argument: str) -> Any:
+    if not _mlx_graph.missing():
+        count_wait(f"{argument} is a table of mlx's, which the host reads")
     _evaluate(tensor, function, argument)
     return np.array(tensor)
 
@@ -123,6 +128,8 @@ def trains(tensors: Iterable[Any]) -> bool:
 
 
 stand_ins = None
+
+recorded = _mlx_graph.computed
 
 
 def mark_written(tensor: Any) -> None:

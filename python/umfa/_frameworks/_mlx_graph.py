@@ -8,6 +8,7 @@ output of its operation and an input of those that read it.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import _ext
-from .._stats import count_in_stream, count_wait
+from .._stats import count_in_graph, count_wait
 from . import _metal_body
 
 LEAST_ELEMENTS = 8
@@ -33,11 +34,15 @@ class NotRecordedError(Exception):
     """The call cannot be put into the graph; its text says why. The arrays are as they were."""
 
 
+def _dtype(name: str) -> Any:
+    return mx.bool_ if name == "bool" else getattr(mx, name)
+
+
 class Cell:
     """Where a result will be found."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
-        self.shape, self.dtype = shape, getattr(mx, dtype)
+        self.shape, self.dtype = shape, _dtype(dtype)
         self.array: Any = None
 
     def result(self) -> Any:
@@ -50,6 +55,8 @@ class Cell:
 
 def missing() -> str:
     """Why calls cannot go into MLX's graph in this process; empty if they can."""
+    if os.environ.get("UMFA_MLX_GRAPH") == "0":  # another value than 1 is the core's to refuse
+        return "UMFA_MLX_GRAPH=0"
     if not mx.metal.is_available():
         return "this MLX has no Metal"
     if mx.default_device().type != mx.DeviceType.gpu:
@@ -57,6 +64,11 @@ def missing() -> str:
     if not any(name == "metal" and available for name, available, *_ in _ext.backends()):
         return "umfa has no Metal backend here"
     return ""
+
+
+def takes(backend: Any) -> bool:
+    """Whether calls on this backend go into the graph, as far as that does not depend on them."""
+    return _ext.backend_name(backend) != "cpu" and not missing()
 
 
 def is_recording() -> bool:
@@ -93,7 +105,7 @@ def computed(compute: Callable[[], Any], backend: str = "auto") -> Any:
 
     Else arrays are evaluated. A wait for the GPU is counted with its reason.
     """
-    if _ext.backend_name(backend) == "cpu" or missing():
+    if not takes(backend):
         return compute()
     try:
         with _recording():
@@ -156,6 +168,11 @@ class Graph:
         The call's arrays, by the names in a plan.
     results
         The names of what `allocate` is asked for, in this order.
+
+    Attributes
+    ----------
+    used, built
+        Kernels that `warm_up` has found, and those of them that this process had not used.
     """
 
     def __init__(self, tensors: Mapping[str, Any], results: Sequence[str]) -> None:
@@ -163,6 +180,7 @@ class Graph:
         self._results = iter(results)
         self._cells: dict[str, Cell] = {}
         self._played = False
+        self.used = self.built = 0
 
     def allocate(
         self, like: Any, shape: tuple[int, ...], dtype: str, backend: str = "auto"
@@ -171,8 +189,33 @@ class Graph:
         cell = self._cells[next(self._results)] = Cell(shape, dtype)
         return _ext.outline(shape, dtype), cell
 
+    def warm_up(self, plan: dict[str, Any]) -> None:
+        """Lets MLX compile the kernels of a plan, and counts them in `used` and `built`.
+
+        MLX does so when it runs them: on zeros, for the call's arrays may have no value yet.
+        """
+        before = _kernel.cache_info().misses
+        described = {name: (shape, dtype) for name, shape, dtype in plan["described"]}
+        written = {name for name, is_written in plan["tensors"] if is_written}
+        self._cells = {name: Cell(*described[name]) for name in written}
+        self._tensors = {
+            name: mx.zeros(shape, _dtype(dtype))
+            for name, (shape, dtype) in described.items()
+            if name not in written
+        }
+        self._played = False
+        kernels = self._add(plan)
+        mx.eval([cell.array for cell in self._cells.values()])
+        self.used = max(self.used, len(kernels))
+        self.built += _kernel.cache_info().misses - before
+
     def play(self, plan: dict[str, Any]) -> None:
         """Adds the operations of `_ext`'s plan to the graph."""
+        self._add(plan)
+        count_in_graph()
+
+    def _add(self, plan: dict[str, Any]) -> set[Any]:
+        """The same; returns the kernels."""
         if self._played:
             raise NotRecordedError("its batch dimensions are not one, and take a plan each")
         self._played = True
@@ -183,9 +226,9 @@ class Graph:
                 "it is long, and umfa divides it into command buffers of its own"
             )
         if getattr(_state, "mapping", False):
-            for cell in self._cells.values():
-                cell.array = _stand_in(cell)
-            return
+            for result in self._cells.values():
+                result.array = _stand_in(result)
+            return set()
         names = [name for name, _ in plan["tensors"]]
         pieces = Pieces(
             {
@@ -195,17 +238,18 @@ class Graph:
             },
             [self._cells.get(name) for name in names],
             plan,
+            set(),
         )
-        cleared = [launch for launch in launches if launch["source"] == "clear.metal"]
         for launch in launches:
-            if launch not in cleared:
+            if launch["source"] != "clear.metal":
                 _add(launch, pieces)
-        for launch in cleared:
-            _clear(launch, pieces)
+        for launch in launches:  # what the others leave out
+            if launch["source"] == "clear.metal":
+                _clear(launch, pieces)
         for cell, array in zip(pieces.cells, pieces.arrays["tensor"], strict=True):
             if cell is not None:
                 cell.array = array
-        count_in_stream()
+        return pieces.kernels
 
 
 class Pieces(NamedTuple):
@@ -216,6 +260,8 @@ class Pieces(NamedTuple):
     cells: list[Cell | None]
     """Of the tensors that are results."""
     plan: dict[str, Any]
+    kernels: set[Any]
+    """Those of MLX's that the launches use."""
 
 
 def _add(launch: dict[str, Any], pieces: Pieces) -> None:
@@ -230,16 +276,16 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
     for buffer in shader.buffers:
         if buffer.is_params:
             inputs.append(_in_memory(launch["params"]))
-        elif buffer.index not in places:
+        elif buffer.place not in places:
             continue
         elif buffer.written:
-            kind, piece = places[buffer.index]
+            kind, piece = places[buffer.place]
             written.append((kind, piece))
             shape, dtype = _described(kind, piece, pieces)
             shapes.append(shape)
             dtypes.append(dtype)
         else:
-            kind, piece = places[buffer.index]
+            kind, piece = places[buffer.place]
             inputs.append(_in_device_memory(pieces.arrays[kind][piece]))
     threads = tuple(n * size for n, size in zip(launch["grid"], launch["threadgroup"], strict=True))
     if max(threads) > _MOST_THREADS:
@@ -252,6 +298,7 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
         frozenset(places),
         int(np.prod(launch["threadgroup"])),
     )
+    pieces.kernels.add(kernel)
     found = kernel(
         inputs=inputs,
         grid=threads,
@@ -275,12 +322,12 @@ class Rows(NamedTuple):
 
     batch: np.ndarray[Any, Any]
     first: np.ndarray[Any, Any]
-    count: np.ndarray[Any, Any]
+    number: np.ndarray[Any, Any]
 
 
 def _structs(data: bytes, size: int, **offsets: tuple[str, int]) -> np.ndarray[Any, Any]:
     """Fields (dtype, offset) of each of the structs of `size` bytes."""
-    described = {
+    described: Any = {
         "names": list(offsets),
         "formats": [kind for kind, _ in offsets.values()],
         "offsets": [offset for _, offset in offsets.values()],
@@ -293,8 +340,8 @@ def _data_of(launch: dict[str, Any], shader: _metal_body.Shader, plan: Any, name
     """The plan's data that a buffer of the kernel is bound to; None if it is not."""
     places = {index: piece for index, kind, piece, _ in launch["buffers"] if kind == "data"}
     for buffer in shader.buffers:
-        if buffer.name == name and buffer.index in places:
-            return plan["data"][places[buffer.index]]
+        if buffer.name == name and buffer.place in places:
+            return plan["data"][places[buffer.place]]
     return None
 
 
@@ -400,10 +447,11 @@ def _kernel(
     """A kernel of MLX's: each set of constants and buffers is a text of its own."""
     values = dict(macros)
     shader = _metal_body.kernel_of({"source": source, "kernel": name, "macros": values})
-    inputs, outputs = {}, {}
+    inputs: dict[int, str] = {}
+    outputs: dict[int, str] = {}
     for buffer in shader.buffers:
-        if buffer.is_params or buffer.index in bound:
-            (outputs if buffer.written else inputs)[buffer.index] = f"umfa_{buffer.name}"
+        if buffer.is_params or buffer.place in bound:
+            (outputs if buffer.written else inputs)[buffer.place] = f"umfa_{buffer.name}"
     header = defines + shader.before + _metal_body.most_threads(threads)
     body = _metal_body.declarations(shader, values, {**inputs, **outputs}) + shader.body
     # MLX compiles a name anew whenever it comes with another text.

@@ -84,6 +84,7 @@ def finish(handle: Any) -> Any:
 
 
 call = None
+recorded = None
 
 
 def to_host(tensor: Any, function: str, argument: str) -> Any:

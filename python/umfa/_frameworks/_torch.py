@@ -203,6 +203,7 @@ def finish(handle: Any) -> Any:
 
 
 call = None
+recorded = None
 autodiff = _torch_autodiff
 
 

@@ -19,6 +19,7 @@ mx = pytest.importorskip("mlx.core")
 
 import umfa.mlx  # noqa: E402
 from tests.metal.host.mlx_metal import MlxMetal, standing_in  # noqa: E402
+from umfa._frameworks import _mlx_graph  # noqa: E402
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_nothing_runs_within_a_call(mlx: MlxMetal) -> None:
     after = umfa.stats()
     assert mlx.ran == mlx.compiled == []
     assert after.metal_calls - before.metal_calls == 1
-    assert after.plans_in_stream - before.plans_in_stream == 1
+    assert after.plans_in_graph - before.plans_in_graph == 1
     assert after.command_buffers == before.command_buffers
     assert after.waits == before.waits
     wanted, wanted_lse = expected((q, k, v), causal=True)
@@ -284,3 +285,206 @@ def test_arrays_that_start_anywhere(mlx: MlxMetal, dtype: str, rows: int) -> Non
     out = umfa.flash_attn_func(*reversed_keys, causal=True)
     wanted, _ = expected(reversed_keys, causal=True)
     assert_close(mlx.read(out), wanted, BASE[dtype])
+
+
+@pytest.mark.slow
+def test_a_gradient_of_a_map_and_a_map_of_maps(mlx: MlxMetal) -> None:
+    draw = np.random.default_rng(2)
+    q, k, v = (
+        mx.array(draw.standard_normal((2, 3, 1, n, 2, 64)).astype(np.float16)) for n in (20, 70, 70)
+    )
+
+    def call(*x: Any) -> Any:
+        return umfa.flash_attn_func(*x, causal=True)
+
+    twice = umfa.mlx.vmap(umfa.mlx.vmap(call, in_axes=(0, 0, 0)), in_axes=(0, 0, 0))
+    found, gradient = mx.value_and_grad(lambda *x: twice(*x).astype(mx.float32).sum())(q, k, v)
+    assert mlx.ran == []
+    arrays = [numbers(x).reshape(6, *x.shape[3:]) for x in (q, k, v)]
+    out, _ = reference.attention(*arrays, causal=True)
+    assert float(mlx.read(found)) == pytest.approx(out.sum(), rel=1e-2, abs=0.5)
+    wanted = reference.gradients(*arrays, np.ones_like(out), causal=True)
+    assert_gradients(
+        {"dq": mlx.read(gradient).reshape(arrays[0].shape)}, wanted, RELATIVE["float16"]
+    )
+
+
+def test_what_vmap_refuses(mlx: MlxMetal) -> None:
+    q, k, v = (x[None] for x in made(mx.float16, 20, 70))
+    sinks = mx.zeros((1, 4), mx.float16)
+
+    def refused(message: str, options: dict[str, Any], *more: Any, axes: Any = 0) -> None:
+        def call(q: Any, k: Any, v: Any, *more: Any) -> Any:
+            return umfa.flash_attn_func(q, k, v, **dict(zip(("learnable_sink",), more)), **options)  # noqa: B905
+
+        with pytest.raises(umfa.UnsupportedError, match=message):
+            umfa.mlx.vmap(call, in_axes=axes)(q, k, v, *more)
+
+    refused("the dropped weights depend", {"dropout_p": 0.5, "dropout_seed": 1})
+    refused("learnable_sink has no batch dimension", {}, sinks)
+    offsets = np.array([0, 20], np.int32), np.array([0, 70], np.int32)
+    with pytest.raises(umfa.UnsupportedError, match="sequences of different lengths"):
+        umfa.mlx.vmap(lambda *x: umfa.flash_attn_varlen_func(*x, *offsets, 20, 70))(
+            *(x[:, 0] for x in (q, k, v))
+        )
+    with pytest.raises(ValueError, match=r"\[Primitive::vmap\] Not implemented"):  # MLX's
+        mx.vmap(umfa.flash_attn_func)(q, k, v)
+    assert mlx.ran == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["mapped", "by itself"])
+def test_a_compiled_function_mapped_and_by_itself(mlx: MlxMetal, first: str) -> None:
+    """Neither trace is taken for the other."""
+    compiled = mx.compile(umfa.flash_attn_func)
+    tensors = made(mx.float16, 20, 70)
+    calls = {
+        "mapped": lambda: umfa.mlx.vmap(compiled)(*(x[None] for x in tensors))[0],
+        "by itself": lambda: compiled(*tensors),
+    }
+    wanted, _ = expected(tensors)
+    for name in sorted(calls, key=lambda name: name != first):
+        assert_close(mlx.read(calls[name]()), wanted, BASE["float16"])
+
+
+def test_what_stands_for_a_mapped_result_has_no_value(mlx: MlxMetal) -> None:
+    with _mlx_graph.mapping():
+        graph = _mlx_graph.Graph({}, ["out"])
+        _, cell = graph.allocate(None, (2, 3), "float16")
+        graph.play({"launches": [], "tensors": [("out", True)]})
+    assert cell.result().shape == (2, 3)
+    mx.eval(cell.result())
+    mx.synchronize()
+    with pytest.raises(ValueError, match="greater than the maximum"):
+        mlx.check()
+    mlx.errors.clear()
+
+
+@pytest.mark.slow
+def test_mlxs_own_attention(mlx: MlxMetal) -> None:
+    """With `umfa.mlx`, compiled, as a program calls it that knows nothing of umfa."""
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in made(mx.float16, 20, 70))
+    sinks = mx.array(np.random.default_rng(1).standard_normal(4).astype(np.float16))
+    before = umfa.stats()
+
+    def model(q: Any, k: Any, v: Any) -> Any:
+        return mx.fast.scaled_dot_product_attention(
+            q, k, v, scale=0.125, mask="causal", sinks=sinks
+        )
+
+    with umfa.mlx.sdpa():
+        out = mx.compile(model)(q, k, v)
+    after = umfa.stats()
+    assert after.left == before.left
+    assert sum(after.taken.values()) == sum(before.taken.values()) + 1
+    assert mlx.ran == []
+    wanted, _ = expected(
+        (x.transpose(0, 2, 1, 3) for x in (q, k, v)), causal=True, learnable_sink=numbers(sinks)
+    )
+    assert_close(mlx.read(out.transpose(0, 2, 1, 3)), wanted, BASE["float16"])
+
+
+@pytest.mark.slow
+def test_combine(mlx: MlxMetal) -> None:
+    draw = np.random.default_rng(6)
+    parts = mx.array(draw.standard_normal((3, 2, 5, 2, 24)).astype(np.float32))
+    sums = mx.array(draw.standard_normal((3, 2, 5, 2)).astype(np.float32))
+    merged, lse = mx.compile(umfa.flash_attn_combine)(parts, sums)
+    assert mlx.ran == []
+    wanted, wanted_lse = reference.combine(numbers(parts), numbers(sums))
+    assert_close(mlx.read(merged), wanted, BASE["float32"])
+    assert_close(mlx.read(lse), wanted_lse, LSE, "lse")
+
+
+def test_verdicts_evaluate_nothing(mlx: MlxMetal) -> None:
+    tensors = made(mx.float16, 20, 70)
+    out = umfa.flash_attn_func(*tensors, causal=True)
+    assert umfa.can_run(out, *tensors[1:]) == (True, "")
+    seeded = umfa.flash_attn_func(out, *tensors[1:], dropout_p=0.5)
+    parts = mx.stack([out, out])
+    assert umfa.can_run(umfa.flash_attn_combine, parts, mx.zeros((2, 2, 20, 4))) == (True, "")
+    assert seeded.shape == out.shape
+    assert mlx.ran == []
+    possible, reason = umfa.can_run(*tensors, backend="cpu")
+    assert (possible, reason) == (True, "")
+
+
+def test_tables_are_evaluated(mlx: MlxMetal) -> None:
+    """One of MLX's is the host's to read, and that is counted; one that is traced has no value."""
+    q, k, v = (x[0] for x in made(mx.float16, 20, 20))
+    offsets = mx.array([0, 5, 20], mx.int32)
+    reason = "cu_seqlens_q is a table of mlx's, which the host reads"
+    before = umfa.stats().waits.get(reason, 0)
+
+    def call(offsets: Any) -> Any:
+        return umfa.flash_attn_varlen_func(q, k, v, offsets, offsets, 15, 15, causal=True)
+
+    out = call(offsets)
+    assert out.shape == q.shape
+    assert umfa.stats().waits[reason] == before + 1
+    assert mlx.ran == []
+    with pytest.raises(umfa.UnsupportedError, match=r"cu_seqlens_[qk] is being traced"):
+        mx.compile(call)(offsets)
+
+
+def test_warmup_compiles_for_the_graph(mlx: MlxMetal) -> None:
+    tensors = made(mx.float16, 20, 70)
+    before = umfa.stats()
+    assert umfa.warmup(*tensors, causal=True)[:3] == ("metal", 1, 1)
+    assert umfa.warmup(*tensors, causal=True)[:3] == ("metal", 1, 0)
+    assert umfa.stats() == before
+    ran = len(mlx.ran)
+    mlx.read(umfa.flash_attn_func(*tensors, causal=True))
+    assert len(mlx.compiled) == 1
+    assert len(mlx.ran) == ran + 1
+
+
+@pytest.mark.slow
+def test_a_model_compiles_few_texts(mlx: MlxMetal) -> None:
+    """Layers and steps of different lengths share their kernels."""
+    for step in range(4):
+        q, k, v = made(mx.float16, 20 + step, 70 + step)
+        for _ in range(2):
+            q = umfa.flash_attn_func(q, k, v, causal=True)
+        mlx.read(q)
+    assert len(mlx.ran) == 8
+    assert len(mlx.compiled) == 1
+
+
+@pytest.mark.slow
+def test_arrays_without_elements(mlx: MlxMetal) -> None:
+    q, k, v = made(mx.float16, 20, 70)
+    assert (mlx.read(umfa.flash_attn_func(q, k[:, :0], v[:, :0])) == 0).all()
+    assert umfa.flash_attn_func(q[:, :0], k, v).shape == (2, 0, 4, 64)
+
+
+def test_bad_input_is_refused_while_it_is_traced(mlx: MlxMetal) -> None:
+    q, k, v = made(mx.float16, 20, 70)
+    with pytest.raises(ValueError, match=r"^\[umfa.flash_attn_func\] .*; got .*; expected "):
+        mx.compile(umfa.flash_attn_func)(q, k[..., :32], v)
+    with pytest.raises(TypeError, match="q has the wrong dtype; got int32"):
+        umfa.flash_attn_func(*(x.astype(mx.int32) for x in (q, k, v)))
+
+
+def test_what_cannot_be_part_of_the_graph(mlx: MlxMetal, monkeypatch: Any) -> None:
+    """Is evaluated, and counted with the reason; where it is traced, an error has the reason."""
+    shapes = [(3, 2, 4, n, 64) for n in (20, 70, 70)]
+    q, k, v = (mx.zeros(shape, mx.float16) for shape in shapes)
+    k = k[:, :1]  # no stride joins the batch dimensions
+    monkeypatch.setattr(
+        _mlx_graph, "_evaluating", lambda why: (_ for _ in ()).throw(AssertionError(why))
+    )
+    with pytest.raises(AssertionError, match="its batch dimensions are not one"):
+        umfa.scaled_dot_product_attention(q, k, v)
+    monkeypatch.undo()
+
+
+def test_the_switch(mlx: MlxMetal, monkeypatch: Any) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("UMFA_MLX_GRAPH", "0")
+    assert _mlx_graph.missing() == "UMFA_MLX_GRAPH=0"
+    monkeypatch.setenv("UMFA_MLX_GRAPH", "yes")
+    with pytest.raises(ValueError, match="UMFA_MLX_GRAPH is wrong; got 'yes'; expected '0' or"):
+        umfa.flash_attn_func(*made(mx.float16, 20, 70))
+    monkeypatch.delenv("UMFA_MLX_GRAPH")
+    assert _mlx_graph.missing() == "this MLX has no Metal"
