@@ -129,22 +129,26 @@ const NamedType types[] = {
 };
 
 /// A tensor on Metal as planners see it: its address stands for memory that there is not yet.
-AnyArray outline(const std::vector<size_t>& shape, const std::string& dtype) {
+AnyArray outline(const std::vector<size_t>& shape, const std::string& dtype,
+                 const std::vector<int64_t>& strides) {
     static std::atomic<uintptr_t> used{0};
     for (const NamedType& known : types)
         if (dtype == known.name)
             // An address of its own, so that no two seem to overlap.
             return AnyArray(reinterpret_cast<void*>(used += 4096), shape.size(), shape.data(),
-                            nb::none(), nullptr, known.type, nb::device::metal::value, 0);
+                            nb::none(), strides.empty() ? nullptr : strides.data(), known.type,
+                            nb::device::metal::value, 0);
     fail(ErrorKind::type, "umfa._ext.outline", "dtype is unknown", dtype, "one of a framework's");
 }
 
 }  // namespace
 
 void bind_memory(nb::module_& m) {
-    m.def("outline", &outline, "shape"_a, "dtype"_a,
-          nb::sig("def outline(shape: collections.abc.Sequence[int], dtype: str) -> typing.Any"),
-          "A contiguous tensor on Metal without memory, for verdicts and for calls with `play`.\n\n"
+    m.def("outline", &outline, "shape"_a, "dtype"_a, "strides"_a = std::vector<int64_t>(),
+          nb::sig("def outline(shape: collections.abc.Sequence[int], dtype: str, "
+                  "strides: collections.abc.Sequence[int] = []) -> typing.Any"),
+          "A tensor on Metal without memory, for verdicts and for calls with `play`. Without\n"
+          "strides, in elements, it is contiguous.\n\n"
           "Only its shape, dtype and layout may be used: whatever reads it ends the process.");
     m.def("empty", &empty, "shape"_a, "dtype"_a, "device"_a = "cpu",
           nb::sig("def empty(shape: collections.abc.Sequence[int], dtype: str, "

@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import _ext
 from .._stats import count_in_graph, count_wait
-from . import _metal_body
+from . import _metal_body, _mlx_strides
 
 LEAST_ELEMENTS = 8
 """MLX hands smaller inputs to kernels in constant memory, which umfa's do not read them from."""
@@ -84,11 +84,11 @@ def reason() -> str:
 @contextmanager
 def _recording() -> Iterator[None]:
     """While it is open arrays are shown by their outlines, and nothing is evaluated."""
-    _state.recording = True
+    _state.recording, _state.outlined = True, {}
     try:
         yield
     finally:
-        _state.recording = False
+        _state.recording, _state.outlined = False, {}
 
 
 @contextmanager
@@ -150,13 +150,28 @@ def _stand_in(cell: Cell) -> Any:
 def _unmapped() -> Any:
     name = "umfa_result_within_vmap_used_outside_of_it"
     return mx.fast.metal_kernel(
-        name=name, input_names=[], output_names=["out"], source="out[0] = 0;"
+        name=name,
+        input_names=[],
+        output_names=["out"],
+        source="out[0] = 0;",
+        ensure_row_contiguous=False,
     )
 
 
 def outline(array: Any) -> Any:
-    """What planners see of an array, which may have no value yet."""
-    return _ext.outline(array.shape, str(array.dtype).rpartition(".")[2])
+    """What planners see of an array, which may have no value yet, and so no strides.
+
+    Those of an array with heads are marks: the numbers that a planner makes of them are found in
+    the parameters of kernels, and a kernel of `_mlx_strides` puts the strides there.
+    """
+    name = str(array.dtype).rpartition(".")[2]
+    outlined: dict[int, tuple[Any, tuple[int, ...]]] = _state.outlined
+    if id(array) not in outlined:
+        marks = (
+            () if array.size < LEAST_ELEMENTS else _mlx_strides.marks(len(outlined), array.shape)
+        )
+        outlined[id(array)] = array, marks
+    return _ext.outline(array.shape, name, outlined[id(array)][1])
 
 
 class Graph:
@@ -177,6 +192,8 @@ class Graph:
 
     def __init__(self, tensors: Mapping[str, Any], results: Sequence[str]) -> None:
         self._tensors = tensors
+        outlined = _state.outlined
+        self._marks = {name: outlined[id(x)][1] for name, x in tensors.items() if id(x) in outlined}
         self._results = iter(results)
         self._cells: dict[str, Cell] = {}
         self._played = False
@@ -198,11 +215,7 @@ class Graph:
         described = {name: (shape, dtype) for name, shape, dtype in plan["described"]}
         written = {name for name, is_written in plan["tensors"] if is_written}
         self._cells = {name: Cell(*described[name]) for name in written}
-        self._tensors = {
-            name: mx.zeros(shape, _dtype(dtype))
-            for name, (shape, dtype) in described.items()
-            if name not in written
-        }
+        self._tensors = {name: mx.zeros(x.shape, x.dtype) for name, x in self._tensors.items()}
         self._played = False
         kernels = self._add(plan)
         mx.eval([cell.array for cell in self._cells.values()])
@@ -237,6 +250,7 @@ class Graph:
                 "data": [_in_memory(data) for data in plan["data"]],
             },
             [self._cells.get(name) for name in names],
+            [self._marks.get(name, ()) for name in names],
             plan,
             set(),
         )
@@ -259,6 +273,8 @@ class Pieces(NamedTuple):
     """By kind and number; None: nothing has been written there."""
     cells: list[Cell | None]
     """Of the tensors that are results."""
+    marks: list[tuple[int, ...]]
+    """Of the tensors: their strides as planned, or none where they are contiguous."""
     plan: dict[str, Any]
     kernels: set[Any]
     """Those of MLX's that the launches use."""
@@ -269,13 +285,14 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
     shader = _metal_body.kernel_of(launch)
     places = {index: (kind, piece) for index, kind, piece, _ in launch["buffers"]}
     assert not any(offset for *_, offset in launch["buffers"]), "all pieces are arrays of their own"
+    params = _params(launch, places, pieces)
     inputs: list[Any] = []
     written: list[tuple[str, int]] = []
     shapes: list[tuple[int, ...]] = []
     dtypes: list[Any] = []
     for buffer in shader.buffers:
         if buffer.is_params:
-            inputs.append(_in_memory(launch["params"]))
+            inputs.append(params)
         elif buffer.place not in places:
             continue
         elif buffer.written:
@@ -286,7 +303,7 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
             dtypes.append(dtype)
         else:
             kind, piece = places[buffer.place]
-            inputs.append(_in_device_memory(pieces.arrays[kind][piece]))
+            inputs.append(_as_input(kind, piece, pieces))
     threads = tuple(n * size for n, size in zip(launch["grid"], launch["threadgroup"], strict=True))
     if max(threads) > _MOST_THREADS:
         raise NotRecordedError("it takes more threads than MLX launches")
@@ -315,6 +332,26 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
             name = pieces.plan["tensors"][piece][0]
             assert name in ("out", "lse"), f"two kernels write {name}"
             pieces.arrays[kind][piece] = mx.where(_marked(rows, name, array), array, before)
+
+
+def _params(launch: dict[str, Any], places: dict[int, tuple[str, int]], pieces: Pieces) -> Any:
+    """A launch's parameters, with the strides of its arrays."""
+    tensors = [
+        (pieces.arrays[kind][piece], pieces.marks[piece])
+        for kind, piece in places.values()
+        if kind == "tensor" and pieces.arrays[kind][piece] is not None
+    ]
+    return _mlx_strides.resolved(_in_memory(launch["params"], mx.int64), launch["params"], tensors)
+
+
+def _as_input(kind: str, piece: int, pieces: Pieces) -> Any:
+    """What a launch reads, in a form whose layout its parameters have."""
+    array = pieces.arrays[kind][piece]
+    if kind == "tensor" and pieces.marks[piece]:
+        return _mlx_strides.shown(array)
+    if array.size >= LEAST_ELEMENTS:
+        return mx.contiguous(array)
+    return mx.concatenate([array.reshape(-1), mx.zeros(LEAST_ELEMENTS, array.dtype)])
 
 
 class Rows(NamedTuple):
@@ -416,23 +453,18 @@ def _described(kind: str, piece: int, pieces: Pieces) -> tuple[tuple[int, ...], 
     return cell.shape, cell.dtype
 
 
-def _in_device_memory(array: Any) -> Any:
-    """The array, with elements behind its own if they are too few for a buffer in device memory."""
-    if array.size >= LEAST_ELEMENTS:
-        return array
-    return mx.concatenate([array.reshape(-1), mx.zeros(LEAST_ELEMENTS, array.dtype)])
-
-
-def _in_memory(data: bytes) -> Any:
+def _in_memory(data: bytes, dtype: Any = mx.uint8) -> Any:
     """What kernels only read, as an array."""
-    return _small(data) if len(data) <= 4096 else _copied(data)
+    return _small(data, dtype) if len(data) <= 4096 else _copied(data, dtype)
 
 
-def _copied(data: bytes) -> Any:
-    return mx.array(np.frombuffer(data + bytes(-len(data) % 16), np.uint8))
+def _copied(data: bytes, dtype: Any) -> Any:
+    most = LEAST_ELEMENTS * dtype.size
+    whole = data + bytes(max(-len(data) % dtype.size, most - len(data)))
+    return mx.array(np.frombuffer(whole, np.int64 if dtype == mx.int64 else np.uint8))
 
 
-_small: Callable[[bytes], Any] = lru_cache(maxsize=256)(_copied)
+_small: Callable[[bytes, Any], Any] = lru_cache(maxsize=256)(_copied)
 
 
 @lru_cache(maxsize=256)
@@ -462,4 +494,5 @@ def _kernel(
         output_names=list(outputs.values()),
         source=body,
         header=header,
+        ensure_row_contiguous=False,  # so are those inputs whose layout nothing says
     )

@@ -16,9 +16,18 @@ namespace {
 
 using namespace mlx::core;
 
-/// `pointers`: data of the inputs, then of the outputs. `offsets`: the byte of its memory at which each
-/// starts.
-using Run = void (*)(int64_t id, void** pointers, int64_t* offsets);
+/// An array when a kernel runs: its whole memory, and where it lies there.
+struct Evaluated {
+    void* memory;
+    int64_t size;    // of the memory, in bytes
+    int64_t offset;  // of the first element, in bytes
+    const int64_t* strides;
+    int32_t ndim;
+    int32_t is_output;
+};
+
+/// `arrays`: the inputs, then the outputs.
+using Run = void (*)(int64_t id, const Evaluated* arrays);
 
 class MetalKernel : public Primitive {
 public:
@@ -31,15 +40,18 @@ public:
             kept.push_back(output);
         }
         // The stream runs later, in its order.
-        cpu::get_command_encoder(stream()).dispatch([kept, id = id_, run = run_]() mutable {
-            std::vector<void*> pointers;
-            std::vector<int64_t> offsets;
-            for (array& each : kept) {
-                pointers.push_back(each.data<char>());
-                offsets.push_back(each.offset());
-            }
-            run(id, pointers.data(), offsets.data());
-        });
+        cpu::get_command_encoder(stream()).dispatch(
+            [kept, inputs = inputs.size(), id = id_, run = run_]() mutable {
+                std::vector<Evaluated> arrays;
+                for (size_t i = 0; i < kept.size(); ++i) {
+                    array& own = kept[i];
+                    char* memory = static_cast<char*>(own.buffer().raw_ptr());
+                    arrays.push_back({memory, static_cast<int64_t>(own.buffer_size()),
+                                      own.data<char>() - memory, own.strides().data(),
+                                      static_cast<int32_t>(own.ndim()), i >= inputs});
+                }
+                run(id, arrays.data());
+            });
     }
     void eval_gpu(const std::vector<array>& inputs, std::vector<array>& outputs) override {
         eval_cpu(inputs, outputs);

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from tools.metal.emulator import Library, toolchain
-from umfa._frameworks import _mlx_graph
+from umfa._frameworks import _mlx_graph, _mlx_strides
 
 HERE = Path(__file__).parent
 _PREAMBLE = """#include <metal_stdlib>
@@ -64,9 +64,22 @@ _ATTRIBUTES = {
 }
 _IN_CONSTANT_MEMORY = 8  # fewer elements are
 _MOST_BUFFERS, _MOST_THREADS, _MOST_THREADGROUP_BYTES = 31, 1024, 32768
-_RUN = ctypes.CFUNCTYPE(
-    None, ctypes.c_int64, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int64)
-)
+
+
+class _Evaluated(ctypes.Structure):
+    """As in mlx_metal.cpp."""
+
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("ndim", ctypes.c_int32),
+        ("is_output", ctypes.c_int32),
+    )
+
+
+_RUN = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.POINTER(_Evaluated))
 
 
 @functools.cache
@@ -110,6 +123,8 @@ class MlxMetal:
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.compiled: list[str] = []
+        self.memory: list[list[int]] = []
+        """Of each kernel that ran, the bytes of the memory in which each of its arrays lies."""
         self.errors: list[BaseException] = []
         self.max_threads = _MOST_THREADS
         self._launches: list[Any] = []  # each lives as long as the graph may run it
@@ -129,7 +144,7 @@ class MlxMetal:
         """As `mx.fast.metal_kernel`, with those of its options that umfa uses."""
         if not output_names:
             raise ValueError("[metal_kernel] Must specify at least one output.")
-        if not ensure_row_contiguous or atomic_outputs:
+        if ensure_row_contiguous or atomic_outputs:
             raise NotImplementedError("umfa uses neither")
 
         def launch(
@@ -147,40 +162,38 @@ class MlxMetal:
                 f"_{kind}{'s' * (ndim == 0) or 'c' * small}" for kind, ndim, small in kinds
             )
             full += "".join(f"_{_TYPES[dtype]}" for dtype in output_dtypes)
-            parameters = [
-                f"  const {'constant' if small else 'device'} {kind}{'*' if ndim else '&'} {one}"
-                f" [[buffer({i})]]"
-                for i, ((kind, ndim, small), one) in enumerate(zip(kinds, input_names, strict=True))
-            ]
-            for one in input_names:
-                if any(f"{one}_{what}" in source for what in ("shape", "strides", "ndim")):
-                    raise NotImplementedError("umfa asks for neither shapes nor strides")
-            parameters += [
-                f"  device {_TYPES[dtype]}* {one} [[buffer({len(inputs) + i})]]"
-                for i, (dtype, one) in enumerate(zip(output_dtypes, output_names, strict=True))
-            ]
+            parameters, asks = [], []
+            for (kind, ndim, small), one in zip(kinds, input_names, strict=True):
+                place = "constant" if small else "device"
+                parameters.append(f"const {place} {kind}{'*' if ndim else '&'} {one}")
+                if any(f"{one}_{what}" in source for what in ("shape", "ndim")):
+                    raise NotImplementedError("umfa asks for strides alone")
+                asks.append(ndim > 0 and f"{one}_strides" in source)
+                if asks[-1]:
+                    parameters.append(f"const constant int64_t* {one}_strides")
+            for dtype, one in zip(output_dtypes, output_names, strict=True):
+                parameters.append(f"device {_TYPES[dtype]}* {one}")
+            parameters = [f"  {x} [[buffer({i})]]" for i, x in enumerate(parameters)]
             parameters += [f"  {t} {x} [[{x}]]" for x, t in _ATTRIBUTES.items() if x in source]
             signature = f"[[kernel]] void {full}(\n" + ",\n".join(parameters) + ") {\n"
             text = header + signature + source + "\n}\n"
             return self._lazily(
-                full, text, inputs, tuple(grid), tuple(threadgroup), output_shapes, output_dtypes
-            )
+                full, text, list(inputs), asks, tuple(grid), tuple(threadgroup), output_shapes,
+                output_dtypes,
+            )  # fmt: skip
 
         return launch
 
     def _lazily(
-        self, name: str, text: str, inputs: Any, grid: Any, threadgroup: Any, shapes: Any,
-        dtypes: Any,
+        self, name: str, text: str, inputs: Any, asks: Any, grid: Any, threadgroup: Any,
+        shapes: Any, dtypes: Any,
     ) -> list[Any]:  # fmt: skip
-        inputs = [mx.contiguous(x) for x in inputs]
-        if len(inputs) + len(shapes) > _MOST_BUFFERS:
+        if len(inputs) + sum(asks) + len(shapes) > _MOST_BUFFERS:
             raise RuntimeError("Metal has 31 buffers")
         results = [mx.array(0) for _ in shapes]
         like = [mx.zeros((1,), dtype) for dtype in dtypes]
         sizes = [size for shape in shapes for size in shape]
-        inputs_bytes = [x.nbytes for x in inputs]
-        outputs_bytes = [int(np.prod(s)) * d.size for s, d in zip(shapes, dtypes, strict=True)]
-        self._launches.append((name, text, grid, threadgroup, inputs_bytes, outputs_bytes))
+        self._launches.append((name, text, grid, threadgroup, [*asks, *(False for _ in shapes)]))
         error = ctypes.create_string_buffer(4096)
         failed = _primitive().umfa_mlx_metal_kernel(
             ctypes.c_int64(len(self._launches) - 1),
@@ -199,17 +212,16 @@ class MlxMetal:
             raise RuntimeError(error.value.decode())
         return results
 
-    def _run(self, number: int, pointers: Any, offsets: Any) -> None:
+    def _run(self, number: int, arrays: Any) -> None:
         """What MLX does when it evaluates a kernel. Errors wait: there is nobody to catch them."""
         try:
-            self._dispatch(*self._launches[number], pointers, offsets)
+            self._dispatch(*self._launches[number], arrays)
         except BaseException as error:
             self.errors.append(error)
 
     def _dispatch(
-        self, name: str, text: str, grid: Any, threadgroup: Any, inputs: Any, outputs: Any,
-        pointers: Any, offsets: Any,
-    ) -> None:  # fmt: skip
+        self, name: str, text: str, grid: Any, threadgroup: Any, asks: list[bool], arrays: Any
+    ) -> None:
         threads = int(np.prod(threadgroup))
         if threads > self.max_threads:
             raise ValueError(f"Thread group size ({threads}) is greater than the maximum allowed")
@@ -218,22 +230,31 @@ class MlxMetal:
         library = self._library(name, text)
         if library.static_threadgroup_bytes(name) > _MOST_THREADGROUP_BYTES:
             raise RuntimeError("more threadgroup memory than a pipeline takes")
-        own = [
-            np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(pointers[i]))[:size]
-            for i, size in enumerate([*inputs, *outputs])
-        ]
-        memory = [_as_metal_has_it(x, offsets[i] % 16) for i, x in enumerate(own)]
-        for result in memory[len(inputs) :]:
-            result[:] = 0xFF  # NaN: memory of MLX's is not cleared
+        buffers: list[Any] = []
+        offsets: dict[int, int] = {}
+        results = []
+        for array, asked in zip(arrays[: len(asks)], asks, strict=True):
+            size = array.size
+            own = np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(array.memory))
+            memory = _as_metal_has_it(own[:size])
+            if array.is_output:
+                memory[:] = 0xFF  # NaN: memory of MLX's is not cleared
+                results.append((own[:size], memory))
+            offsets[len(buffers)] = array.offset
+            buffers.append(memory)
+            if asked:
+                buffers.append(np.array(array.strides[: array.ndim], np.int64).tobytes())
         library.dispatch(
             name,
             threadgroups=[count // size for count, size in zip(grid, threadgroup, strict=True)],
             threads=threadgroup,
-            buffers=dict(enumerate(memory)),
+            buffers=dict(enumerate(buffers)),
+            buffer_offsets=offsets,
         )
-        for result, computed in zip(own[len(inputs) :], memory[len(inputs) :], strict=True):
-            result[:] = computed[: result.size]
+        for own, computed in results:
+            own[:] = computed[: own.size]
         self.ran.append(name)
+        self.memory.append([array.size for array in arrays[: len(asks)]])
 
     def _library(self, name: str, text: str) -> Library:
         """MLX keeps a library by its name, and compiles anew where the text is another."""
@@ -260,12 +281,12 @@ class MlxMetal:
             raise self.errors[0]
 
 
-def _as_metal_has_it(data: np.ndarray[Any, Any], misalignment: int) -> np.ndarray[Any, Any]:
-    """A copy that starts so many bytes behind a multiple of 16: Metal aligns its buffers, and MLX's
-    allocator for the CPU does not."""
+def _as_metal_has_it(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A copy that starts at a multiple of 16: Metal aligns its buffers, and MLX's allocator for the
+    CPU does not."""
     size = max(data.size, 16)
-    memory = np.zeros(size + 32, np.uint8)
-    first = -memory.ctypes.data % 16 + misalignment
+    memory = np.zeros(size + 16, np.uint8)
+    first = -memory.ctypes.data % 16
     memory[first : first + data.size] = data
     return memory[first : first + size]
 
@@ -279,8 +300,10 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[MlxMetal]:
     patch.setattr(mx.fast, "metal_kernel", device.metal_kernel)
     _mlx_graph._kernel.cache_clear()
     _mlx_graph._unmapped.cache_clear()
+    _mlx_strides._kernel.cache_clear()
     yield device
     mx.synchronize()
     _mlx_graph._kernel.cache_clear()
     _mlx_graph._unmapped.cache_clear()
+    _mlx_strides._kernel.cache_clear()
     device.check()
