@@ -55,11 +55,12 @@ def enable() -> None:
     Programs that look the function up when they call it (``mx.fast.scaled_dot_product_attention``,
     as mlx.nn and mlx-lm do) reach umfa; a name that was imported before does not.
 
-    umfa computes when it is called: MLX evaluates the inputs then. Gradients work
-    (``mx.grad``, ``mx.value_and_grad``, ``mx.checkpoint``). A call inside of ``mx.compile`` or
-    ``mx.vmap``, whose arrays have no values, and any other that umfa does not support, runs as if
-    umfa were not there, and `umfa.stats` counts it with the reason. Enabling twice is the same as
-    once.
+    On MLX's GPU a call becomes part of MLX's graph, inside of ``mx.compile`` too. Without Metal,
+    umfa computes when it is called: MLX evaluates the inputs then. Gradients work (``mx.grad``,
+    ``mx.value_and_grad``, ``mx.checkpoint``). A call that umfa does not support, and without Metal
+    one inside of ``mx.compile`` or ``mx.vmap``, whose arrays have no values, runs as if umfa were
+    not there, and `umfa.stats` counts it with the reason. On the GPU, map functions with `vmap`.
+    Enabling twice is the same as once.
     """
     want(_NAME, True)
 

@@ -65,6 +65,8 @@ UMFA_CORE_API std::vector<std::string> families_of(const KernelLaunch& launch);
 /// They stand in front of the others. The kernel then has every buffer of its layout, whether or not
 /// the launch binds it: any memory may be bound to those that it leaves out.
 UMFA_CORE_API std::string constant_defines(const KernelLaunch& launch);
+/// Bytes of each sequence's places in the data of a plan (SequenceParams).
+UMFA_CORE_API size_t sequence_bytes();
 /// What the GPU would do for the problem, which a GPU of that family (7 to 10) and so many cores could
 /// run; throws `Error` if there is no kernel for it, or if it takes several plans.
 /// `tiles`: as Tuning has them.

@@ -2,6 +2,8 @@
 
 #include <string_view>
 
+#include "shared/params.h"
+
 namespace umfa::metal {
 
 // MTLCompileOptions.preprocessorMacros would not do: Apple's compiler service takes its options as one
@@ -22,6 +24,8 @@ std::string constant_defines(const KernelLaunch& launch) {
     }
     return text;
 }
+
+size_t sequence_bytes() { return sizeof(SequenceParams); }
 
 std::string kernel_text(const KernelLaunch& launch) {
     const std::string_view shader = shader_text(launch.source);

@@ -8,7 +8,6 @@
 #include "python/backward.h"
 #include "python/player.h"
 #include "python/record.h"
-#include "shared/params.h"
 
 namespace umfa::python {
 namespace {
@@ -82,7 +81,7 @@ nb::dict plan_dict(const LaunchPlan& plan) {
     result["launches"] = launches;
     result["scratch_bytes"] = scratch;
     result["data"] = data;
-    result["sequence_bytes"] = sizeof(SequenceParams);
+    result["sequence_bytes"] = sequence_bytes();
     return result;
 }
 

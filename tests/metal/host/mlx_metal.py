@@ -40,7 +40,7 @@ _TYPES = {
     mx.uint64: "uint64_t", mx.int8: "int8_t", mx.int16: "int16_t", mx.int32: "int32_t",
     mx.int64: "int64_t", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t", mx.float32: "float",
 }  # fmt: skip
-_ATTRIBUTES = {
+ATTRIBUTES = {
     "dispatch_quadgroups_per_threadgroup": "uint",
     "dispatch_simdgroups_per_threadgroup": "uint",
     "dispatch_threads_per_threadgroup": "uint3",
@@ -174,7 +174,7 @@ class MlxMetal:
             for dtype, one in zip(output_dtypes, output_names, strict=True):
                 parameters.append(f"device {_TYPES[dtype]}* {one}")
             parameters = [f"  {x} [[buffer({i})]]" for i, x in enumerate(parameters)]
-            parameters += [f"  {t} {x} [[{x}]]" for x, t in _ATTRIBUTES.items() if x in source]
+            parameters += [f"  {t} {x} [[{x}]]" for x, t in ATTRIBUTES.items() if x in source]
             signature = f"[[kernel]] void {full}(\n" + ",\n".join(parameters) + ") {\n"
             text = header + signature + source + "\n}\n"
             return self._lazily(

@@ -3,7 +3,9 @@ MLX evaluates them. No part of it is Apple's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,13 @@ from tests import reference
 from tests.checks import BASE, LSE, assert_close
 from tests.gradients import RELATIVE, assert_gradients
 from tools.metal.double import Double
+from tools.metal.emulator.reserved import macros_of
 
 mx = pytest.importorskip("mlx.core")
 
 import umfa.mlx  # noqa: E402
-from tests.metal.host.mlx_metal import MlxMetal, standing_in  # noqa: E402
-from umfa._frameworks import _mlx_graph  # noqa: E402
+from tests.metal.host.mlx_metal import ATTRIBUTES, MlxMetal, standing_in  # noqa: E402
+from umfa._frameworks import _metal_body, _mlx_graph  # noqa: E402
 
 
 @pytest.fixture
@@ -463,6 +466,7 @@ def test_tables_are_evaluated(mlx: MlxMetal) -> None:
         mx.compile(call)(offsets)
 
 
+@pytest.mark.slow
 def test_warmup_compiles_for_the_graph(mlx: MlxMetal) -> None:
     tensors = made(mx.float16, 20, 70)
     before = umfa.stats()
@@ -480,9 +484,10 @@ def test_a_part_of_a_cache_is_not_copied(mlx: MlxMetal) -> None:
     """As programs keep it: (batch, heads, rows, channels), of which the first rows are in use."""
     q = mx.zeros((1, 4, 1, 64), mx.float16)
     cache = mx.zeros((1, 2, 2000, 64), mx.float16)
-    mlx.read(umfa.scaled_dot_product_attention(q, cache[:, :, :300], cache[:, :, :300]))
-    [_, query, key, value, *_] = next(
-        [0, *memory] for name, memory in zip(mlx.ran, mlx.memory, strict=True) if "decode" in name
+    used = cache[:, :, :300]
+    mlx.read(umfa.scaled_dot_product_attention(q, used, used, enable_gqa=True))
+    query, key, value, *_ = next(
+        sizes for name, sizes in zip(mlx.ran, mlx.memory, strict=True) if "decode" in name
     )
     assert key >= cache.nbytes
     assert value >= cache.nbytes > query
@@ -537,3 +542,52 @@ def test_the_switch(mlx: MlxMetal, monkeypatch: Any) -> None:
         umfa.flash_attn_func(*made(mx.float16, 20, 70))
     monkeypatch.delenv("UMFA_MLX_GRAPH")
     assert _mlx_graph.missing() == "this MLX has no Metal"
+
+
+# ---- the text ------------------------------------------------------------------------------------
+
+SOURCES = (
+    "backward.metal", "backward_mask.metal", "combine.metal", "decode.metal",
+    "decode_vector.metal", "forward.metal", "row_sums.metal",
+)  # fmt: skip
+
+
+def names_of_mlx(text: str, file: str) -> set[str]:
+    """What a header of MLX's declares, each at the left, macros included."""
+    patterns = (
+        r"^[^\s#/][^(;=]*?\b(\w+)\(",
+        r"^(?:struct|class)[^{;]*?\b(\w+)\s*[{;<]",
+        r"^typedef [^;]*\b(\w+);",
+        r"^using (\w+) =",
+        r"^[^\s#(]*(?:constexpr|constant) [^=(]*\b(\w+) =",
+    )
+    found = {name for pattern in patterns for name in re.findall(pattern, text, re.MULTILINE)}
+    return found | {macro.name for macro in macros_of(text, file)}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_name_is_one_of_mlxs(source: str) -> None:
+    """MLX puts its own headers in front of a kernel's text, in the same namespaces."""
+    headers = Path(mx.__file__).parent / "include" / "mlx" / "backend" / "metal" / "kernels"
+    theirs: set[str] = set()
+    for name in ("utils.h", "bf16.h", "bf16_math.h", "complex.h", "defines.h", "logging.h"):
+        theirs |= names_of_mlx((headers / name).read_text(), name)
+    assert {"elem_to_loc", "Limits", "instantiate_kernel", "float16_t", "ceildiv"} <= theirs
+    for shader in _metal_body.shaders(source).values():
+        text = re.sub(r"//[^\n]*", "", shader.before + shader.body)
+        own = set(re.findall(r"\w+", text))
+        assert "uchar" in own or source == "combine.metal"
+        assert own & theirs <= {"static_assert"}  # a word of the language
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_body_asks_for_nothing_by_accident(source: str) -> None:
+    """MLX adds a parameter for each of Metal's attributes that a body names."""
+    for shader in _metal_body.shaders(source).values():
+        inputs = {buffer.place: f"umfa_{buffer.name}" for buffer in shader.buffers}
+        for attribute in ATTRIBUTES:
+            assert attribute not in shader.body
+        for name in inputs.values():
+            assert name not in shader.body
+        assert all(attribute in ATTRIBUTES for *_, attribute in shader.attributes)
+        assert len(shader.buffers) <= 31
