@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import subprocess
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 
 from tools.metal.emulator import Library, toolchain
+from tools.metal.emulator.build import cache_folder
 from umfa._frameworks import _mlx_graph, _mlx_strides
 
 HERE = Path(__file__).parent
@@ -89,20 +90,21 @@ def _primitive() -> Any:
         pytest.skip("the stand-in for MLX's Metal is written for Linux")
     package = Path(mx.__file__).parent
     source = HERE / "mlx_metal.cpp"
-    folder = Path(tempfile.mkdtemp(prefix="umfa-mlx-"))
-    built = folder / "mlx_metal.so"
-    done = subprocess.run(
-        [
-            *(toolchain.system_compiler(), "-std=c++20", "-O1", "-fPIC", "-shared"),
-            *(f"-I{package / 'include'}", str(source), "-o", str(built)),
-            *(f"-L{package / 'lib'}", "-lmlx", f"-Wl,-rpath,{package / 'lib'}"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        raise RuntimeError(f"{source} does not compile:\n{done.stderr}")
+    compiler = (toolchain.system_compiler(), "-std=c++20", "-O1", "-fPIC", "-shared")
+    text = repr((compiler, mx.__version__, str(package), source.read_text()))
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    built = folder / f"mlx-{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
+    if not built.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = Path(work) / "made.so"
+            toolchain.run(
+                [
+                    *(*compiler, f"-I{package / 'include'}", str(source), "-o", str(made)),
+                    *(f"-L{package / 'lib'}", "-lmlx", f"-Wl,-rpath,{package / 'lib'}"),
+                ]
+            )
+            os.replace(made, built)
     library = ctypes.CDLL(str(built))
     library.umfa_mlx_size.restype = ctypes.c_uint64
     library.umfa_mlx_size.argtypes = (ctypes.c_void_p,)
