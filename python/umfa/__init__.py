@@ -30,10 +30,12 @@ from ._functional.varlen import (
     flash_attn_varlen_qkvpacked_func,
 )
 from ._stats import Left, Stats, stats
+from .quant import QuantizedTensor, quantize
 
 __all__ = [
     "BackendInfo",
     "Left",
+    "QuantizedTensor",
     "SelfTest",
     "Stats",
     "UnsupportedError",
@@ -52,6 +54,7 @@ __all__ = [
     "get_include",
     "get_library",
     "get_num_threads",
+    "quantize",
     "scaled_dot_product_attention",
     "self_test",
     "set_num_threads",

@@ -9,6 +9,7 @@
 #include "core/combine.h"
 #include "core/player.h"
 #include "core/problem.h"
+#include "core/quantize.h"
 #include "core/self_test.h"
 #include "core/tuning.h"
 
@@ -61,6 +62,8 @@ struct Backend {
     Operation<Problem> forward;
     Operation<CombineProblem> combine;
     Operation<BackwardProblem> backward;
+    Operation<QuantizeProblem> quantize;
+    Operation<DequantizeProblem> dequantize;
 
     // Of a backend whose device is not the CPU; else null.
     /// Memory that `TensorView::data` can name on the device; throws `Error` when there is none.

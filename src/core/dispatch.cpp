@@ -30,13 +30,25 @@ const Operation<CombineProblem>& operation_of(const Backend& backend, const Comb
 const Operation<BackwardProblem>& operation_of(const Backend& backend, const BackwardProblem&) {
     return backend.backward;
 }
+const Operation<QuantizeProblem>& operation_of(const Backend& backend, const QuantizeProblem&) {
+    return backend.quantize;
+}
+const Operation<DequantizeProblem>& operation_of(const Backend& backend, const DequantizeProblem&) {
+    return backend.dequantize;
+}
 const char* task_of(const Problem&) { return "attention"; }
 const char* task_of(const CombineProblem&) { return "combining partial results"; }
 const char* task_of(const BackwardProblem&) { return "the backward pass of attention"; }
+const char* task_of(const QuantizeProblem&) { return "quantizing"; }
+const char* task_of(const DequantizeProblem&) { return "dequantizing"; }
 const TensorView& first_tensor(const Problem& problem) { return problem.query.view; }
 const TensorView& first_tensor(const CombineProblem& problem) { return problem.out_partial.view; }
 const TensorView& first_tensor(const BackwardProblem& problem) {
     return problem.forward.query.view;
+}
+const TensorView& first_tensor(const QuantizeProblem& problem) { return problem.x.view; }
+const TensorView& first_tensor(const DequantizeProblem& problem) {
+    return problem.operand.data.view;
 }
 
 /// What the problem needs of features that the operation lacks; empty if nothing.
@@ -49,6 +61,8 @@ std::string missing_text(uint32_t features, const Problem& problem) {
     return reason;
 }
 std::string missing_text(uint32_t, const CombineProblem&) { return {}; }
+std::string missing_text(uint32_t, const QuantizeProblem&) { return {}; }
+std::string missing_text(uint32_t, const DequantizeProblem&) { return {}; }
 std::string missing_text(uint32_t features, const BackwardProblem& problem) {
     if (std::string missing = missing_text(features, problem.forward); !missing.empty())
         return missing + " in a backward pass";
@@ -102,6 +116,8 @@ Verdict trust_in(const Backend& backend, const Steps& steps) {
 std::string_view function_of(const Problem& problem) { return problem.function; }
 std::string_view function_of(const CombineProblem& problem) { return problem.function; }
 std::string_view function_of(const BackwardProblem& problem) { return problem.forward.function; }
+std::string_view function_of(const QuantizeProblem& problem) { return problem.function; }
+std::string_view function_of(const DequantizeProblem& problem) { return problem.function; }
 std::string_view function_of(const Steps& steps) { return steps.call.function; }
 
 bool known(std::string_view name) {
@@ -257,10 +273,20 @@ Verdict can_run(const BackwardProblem& problem, std::string_view name) {
     return asked(problem, name);
 }
 
+Verdict can_run(const QuantizeProblem& problem, std::string_view name) {
+    return asked(problem, name);
+}
+
+Verdict can_run(const DequantizeProblem& problem, std::string_view name) {
+    return asked(problem, name);
+}
+
 bool routing_may_wait(const Problem& problem) { return may_wait(problem); }
 bool routing_may_wait(const CombineProblem& problem) { return may_wait(problem); }
 bool routing_may_wait(const Steps& steps) { return may_wait(steps); }
 bool routing_may_wait(const BackwardProblem& problem) { return may_wait(problem); }
+bool routing_may_wait(const QuantizeProblem& problem) { return may_wait(problem); }
+bool routing_may_wait(const DequantizeProblem& problem) { return may_wait(problem); }
 
 const Backend& route(const Problem& problem, std::string_view name) {
     return routed(problem, name);
@@ -273,6 +299,14 @@ const Backend& route(const CombineProblem& problem, std::string_view name) {
 const Backend& route(const Steps& steps, std::string_view name) { return routed(steps, name); }
 
 const Backend& route(const BackwardProblem& problem, std::string_view name) {
+    return routed(problem, name);
+}
+
+const Backend& route(const QuantizeProblem& problem, std::string_view name) {
+    return routed(problem, name);
+}
+
+const Backend& route(const DequantizeProblem& problem, std::string_view name) {
     return routed(problem, name);
 }
 
@@ -331,6 +365,18 @@ void backward(const Backend& backend, const BackwardProblem& problem,
     with_sums(problem, results, [&](const BackwardProblem& own, const BackwardResults& written) {
         backend.backward.run(own, written);
     });
+    count_call(backend);
+}
+
+void quantize(const Backend& backend, const QuantizeProblem& problem,
+              const QuantizeResults& results) {
+    backend.quantize.run(problem, results);
+    count_call(backend);
+}
+
+void dequantize(const Backend& backend, const DequantizeProblem& problem,
+                const DequantizeResults& results) {
+    backend.dequantize.run(problem, results);
     count_call(backend);
 }
 

@@ -31,12 +31,16 @@ UMFA_CORE_API Verdict can_run(const Problem& problem, std::string_view name);
 UMFA_CORE_API Verdict can_run(const CombineProblem& problem, std::string_view name);
 UMFA_CORE_API Verdict can_run(const Steps& steps, std::string_view name);
 UMFA_CORE_API Verdict can_run(const BackwardProblem& problem, std::string_view name);
+UMFA_CORE_API Verdict can_run(const QuantizeProblem& problem, std::string_view name);
+UMFA_CORE_API Verdict can_run(const DequantizeProblem& problem, std::string_view name);
 
 /// The backend for the problem. Throws `Error` with can_run's reason when there is none.
 UMFA_CORE_API const Backend& route(const Problem& problem, std::string_view name);
 UMFA_CORE_API const Backend& route(const CombineProblem& problem, std::string_view name);
 UMFA_CORE_API const Backend& route(const Steps& steps, std::string_view name);
 UMFA_CORE_API const Backend& route(const BackwardProblem& problem, std::string_view name);
+UMFA_CORE_API const Backend& route(const QuantizeProblem& problem, std::string_view name);
+UMFA_CORE_API const Backend& route(const DequantizeProblem& problem, std::string_view name);
 
 /// Whether can_run or route may test a device, or wait for a test in another thread. The caller
 /// must then release locks that the device needs, such as the GIL.
@@ -44,6 +48,8 @@ UMFA_CORE_API bool routing_may_wait(const Problem& problem);
 UMFA_CORE_API bool routing_may_wait(const CombineProblem& problem);
 UMFA_CORE_API bool routing_may_wait(const Steps& steps);
 UMFA_CORE_API bool routing_may_wait(const BackwardProblem& problem);
+UMFA_CORE_API bool routing_may_wait(const QuantizeProblem& problem);
+UMFA_CORE_API bool routing_may_wait(const DequantizeProblem& problem);
 
 /// route() for a call that runs now. While a backend compiles the kernels of a first call, another
 /// one may run it (Operation::postpone).
@@ -74,6 +80,10 @@ UMFA_CORE_API void combine(const Backend& backend, const CombineProblem& problem
                            const CombineResults& results);
 UMFA_CORE_API void backward(const Backend& backend, const BackwardProblem& problem,
                             const BackwardResults& results);
+UMFA_CORE_API void quantize(const Backend& backend, const QuantizeProblem& problem,
+                            const QuantizeResults& results);
+UMFA_CORE_API void dequantize(const Backend& backend, const DequantizeProblem& problem,
+                              const DequantizeResults& results);
 
 /// The same on the player's stream. Where its launches cannot go there, `backend` runs the call.
 UMFA_CORE_API void forward(const Backend& backend, const Problem& problem,

@@ -12,6 +12,7 @@
 
 #include "core/constants.h"
 #include "core/export.h"
+#include "core/operand.h"
 #include "core/request.h"
 #include "core/sequences.h"
 #include "core/tensor_view.h"
@@ -25,12 +26,6 @@ constexpr int64_t max_seqlen = INT32_MAX;  // kernels hold key positions in 32 b
 // ---- the orthogonal parts ------------------------------------------------------------------------
 // Each is absent (nullopt) or there; any two compose. A backend that lacks one says so by name in
 // can_run (see Feature). Tensors of size 1 in a broadcast dimension carry stride 0.
-
-/// A tensor of the problem: strides in elements, in the order (batch, head, position, channel).
-struct Operand {
-    TensorView view;  // in the caller's shape
-    int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_channel = 0;
-};
 
 /// Dense mask, broadcast to (batch, nheads, seqlen_q, seqlen_kv) by stride 0 and never expanded.
 /// b8: true = attend. Float: added to the scores after softmax_scale.

@@ -10,13 +10,10 @@
 #include <utility>
 
 #include "core/export.h"
+#include "core/operand.h"
 #include "core/tensor_view.h"
 
 namespace umfa {
-
-/// Order of the last three dimensions of query, key, value and out; batch dimensions come before.
-/// LSE is always (batch, nheads, seqlen_q).
-enum class Layout : uint8_t { bshd, bhsd };
 
 /// Where query i and key j have the same position.
 enum class Alignment : uint8_t {

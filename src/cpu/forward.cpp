@@ -13,6 +13,7 @@
 #include "cpu/decode.h"
 #include "cpu/float_environment.h"
 #include "cpu/isa/select.h"
+#include "cpu/quantize.h"
 #include "cpu/thread_pool.h"
 
 namespace umfa::cpu {
@@ -228,6 +229,8 @@ const Backend backend{"cpu",
                       [](Device device) { return device == Device::cpu; },
                       {forward_features, nullptr, run_forward},
                       {0, nullptr, run_combine},
-                      {backward_features, nullptr, run_backward}};
+                      {backward_features, nullptr, run_backward},
+                      {0, nullptr, run_quantize},
+                      {0, nullptr, run_dequantize}};
 
 }  // namespace umfa::cpu

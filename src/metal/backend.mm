@@ -99,6 +99,8 @@ const Backend backend{
      prepare_combine, nullptr, play_combine},
     {backward_features, can_plan_backward, backward, nullptr, backward_is_worthwhile,
      trusts_backward, backward_may_wait, nullptr, nullptr, play_backward},
+    {},  // quantising
+    {},  // dequantising
     allocate,
     deallocate,
     contents,

@@ -33,6 +33,8 @@ const Backend backend{"metal",
                       {forward_features, can_plan_forward, refuse<Problem>},
                       {0, can_plan_combine, refuse<CombineProblem>},
                       {backward_features, can_plan_backward, refuse<BackwardProblem>},
+                      {},  // quantising
+                      {},  // dequantising
                       nullptr,
                       nullptr,
                       nullptr,

@@ -67,10 +67,12 @@ AnyArray empty(const std::vector<int64_t>& shape, const std::string& dtype,
     const nb::dlpack::dtype type = dtype == "float32"    ? nb::dtype<float>()
                                    : dtype == "float16"  ? nb::dtype<Float16>()
                                    : dtype == "bfloat16" ? nb::dtype<BFloat16>()
+                                   : dtype == "uint8"    ? nb::dtype<uint8_t>()
+                                   : dtype == "int8"     ? nb::dtype<int8_t>()
                                                          : nb::dlpack::dtype{};
     if (type.bits == 0)
         fail(ErrorKind::internal, "umfa._ext.empty", "dtype is unknown", dtype,
-             "float32, float16 or bfloat16");
+             "float32, float16, bfloat16, uint8 or int8");
     if (device != "cpu" && device != "metal")
         fail(ErrorKind::internal, "umfa._ext.empty", "device is unknown", device, "cpu or metal");
     // 64-byte alignment lets XLA take the memory over without a copy.

@@ -138,6 +138,7 @@ NB_MODULE(_ext, m) {
     bind_plain(m);
     bind_repeated(m);
     bind_switched(m);
+    bind_quantize(m);
     bind_memory(m);
     bind_xla(m);
 

@@ -53,6 +53,8 @@ void bind_attention(nb::module_& m);
 void bind_backward(nb::module_& m);
 /// The same of merging partial results.
 void bind_combine(nb::module_& m);
+/// Quantising and dequantising.
+void bind_quantize(nb::module_& m);
 /// Memory for frameworks whose own arrays cannot be written in place.
 void bind_memory(nb::module_& m);
 /// Calls from the programs that JAX compiles.

@@ -57,22 +57,6 @@ nb::object unwrapped(const Argument& argument, nb::handle value) {
     }
 }
 
-/// The name of a dtype, given as that or by an object of a framework's; empty if it is none.
-std::string dtype_name(nb::handle value) {
-    nb::object name = nb::borrow(value);
-    if (!PyUnicode_Check(value.ptr())) {
-        if (PyType_Check(value.ptr()))  // numpy.float32
-            name = value.attr("__name__");
-        else if (nb::getattr(value, "isnative", nb::bool_(false)).is(nb::bool_(true)))
-            name = value.attr("name");  // numpy.dtype("float32"), not in another byte order
-        else
-            name = nb::str(value);  // torch.float32, mlx.core.float32
-        for (const char* module : {"torch.", "mlx.core."}) name = name.attr("removeprefix")(module);
-    }
-    if (!nb::cast<bool>(name.attr("isascii")())) return {};
-    return nb::cast<std::string>(name);
-}
-
 bool is_bool(nb::handle value) { return PyBool_Check(value.ptr()); }
 
 /// An int of any size; raises TypeError.
@@ -87,6 +71,21 @@ nb::object index_of(const Argument& argument, nb::handle value, const std::strin
 }
 
 }  // namespace
+
+std::string dtype_name(nb::handle value) {
+    nb::object name = nb::borrow(value);
+    if (!PyUnicode_Check(value.ptr())) {
+        if (PyType_Check(value.ptr()))  // numpy.float32
+            name = value.attr("__name__");
+        else if (nb::getattr(value, "isnative", nb::bool_(false)).is(nb::bool_(true)))
+            name = value.attr("name");  // numpy.dtype("float32"), not in another byte order
+        else
+            name = nb::str(value);  // torch.float32, mlx.core.float32
+        for (const char* module : {"torch.", "mlx.core."}) name = name.attr("removeprefix")(module);
+    }
+    if (!nb::cast<bool>(name.attr("isascii")())) return {};
+    return nb::cast<std::string>(name);
+}
 
 double number(const Argument& argument, nb::handle value) {
     if (PyFloat_CheckExact(value.ptr())) return PyFloat_AsDouble(value.ptr());

@@ -30,6 +30,8 @@ uint64_t unsigned_integer(const Argument& argument, nb::handle value);
 std::pair<int64_t, int64_t> window(const Argument& argument, nb::handle value);
 /// Index of the name that the value is.
 size_t choice(const Argument& argument, nb::handle value, const char* const* names, size_t count);
+/// The name of a dtype, given as that or by an object of a framework's; empty if it is none.
+std::string dtype_name(nb::handle value);
 /// Dtype of torch, numpy, jax or mlx, or its name as a string; absent for None.
 std::optional<DType> dtype(const Argument& argument, nb::handle value);
 /// A name that a message can show.

@@ -28,8 +28,8 @@ INCLUDES = {
 
 IMPORTS = [
     "_ext", "_errors", "_stats", "_attempt", "_replace", "_frameworks", "_call", "torch_ops",
-    "_functional", "fa3", "fa4", "torch", "transformers", "_diffusers_rope", "diffusers", "shim",
-    "jax", "mlx", "mlx_lm", "comfyui", "bench", "cli",
+    "_functional", "quant", "fa3", "fa4", "torch", "transformers", "_diffusers_rope", "diffusers",
+    "shim", "jax", "mlx", "mlx_lm", "comfyui", "bench", "cli",
 ]  # fmt: skip
 """The parts of the package: each may import those before it, and itself. Only the commands and what
 they need import the package's public names."""

@@ -1,0 +1,112 @@
+"""Frameworks' tensors to the core's quantiser, and its results back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import _ext
+from .._errors import message
+from .._frameworks import Framework, framework_of
+
+Parts = tuple[Any, Any, Any]
+"""Data, scales and zero points; None for those that a format lacks."""
+
+NONFINITE = ("raise", "nan")
+
+
+def run_quantize(
+    function: str,
+    x: Any,
+    form: _ext.QuantFormat,
+    nonfinite: str,
+    backend: str,
+    out: Parts | None = None,
+) -> tuple[Parts, int]:
+    """Quantises `x`; into `out`, tensors of the framework of `x`, if given.
+
+    Returns the parts and the number of channels.
+    """
+    _ext.backend_name(backend, function)
+    if nonfinite not in NONFINITE:
+        expected = "'raise' or 'nan'"
+        raise ValueError(message(function, "nonfinite is unknown", repr(nonfinite), expected))
+    tensors = {"x": x}
+    framework = framework_of(function, tensors)
+    _refuse_gradients(framework, function, tensors)
+    written = None if out is None else _writable(framework, function, out, backend)
+
+    def compute(tensor: Any) -> tuple[Any, ...]:
+        exported = framework.export(tensor, function, "x", backend)
+
+        def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+            return framework.allocate(tensor, shape, dtype, backend)
+
+        made = _ext.quantize(
+            function, exported, form, nonfinite == "nan", backend, written, allocate
+        )
+        return tuple(framework.finish(part) for part in made if part is not None)
+
+    channels = int(tensors["x"].shape[-1]) if tensors["x"].ndim else 0
+    if out is not None:
+        compute(tensors["x"])
+        for tensor in out:
+            if tensor is not None:
+                framework.mark_written(tensor)
+        return out, channels
+    made = _called(framework, function, compute, tensors["x"])
+    return (made[0], made[1], made[2] if len(made) > 2 else None), channels
+
+
+def run_dequantize(
+    function: str, parts: Parts, form: _ext.QuantFormat, channels: int, dtype: Any, backend: str
+) -> Any:
+    """The numbers of a quantised tensor."""
+    _ext.backend_name(backend, function)
+    framework, exported = exported_parts(function, parts, backend)
+
+    def allocate(shape: tuple[int, ...], name: str) -> tuple[Any, Any]:
+        return framework.allocate(parts[0], shape, name, backend)
+
+    out = _ext.dequantize(function, *exported, form, channels, dtype, backend, allocate)
+    return framework.finish(out)
+
+
+def offset_of(function: str, symmetric: Any) -> str:
+    """The core's name of what `symmetric` means."""
+    if not isinstance(symmetric, bool):
+        raise TypeError(
+            message(function, "symmetric is not a bool", repr(symmetric), "True or False")
+        )
+    return "none" if symmetric else "zero_point"
+
+
+def exported_parts(function: str, parts: Parts, backend: str) -> tuple[Framework, Parts]:
+    """The framework of the tensors, and what `_ext` takes of them."""
+    named = dict(zip(("data", "scales", "zero_points"), parts, strict=True))
+    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    framework = framework_of(function, tensors)
+    _refuse_gradients(framework, function, tensors)
+    for name, tensor in tensors.items():
+        tensors[name] = framework.export(tensor, function, name, backend)
+    return framework, (tensors["data"], tensors.get("scales"), tensors.get("zero_points"))
+
+
+def _called(framework: Framework, function: str, compute: Any, x: Any) -> Any:
+    """compute(x), so that the framework's automatic differentiation notices."""
+    return compute(x) if framework.call is None else framework.call(compute, function, x)
+
+
+def _refuse_gradients(framework: Framework, function: str, tensors: dict[str, Any]) -> None:
+    if framework.autodiff is not None:
+        framework.autodiff.refuse(function, tensors)
+
+
+def _writable(framework: Framework, function: str, out: Parts, backend: str) -> Parts:
+    def one(tensor: Any, name: str) -> Any:
+        if tensor is None:
+            return None
+        framework.check_writable(tensor, function, name)
+        return framework.export(tensor, function, name, backend)
+
+    data, scales, zero_points = out
+    return one(data, "data"), one(scales, "scales"), one(zero_points, "zero_points")
