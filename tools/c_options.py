@@ -31,9 +31,13 @@ _TYPES = {
     "UMFA_FLAG": "int32_t",
     "UMFA_CHOICE": "int32_t",
     "UMFA_DTYPE": "int32_t",
+    "UMFA_FORMAT": "const char*",
     "UMFA_WINDOW": "int64_t",
 }
-_INITIAL = {"UMFA_INPUT": "NULL", "UMFA_TABLE": "NULL", "UMFA_MAYBE_COUNT": "-1"}
+_INITIAL = {
+    **dict.fromkeys(("UMFA_INPUT", "UMFA_TABLE", "UMFA_FORMAT"), "NULL"),
+    "UMFA_MAYBE_COUNT": "-1",
+}
 
 
 class Field(NamedTuple):

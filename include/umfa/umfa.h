@@ -140,13 +140,27 @@ typedef struct umfa_attention_options {
     const DLTensor* rotary_seqlens;
     /* umfa_dtype of the result; default: query's. If out is given, it must be out's dtype */
     int32_t out_dtype;
+    /* key holds codes of this format, e.g. int4 block none float16 1 32 128, which
+       docs/quantization.md explains; absent: numbers */
+    const char* key_format;
+    /* scales of such a key; absent where they lie inside of it */
+    const DLTensor* key_scales;
+    /* zero points or biases of such a key, where its format has them */
+    const DLTensor* key_offsets;
+    /* likewise of value */
+    const char* value_format;
+    /* likewise of value */
+    const DLTensor* value_scales;
+    /* likewise of value */
+    const DLTensor* value_offsets;
 } umfa_attention_options;
 
 /* clang-format off */
 #define UMFA_ATTENTION_OPTIONS_INIT \
     {sizeof(umfa_attention_options), UMFA_LAYOUT_BSHD, UMFA_BACKEND_AUTO, 0, 0, -1, -1, 0, \
      0, NULL, NULL, 0, NULL, NULL, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -1, \
-     -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0, 0, NULL, NULL, 0}
+     -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0, 0, NULL, NULL, 0, NULL, NULL, NULL, NULL, \
+     NULL, NULL}
 /* clang-format on */
 /* ---- end ---- */
 

@@ -30,7 +30,7 @@ from ._functional.varlen import (
     flash_attn_varlen_qkvpacked_func,
 )
 from ._stats import Left, Stats, stats
-from .quant import QuantizedTensor, quantize
+from .quant import QuantizedTensor, quantize, quantized_attention
 
 __all__ = [
     "BackendInfo",
@@ -55,6 +55,7 @@ __all__ = [
     "get_library",
     "get_num_threads",
     "quantize",
+    "quantized_attention",
     "scaled_dot_product_attention",
     "self_test",
     "set_num_threads",

@@ -129,6 +129,14 @@ TensorView checked_view(const DLTensor* tensor, const Function& function, const 
     return view_of(*tensor, function.name, name);
 }
 
+QuantFormat checked_format(const char* text, const char* name, const std::string& function) {
+    const std::optional<QuantFormat> found = quant_format_from(text);
+    if (!found)
+        fail(ErrorKind::value, function, std::string(name) + " is not the text of a format",
+             "'" + std::string(text) + "'", quant_format_words);
+    return *found;
+}
+
 /// Copies every option of options.def into the request.
 void read_fields(const umfa_attention_options& options, AttentionRequest& request) {
     const std::string& called = request.function->name;
@@ -152,6 +160,8 @@ void read_fields(const umfa_attention_options& options, AttentionRequest& reques
                                        "options->" #name, called.c_str()));
 #define UMFA_DTYPE(name, text) \
     request.name = checked_dtype(options.name, "options->" #name, called.c_str());
+#define UMFA_FORMAT(name, text) \
+    if (options.name) request.name = checked_format(options.name, "options->" #name, called);
 #define UMFA_WINDOW(name, text)                \
     request.name##_left = options.name##_left; \
     request.name##_right = options.name##_right;

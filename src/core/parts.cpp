@@ -105,6 +105,33 @@ DenseMask broadcast_mask(const Checker& check, const Problem& problem, const Ten
     check_memory(check, mask, name);
     return found;
 }
+std::optional<QuantOperand> checked_codes(const Checker& check, const AttentionRequest& request,
+                                          Field field, const std::optional<QuantFormat>& format,
+                                          TensorView& numbers) {
+    const Function& names = *request.function;
+    const bool is_key = field == Field::key;
+    const auto& scales = is_key ? request.key_scales : request.value_scales;
+    const auto& offsets = is_key ? request.key_offsets : request.value_offsets;
+    numbers = is_key ? *request.key : *request.value;
+    if (!format) {
+        if (scales || offsets)
+            check.value(names[field] + " has scales or zero points and no format", "a tensor",
+                        "a format, or none of them");
+        return {};
+    }
+    const char* refused = names.broadcasts            ? "a function whose tensors broadcast"
+                          : request.new_key           ? "new keys for a quantised cache"
+                          : request.return_attn_probs ? "the matrix of weights"
+                                                      : nullptr;
+    if (refused)
+        check.unsupported("a quantised " + names[field] + " is not implemented here", refused,
+                          "a call without, or a dequantised " + names[field]);
+    const QuantOperand operand =
+        QuantOperand::make(check, numbers, names[field], {*format, scales, offsets}, names.layout);
+    numbers.shape[numbers.ndim - 1] = operand.sizes.channels;
+    return operand;
+}
+
 Append checked_append(const Checker& check, const Problem& problem,
                       const AttentionRequest& request) {
     const TensorView &k = *request.new_key, &v = *request.new_value;

@@ -20,6 +20,11 @@ Operand checked_qv(const Checker& check, const Problem& problem, const Attention
 /// The mask as (batch, nheads, seqlen_q, seqlen_kv), with stride 0 where it broadcasts; the batch is
 /// left to merge_batch().
 DenseMask broadcast_mask(const Checker& check, const Problem& problem, const TensorView& mask);
+/// What the bytes of key or value mean, if its format is given. Sets `numbers` to the tensor, with the
+/// shape of its numbers.
+std::optional<QuantOperand> checked_codes(const Checker& check, const AttentionRequest& request,
+                                          Field field, const std::optional<QuantFormat>& format,
+                                          TensorView& numbers);
 /// New rows of key and value, as one index of the batch after the other.
 Append checked_append(const Checker& check, const Problem& problem,
                       const AttentionRequest& request);

@@ -30,6 +30,12 @@ void check_apart_from_parts(const Checker& check, const Problem& problem, const 
         check_overlap(check, view, name, problem.sinks->logits,
                       (*problem.names)[Field::learnable_sink]);
     if (problem.qv) check_overlap(check, view, name, problem.qv->view, (*problem.names)[Field::qv]);
+    for (const auto* codes : {&problem.key_codes, &problem.value_codes}) {
+        if (!*codes) continue;
+        if ((*codes)->scales) check_overlap(check, view, name, (*codes)->scales->view, "scales");
+        if ((*codes)->offsets)
+            check_overlap(check, view, name, (*codes)->offsets->view, "zero points");
+    }
     if (problem.rotary) {
         check_overlap(check, view, name, problem.rotary->cos, (*problem.names)[Field::rotary_cos]);
         check_overlap(check, view, name, problem.rotary->sin, (*problem.names)[Field::rotary_sin]);
@@ -77,6 +83,7 @@ const char* name_of(Feature feature) {
         case Feature::append: return "appending to the cache";
         case Feature::rotary: return "rotary_cos";
         case Feature::qv: return "qv";
+        case Feature::quantized: return "a quantised key or value";
     }
     return "unknown";
 }
@@ -95,6 +102,9 @@ public:
 
     Problem make() {
         check_present();
+        problem_.key_codes = checked_codes(check_, request_, Field::key, request_.key_format, key_);
+        problem_.value_codes =
+            checked_codes(check_, request_, Field::value, request_.value_format, value_);
         check_each();
         check_devices();
         problem_.out_dtype =
@@ -109,6 +119,9 @@ public:
         problem_.query = operand_of(query(), names_.layout);
         problem_.key = operand_of(key(), names_.layout);
         problem_.value = operand_of(value(), names_.layout);
+        // What follows reads memory: that of the bytes.
+        problem_.key.view = *request_.key;
+        problem_.value.view = *request_.value;
         if (request_.qv) problem_.qv = checked_qv(check_, problem_, request_);
         read_numbers();
         read_visibility();
@@ -121,8 +134,8 @@ public:
 
 private:
     const TensorView& query() const { return *request_.query; }
-    const TensorView& key() const { return *request_.key; }
-    const TensorView& value() const { return *request_.value; }
+    const TensorView& key() const { return key_; }
+    const TensorView& value() const { return value_; }
     int row() const { return row_of(names_.layout); }
     int head() const { return head_of(names_.layout); }
 
@@ -149,9 +162,15 @@ private:
                              "shape " + shape_text(view),
                              packed ? "3: (total, nheads, head_dim)"
                                     : dims_text(names_.layout, names_.broadcasts));
+            if (has_codes(field)) continue;
             check_float_dtype(check_, view, names_[field]);
             check_memory(check_, view, names_[field]);
         }
+    }
+
+    bool has_codes(Field field) const {
+        return (field == Field::key && problem_.key_codes) ||
+               (field == Field::value && problem_.value_codes);
     }
 
     void check_devices() const {
@@ -391,6 +410,7 @@ private:
     const AttentionRequest& request_;
     const Function& names_;
     const Checker check_;
+    TensorView key_, value_;  // of quantised ones the shape of their numbers
     Problem problem_;
 };
 
@@ -516,6 +536,7 @@ uint32_t Problem::features() const {
     add(Feature::rotary, rotary.has_value());
     add(Feature::qv, qv.has_value());
     add(Feature::dropout, dropout.has_value());
+    add(Feature::quantized, key_codes.has_value() || value_codes.has_value());
     return set;
 }
 

@@ -87,6 +87,7 @@ enum class Feature : uint32_t {
     append = 1u << 15,
     rotary = 1u << 16,
     qv = 1u << 17,
+    quantized = 1u << 18,
 };
 constexpr uint32_t bit(Feature feature) { return static_cast<uint32_t>(feature); }
 /// The name users know it by: "window_size", "dropout_p", ...
@@ -129,6 +130,8 @@ struct UMFA_CORE_API Problem {
     int64_t query_rows = 0;               // of the tensor: seqlen_q, or of all packed sequences
     int64_t head_dim = 0, head_dim_v = 0;
     Operand query, key, value;
+    // What the bytes of key and value mean. `key` and `value` then hold these bytes.
+    std::optional<QuantOperand> key_codes, value_codes;
     std::optional<Operand> qv;  // the part of the queries that meets the values
     DType out_dtype = DType::f32;
     bool wants_lse = false;

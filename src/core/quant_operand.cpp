@@ -1,6 +1,9 @@
 #include "core/quant_operand.h"
 
 #include <algorithm>
+#include <charconv>
+#include <iterator>
+#include <type_traits>
 
 namespace umfa {
 namespace {
@@ -117,6 +120,47 @@ int QuantFormat::codes() const {
         case QuantDType::q4_0: return UMFA_CODES_Q4_0;
     }
     return UMFA_CODES_INT8;
+}
+
+std::string text_of(const QuantFormat& format) {
+    std::string text = format.dtype_name();
+    text.append(" ").append(name_of(format.granularity));
+    text.append(" ").append(quant_offset_names[format.offset_kind()]);
+    text.append(" ").append(name_of(format.scales));
+    for (const int64_t number : {format.block_rows, format.block_channels, format.channels})
+        text.append(" ").append(std::to_string(number));
+    return text;
+}
+
+std::optional<QuantFormat> quant_format_from(std::string_view text) {
+    QuantFormat format;
+    std::string_view words[7];
+    for (size_t i = 0; i < std::size(words); ++i) {
+        const size_t end = text.find(' ');
+        words[i] = text.substr(0, end);
+        const bool is_last = end == std::string_view::npos;
+        if (is_last != (i + 1 == std::size(words))) return {};
+        if (!is_last) text.remove_prefix(end + 1);
+    }
+    const auto named = [](std::string_view word, const auto& names, auto& found) {
+        for (size_t i = 0; i < std::size(names); ++i)
+            if (word == names[i]) {
+                found = static_cast<std::remove_reference_t<decltype(found)>>(i);
+                return true;
+            }
+        return false;
+    };
+    const auto number = [](std::string_view word, int64_t& found) {
+        const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), found);
+        return error == std::errc() && end == word.data() + word.size();
+    };
+    const bool fits = named(words[0], quant_dtype_names, format.dtype) &&
+                      named(words[1], granularity_names, format.granularity) &&
+                      named(words[2], quant_offset_names, format.offset) &&
+                      named(words[3], quant_scales_names, format.scales) &&
+                      number(words[4], format.block_rows) &&
+                      number(words[5], format.block_channels) && number(words[6], format.channels);
+    return fits ? std::optional(format) : std::nullopt;
 }
 
 void QuantFormat::check(const Checker& check, bool writes) const {
@@ -248,7 +292,7 @@ QuantOperand QuantOperand::make(const Checker& check, const TensorView& data,
     operand.format = quantization.format;
     operand.format.check(check, false);
     operand.sizes =
-        QuantSizes::make(check, data, name, operand.format, layout, quantization.channels);
+        QuantSizes::make(check, data, name, operand.format, layout, operand.format.channels);
     check_like(check, data, operand.sizes.data_shape(operand.format, data), name);
     if (stride_at(data, 1) > 1 || stride_at(data, 1) < 0)
         check.value("the last dimension of " + name + " is not contiguous",

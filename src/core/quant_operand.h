@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "core/checks.h"
 #include "core/export.h"
@@ -47,6 +48,7 @@ struct UMFA_CORE_API QuantFormat {
     QuantOffset offset = QuantOffset::none;
     QuantScales scales = QuantScales::f32;
     int64_t block_rows = 0, block_channels = 0;  // Granularity::block only; 0 channels: all
+    int64_t channels = 0;  // head_dim, which the number of bytes does not always tell
 
     /// Rows share no scale, scales are float32; MX and GGUF: what their specifications say.
     static QuantFormat of(const QuantChoice& choice);
@@ -61,6 +63,14 @@ struct UMFA_CORE_API QuantFormat {
     /// of other libraries are only read.
     void check(const Checker& check, bool writes) const;
 };
+
+/// What a format's text is: "int4 block none float16 1 32 128".
+inline constexpr const char* quant_format_words =
+    "dtype, granularity, 'none' or 'zero_point' or 'bias', scale dtype or 'inside', tokens and "
+    "channels of a block, head_dim";
+UMFA_CORE_API std::string text_of(const QuantFormat& format);
+/// nullopt if it is none.
+UMFA_CORE_API std::optional<QuantFormat> quant_format_from(std::string_view text);
 
 /// Sizes of a tensor and of what shares a scale.
 struct UMFA_CORE_API QuantSizes {
@@ -94,7 +104,6 @@ struct Quantization {
     QuantFormat format;
     std::optional<TensorView> scales;   // absent where they lie inside
     std::optional<TensorView> offsets;  // zero points or biases
-    int64_t channels = 0;               // head_dim, which the number of bytes does not always tell
 };
 
 /// A checked quantised operand. Strides of `data` are in bytes, and a row's bytes follow each other.

@@ -16,6 +16,7 @@ const char* name_of(Field field) {
 #define UMFA_FLAG(name, value, text) #name,
 #define UMFA_CHOICE(name, type, value, text) #name,
 #define UMFA_DTYPE(name, text) #name,
+#define UMFA_FORMAT(name, text) #name,
 #define UMFA_WINDOW(name, text) #name,
 #define UMFA_OUTPUT(name) #name,
 #define UMFA_RESULT_FLAG(name, value) #name,

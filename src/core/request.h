@@ -11,6 +11,7 @@
 
 #include "core/export.h"
 #include "core/operand.h"
+#include "core/quant_operand.h"
 #include "core/tensor_view.h"
 
 namespace umfa {
@@ -37,6 +38,7 @@ enum class Field : uint8_t {
 #define UMFA_FLAG(name, value, text) name,
 #define UMFA_CHOICE(name, type, value, text) name,
 #define UMFA_DTYPE(name, text) name,
+#define UMFA_FORMAT(name, text) name,
 #define UMFA_WINDOW(name, text) name,
 #define UMFA_OUTPUT(name) name,
 #define UMFA_RESULT_FLAG(name, value) name,
@@ -76,6 +78,7 @@ struct AttentionOptions {
 #define UMFA_FLAG(name, value, text) bool name = value;
 #define UMFA_CHOICE(name, type, value, text) type name = type::value;
 #define UMFA_DTYPE(name, text) std::optional<DType> name;
+#define UMFA_FORMAT(name, text) std::optional<QuantFormat> name;
 #define UMFA_WINDOW(name, text) int64_t name##_left = -1, name##_right = -1;
 #define UMFA_RESULT_FLAG(name, value) bool name = value;
 #include "core/options.def"

@@ -46,6 +46,34 @@ Rotary rotary_of(const umfa::Rotary& rotary) {
             rotary.keys};
 }
 
+Codes codes_of(const QuantOperand& operand) {
+    const auto strides = [](const Operand& part) -> Codes::Strides {
+        const int64_t bytes = bits_of(part.view.dtype) / 8;
+        return {part.stride_batch * bytes, part.stride_head * bytes, part.stride_row * bytes,
+                part.stride_channel * bytes};
+    };
+    const auto address = [](const Operand& part) {
+        return part.view.size() ? part.view.address() : nullptr;
+    };
+    const QuantSizes& sizes = operand.sizes;
+    Codes codes{};
+    codes.given = true;
+    codes.codes = operand.format.codes();
+    codes.scale_kind = operand.format.scale_kind();
+    codes.offset_kind = operand.format.offset_kind();
+    codes.block_rows = sizes.block_rows;
+    codes.block_channels = sizes.block_channels;
+    if (operand.scales) {
+        codes.scales = address(*operand.scales);
+        codes.scale_strides = strides(*operand.scales);
+    }
+    if (operand.offsets) {
+        codes.offsets = address(*operand.offsets);
+        codes.offset_strides = strides(*operand.offsets);
+    }
+    return codes;
+}
+
 std::vector<Sequence> sequences_of(const Problem& problem) {
     std::vector<Sequence> sequences(static_cast<size_t>(problem.batch));
     for (int64_t b = 0; b < problem.batch; ++b) {

@@ -11,6 +11,7 @@ namespace umfa::cpu {
 float float_at(const char* data, int64_t element, DType dtype);
 ElementType element_of(DType dtype);
 Rows rows_of(const Operand& operand);
+Codes codes_of(const QuantOperand& operand);
 Mask mask_of(const DenseMask& mask);
 Rotary rotary_of(const umfa::Rotary& rotary);
 /// One for each index of the batch. They point into the problem's pages.

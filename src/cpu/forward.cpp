@@ -43,6 +43,9 @@ Types types_of(const Problem& problem) {
     types.query = element_of(problem.query.view.dtype);
     types.key = element_of(problem.key.view.dtype);
     types.value = element_of(problem.value.view.dtype);
+    // Kernels write out the numbers of codes.
+    if (problem.key_codes) types.key = ElementType::f32;
+    if (problem.value_codes) types.value = ElementType::f32;
     types.out = element_of(problem.out_dtype);
     if (problem.append) {
         types.new_key = element_of(problem.append->key.view.dtype);
@@ -58,6 +61,14 @@ ForwardArgs args_of(const Problem& problem, const ForwardResults& results,
     args.key = rows_of(problem.key);
     args.value = rows_of(problem.value);
     args.out = rows_of(results.out);
+    if (problem.key_codes) {
+        args.key_codes = codes_of(*problem.key_codes);
+        args.key.stride_channel = 1;
+    }
+    if (problem.value_codes) {
+        args.value_codes = codes_of(*problem.value_codes);
+        args.value.stride_channel = 1;
+    }
     if (problem.qv) args.qv = rows_of(*problem.qv);
     if (results.lse) args.lse = rows_of(*results.lse);
     args.sequences = sequences.data();
@@ -95,8 +106,8 @@ ForwardArgs in_bytes(ForwardArgs args) {
     };
     scale(args.query, args.types.query);
     scale(args.qv, args.types.query);
-    scale(args.key, args.types.key);
-    scale(args.value, args.types.value);
+    if (!args.key_codes.given) scale(args.key, args.types.key);
+    if (!args.value_codes.given) scale(args.value, args.types.value);
     scale(args.out, args.types.out);
     scale(args.append.key, args.types.new_key);
     scale(args.append.value, args.types.new_value);
@@ -214,7 +225,8 @@ constexpr uint32_t forward_features =
     bit(Feature::causal) | bit(Feature::window) | bit(Feature::softcap) | bit(Feature::alibi) |
     bit(Feature::lse) | bit(Feature::gqa) | bit(Feature::mask) | bit(Feature::sinks) |
     bit(Feature::varlen) | bit(Feature::paged_kv) | bit(Feature::attention_chunk) |
-    bit(Feature::append) | bit(Feature::rotary) | bit(Feature::dropout) | bit(Feature::qv);
+    bit(Feature::append) | bit(Feature::rotary) | bit(Feature::dropout) | bit(Feature::qv) |
+    bit(Feature::quantized);
 
 Verdict available() {
     kernels();      // throws about UMFA_CPU_ISA

@@ -84,7 +84,7 @@ struct QuantInputs {
                 nb::handle given_offsets, const PyFormat& format, int64_t channels)
         : data(import_input(given_data, function, "data")) {
         quantization.format = format.format;
-        quantization.channels = channels;
+        quantization.format.channels = channels;
         if (!given_scales.is_none()) {
             scales = import_input(given_scales, function, "scales");
             quantization.scales = scales.view;
@@ -183,6 +183,14 @@ void bind_format(nb::module_& m) {
         .def_prop_ro(
             "block", [](const PyFormat& self) { return block_tuple(self.format); },
             nb::sig("def block(self) -> tuple[int, int | None] | None"))
+        .def(
+            "text",
+            [](const PyFormat& self, int64_t channels) {
+                QuantFormat format = self.format;
+                format.channels = channels;
+                return text_of(format);
+            },
+            "channels"_a, "The format of a tensor of so many channels, as Attention takes it.")
         .def_prop_ro("layout", [](const PyFormat& self) {
             return self.layout == Layout::bshd ? "bshd" : "bhsd";
         });

@@ -91,6 +91,8 @@ bool set_value(AttentionOptions& values, Field field, const Argument& argument, 
         return true;
 #define UMFA_DTYPE(name, text) \
     case Field::name: values.name = dtype(argument, value); return true;
+#define UMFA_FORMAT(name, text) \
+    case Field::name: values.name = quant_format(argument, value); return true;
 #define UMFA_RESULT_FLAG(name, default_value) \
     case Field::name: values.name = flag(argument, value); return true;
 #define UMFA_WINDOW(name, text)                                                      \
@@ -192,6 +194,8 @@ nb::dict changed_values(const AttentionOptions& values) {
         changed[#name] = names_of(type{})[static_cast<size_t>(values.name)];
 #define UMFA_DTYPE(name, text) \
     if (values.name) changed[#name] = name_of(*values.name);
+#define UMFA_FORMAT(name, text) \
+    if (values.name) changed[#name] = text_of(*values.name);
 #define UMFA_WINDOW(name, text)                       \
     if (values.name##_left != defaults.name##_left || \
         values.name##_right != defaults.name##_right) \
@@ -396,6 +400,7 @@ void bind_record(nb::module_& m) {
 #define UMFA_FLAG(name, value, text) ", " #name ": bool | None = None"
 #define UMFA_CHOICE(name, type, value, text) ", " #name ": str = '" #value "'"
 #define UMFA_DTYPE(name, text) ", " #name ": object | None = None"
+#define UMFA_FORMAT(name, text) ", " #name ": str | None = None"
 #define UMFA_WINDOW(name, text) ", " #name ": object | None = None"
 #define UMFA_RESULT_FLAG(name, value) ", " #name ": bool = ..."
 #define UMFA_ALIAS(name, of) ", " #name ": object | None = None"

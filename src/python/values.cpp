@@ -181,6 +181,15 @@ std::optional<DType> dtype(const Argument& argument, nb::handle value) {
     return found;
 }
 
+std::optional<QuantFormat> quant_format(const Argument& argument, nb::handle value) {
+    if (value.is_none()) return {};
+    if (!PyUnicode_Check(value.ptr()))
+        refuse_type(argument, " is not a string", value, quant_format_words);
+    const auto found = quant_format_from(nb::cast<std::string>(value));
+    if (!found) refuse_value(argument, " is not the text of a format", value, quant_format_words);
+    return found;
+}
+
 std::string backend_name(const Argument& argument, nb::handle value) {
     static const std::string expected = "'auto', 'metal' or 'cpu'";
     if (!PyUnicode_Check(value.ptr())) refuse_type(argument, " is not a string", value, expected);

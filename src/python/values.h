@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/dtype.h"
+#include "core/quant_operand.h"
 
 namespace umfa::python {
 
@@ -34,6 +35,8 @@ size_t choice(const Argument& argument, nb::handle value, const char* const* nam
 std::string dtype_name(nb::handle value);
 /// Dtype of torch, numpy, jax or mlx, or its name as a string; absent for None.
 std::optional<DType> dtype(const Argument& argument, nb::handle value);
+/// The format that a text means; absent for None.
+std::optional<QuantFormat> quant_format(const Argument& argument, nb::handle value);
 /// A name that a message can show.
 std::string backend_name(const Argument& argument, nb::handle value);
 

@@ -51,6 +51,12 @@ struct Attribute {
         if (!found) wrong(name, std::string(text()), "a dtype");
         return *found;
     }
+    QuantFormat format() const {
+        const std::string_view words = text();
+        const std::optional<QuantFormat> found = quant_format_from(words);
+        if (!found) wrong(name, std::string(words), quant_format_words);
+        return *found;
+    }
 
 private:
     template <class T>
@@ -104,6 +110,8 @@ bool set_value(AttentionOptions& values, const Attribute& given) {
     case Field::name: values.name = given.choice<type>(); return true;
 #define UMFA_DTYPE(name, text) \
     case Field::name: values.name = given.dtype(); return true;
+#define UMFA_FORMAT(name, text) \
+    case Field::name: values.name = given.format(); return true;
 #define UMFA_WINDOW(name, text)                                             \
     case Field::name:                                                       \
         std::tie(values.name##_left, values.name##_right) = given.window(); \

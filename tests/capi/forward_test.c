@@ -574,6 +574,40 @@ TEST(different_dtypes) {
     }
 }
 
+TEST(quantised_keys) {
+    static const DLDataType int8 = {kDLInt, 8, 1};
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    tensor codes, scales;
+    int64_t b, j, h, d;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    make(&codes, 4, BATCH, SEQLEN_K, HEADS_K, HEAD_DIM);
+    make(&scales, 4, BATCH, SEQLEN_K, HEADS_K, 1);
+    codes.dl.dtype = int8;
+    for (b = 0; b < BATCH; ++b)
+        for (j = 0; j < SEQLEN_K; ++j)
+            for (h = 0; h < HEADS_K; ++h) {
+                const float scale = (uniform() + 3) / 127;
+                memcpy(element(&scales.dl, b, j, h, 0), &scale, 4);
+                for (d = 0; d < HEAD_DIM; ++d) {
+                    const int8_t code = (int8_t)(uniform() * 60);
+                    const float x = scale * (float)code;
+                    memcpy(element(&codes.dl, b, j, h, d), &code, 1);
+                    memcpy(element(&p.key.dl, b, j, h, d), &x, 4);
+                }
+            }
+    options.key_scales = &scales.dl;
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "key has scales or zero points and no format");
+    options.key_format = "int8 row none float32 0 0 20";
+    CHECK_OK(umfa_attention_forward(&p.query.dl, &codes.dl, &p.value.dl, &p.out.dl, &p.lse.dl,
+                                    &options));
+    CHECK_RESULT(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, &p.lse.dl, NULL);
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_TYPE, "key has the wrong dtype; got float32");
+    options.key_format = "int8 row none float32 0 0";
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE,
+                "options->key_format is not the text of a format; got 'int8 row none float32 0 0'");
+}
+
 TEST(dtype_of_the_result) {
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
     tensor weights;
@@ -1211,6 +1245,7 @@ static const struct {
     ENTRY(strides_and_offsets),
     ENTRY(bfloat16_tensors),
     ENTRY(different_dtypes),
+    ENTRY(quantised_keys),
     ENTRY(dtype_of_the_result),
     ENTRY(no_keys_and_no_queries),
     ENTRY(struct_size_of_an_older_caller),

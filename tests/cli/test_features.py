@@ -100,6 +100,10 @@ SPELLINGS = {
 WITHOUT_A_LINE = {"softmax_scale", "dropout_offset", "grouped"}
 # Covered by the table's `fa4` line: flash-attention 4 has no name for it.
 IN_ALL_CALLS_OF_FA4 = {"window_offsets"}
+# What a QuantizedTensor brings along.
+OF_QUANTIZED_TENSORS = {
+    f"{operand}_{part}" for operand in ("key", "value") for part in ("format", "scales", "offsets")
+}
 HINTS = {"deterministic"}  # no effect: every result is deterministic
 
 
@@ -112,4 +116,5 @@ def test_every_option_stands_in_a_line() -> None:
         for function, tensors, keywords in row.calls:
             given = inspect.signature(function).bind(*tensors, **keywords).arguments
             shown |= {SPELLINGS.get(name, name) for name in given if given[name] is not None}
-    assert options - shown == WITHOUT_A_LINE | IN_ALL_CALLS_OF_FA4 | HINTS
+    others = WITHOUT_A_LINE | IN_ALL_CALLS_OF_FA4 | OF_QUANTIZED_TENSORS | HINTS
+    assert options - shown == others

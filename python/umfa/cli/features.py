@@ -68,6 +68,11 @@ def _varlen(**options: Any) -> Call:
     return umfa.flash_attn_varlen_func, (*tensors, starts, starts, 26, 26), options
 
 
+def _quantized(seqlen_q: int, dtype: str) -> Call:
+    cache = umfa.quantize(zeros(2, 40, 2, 16), dtype)
+    return umfa.quantized_attention, (zeros(2, seqlen_q, 4, 16), cache, cache), {}
+
+
 def _cached(*more: Any, pages: bool = False, **options: Any) -> Call:
     if pages:
         options["block_table"] = np.zeros((2, 4), np.int32) + np.arange(2, dtype=np.int32)[:, None]
@@ -180,6 +185,10 @@ def rows() -> list[Row]:
         Row(
             "attention over a compressed cache (`qv`, as in DeepSeek's MLA)",
             [_flash(qv=zeros(2, 9, 4, 16)), _cached(qv=zeros(2, 1, 4, 16), pages=True)],
+        ),
+        Row(
+            "keys and values in any quantised format (`quantized_attention`)",
+            [_quantized(n, dtype) for n in (1, 40) for dtype in ("int8", "int4", "nf4", "mxfp4")],
         ),
         Row(
             "flash-attn 3's and 4's functions as they are (`umfa.fa3`, `umfa.fa4`)",

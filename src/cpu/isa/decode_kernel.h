@@ -9,6 +9,7 @@
 
 #include "core/constants.h"
 #include "cpu/isa/bias.h"
+#include "cpu/isa/codes.h"
 #include "cpu/isa/dropout.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/pack.h"
@@ -33,7 +34,8 @@ constexpr int64_t decode_row_floats_of_state = sizeof(DecodeRow) / 4;
 /// Where the pieces of one key head's scratch begin, in floats; the scores' tile is shared by all.
 template <class S, class U>
 struct DecodeScratch {
-    int64_t shared;           // the scores of a tile, and its keys where they are rotated
+    int64_t numbers;          // where those of a quantised tile begin; before it, what comes next
+    int64_t shared;           // the scores of a tile, its keys where they are rotated, its numbers
     int64_t rows;             // queries of the heads that share the key head
     int64_t depth, depth_qv;  // units of a row of Q and QV, whole vectors
     int64_t channels;         // of a row of O, likewise
@@ -41,7 +43,8 @@ struct DecodeScratch {
 
     DecodeScratch(const ForwardArgs& args, int64_t seqlen_q) {
         constexpr int64_t W = S::W;
-        shared = decode_rows * decode_tile + (args.rotary.keys ? decode_tile * args.head_dim : 0);
+        numbers = decode_rows * decode_tile + (args.rotary.keys ? decode_tile * args.head_dim : 0);
+        shared = numbers + decode_tile * number_channels(args);
         rows = args.group * seqlen_q;
         const auto units = [](int64_t elements) {
             return ((elements + U::E - 1) / U::E + W - 1) / W * W;
@@ -350,6 +353,9 @@ struct DecodeHead {
         tile.key_layout = args.key;
         find(args.key, first, keys, next, ahead, tile.key);
         find(args.value, first, keys, next, ahead, tile.value);
+        if constexpr (U::any)
+            numbers_of_keys(args, sequence, head_kv, first, keys, scores + at.numbers, tile.key.now,
+                            tile.value.now);
         if (args.rotary.keys) rotate_keys(tile);
         for (int64_t r0 = 0; r0 < at.rows; r0 += decode_rows) switch (at.rows - r0) {
                 case 1: process_rows<1>(r0, tile); break;

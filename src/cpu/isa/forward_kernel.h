@@ -16,6 +16,7 @@
 #pragma once
 
 #include "cpu/isa/bias.h"
+#include "cpu/isa/codes.h"
 #include "cpu/isa/dropout.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/pack.h"
@@ -39,7 +40,7 @@ struct Scratch {
     static constexpr int64_t buffers = U::tiles ? 2 : 1;  // of scores and probabilities
     int64_t key_depth, depth, channels;  // units of Q.K; with those of QV.V; padded channels of O
     int64_t value_pitch;
-    int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, size;
+    int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, numbers, size;
 
     Scratch(const ForwardArgs& args, int64_t panel_count) {
         key_depth = units_of(args.head_dim);
@@ -59,7 +60,8 @@ struct Scratch {
         value_pitch = U::tiles ? keys_of_tile<U> / U::E : ((channels + 15) / 16 | 1) * 16;
         const int64_t value_rows = U::tiles ? padded_rows<S>(channels) : keys_of_tile<U> / U::E;
         rotated = value + value_rows * value_pitch + slack;
-        size = rotated + (args.rotary.keys ? keys_of_tile<U> * args.head_dim : 0);
+        numbers = rotated + (args.rotary.keys ? keys_of_tile<U> * args.head_dim : 0);
+        size = numbers + keys_of_tile<U> * number_channels(args);
     }
 
     static int64_t units_of(int64_t elements) {
@@ -302,6 +304,9 @@ struct ForwardBlock {
             k_rows[k] = row_of(args.key, tile + k);
             v_rows[k] = row_of(args.value, tile + k);
         }
+        if constexpr (U::any)
+            numbers_of_keys(args, sequence, head_kv, tile, keys, memory + at.numbers, k_rows,
+                            v_rows);
     }
 
     /// Packs the K and V of the tile that begins at `first_key`.

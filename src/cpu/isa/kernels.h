@@ -17,6 +17,18 @@ struct Rows {
     int64_t stride_batch, stride_head, stride_row, stride_channel;
 };
 
+/// What the bytes of key or value mean: see core/quant_operand.h. Strides of scales and offsets are in
+/// bytes, from one block to the next; 0 where one spans the dimension.
+struct Codes {
+    bool given;  // else the operand holds numbers
+    int codes, scale_kind, offset_kind;
+    int64_t block_rows, block_channels;
+    const char *scales, *offsets;  // null: scales lie in the rows; there are no offsets
+    struct Strides {
+        int64_t batch, head, row, channel;
+    } scale_strides, offset_strides;
+};
+
 /// One sequence of the batch: where its rows begin, and which keys its queries see.
 struct Sequence {
     int64_t query_batch, query_row;  // its first row in query, out and lse
@@ -72,6 +84,7 @@ struct Types {
 struct ForwardArgs {
     // For the `mixed` kernels, strides are in bytes, except channel strides.
     Rows query, key, value, out;
+    Codes key_codes, value_codes;  // mixed kernels only
     Rows qv;                    // qv.value is added to query.key; data is null when there is none
     Rows lse;                   // data is null when not asked for
     const Sequence* sequences;  // one for each index of the batch

@@ -20,18 +20,27 @@ inline int64_t position_of(const ForwardArgs& args, const Sequence& sequence, in
     return sequence.position_q + (args.rotary.advances ? row : 0);
 }
 
+/// Where a key's row lies.
+struct KeyPlace {
+    int64_t batch, row;
+};
+
+inline KeyPlace key_place(const Sequence& sequence, int64_t page_size, int64_t key) {
+    KeyPlace place{sequence.kv_batch, sequence.kv_row + key};
+    if (sequence.pages) {
+        const PageRow<int64_t> at = page_row(place.row, page_size);
+        place = {sequence.pages[at.page], at.row};
+    }
+    return place;
+}
+
 /// Row of key or value. Called for a tile's keys one by one: a page may hold any number of them.
 template <class storage>
 inline storage* key_row(const Rows& rows, const Sequence& sequence, int64_t page_size, int64_t head,
                         int64_t key) {
-    int64_t batch = sequence.kv_batch, row = sequence.kv_row + key;
-    if (sequence.pages) {
-        const PageRow<int64_t> at = page_row(row, page_size);
-        batch = sequence.pages[at.page];
-        row = at.row;
-    }
-    return static_cast<storage*>(rows.data) + batch * rows.stride_batch + head * rows.stride_head +
-           row * rows.stride_row;
+    const KeyPlace at = key_place(sequence, page_size, key);
+    return static_cast<storage*>(rows.data) + at.batch * rows.stride_batch +
+           head * rows.stride_head + at.row * rows.stride_row;
 }
 
 /// Prefetches a row into the L2 cache: a tile ahead is too early for L1 (10 instead of 21 GB/s on
