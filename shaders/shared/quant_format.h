@@ -22,9 +22,12 @@
 #define UMFA_BITS_OF(x) __builtin_bit_cast(uint32_t, x)
 #define UMFA_FLOAT_OF(bits) __builtin_bit_cast(float, bits)
 #define UMFA_RINT(x) __builtin_rintf(x)
-// The product is exact in double. So is the difference, except far from a tie.
+#if defined(__FMA__) || defined(__aarch64__)
+#define UMFA_RESIDUAL(n, step, x) __builtin_fmaf(-(n), step, x)
+#else  // The product is exact in double. So is the difference, except far from a tie.
 #define UMFA_RESIDUAL(n, step, x) \
     static_cast<float>(static_cast<double>(x) - static_cast<double>(n) * (step))
+#endif
 #define UMFA_FUSED(a, b, c) __builtin_fmaf(a, b, c)
 #endif
 
@@ -272,14 +275,13 @@ UMFA_INLINE uint32_t small_float_code(float x, int exponent, int fraction, int b
 
 /// The number of midpoints between neighbours that, times the scale, are less than x.
 UMFA_INLINE uint32_t nf4_code(float x, float scale) {
-    if (scale == 0.0f) return 7u;
+    const float middles[15] = {-0.8480964f, -0.6106329f,  -0.45999527f,  -0.33967942f,
+                               -0.2346074f, -0.13791174f, -0.045525018f, 0.03979015f,
+                               0.12025525f, 0.20352125f,  0.29201376f,   0.38931254f,
+                               0.50166345f, 0.6427869f,   0.86147845f};
     uint32_t code = 0u;
-    for (uint32_t i = 0u; i < 15u; ++i) {
-        // The products are exact: a sum that is fused with them is the same.
-        const float middle = 0.5f * nf4_number(i) + 0.5f * nf4_number(i + 1u);
-        code += x > middle * scale ? 1u : 0u;
-    }
-    return code;
+    for (int i = 0; i < 15; ++i) code += x > middles[i] * scale ? 1u : 0u;
+    return scale == 0.0f ? 7u : code;
 }
 
 UMFA_INLINE int clamped(int n, int least, int most) {

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "cpu/arguments.h"
 #include "cpu/float_environment.h"
 #include "cpu/isa/select.h"
-#include "cpu/quant_rows.h"
 #include "cpu/thread_pool.h"
 
 namespace umfa::cpu {
@@ -85,6 +85,7 @@ public:
           format_(problem.format),
           codes_(problem.format.codes()),
           load_(kernels_for(kernels(), problem.x.view.dtype).combine),
+          kernel_(quant_kernel(kernels())),
           room_(problem.sizes.channels + lanes) {}
 
     void run() {
@@ -103,14 +104,16 @@ public:
 
 private:
     struct Scratch {
-        explicit Scratch(int64_t room) : row(thread_scratch(7 * room)) {
+        explicit Scratch(int64_t room) : row(thread_scratch(8 * room)) {
             low = row + room;
             high = row + 2 * room;
             magnitude = reinterpret_cast<uint32_t*>(row + 3 * room);
             scales = {row + 4 * room, row + 5 * room, row + 6 * room};
+            bytes = reinterpret_cast<uint8_t*>(row + 7 * room);
         }
         float *row, *low, *high;
         uint32_t* magnitude;
+        uint8_t* bytes;  // codes of 4 bits, before two share one
         ChannelScales scales;
         bool poisoned = false;
     };
@@ -130,14 +133,8 @@ private:
         std::fill_n(scratch.high, sizes_.channels, 0.f);
         for (int64_t row = first; row < end; ++row) {
             load(head, row, scratch.row);
-            for (int64_t c = 0; c < sizes_.channels; ++c)
-                scratch.magnitude[c] =
-                    std::max(scratch.magnitude[c], UMFA_BITS_OF(scratch.row[c]) & 0x7fffffffu);
-            if (!has_zeros()) continue;
-            for (int64_t c = 0; c < sizes_.channels; ++c) {
-                scratch.low[c] = std::min(scratch.low[c], scratch.row[c]);
-                scratch.high[c] = std::max(scratch.high[c], scratch.row[c]);
-            }
+            kernel_.widen(scratch.row, sizes_.channels, !has_zeros(), scratch.magnitude,
+                          scratch.low, scratch.high);
         }
     }
 
@@ -187,7 +184,8 @@ private:
             if (scratch.poisoned)
                 encode_poisoned(scratch, to);
             else
-                encode_row(format_, scratch.row, sizes_.channels, scratch.scales, to);
+                kernel_.encode(codes_, scratch.row, sizes_.channels, scratch.scales, scratch.bytes,
+                               to);
         }
     }
 
@@ -200,10 +198,17 @@ private:
         std::copy_n(scratch.scales.scale, sizes_.channels, scratch.low);
         for (int64_t c = 0; c < sizes_.channels; ++c)
             if (is_bad(c)) scratch.low[c] = scratch.row[c] = 0;
-        encode_row(format_, scratch.row, sizes_.channels,
-                   {scratch.low, scratch.scales.inverse, scratch.scales.offset}, to);
+        kernel_.encode(codes_, scratch.row, sizes_.channels,
+                       {scratch.low, scratch.scales.inverse, scratch.scales.offset}, scratch.bytes,
+                       to);
         for (int64_t c = 0; c < sizes_.channels; ++c)
-            if (is_bad(c)) set_code(format_, to, c, 0);
+            if (is_bad(c)) clear_code(c, to);
+    }
+
+    void clear_code(int64_t channel, uint8_t* row) const {
+        const QuantPlace<int64_t> place = quant_place(codes_, format_.scale_kind(), channel);
+        const unsigned mask = ((1u << bits_of_codes(codes_)) - 1) << place.shift;
+        row[place.byte] = static_cast<uint8_t>(row[place.byte] & ~mask);
     }
 
     void row_block(const Head& head, int64_t block, Scratch& scratch) {
@@ -291,42 +296,10 @@ private:
     const QuantFormat& format_;
     const int codes_;
     const CombineKernel& load_;
+    const QuantKernel& kernel_;
     const int64_t room_;
     std::atomic<int64_t> nonfinite_{none}, too_large_{none};  // the first such block
 };
-
-/// The scales of one row, for all its channels.
-void read_scales(const QuantOperand& operand, const Head& head, int64_t row,
-                 const ChannelScales& to) {
-    const QuantSizes& sizes = operand.sizes;
-    const int kind = operand.format.scale_kind();
-    const int64_t block = sizes.one_block ? 0 : row / sizes.block_rows;
-    const int64_t size = sizes.one_block ? sizes.channels : sizes.block_channels;
-    const auto* data =
-        reinterpret_cast<const uint8_t*>(address(operand.data, head.offset(operand.data, row)));
-    for (int64_t i = 0, c = 0; c < sizes.channels; ++i) {
-        float scale = 0, offset = 0;
-        if (operand.scales)
-            scale =
-                quant_scale(kind, bits_at(*operand.scales, head.offset(*operand.scales, block) +
-                                                               i * operand.scales->stride_channel));
-        else {  // two bytes in front of the codes
-            const int64_t codes = quant_place(operand.format.codes(), kind, c).byte;
-            scale = quant_scale(kind, data[codes - 2] | uint32_t{data[codes - 1]} << 8);
-        }
-        if (operand.offsets) {
-            const uint32_t bits =
-                bits_at(*operand.offsets,
-                        head.offset(*operand.offsets, block) + i * operand.offsets->stride_channel);
-            offset = operand.format.offset == QuantOffset::bias ? quant_scale(kind, bits)
-                                                                : static_cast<float>(bits);
-        }
-        for (const int64_t end = std::min(sizes.channels, c + size); c < end; ++c) {
-            to.scale[c] = scale;
-            to.offset[c] = offset;
-        }
-    }
-}
 
 }  // namespace
 
@@ -340,19 +313,15 @@ void run_dequantize(const DequantizeProblem& problem, const DequantizeResults& r
     const QuantOperand& operand = problem.operand;
     const QuantSizes& sizes = operand.sizes;
     const CombineKernel& store = kernels_for(kernels(), problem.out_dtype).combine;
+    const QuantKernel& kernel = quant_kernel(kernels());
+    const Codes codes = codes_of(operand);
     const int64_t room = sizes.channels + lanes;
     for_row_blocks(sizes, sizes.rows, 1, [&](const Head& head, int64_t first, int64_t end) {
-        float* row = thread_scratch(3 * room);
+        float* row = thread_scratch(room);
         std::fill_n(row, room, 0.f);
-        const ChannelScales scales{row + room, nullptr, row + 2 * room};
         for (int64_t i = first; i < end; ++i) {
-            // Rows of one block have the same scales.
-            if (i == first || (!sizes.one_block && i % sizes.block_rows == 0) || !operand.scales)
-                read_scales(operand, head, i, scales);
-            decode_row(operand.format,
-                       reinterpret_cast<const uint8_t*>(
-                           address(operand.data, head.offset(operand.data, i))),
-                       sizes.channels, scales, row);
+            kernel.numbers(codes, address(operand.data, head.offset(operand.data, i)), head.batch,
+                           head.head, i, sizes.channels, row);
             store.store(row, sizes.channels, address(results.out, head.offset(results.out, i)),
                         results.out.stride_channel);
         }

@@ -25,20 +25,54 @@ inline uint32_t stored_bits(const char* at, int scale_kind) {
     return word;  // little-endian, as all machines that umfa runs on
 }
 
-/// Channels [first, end) of a row, which share `scale` and `offset`. CODES, INSIDE: as quant_place()
-/// takes them.
+constexpr int64_t half_bytes = 64;  // codes of 4 bits that are taken apart together
+
+/// The numbers of at most half_bytes codes, of which two share a byte. Each loop is one that
+/// compilers turn into vectors.
+template <int CODES>
+inline void numbers_of_halves(const uint8_t* from, int64_t count, float* to) {
+    uint8_t codes[half_bytes];
+    const int64_t bytes = (count + 1) / 2;
+    for (int64_t i = 0; i < bytes; ++i) {
+        codes[2 * i] = from[i] & 15;
+        codes[2 * i + 1] = from[i] >> 4;
+    }
+    if constexpr (CODES == UMFA_CODES_NF4 || CODES == UMFA_CODES_E2M1) {
+        float numbers[16];
+        for (uint32_t code = 0; code < 16; ++code) numbers[code] = quant_number(CODES, code);
+        for (int64_t i = 0; i < count; ++i) to[i] = numbers[codes[i]];
+    } else {
+        for (int64_t i = 0; i < count; ++i) to[i] = quant_number(CODES, codes[i]);
+    }
+}
+
+/// What the codes of channels [first, end) of a row stand for. CODES, INSIDE: as quant_place() takes
+/// them.
+template <int CODES, int INSIDE>
+inline void numbers_of_codes(const uint8_t* row, int64_t first, int64_t end, float* to) {
+    const QuantPlace<int64_t> place = quant_place(CODES, INSIDE, first);
+    const uint8_t* from = row + place.byte;
+    if constexpr (CODES == UMFA_CODES_INT8 || CODES == UMFA_CODES_UINT8 ||
+                  CODES == UMFA_CODES_E4M3 || CODES == UMFA_CODES_E5M2) {
+        for (int64_t c = first; c < end; ++c) to[c] = quant_number(CODES, from[c - first]);
+    } else if constexpr (CODES == UMFA_CODES_Q4_0) {  // one block
+        for (int64_t i = 0; i < UMFA_GGUF_BLOCK / 2; ++i) {
+            to[first + i] = quant_number(CODES, from[i] & 15u);
+            to[first + i + UMFA_GGUF_BLOCK / 2] = quant_number(CODES, from[i] >> 4);
+        }
+    } else {
+        int64_t c = first;
+        if (place.shift != 0) to[c++] = quant_number(CODES, *from++ >> 4);
+        for (; c < end; c += half_bytes, from += half_bytes / 2)
+            numbers_of_halves<CODES>(from, end - c < half_bytes ? end - c : half_bytes, to + c);
+    }
+}
+
+/// Channels [first, end) of a row, which share `scale` and `offset`.
 template <int CODES, int INSIDE>
 inline void numbers_of_block(const uint8_t* row, int64_t first, int64_t end, float scale,
                              float offset, int offset_kind, float* to) {
-    constexpr uint32_t mask = (1u << (CODES == UMFA_CODES_INT8 || CODES == UMFA_CODES_UINT8 ||
-                                              CODES == UMFA_CODES_E4M3 || CODES == UMFA_CODES_E5M2
-                                          ? 8
-                                          : 4)) -
-                              1;
-    for (int64_t c = first; c < end; ++c) {
-        const QuantPlace<int64_t> place = quant_place(CODES, INSIDE, c);
-        to[c] = quant_number(CODES, row[place.byte] >> place.shift & mask);
-    }
+    numbers_of_codes<CODES, INSIDE>(row, first, end, to);
     if (offset_kind == UMFA_OFFSET_BIAS)
         for (int64_t c = first; c < end; ++c)
             to[c] = dequantized(UMFA_OFFSET_BIAS, to[c], scale, offset);
@@ -93,6 +127,12 @@ inline RowNumbers row_numbers(const Codes& codes) {
         case UMFA_CODES_NF4: return numbers_of_row<UMFA_CODES_NF4, UMFA_SCALES_F32>;
         default: return numbers_of_row<UMFA_CODES_Q4_0, UMFA_SCALES_INLINE>;
     }
+}
+
+/// The same for the backend.
+inline void numbers_of_key(const Codes& codes, const void* row, int64_t batch, int64_t head,
+                           int64_t at, int64_t channels, float* to) {
+    row_numbers(codes)(codes, static_cast<const uint8_t*>(row), {batch, at}, head, channels, to);
 }
 
 /// Writes the numbers of keys [first, first + count) to `memory`, and points `rows` at them.

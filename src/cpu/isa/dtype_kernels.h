@@ -7,6 +7,7 @@
 #include "cpu/isa/decode_kernel.h"
 #include "cpu/isa/forward_kernel.h"
 #include "cpu/isa/kernels.h"
+#include "cpu/isa/quant_rows.h"
 
 namespace umfa::cpu {
 namespace {

@@ -212,6 +212,23 @@ struct CombineKernel {
     void (*store)(const float* sum, int64_t channels, void* row, int64_t stride);
 };
 
+/// What each channel of some rows needs: pointers to one value for each.
+struct ChannelScales {
+    float *scale, *inverse;
+    float* offset;  // zero points as numbers
+};
+
+/// Quantised rows. See isa/quant_rows.h and isa/codes.h.
+struct QuantKernel {
+    void (*widen)(const float* row, int64_t channels, bool magnitude_only, uint32_t* magnitude,
+                  float* low, float* high);
+    void (*encode)(int codes, const float* x, int64_t channels, const ChannelScales& scales,
+                   uint8_t* bytes, uint8_t* to);
+    /// The numbers of one row of codes, which is row `at` of a head.
+    void (*numbers)(const Codes& codes, const void* row, int64_t batch, int64_t head, int64_t at,
+                    int64_t channels, float* to);
+};
+
 struct DtypeKernels {
     ForwardKernel forward;
     DecodeKernel decode;
@@ -226,6 +243,7 @@ struct Kernels {
     DtypeKernels f32, f16, bf16;
     DtypeKernels mixed;       // for tensors of different types, float32 arithmetic; no combine
     BackwardKernel backward;  // of any types, float32 arithmetic
+    QuantKernel quant;
 };
 
 extern const Kernels portable_kernels;

@@ -55,6 +55,7 @@ constinit const Kernels neon_bf16_kernels{
     dtype_kernels<Simd, Bf16Units<Simd>>,
     {},
     {},
+    {},
 };
 
 }  // namespace umfa::cpu

@@ -97,6 +97,10 @@ const BackwardKernel& backward_kernel(const Kernels& set) {
     return set.backward.run ? set.backward : backward_kernel(*set.base);
 }
 
+const QuantKernel& quant_kernel(const Kernels& set) {
+    return set.quant.encode ? set.quant : quant_kernel(*set.base);
+}
+
 std::string isa_in_use() { return kernels().name; }
 
 std::vector<std::pair<std::string, bool>> isa_list() {

@@ -15,5 +15,6 @@ const DtypeKernels& kernels_for(const Kernels& set, DType dtype);
 /// The set's kernels for tensors of different types, or those of a set that it builds on.
 const DtypeKernels& mixed_kernels(const Kernels& set);
 const BackwardKernel& backward_kernel(const Kernels& set);
+const QuantKernel& quant_kernel(const Kernels& set);
 
 }  // namespace umfa::cpu

@@ -17,6 +17,8 @@ template <class S>
 constexpr DtypeKernels mixed_kernels{};
 template <class S>
 constexpr BackwardKernel backward_kernel{};
+template <class S>
+constexpr QuantKernel quant_kernel{};
 
 }  // namespace
 }  // namespace umfa::cpu
