@@ -192,7 +192,7 @@ class Graph:
 
     def __init__(self, tensors: Mapping[str, Any], results: Sequence[str]) -> None:
         self._tensors = tensors
-        outlined = _state.outlined
+        outlined = getattr(_state, "outlined", {})
         self._marks = {name: outlined[id(x)][1] for name, x in tensors.items() if id(x) in outlined}
         self._results = iter(results)
         self._cells: dict[str, Cell] = {}

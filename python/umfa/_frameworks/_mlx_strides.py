@@ -56,18 +56,9 @@ def resolved(params: Any, data: bytes, tensors: Sequence[tuple[Any, tuple[int, .
     tensors
         The arrays that the launch reads, with the marks of each, or none.
     """
-    words = np.frombuffer(data[: len(data) // 8 * 8], np.int64)
-    arrays: list[Any] = []
-    places: list[tuple[int, int, int]] = []  # (word, array, dimension)
-    known: set[int] = set()
-    for array, own in tensors:
-        for dimension, mark in enumerate(own[:-1]):
-            if mark not in known:
-                found = np.flatnonzero(words == mark).tolist()
-                assert found or array.shape[dimension] == 1, "a stride is not where it is expected"
-                places += [(word, len(arrays), dimension) for word in found]
-            known.add(mark)
-        arrays.append(array)
+    arrays = [array for array, _ in tensors]
+    shapes = tuple([array.shape for array in arrays])
+    places = _places(data, tuple([own for _, own in tensors]), shapes)
     used = sorted({array for _, array, _ in places})
     if not used:
         return params
@@ -81,6 +72,25 @@ def resolved(params: Any, data: bytes, tensors: Sequence[tuple[Any, tuple[int, .
         output_shapes=[params.shape],
         output_dtypes=[mx.int64],
     )
+    return found
+
+
+@lru_cache(maxsize=256)
+def _places(
+    data: bytes, marks: tuple[tuple[int, ...], ...], shapes: tuple[tuple[int, ...], ...]
+) -> list[tuple[int, int, int]]:
+    """Where marks are in parameters: (64-bit word, number of the array, its dimension)."""
+    words = np.frombuffer(data[: len(data) // 8 * 8], np.int64)
+    found: list[tuple[int, int, int]] = []
+    known: set[int] = set()
+    for array, own in enumerate(marks):
+        for dimension, mark in enumerate(own[:-1]):
+            if mark in known:  # the same array is there twice
+                continue
+            at = np.flatnonzero(words == mark).tolist()
+            assert at or shapes[array][dimension] == 1, "a stride is not where it is expected"
+            found += [(word, array, dimension) for word in at]
+            known.add(mark)
     return found
 
 
