@@ -21,6 +21,7 @@ import torch
 from tests.capsules import _DLManagedTensor, _DLTensor, _new_capsule
 from tests.metal.metal_tensors import METAL
 from tools.metal.emulator import Library
+from umfa._call import _public
 from umfa._frameworks import _torch, _torch_mps
 
 _CODES = {
@@ -226,6 +227,10 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[TorchMps]:
     patch.setattr(_torch, "export", shown)
     patch.setattr(_torch, "allocate", made)
     patch.setattr(_torch, "to_host", on_host)
+    # By their class, the device's tensors are torch's on the CPU: calls that repeat another one's
+    # options would read them there.
+    patch.setattr(_public, "_repeat", lambda *_: False)
+    patch.setattr(_public, "_REPEATED", {})
     patch.setattr(_torch_mps, "is_mps", device.has)
     patch.setattr(_torch_mps, "_empty", device.empty)
     patch.setattr(_torch_mps, "_to_device", to_device)
