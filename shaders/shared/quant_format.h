@@ -16,18 +16,15 @@
 #define UMFA_BITS_OF(x) as_type<uint>(x)
 #define UMFA_FLOAT_OF(bits) as_type<float>(bits)
 #define UMFA_RINT(x) metal::rint(x)
-#define UMFA_RESIDUAL(n, step, x) metal::fma(-(n), step, x)
+#define UMFA_RESIDUAL(n, spacing, x) metal::fma(-(n), spacing, x)
 #define UMFA_FUSED(a, b, c) metal::fma(a, b, c)
 #else
 #define UMFA_BITS_OF(x) __builtin_bit_cast(uint32_t, x)
 #define UMFA_FLOAT_OF(bits) __builtin_bit_cast(float, bits)
 #define UMFA_RINT(x) __builtin_rintf(x)
-#if defined(__FMA__) || defined(__aarch64__)
-#define UMFA_RESIDUAL(n, step, x) __builtin_fmaf(-(n), step, x)
-#else  // The product is exact in double. So is the difference, except far from a tie.
-#define UMFA_RESIDUAL(n, step, x) \
-    static_cast<float>(static_cast<double>(x) - static_cast<double>(n) * (step))
-#endif
+// The product is exact in double. So is the difference, except far from a tie.
+#define UMFA_RESIDUAL(n, spacing, x) \
+    static_cast<float>(static_cast<double>(x) - static_cast<double>(n) * (spacing))
 #define UMFA_FUSED(a, b, c) __builtin_fmaf(a, b, c)
 #endif
 
@@ -108,10 +105,10 @@ UMFA_INLINE QuantPlace<Int> quant_place(int codes, int scales, Int channel) {
 UMFA_INLINE float small_float(uint32_t code, int exponent, int fraction, int bias) {
     const uint32_t magnitude = code & ((1u << (exponent + fraction)) - 1u);
     const uint32_t sign = code >> (exponent + fraction) << 31;
-    const uint32_t step = static_cast<uint32_t>(128 - bias - fraction) << 23;  // of subnormals
+    const uint32_t spacing = static_cast<uint32_t>(128 - bias - fraction) << 23;  // of subnormals
     const uint32_t normal =
         (magnitude << (23 - fraction)) + (static_cast<uint32_t>(127 - bias) << 23);
-    const float subnormal = static_cast<float>(magnitude) * UMFA_FLOAT_OF(step);
+    const float subnormal = static_cast<float>(magnitude) * UMFA_FLOAT_OF(spacing);
     const uint32_t bits = magnitude >> fraction != 0u ? normal : UMFA_BITS_OF(subnormal);
     return UMFA_FLOAT_OF(bits | sign);
 }
@@ -189,25 +186,25 @@ struct QuantRange {
 /// The scale before it is stored, of a block that is finite and not all 0.
 UMFA_INLINE float quant_step(int codes, QuantRange range) {
     const float largest = UMFA_FLOAT_OF(range.magnitude);
-    float step = largest;  // NF4
+    float spacing = largest;  // NF4
     // 1 / 127, 1 / 7, 1 / 448 and 1 / 57344 as floats.
-    if (codes == UMFA_CODES_INT8) step = largest * 0.00787401575f;
-    if (codes == UMFA_CODES_INT4) step = largest * 0.142857143f;
-    if (codes == UMFA_CODES_E4M3) step = largest * 0.00223214286f;
-    if (codes == UMFA_CODES_E5M2) step = largest * 1.74386161e-5f;
+    if (codes == UMFA_CODES_INT8) spacing = largest * 0.00787401575f;
+    if (codes == UMFA_CODES_INT4) spacing = largest * 0.142857143f;
+    if (codes == UMFA_CODES_E4M3) spacing = largest * 0.00223214286f;
+    if (codes == UMFA_CODES_E5M2) spacing = largest * 1.74386161e-5f;
     // 2 / 255 and 2 / 15, a little larger, so that no rounding makes high - low more steps than that.
     const float half_range = 0.5f * range.high - 0.5f * range.low;  // the products are exact
-    if (codes == UMFA_CODES_UINT8) step = half_range * 0.00784325599670410156f;
-    if (codes == UMFA_CODES_UINT4) step = half_range * 0.13333511352539062f;
-    return step < UMFA_SMALLEST_SCALE ? UMFA_SMALLEST_SCALE : step;
+    if (codes == UMFA_CODES_UINT8) spacing = half_range * 0.00784325599670410156f;
+    if (codes == UMFA_CODES_UINT4) spacing = half_range * 0.13333511352539062f;
+    return spacing < UMFA_SMALLEST_SCALE ? UMFA_SMALLEST_SCALE : spacing;
 }
 
-/// The smallest float16 that is not less than `step` > 0, which is normal; infinity's bits if none.
-UMFA_INLINE uint32_t float16_above(float step) {
-    const uint32_t bits = UMFA_BITS_OF(step);
+/// The smallest float16 that is not less than `spacing` > 0, which is normal; infinity's bits if none.
+UMFA_INLINE uint32_t float16_above(float spacing) {
+    const uint32_t bits = UMFA_BITS_OF(spacing);
     if (bits > 0x477fe000u) return 0x7c00u;  // 65504
     if (bits >= 0x38800000u) return ((bits + 0x1fffu) >> 13) - (112u << 10);
-    const float count = step * 16777216.0f;
+    const float count = spacing * 16777216.0f;
     const uint32_t whole = static_cast<uint32_t>(count);
     return static_cast<float>(whole) < count ? whole + 1u : whole;
 }
@@ -223,12 +220,12 @@ UMFA_INLINE uint32_t quant_scale_bits(int codes, int scales, QuantRange range) {
         const int exponent = static_cast<int>(range.magnitude >> 23) - largest;
         return !finite ? 255u : exponent < 27 ? 27u : static_cast<uint32_t>(exponent);
     }
-    const float step = quant_step(codes, range);
+    const float spacing = quant_step(codes, range);
     if (scales == UMFA_SCALES_F16) {
-        const uint32_t bits = finite ? float16_above(step) : 0x7c00u;
+        const uint32_t bits = finite ? float16_above(spacing) : 0x7c00u;
         return bits == 0x7c00u ? 0x7e00u : bits;
     }
-    return finite ? UMFA_BITS_OF(step) : 0x7fc00000u;
+    return finite ? UMFA_BITS_OF(spacing) : 0x7fc00000u;
 }
 
 /// Whether these bits are the NaN that quant_scale_bits() makes: then all codes of the block are 0.
@@ -262,12 +259,13 @@ UMFA_INLINE uint32_t small_float_code(float x, int exponent, int fraction, int b
     const uint32_t bits = UMFA_BITS_OF(x), sign = bits >> 31 << (exponent + fraction);
     const uint32_t most = UMFA_BITS_OF(largest), magnitude = bits & 0x7fffffffu;
     const uint32_t kept = magnitude < most ? magnitude : most;
-    const uint32_t step = static_cast<uint32_t>(126 + bias + fraction) << 23;  // 1 / of subnormals
+    const uint32_t spacing = static_cast<uint32_t>(126 + bias + fraction)
+                             << 23;  // 1 / of subnormals
     const uint32_t first_normal = static_cast<uint32_t>(128 - bias) << 23;
     const uint32_t odd = kept >> (23 - fraction) & 1u;
     const uint32_t normal = ((kept + (1u << (22 - fraction)) - 1u + odd) >> (23 - fraction)) -
                             (static_cast<uint32_t>(127 - bias) << fraction);
-    const float steps = UMFA_FLOAT_OF(kept) * UMFA_FLOAT_OF(step);
+    const float steps = UMFA_FLOAT_OF(kept) * UMFA_FLOAT_OF(spacing);
     // Most floats have too many steps for an integer.
     const uint32_t subnormal = kept < first_normal ? static_cast<uint32_t>(UMFA_RINT(steps)) : 0u;
     return sign | (kept < first_normal ? subnormal : normal);

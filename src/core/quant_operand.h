@@ -62,6 +62,8 @@ struct UMFA_CORE_API QuantFormat {
     /// Throws `Error` unless umfa has such a format. `writes`: unless umfa quantises to it too; those
     /// of other libraries are only read.
     void check(const Checker& check, bool writes) const;
+
+    bool operator==(const QuantFormat&) const = default;
 };
 
 /// What a format's text is: "int4 block none float16 1 32 128".
