@@ -129,11 +129,21 @@ TensorView checked_view(const DLTensor* tensor, const Function& function, const 
     return view_of(*tensor, function.name, name);
 }
 
+/// The beginning of a caller's text, of which a message must show no bytes that are not characters.
+std::string shown(const char* text) {
+    constexpr size_t most = 80;
+    std::string found(text, strnlen(text, most + 1));
+    if (found.size() > most) found.replace(most, 1, "...");
+    for (char& c : found)
+        if (c < ' ' || c > '~') c = '?';
+    return "'" + found + "'";
+}
+
 QuantFormat checked_format(const char* text, const char* name, const std::string& function) {
     const std::optional<QuantFormat> found = quant_format_from(text);
     if (!found)
         fail(ErrorKind::value, function, std::string(name) + " is not the text of a format",
-             "'" + std::string(text) + "'", quant_format_words);
+             shown(text), quant_format_words);
     return *found;
 }
 

@@ -25,7 +25,13 @@ TYPES: dict[str, Any] = {
     "uint64_t": ctypes.c_uint64,
     "double": ctypes.c_double,
     "const DLTensor*": ctypes.POINTER(_DLTensor),
+    "const char*": ctypes.c_char_p,
 }
+FORMATS = [
+    b"", b"int8", b"int8 row none float32 0 0 8", b"int4 block none float16 1 32 8",
+    b"int8 row zero_point float32 0 0 -1", b"int8 row none float32 0 0 99999999999999999999",
+    b"mxfp4 block none float8_e8m0fnu 1 32 8", b"\xc1\xff\n", b"x" * 5000,
+]  # fmt: skip
 FLOATS = [(2, 32), (2, 16), (4, 16)]
 WHOLE = [(0, 32), (0, 64)]
 OTHERS = [(2, 64), (1, 8), (6, 8), (0, 8), (5, 64), (2, 0), (255, 255)]
@@ -39,9 +45,12 @@ def options_type() -> type[ctypes.Structure]:
     assert found is not None
     body = re.sub(r"/\*.*?\*/", "", found[1], flags=re.DOTALL)
     fields = []
-    for type_, names in re.findall(r"(size_t|u?int\d+_t|double|const DLTensor\*) ([\w, ]+);", body):
+    declared = re.findall(
+        r"(size_t|u?int\d+_t|double|const DLTensor\*|const char\*) ([\w, ]+);", body
+    )
+    assert len(declared) == body.count(";")  # or later fields would lie elsewhere
+    for type_, names in declared:
         fields += [(name.strip(), TYPES[type_]) for name in names.split(",")]
-    assert len(fields) > 30
     # `beyond` is a field of a newer header: this library must not read it.
     return type("Options", (ctypes.Structure,), {"_fields_": [*fields, ("beyond", ctypes.c_int64)]})
 
@@ -122,6 +131,8 @@ def options_of(rng: Rng, keep: list[Tensor | None], shapes: dict[str, list[int]]
             keep.append(made)
             if made is not None:
                 setattr(options, name, ctypes.pointer(made.tensor))
+        elif type_ is ctypes.c_char_p:
+            setattr(options, name, FORMATS[rng.integers(len(FORMATS))])
         elif type_ is ctypes.c_double:
             setattr(options, name, REALS[rng.integers(len(REALS))])
         elif type_ is ctypes.c_int32:
