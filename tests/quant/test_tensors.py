@@ -204,6 +204,22 @@ def test_mlx_gradients_are_refused() -> None:
         mx.grad(lambda y: umfa.quantize(y, "int8").scales.sum())(x)
 
 
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+def test_mlx_gradients_of_scales_are_refused(form: Format) -> None:
+    mx = array_libraries.load("mlx").module
+    found = umfa.quantize(mx.ones((1, 4, 2, 16)), **form._asdict())
+
+    def numbers(scales: Any) -> Any:
+        parts = (found.data, scales, found.zero_points)
+        return umfa.QuantizedTensor(*parts, **form._asdict()).dequantize()
+
+    with pytest.raises(umfa.UnsupportedError, match=r"dequantize\] a derivative is asked for"):
+        mx.grad(lambda scales: numbers(scales).sum())(found.scales)
+    with pytest.raises(umfa.UnsupportedError, match=r"dequantize\] a derivative is asked for"):
+        mx.jvp(lambda scales: [numbers(scales)], [found.scales], [found.scales])
+    assert numbers(found.scales).shape == (1, 4, 2, 16)
+
+
 X = np.zeros((1, 4, 2, 32), np.float32)
 
 

@@ -62,13 +62,20 @@ def run_dequantize(
 ) -> Any:
     """The numbers of a quantised tensor."""
     _ext.backend_name(backend, function)
-    framework, exported = exported_parts(function, parts, backend)
+    framework = framework_of(function, _named(parts))
 
-    def allocate(shape: tuple[int, ...], name: str) -> tuple[Any, Any]:
-        return framework.allocate(parts[0], shape, name, backend)
+    def compute(*given: Any) -> Any:
+        remaining = iter(given)
+        own = [None if part is None else next(remaining) for part in parts]
+        _, exported = exported_parts(function, (own[0], own[1], own[2]), backend)
 
-    out = _ext.dequantize(function, *exported, form, channels, dtype, backend, allocate)
-    return framework.finish(out)
+        def allocate(shape: tuple[int, ...], name: str) -> tuple[Any, Any]:
+            return framework.allocate(own[0], shape, name, backend)
+
+        out = _ext.dequantize(function, *exported, form, channels, dtype, backend, allocate)
+        return framework.finish(out)
+
+    return _called(framework, function, compute, *(part for part in parts if part is not None))
 
 
 def offset_of(function: str, symmetric: Any) -> str:
@@ -82,8 +89,7 @@ def offset_of(function: str, symmetric: Any) -> str:
 
 def exported_parts(function: str, parts: Parts, backend: str) -> tuple[Framework, Parts]:
     """The framework of the tensors, and what `_ext` takes of them."""
-    named = dict(zip(("data", "scales", "zero_points"), parts, strict=True))
-    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    tensors = _named(parts)
     framework = framework_of(function, tensors)
     _refuse_gradients(framework, function, tensors)
     for name, tensor in tensors.items():
@@ -91,9 +97,17 @@ def exported_parts(function: str, parts: Parts, backend: str) -> tuple[Framework
     return framework, (tensors["data"], tensors.get("scales"), tensors.get("zero_points"))
 
 
-def _called(framework: Framework, function: str, compute: Any, x: Any) -> Any:
-    """compute(x), so that the framework's automatic differentiation notices."""
-    return compute(x) if framework.call is None else framework.call(compute, function, x)
+def _named(parts: Parts) -> dict[str, Any]:
+    """Those parts that the format has, by name."""
+    named = zip(("data", "scales", "zero_points"), parts, strict=True)
+    return {name: tensor for name, tensor in named if tensor is not None}
+
+
+def _called(framework: Framework, function: str, compute: Any, *tensors: Any) -> Any:
+    """compute(*tensors), so that the framework's automatic differentiation notices."""
+    if framework.call is None:
+        return compute(*tensors)
+    return framework.call(compute, function, *tensors)
 
 
 def _refuse_gradients(framework: Framework, function: str, tensors: dict[str, Any]) -> None:
