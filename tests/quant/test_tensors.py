@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -187,6 +190,43 @@ def test_append_to_arrays_that_cannot_be_written(framework: Framework) -> None:
     x = framework.tensor(normal((1, 8, 2, 16), seed=8))
     with pytest.raises(umfa.UnsupportedError, match="written in place"):
         umfa.quantize(x, "int8").append(x, 0)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda found: pickle.loads(pickle.dumps(found)),
+}
+
+
+@pytest.mark.parametrize("how", list(COPIES))
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_copies(form: Format, how: str, framework: Framework) -> None:
+    x = framework.tensor(normal((2, 3, 9, 33), seed=9))
+    found = umfa.quantize(x, **form._asdict(), layout="bhsd")
+    again = COPIES[how](found)
+    assert repr(again) == repr(found)
+    assert isinstance(again.data, framework.array_type)
+    assert (again.data is found.data) == (how == "copy")
+    np.testing.assert_array_equal(
+        framework.numpy(again.dequantize()), framework.numpy(found.dequantize())
+    )
+
+
+@pytest.mark.parametrize("how", list(COPIES))
+def test_copies_of_foreign_formats(how: str) -> None:
+    random = np.random.default_rng(10)
+    words = random.integers(0, 2**32, (1, 2, 5, 8), np.uint32)
+    scales, biases = (normal((1, 2, 5, 1), "float16", seed=seed) for seed in (11, 12))
+    blocks = np.zeros((1, 2, 5, 2 * 34), np.uint8)
+    blocks[..., 1] = 0x3C  # a scale of 1
+    for found in (
+        umfa.QuantizedTensor.from_mlx(words, scales, biases),
+        umfa.QuantizedTensor.from_gguf(blocks, "q8_0"),
+    ):
+        again = COPIES[how](found)
+        assert repr(again) == repr(found)
+        np.testing.assert_array_equal(again.dequantize(), found.dequantize())
 
 
 def test_gradients_are_refused() -> None:

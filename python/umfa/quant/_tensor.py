@@ -94,6 +94,11 @@ class QuantizedTensor:
         made._keep(parts, form, head_dim)
         return made
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        form = self._format
+        choice = (form.dtype, form.granularity, form.offset, form.scale_dtype, form.block)
+        return _restored, (type(self), self._parts, (*choice, form.layout), self._head_dim)
+
     @classmethod
     def from_mlx(
         cls,
@@ -261,6 +266,13 @@ class QuantizedTensor:
             f"granularity={self.granularity!r}, symmetric={self.symmetric}, block={self.block}, "
             f"scale_dtype={self.scale_dtype!r}, layout={self.layout!r}, nbytes={self.nbytes})"
         )
+
+
+def _restored(
+    cls: type[QuantizedTensor], parts: Parts, choice: tuple[Any, ...], head_dim: int
+) -> QuantizedTensor:
+    """What `__reduce__` took apart, for copies and pickles."""
+    return cls._made(parts, _ext.QuantFormat(_NAME, *choice), head_dim)
 
 
 def _narrowed(part: Any, dimension: int, first: int, count: int) -> Any:
