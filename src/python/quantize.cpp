@@ -163,8 +163,8 @@ void bind_format(nb::module_& m) {
                 new (self) PyFormat(
                     make_format(function, dtype, granularity, offset, scale_dtype, block, layout));
             },
-            "function"_a, "dtype"_a, "granularity"_a.none(), "offset"_a, "scale_dtype"_a.none(),
-            "block"_a.none(), "layout"_a,
+            "function"_a, "dtype"_a.none(), "granularity"_a.none(), "offset"_a,
+            "scale_dtype"_a.none(), "block"_a.none(), "layout"_a.none(),
             nb::sig("def __init__(self, function: str, dtype: object, granularity: object, "
                     "offset: str, scale_dtype: object, block: object, layout: object) -> None"))
         .def_prop_ro("dtype", [](const PyFormat& self) { return self.format.dtype_name(); })

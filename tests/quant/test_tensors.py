@@ -267,6 +267,8 @@ X = np.zeros((1, 4, 2, 32), np.float32)
     ("arguments", "error", "text"),
     [
         ({"dtype": "int3"}, ValueError, "dtype is unknown; got 'int3'; expected 'int8' or 'int4'"),
+        ({"dtype": None}, ValueError, "dtype is unknown; got 'None'"),
+        ({"layout": None}, TypeError, "layout is not a string; got None"),
         ({"granularity": "rows"}, ValueError, "granularity is unknown; got 'rows'"),
         ({"granularity": 1}, TypeError, "granularity is not a string"),
         ({"layout": "bsdh"}, ValueError, "layout is unknown"),
