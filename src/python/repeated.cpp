@@ -20,12 +20,12 @@ bool is_plain_type(nb::handle type) {
            own == &PyUnicode_Type || own == Py_TYPE(Py_None);
 }
 
-/// Equal for equal options; null if there is something else among them, such as a tensor.
+/// A key that is equal for equal options; null if one of them is no plain value, such as a tensor.
 nb::object key_of(const nb::dict& options) {
     nb::list key;
     for (const auto [name, value] : options) {
         const nb::handle type = value.type();
-        // Types too: True == 1 == 1.0, and not all of them are right.
+        // The types too: True == 1 == 1.0, but an option may accept only one of them.
         if (type.ptr() == reinterpret_cast<PyObject*>(&PyTuple_Type)) {
             for (const nb::handle entry : nb::borrow<nb::tuple>(value)) {
                 if (!is_plain_type(entry.type())) return {};

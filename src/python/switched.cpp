@@ -1,5 +1,5 @@
-// A function that is one of two others by a flag, for torch's dispatcher: a function of Python's would
-// take apart the arguments and put them together again, twice in each of torch's attention calls.
+// A function for torch's dispatcher that calls one of two others, chosen by a flag. In Python it would unpack
+// the arguments and pack them again, twice in each of torch's attention calls.
 #include <memory>
 
 #include "python/plain.h"

@@ -61,14 +61,14 @@ def public(
 
 
 _REPEATED: dict[Callable[..., Any], Repeated] = {}
-"""Of each public function that reuses options, what knows them."""
+"""The options that each public function has met, if it reuses them."""
 
 
 def repeated(function: Callable[..., Any], tensors: tuple[Any, ...], options: Any) -> Any:
-    """The result of ``function(*tensors, **options)`` where it takes nothing of Python; else None.
+    """The result of ``function(*tensors, **options)`` if the binding computes it alone, else None.
 
-    None also for what `function` refuses, since a call of it says why, and for a function that
-    `public` has not made with ``reuse=True``.
+    Also None for arguments that `function` refuses, since a call of it raises the error, and for a
+    function that `public` has not made with ``reuse=True``.
     """
     known = _REPEATED.get(function)
     if known is None:
@@ -127,8 +127,8 @@ def _run_and_finish(attention: Attention, finish: Callable[[Attention, Any], Any
 def _reusing(body: Callable[P, Attention]) -> Callable[P, Any]:
     known = Repeated()
 
-    # What a call costs beyond the work is mostly here. One that repeats another's options, and has
-    # tensors that need nothing of Python, is done when `_repeat` returns.
+    # Most of a tiny call's overhead is here. A call with known options and plain tensors is done
+    # when `_repeat` returns.
     @functools.wraps(body)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         found = _repeat(known, args, kwargs)

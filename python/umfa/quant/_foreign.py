@@ -35,7 +35,7 @@ def _uint8(data: Any) -> Any:
 
 
 def gguf_channels(function: str, dtype: str, size: int) -> int:
-    """Channels of so many bytes."""
+    """Number of channels that `size` bytes hold."""
     of_block = _GGUF_BYTES[dtype]
     if size == 0 or size % of_block:
         expected = f"a multiple of {of_block}, the bytes of a block of 32 channels"

@@ -89,7 +89,7 @@ class QuantizedTensor:
 
     @classmethod
     def _made(cls, parts: Parts, form: _ext.QuantFormat, head_dim: int) -> QuantizedTensor:
-        """Of parts that the core has made."""
+        """A tensor of parts that the core has made, which need no check."""
         made = cls.__new__(cls)
         made._keep(parts, form, head_dim)
         return made
@@ -271,7 +271,7 @@ class QuantizedTensor:
 def _restored(
     cls: type[QuantizedTensor], parts: Parts, choice: tuple[Any, ...], head_dim: int
 ) -> QuantizedTensor:
-    """What `__reduce__` took apart, for copies and pickles."""
+    """Rebuilds a tensor for copies and pickles."""
     return cls._made(parts, _ext.QuantFormat(_NAME, *choice), head_dim)
 
 
