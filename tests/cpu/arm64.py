@@ -35,7 +35,7 @@ EXTENSIONS = {"neon_bf16.cpp": ("-mcpu=generic+v8_2a+bf16",)}
 
 
 def kernel_sources() -> list[Path]:
-    return [path for path in sorted(ISA.glob("*.cpp")) if not path.name.startswith("avx")]
+    return [p for p in sorted(ISA.glob("*.cpp")) if not p.name.startswith(("avx", "amx"))]
 
 
 def sources_of(*folders: str) -> list[Path]:
