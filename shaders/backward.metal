@@ -153,8 +153,11 @@ template <typename T>
     if (has_dlse)
         sum -= dlse[batch * params.dlse.batch + head * params.dlse.head + row * params.dlse.row];
     const float own = lse[batch * lse_at.batch + head * lse_at.head + row * lse_at.row];
-    // Of a query that sees no key all scores are `lowest`: any finite number makes their weights 0.
-    float of_row = is_minus_infinity(own) ? 0.0f : own * log2_e - params.raised;
+    // Of a query that sees no key all scores are `lowest`: any number near 0 makes their weights 0. So it
+    // is where the mask of all keys is about the lowest finite number: the log-sum-exp of such a row does
+    // not tell how many keys share it.
+    const bool nothing = is_minus_infinity(own) || own < -1e37f;
+    float of_row = nothing ? 0.0f : own * log2_e - params.raised;
     if (as_type<uint>(own) == infinity_bits) of_row = as_type<float>(uint(nan_bits));
     statistics[batch * params.statistics.batch + head * params.statistics.head +
                row * params.statistics.row] = float2(of_row, sum);

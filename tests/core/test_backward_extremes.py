@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from tests import reference
-from tests.array_libraries import Array
+from tests.array_libraries import DTYPES, Array
 from tests.cases import normal
+from tests.checks import BASE, assert_close
 from tests.gradients import Forward, assert_gradients, wanted_of
 
 SHAPE = (1, 2, 70, 130, 40)
@@ -147,3 +149,19 @@ def test_scores_that_float32_cannot_tell_from_the_log_sum_exp(dtype: str, alibi:
     most = np.abs(dout.astype(np.float64)).sum(axis=1, keepdims=True)
     assert (np.abs(found) <= most * (1 + 1e-6)).all()
     assert found.any()
+
+
+@pytest.mark.parametrize("of_mask", ["float32", "bfloat16"])
+def test_rows_of_the_lowest_number_add_nothing(of_mask: str) -> None:
+    """Their output is the mean of the values, but the log-sum-exp does not tell of how many."""
+    given, dout = inputs()
+    mask = np.zeros((70, 130), DTYPES[of_mask])
+    mask[30] = ml_dtypes.finfo(mask.dtype).min
+    call = Forward(**given, attn_mask=mask)
+    assert_close(call.out[:, 30], given["value"].astype(np.float64).mean(axis=1), BASE["float32"])
+    without = dout.copy()
+    without[:, 30] = 0
+    expected = call.backward(without)
+    for name, array in call.backward(dout).items():
+        assert array.tobytes() == expected[name].tobytes(), name
+    assert not expected["dq"][:, 30].any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -269,6 +270,22 @@ def test_mask(shape: tuple[int, ...], of_mask: str, dtype: str, head_dim: int) -
     assert (found[np.isneginf(mask)] == 0).all()
     wide = call.check(("dmask", "dq"), float32=True)["dmask"]
     np.testing.assert_array_equal(bits(wide.astype(found.dtype)), bits(found))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_mask"),
+    [("float32", "float32"), pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow)],
+)
+def test_rows_of_the_lowest_number_add_nothing(dtype: str, of_mask: str) -> None:
+    """As on the CPU: their log-sum-exp does not tell how many keys share it."""
+    mask = np.zeros((1, 1, 45, 61), DTYPES[of_mask])
+    mask[:, :, 30] = ml_dtypes.finfo(mask.dtype).min
+    call = Call([45], [61], dtype=dtype, options={"attn_mask": mask})
+    found = call.run()
+    call.tensors["dout"][0][30] = 0
+    for name, array in call.run().items():
+        np.testing.assert_array_equal(bits(array[0]), bits(found[name][0]), name)
+    assert not found["dq"][0][30].any()
 
 
 def test_gradient_of_a_mask_keeps_hidden_nan_out() -> None:

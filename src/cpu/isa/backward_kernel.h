@@ -126,6 +126,10 @@ inline float dot(ElementType type_a, const char* a, int64_t stride_a, ElementTyp
     return total;
 }
 
+/// A row of less than this has seen no key, or none whose mask is not about the lowest finite number. The
+/// log-sum-exp of the latter does not tell how many keys share the row, and its gradient is 0.
+constexpr float lowest_log_sum = -1e37f;
+
 template <class S>
 void backward_prepare(const BackwardArgs& args, const SequenceHead& head) {
     const Sequence& sequence = args.sequences[head.sequence];
@@ -140,7 +144,7 @@ void backward_prepare(const BackwardArgs& args, const SequenceHead& head) {
         *pivot = __builtin_inff();
         *low = *delta = 0;
         const float lse = row < rows ? log_sum(args.lse, row) : -__builtin_inff();
-        if (lse == -__builtin_inff()) continue;
+        if (lse < lowest_log_sum) continue;
         const double log2 = double{lse} * umfa::log2_e;
         *pivot = static_cast<float>(log2);
         *low = __builtin_isfinite(lse) ? static_cast<float>(log2 - *pivot) : 0.f;
