@@ -26,7 +26,8 @@ import pytest
 
 from tools.metal.emulator import Library, toolchain
 from tools.metal.emulator.build import cache_folder
-from umfa._frameworks import _mlx_graph, _mlx_strides
+from umfa._call import _public
+from umfa._frameworks import _mlx_autodiff, _mlx_graph, _mlx_strides
 
 HERE = Path(__file__).parent
 _PREAMBLE = """#include <metal_stdlib>
@@ -299,6 +300,10 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[MlxMetal]:
     _primitive()
     device = MlxMetal()
     patch.setattr(_mlx_graph, "missing", lambda: "")
+    # With a GPU as its default device, MLX is never computed for at once.
+    patch.setattr(_mlx_autodiff, "applies", lambda _: True)
+    patch.setattr(_public, "_repeat", lambda *_: False)
+    patch.setattr(_public, "_REPEATED", {})
     patch.setattr(mx.fast, "metal_kernel", device.metal_kernel)
     _mlx_graph._kernel.cache_clear()
     _mlx_graph._unmapped.cache_clear()

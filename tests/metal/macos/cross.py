@@ -100,7 +100,7 @@ def core_sources() -> list[Path]:
         path
         for folder in ("core", "capi", "cpu", "cpu/isa", "metal")
         for path in (source / folder).glob("*.cpp")
-        if not path.name.startswith("avx") and path.name != "unavailable.cpp"
+        if not path.name.startswith(("avx", "amx")) and path.name != "unavailable.cpp"
     ]
     return sorted([*found, *host_sources()])
 
