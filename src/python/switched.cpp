@@ -37,7 +37,8 @@ PyObject* call(PyObject* self, PyObject* args, PyObject* kwargs) {
 }
 
 nb::object switched(nb::object flag, nb::object ours, nb::object theirs, nb::object theirs_on_cpu) {
-    static PyMethodDef method{"switched", reinterpret_cast<PyCFunction>(call),
+    static PyMethodDef method{"switched",
+                              reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)),
                               METH_VARARGS | METH_KEYWORDS, nullptr};
     auto own = std::make_unique<Switched>(
         Switched{std::move(flag), nb::str("on"), std::move(ours), std::move(theirs), {}, {}});
