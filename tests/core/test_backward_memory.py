@@ -8,25 +8,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.process_memory import STATUS
+
 if TYPE_CHECKING:
     from tests.conftest import RunPython
 
 ROOT = Path(__file__).parents[2]
 
-STATUS = """
+MEASURE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 import umfa
 from tests.cases import normal
 from tests.gradients import Forward, wanted_of
-
-def status(field):
-    '''Bytes, from the kernel: VmRSS is the memory in use, VmHWM the most there ever was.'''
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(field + ":"):
-                return 1024 * int(line.split()[1])
 
 def measure(call, dout, given):
     '''Print the peak in the backward pass, and the bytes of its inputs and results.'''
@@ -59,7 +54,7 @@ measure(call, dout, given)
 
 def assert_little_memory(run_python: RunPython, script: str, *arguments: str) -> None:
     """The peak is less than twice the bytes of inputs and outputs."""
-    process = run_python(STATUS + script, str(ROOT), *arguments, timeout=600)
+    process = run_python(STATUS + MEASURE + script, str(ROOT), *arguments, timeout=600)
     assert process.returncode == 0, process.stderr
     peak, tensors = map(int, process.stdout.split())
     assert peak < 2 * tensors, f"{peak / 1e6:.0f} MB beside {tensors / 1e6:.0f} MB of tensors"

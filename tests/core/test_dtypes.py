@@ -14,6 +14,7 @@ from tests import reference
 from tests.array_libraries import DTYPES, Array, Framework
 from tests.cases import normal
 from tests.checks import BASE, LSE, assert_close, assert_same_bits
+from tests.process_memory import STATUS
 from tests.tiers import crossed
 
 if TYPE_CHECKING:
@@ -143,12 +144,6 @@ def test_can_run() -> None:
 MEMORY = """
 import ml_dtypes, numpy as np, umfa
 
-def status(field):
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(field + ":"):
-                return 1024 * int(line.split()[1])
-
 key, value = (np.ones((1, 32768, 8, 128), ml_dtypes.bfloat16) for _ in range(2))  # 67 MB each
 small = np.ones((1, 8, 1, 8), np.float32)
 umfa.flash_attn_func(small, small, small, backend="cpu")  # starts the threads
@@ -163,6 +158,6 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_narrow_cache_is_never_copied(run_python: RunPython) -> None:
     """A float32 copy would take 134 MB for each of key and value."""
-    process = run_python(MEMORY)
+    process = run_python(STATUS + MEMORY)
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) < 20e6

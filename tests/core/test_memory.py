@@ -11,6 +11,7 @@ import pytest
 from tests import reference
 from tests.cases import normal
 from tests.checks import BASE, LSE, assert_close
+from tests.process_memory import STATUS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,18 +21,10 @@ if TYPE_CHECKING:
 SHAPE = (1, 32768, 1, 64)
 LIMIT = 100e6
 
-# In a process of its own: a peak is a property of a process, and pytest has had its own already.
 SCRIPT = """
 import sys
 import numpy as np
 import umfa
-
-def status(field):
-    '''Bytes, from the kernel: VmRSS is the memory in use, VmHWM the most there ever was.'''
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(field + ":"):
-                return 1024 * int(line.split()[1])
 
 def rusage():
     import resource
@@ -60,7 +53,7 @@ def test_long_sequence_grows_memory_by_little(
     arrays = [normal(SHAPE, seed=i) for i in range(3)]
     for i, array in enumerate(arrays):
         np.save(tmp_path / f"{i}.npy", array)
-    process = run_python(SCRIPT, str(tmp_path), str(causal), timeout=600)
+    process = run_python(STATUS + SCRIPT, str(tmp_path), str(causal), timeout=600)
     assert process.returncode == 0, process.stderr
     result = np.load(tmp_path / "result.npz")
     outputs = result["out"].nbytes + result["lse"].nbytes
@@ -82,12 +75,6 @@ MASKED = """
 import sys
 import numpy as np
 import umfa
-
-def status(field):
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(field + ":"):
-                return 1024 * int(line.split()[1])
 
 batch, nheads, seqlen, head_dim = map(int, sys.argv[1].split(","))
 kind = sys.argv[2]
@@ -113,7 +100,7 @@ print(status("VmHWM") - before - out.nbytes)
 )
 def test_a_mask_is_never_expanded(kind: str, run_python: RunPython) -> None:
     """(2, 1, 1, 16384): written out, it would take 0.5 GB, or 2 GB in float32."""
-    process = run_python(MASKED, "2,1,16384,64", kind, timeout=600)
+    process = run_python(STATUS + MASKED, "2,1,16384,64", kind, timeout=600)
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) < LIMIT / 2
 
@@ -123,7 +110,7 @@ def test_a_mask_is_never_expanded(kind: str, run_python: RunPython) -> None:
 @pytest.mark.parametrize("kind", ["bool", "float32"])
 def test_the_mask_of_flux(kind: str, run_python: RunPython) -> None:
     """(1, 1, 1, 4608): written out, it would take 21 MB for each of 24 heads, or 85 in float32."""
-    process = run_python(MASKED, "1,24,4608,128", kind, timeout=600)
+    process = run_python(STATUS + MASKED, "1,24,4608,128", kind, timeout=600)
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) < 20e6
 

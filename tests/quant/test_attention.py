@@ -13,6 +13,7 @@ from tests import array_libraries, quantization, reference
 from tests.array_libraries import DTYPES, Array, Framework
 from tests.cases import normal
 from tests.checks import BASE, LSE, Tolerance, assert_close
+from tests.process_memory import STATUS
 from tests.quantization import Format
 from tests.sequences import offsets, paged, rotary_tables, varlen_reference
 from umfa import QuantizedTensor
@@ -277,12 +278,6 @@ import sys
 import numpy as np
 import umfa
 
-def status(field):
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(field + ":"):
-                return 1024 * int(line.split()[1])
-
 seqlen, heads = 32768, 16
 parts = [np.zeros((1, seqlen, heads, 64), np.int8), np.ones((1, seqlen, heads, 1), np.float16)]
 k, v = (umfa.QuantizedTensor(*parts, dtype="int8", scale_dtype="float16") for _ in range(2))
@@ -298,7 +293,7 @@ print(status("VmHWM") - before)
 
 def test_memory_is_bounded(run_python: RunPython, tmp_path: Path) -> None:
     """Keys alone would take 134 MB as float32, and 67 MB as float16."""
-    done = run_python(MEMORY)
+    done = run_python(STATUS + MEMORY)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 16e6
 
