@@ -112,23 +112,27 @@ inline void accumulate_guarded(int64_t channels, const float* value, int64_t pit
     }
 }
 
-/// Adds the tiny values that pack_values() left out. Hidden keys add 0, which changes no bits.
+/// Adds the values that were left out when V was packed. Hidden keys, whose probability is -0, add
+/// nothing.
 template <class S, class U>
-inline void accumulate_tiny(const typename U::storage* const* rows, int64_t stride_channel,
-                            int64_t keys, int64_t channels, const float* p, int64_t first,
-                            int64_t last, float* o) {
+inline void accumulate_left_out(const typename U::storage* const* rows, int64_t stride_channel,
+                                int64_t keys, int64_t channels, const float* p, int64_t first,
+                                int64_t last, float* o) {
     using vf = typename S::vf;
+    using vi = typename S::vi;
     using vu = typename S::vu;
     constexpr int NV = S::nv, W = S::W;
     for (int64_t k = first; k < last && k < keys; ++k)
         for (int64_t c = 0; c < channels; ++c) {
             const auto value = rows[k][c * stride_channel];
-            if (!U::is_tiny(value)) continue;
+            if (!U::is_left_out(value)) continue;
             const vf v = (vf)(vu{} + (uint32_t{value} << 16));
             for (int n = 0; n < NV; ++n) {
                 const vu pair = (vu)S::load(p + (k / U::E * NV + n) * W);
+                const vf own = (vf)(k % U::E ? pair & 0xffff0000u : pair << 16);
                 float* at = o + (c * NV + n) * W;
-                S::store(at, S::load(at) + v * (vf)(k % U::E ? pair & 0xffff0000u : pair << 16));
+                const vf sum = S::load(at);
+                S::store(at, ((vi)own < 0) ? sum : sum + v * own);
             }
         }
 }
@@ -441,8 +445,8 @@ struct ForwardBlock {
                 });
         if constexpr (U::flushes)
             if (values.tiny)
-                accumulate_tiny<S, U>(v_rows, args.value.stride_channel, keys, Dv, probabilities,
-                                      groups.first, groups.last, out);
+                accumulate_left_out<S, U>(v_rows, args.value.stride_channel, keys, Dv,
+                                          probabilities, groups.first, groups.last, out);
         panel[p].fresh = false;
     }
 

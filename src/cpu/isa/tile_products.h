@@ -313,30 +313,5 @@ inline void rescale(const Panel<S>& panel, int64_t channels, float* o) {
     }
 }
 
-/// Adds the values that pack_tile_columns() left out. Hidden keys, whose probability is negative,
-/// add nothing.
-template <class S, class U>
-inline void accumulate_left_out(const typename U::storage* const* rows, int64_t stride_channel,
-                                int64_t keys, int64_t channels, const float* p, int64_t first,
-                                int64_t last, float* o) {
-    using vf = typename S::vf;
-    using vi = typename S::vi;
-    using vu = typename S::vu;
-    constexpr int NV = S::nv, W = S::W;
-    for (int64_t k = first; k < last && k < keys; ++k)
-        for (int64_t c = 0; c < channels; ++c) {
-            const auto value = rows[k][c * stride_channel];
-            if (!U::is_left_out(value)) continue;
-            const vf v = (vf)(vu{} + (uint32_t{value} << 16));
-            for (int n = 0; n < NV; ++n) {
-                const vu pair = (vu)S::load(p + (k / U::E * NV + n) * W);
-                const vf own = (vf)(k % U::E ? pair & 0xffff0000u : pair << 16);
-                float* at = o + (c * NV + n) * W;
-                const vf sum = S::load(at);
-                S::store(at, ((vi)own < 0) ? sum : sum + v * own);
-            }
-        }
-}
-
 }  // namespace
 }  // namespace umfa::cpu

@@ -47,7 +47,7 @@ struct FloatUnits {
 /// The instructions take subnormal numbers, and give subnormal results, as 0. That does not matter
 /// for scores, unless softmax_scale is near 2**100. Values below 2**-100 are left out of the
 /// product (`without_tiny`), and added by ordinary multiplications in the rare tile that holds any
-/// (see accumulate_tiny).
+/// (see accumulate_left_out).
 template <class S>
 struct Bf16Units {
     using type = BF16;
@@ -72,7 +72,7 @@ struct Bf16Units {
         return (vf)(S::load_u16(rows[0] + at) | (vu)S::load_bf16(rows[1] + at));
     }
     static vf pack(const vf* x) { return S::pack_bf16(x[0], x[1]); }
-    static bool is_tiny(storage x) { return (x & 0x7fff) != 0 && (x & 0x7fff) < tiny; }
+    static bool is_left_out(storage x) { return (x & 0x7fff) != 0 && (x & 0x7fff) < tiny; }
     /// x with tiny elements made 0; `found` if there was one that was not 0.
     static vf without_tiny(vf x, bool& found) { return S::without_tiny_bf16(x, tiny, found); }
     static vf times_zero(vf x) { return (vf)((vu)x << 16) * 0.f + (vf)((vu)x & 0xffff0000u) * 0.f; }
@@ -96,7 +96,7 @@ struct TileUnits : Bf16Units<S> {
     using typename Bf16Units<S>::vf;
 
     static bool is_left_out(storage x) {
-        return Bf16Units<S>::is_tiny(x) || (x & 0x7fff) >= 0x7f80;
+        return Bf16Units<S>::is_left_out(x) || (x & 0x7fff) >= 0x7f80;
     }
     static vf without_extremes(vf x) { return S::without_extremes_bf16(x, Bf16Units<S>::tiny); }
     using Extremes = typename S::ExtremesBf16;
