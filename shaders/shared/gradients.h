@@ -44,9 +44,9 @@ struct ScoreGradient<half> {
 };
 
 /// P of a score, `lowest` where it is hidden, which only `mixed` tiles and masks do. The log-sum-exp of a
-/// row that sees NaN is NaN, but what is hidden from it stays 0. No score exceeds the log-sum-exp but by
-/// rounding, which made infinities of scores of 1e9 and more. In half P is 2^UMFA_HALF_RAISED times as
-/// large.
+/// row that sees NaN is NaN, but what is hidden from it stays 0. Only by rounding does a score exceed the
+/// log-sum-exp; from scores of 1e9 on, that gave infinities. The bound is what P in half needs, where it is
+/// 2^UMFA_HALF_RAISED times as large.
 inline float probability(float x, float unit, float lse, bool mixed) {
     const float most = UMFA_HALF_RAISED;
     const float exponent = fma(x, unit, -lse);

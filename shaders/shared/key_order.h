@@ -10,8 +10,8 @@
 
 namespace umfa {
 
-/// Fragments, of KF in a tile, of which a lane's columns are consecutive keys: as many as one load of 16
-/// bytes reads.
+/// Number of fragments in a run. A lane's columns of these fragments are consecutive keys, and one load
+/// of at most 16 bytes reads their mask. KF: fragments of a tile.
 template <int KF>
 inline int run_fragments() {
     return !mask_runs ? 1 : mask_kind == UMFA_MASK_F32 && KF > 2 ? 2 : KF;

@@ -6,7 +6,8 @@
 // reciprocal that the caller brings, and no subnormal float (a GPU may take it for 0): those made here
 // are at least 2^-100, and subnormal ones count as 0.
 //
-// `codes` and `scales` are constants where a kernel calls these functions: the branches are gone.
+// `codes` and `scales` are constants where a kernel calls these functions, so that compilers remove the
+// branches.
 #pragma once
 
 #include "shared/visible.h"

@@ -129,7 +129,7 @@ TensorView checked_view(const DLTensor* tensor, const Function& function, const 
     return view_of(*tensor, function.name, name);
 }
 
-/// The beginning of a caller's text, of which a message must show no bytes that are not characters.
+/// The beginning of a caller's text for a message. Bytes that are not ASCII characters become '?'.
 std::string shown(const char* text) {
     constexpr size_t most = 80;
     std::string found(text, strnlen(text, most + 1));

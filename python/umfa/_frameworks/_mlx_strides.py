@@ -24,8 +24,8 @@ def _marks() -> list[int]:
     """8 p for primes p above 2^20: no stride of a contiguous array, whose factors are dimensions.
 
     They are less than 2^24, so that plans take rows of keys for near ones (near_rows of
-    shaders/shared/constants.h). Keys further apart, of which each takes 32 MB in all heads and
-    batches, are no layout that MLX's programs use.
+    shaders/shared/constants.h). MLX's programs use no layout in which keys lie further
+    apart: from one key to the next it would be 32 MB.
     """
     primes = (n for n in range(2**20 + 1, 2**21, 2) if all(n % d for d in range(3, 1450, 2)))
     return [8 * prime for prime in islice(primes, 64)]

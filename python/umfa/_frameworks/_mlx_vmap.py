@@ -93,7 +93,7 @@ class Batch:
         return self._has_batch and mask.ndim == self._ndim and mask.shape[0] != 1
 
     def merge(self, x: Any, axis: int | None, ndim: int) -> Any:
-        """An array with `ndim` dimensions, of which the first is the batch if there is one."""
+        """An array with `ndim` dimensions. If it has a batch dimension, that is the first."""
         own = _without(x.shape, axis)
         x = mx.moveaxis(x, axis, 0) if axis is not None else x[None]
         full = (1,) * (ndim - len(own)) + own
@@ -111,7 +111,7 @@ class Batch:
         return result.reshape(self.indices, -1, *result.shape[1:])
 
     def gradient(self, found: Any, tensor: Any, axis: int | None) -> Any:
-        """The gradient of an array of which `merged` has made another: the mapped axis in front."""
+        """The gradient of an array before `merge`, with the mapped axis in front."""
         own = _without(tensor.shape, axis)
         found = self.divided(found)
         # What has been repeated for each index of the batch has one gradient.

@@ -62,7 +62,7 @@ def quantized_attention(
     layout: str = "bshd",
     backend: str = "auto",
 ) -> Attention:
-    """Attention over keys and values of which any may be quantised.
+    """Attention with quantised keys, values or both.
 
     Codes become numbers a tile at a time, so no dequantised copy of a cache is made. The result is
     that of the same call on ``k.dequantize()`` and ``v.dequantize()``.

@@ -27,8 +27,7 @@ inline uint32_t stored_bits(const char* at, int scale_kind) {
 
 constexpr int64_t half_bytes = 64;  // codes of 4 bits that are taken apart together
 
-/// The numbers of at most half_bytes codes, of which two share a byte. Each loop is one that
-/// compilers turn into vectors.
+/// The numbers of at most half_bytes codes, two in a byte. Compilers turn each loop into vectors.
 template <int CODES>
 inline void numbers_of_halves(const uint8_t* from, int64_t count, float* to) {
     uint8_t codes[half_bytes];
