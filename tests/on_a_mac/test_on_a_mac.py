@@ -332,14 +332,10 @@ class TestOnTheDouble:
         assert "expected unqualified-id" in self.text(part)
         assert part.wrong == 2, "a GPU that computes nothing"
 
-    def test_the_self_test_of_a_gpu_that_computes_nothing(
-        self, part: Part, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_the_self_test_of_a_gpu_that_computes_nothing(self, part: Part) -> None:
         from tools.metal import double as metal_double
         from tools.metal.double import gpus
 
-        metal_double.load()  # before the cache folder changes
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         with metal_double.machine(gpus.Recorder(), report.self_test_of(stages.SELF_TEST)):
             self_test.run(part, quick=True)
         assert "**combine_f16 is excluded**" in self.text(part)

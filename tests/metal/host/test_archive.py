@@ -19,7 +19,6 @@ from tests.metal.host.test_self_test import forget
 from tools.metal import double as metal_double
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
-from tools.metal.emulator.build import cache_folder
 from umfa.cli import env
 
 ROOT = Path(__file__).parents[3]
@@ -27,8 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("UMFA_METAL_CACHE", str(cache_folder()))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(metal_double.CACHES, str(tmp_path))
     return tmp_path / "umfa"
 
 

@@ -20,7 +20,6 @@ from tests.reference import attention
 from tools.metal import double as metal_double
 from tools.metal.double import Double, Kernel
 from tools.metal.double.gpus import Emulator, Recorder
-from tools.metal.emulator.build import cache_folder
 
 ROOT = Path(__file__).parents[3]
 LARGE = (1, 512, 4, 64)
@@ -40,8 +39,7 @@ class SlowCompiler(Recorder):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UMFA_METAL_CACHE", str(cache_folder()))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(metal_double.CACHES, str(tmp_path))
 
 
 @pytest.fixture

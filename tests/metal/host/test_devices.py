@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ import umfa
 from tests.metal.host.test_encode import VALUE_ERROR, c_library, encode
 from tests.metal.metal_tensors import MetalTensor
 from tests.metal.test_plan_forward import plan
-from tools.metal.double import PARAVIRTUAL, Device, Double
+from tools.metal.double import PARAVIRTUAL, Device, Double, machine
 from tools.metal.double.gpus import Recorder
 
 M1, M4 = Device(), Device("Apple M4", "applegpu_g16g", 9)
@@ -181,3 +183,17 @@ def test_a_command_buffer_of_another_device_is_refused(double: Double) -> None:
     )
     double.library.umfa_double_object_release(commands)
     double.library.umfa_double_object_release(queue)
+
+
+def test_what_a_stand_in_proves_is_not_kept_for_a_real_gpu() -> None:
+    """A record of a self-test names the GPU, and the stand-in's may have the name of a real one."""
+    folders = []
+    for _ in range(2):
+        with machine(Recorder(), self_test="1"):
+            tests = umfa.self_test()
+            assert tests
+            assert not any(test.passed for test in tests)
+            folders += {Path(test.kept).parent for test in tests}
+    assert len(folders) == 2
+    assert folders[0] != folders[1]
+    assert not any(folder.exists() for folder in folders)

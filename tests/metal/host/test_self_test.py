@@ -29,7 +29,6 @@ from tools.metal import double as metal_double
 from tools.metal.double import Double, Kernel
 from tools.metal.double.gpus import Emulator, Recorder, memory
 from tools.metal.emulator import Options
-from tools.metal.emulator.build import cache_folder
 from umfa import _ext
 from umfa.cli import env
 
@@ -46,8 +45,7 @@ NARROW = {"forward_f16_d64", "rotary_f16", "dropout_f16", "scores_f16", "sequenc
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh cache folder for umfa; the emulator keeps its own."""
-    monkeypatch.setenv("UMFA_METAL_CACHE", str(cache_folder()))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(metal_double.CACHES, str(tmp_path))
     return tmp_path
 
 

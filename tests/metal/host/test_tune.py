@@ -23,7 +23,6 @@ from tests.metal.host.test_self_test import forget
 from tools.metal import double as metal_double
 from tools.metal.double import Double, Kernel
 from tools.metal.double.gpus import Emulator, Recorder, memory
-from tools.metal.emulator.build import cache_folder
 from umfa import _ext
 from umfa.cli import env, tune
 
@@ -62,8 +61,7 @@ class Clocked(Recorder):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("UMFA_METAL_CACHE", str(cache_folder()))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(metal_double.CACHES, str(tmp_path))
     monkeypatch.setattr(tune, "CALLS", 3)
     monkeypatch.setattr(tune, "TILED", (1, 40, 1))
     return tmp_path / "umfa" / "tuning.txt"

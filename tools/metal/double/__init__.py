@@ -28,6 +28,8 @@ import umfa
 from tools.metal.emulator import toolchain
 from tools.metal.emulator.build import cache_folder
 
+CACHES = "UMFA_DOUBLE_CACHES"
+"""Environment variable: a folder for umfa's cache folder that outlasts a machine."""
 ROOT = Path(__file__).parents[3]
 DOUBLE = Path(__file__).parent
 HOST = ROOT / "src" / "metal"
@@ -449,12 +451,17 @@ class Double:
     def start(self, self_test: str = "0", **switches: str) -> None:
         """`self_test`: UMFA_SELF_TEST until stop(). Off by default: it is slow on the emulator.
         `switches`: those of `SWITCHES`, by their names; they too are off by default, so that tests
-        do not depend on the user's files and on each other."""
+        do not depend on the user's files and on each other. For the same reason umfa gets a cache
+        folder that lasts until stop(), or is in that of `CACHES`: a self-test that passed on the
+        emulator would be believed on any GPU of that name."""
         wanted = {**SWITCHES, **switches}
         unknown = wanted.keys() - SWITCHES.keys()
         assert not unknown, unknown
         environment = {"UMFA_SELF_TEST": self_test}
         environment |= {f"UMFA_{name.upper()}": value for name, value in wanted.items()}
+        self._caches = tempfile.TemporaryDirectory()
+        environment["UMFA_METAL_CACHE"] = str(cache_folder())
+        environment["XDG_CACHE_HOME"] = os.environ.get(CACHES, self._caches.name)
         self._before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
         self.self_test_patience(300)  # the emulator takes seconds to compile
@@ -467,7 +474,7 @@ class Double:
     def stop(self) -> None:
         """Takes the GPU away, and fails if it was not used properly."""
         for name, value in self._before.items():
-            os.environ.pop(name)
+            os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
         self.library.umfa_double_clear_faults()
@@ -475,6 +482,7 @@ class Double:
         self.library.umfa_double_install(0)
         self.set_machine(present=False)
         self.library.umfa_double_set_gpu(_PREPARE(), _RUN())
+        self._caches.cleanup()
         violations, what = self.violations()
         assert violations == 0, f"Metal would not have accepted:\n{what}"
         assert count == 0, f"{count} Metal and Foundation objects are left over:\n{alive}"
