@@ -18,9 +18,15 @@ inline typename S::vf mask_values(ElementType element, const char* at, int64_t s
         const auto sunk = (scaled < lowest) & (b >= lowest);
         return sunk ? lowest : scaled;
     }
-    typename S::vf x{};
-    for (int i = 0; i < S::W && i < count; ++i) x[i] = at[i * stride] ? 0.f : -__builtin_inff();
-    return x;
+    typename S::vu seen;
+    if (stride == 1 && count >= S::W) {
+        seen = S::load_u8(at);
+    } else {
+        char bytes[S::W];
+        for (int i = 0; i < S::W; ++i) bytes[i] = i < count ? at[i * stride] : char{1};
+        seen = S::load_u8(bytes);
+    }
+    return seen != 0u ? typename S::vf{} : S::splat(-__builtin_inff());
 }
 
 inline const char* mask_at(const Mask& mask, int64_t batch, int64_t head, int64_t row,

@@ -35,6 +35,7 @@ struct SimdBase {
     typedef uint32_t vu __attribute__((vector_size(4 * W)));
     typedef uint64_t vq __attribute__((vector_size(4 * W)));
     typedef uint16_t vh __attribute__((vector_size(2 * W)));
+    typedef uint8_t vb __attribute__((vector_size(W)));
     using first_lanes = CountTo<W>::type;
 
     static constexpr bool native_exponent = false;
@@ -101,6 +102,11 @@ struct SimdBase {
     static vf min(vf a, vf b) { return a < b ? a : b; }  // likewise
     static vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
+    static vu load_u8(const char* p) {
+        vb x;
+        __builtin_memcpy(&x, p, sizeof x);
+        return __builtin_convertvector(x, vu);
+    }
     static vu load_u16(const uint16_t* p) {
         vh x;
         __builtin_memcpy(&x, p, sizeof x);
