@@ -654,6 +654,21 @@ def test_keys_are_rotated_where_they_are_staged(seqlen_q: int) -> None:
     assert [launch["constants"][i] for i in range(14, 18)] == [True, True, True, 2]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "channels", "wide"),
+    [
+        (np.float16, 32, True),
+        (np.float16, 24, False),
+        (np.float32, 24, True),
+        (np.float32, 20, False),
+    ],
+)
+def test_keys_are_rotated_32_bytes_at_a_time(dtype: Any, channels: int, wide: bool) -> None:
+    """Where the rotated channels are whole such pieces, and so are their angles in float32."""
+    launch = only_launch(dtype=dtype, seqlen_kv=100, others=rotary(channels=channels))
+    assert launch["constants"][20] is wide
+
+
 @pytest.mark.parametrize("seqlen_q", [1, 50])
 def test_values_meet_queries_where_they_are_staged(seqlen_q: int) -> None:
     others = {"qv": np.zeros((1, seqlen_q, 4, 512), np.float16)}
