@@ -298,16 +298,111 @@ def test_version_and_device(extension: Any) -> None:
     assert package.metal_sdpa_version() == extension.get_version()
 
 
-def test_quantised_attention_is_refused(extension: Any) -> None:
+# ---- quantised -----------------------------------------------------------------------------------
+
+PRECISIONS = {3: ("int8", 0.05), 4: ("int4", 0.5)}
+"""SimpleTuner's limits."""
+
+
+def small(length: int, heads: int = 4) -> list[Any]:
+    return [(0.05 * draw(1, heads, length, 32, seed=i)).requires_grad_() for i in range(3)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("heads", [4, 8])
+def test_quantised(extension: Any, precision: int, mode: int, heads: int) -> None:
     assert (extension.QUANT_INT8, extension.QUANT_INT4) == (3, 4)
-    assert (extension.QUANT_TENSOR_WISE, extension.QUANT_BLOCK_WISE) == (0, 2)
-    given = three((1, 4, 64, 32))
-    text = r"quantised attention is not in umfa yet; got target_precision QUANT_INT8; expected"
-    with pytest.raises(umfa.UnsupportedError, match=text):
-        extension.metal_quantized_flash_attention_autograd(*given, False, 0.0, 3, 2)
-    with pytest.raises(umfa.UnsupportedError, match=text):
-        extension.set_quantization_mode(extension.QUANT_INT8, extension.QUANT_BLOCK_WISE)
-    extension.clear_quantization_mode()
+    names = ("QUANT_TENSOR_WISE", "QUANT_ROW_WISE", "QUANT_BLOCK_WISE")
+    assert [getattr(extension, name) for name in names] == [0, 1, 2]
+    q, k, v = small(64, heads)
+    run = extension.metal_quantized_flash_attention_autograd
+    out = run(q, k, v, False, 0.0, precision, mode)
+    assert (out.dtype, out.shape) == (torch.float32, q.shape)
+    assert out.grad_fn is not None
+    error = (out - plain(q, k, v)).abs().max()
+    assert 0 < error < PRECISIONS[precision][1]
+    out.square().sum().backward()
+    for x in (q, k, v):
+        assert torch.isfinite(x.grad).all()
+        assert x.grad.abs().max() > 0
+    assert extension.get_dispatch_stats()["quantized_autograd"] == 1
+    assert extension.get_dispatch_stats()["total"] == 1
+
+
+def test_quantised_lengths_follow_each_other(extension: Any) -> None:
+    for length in (512, 1024):
+        given = small(length)
+        out = extension.metal_quantized_flash_attention_autograd(*given, True, 0.3, 3, 2)
+        assert (out - plain(given[0] * 0.3 * 32**0.5, *given[1:], causal=True)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_quantised_masks(extension: Any, numbers: bool) -> None:
+    q, k, v = small(64)
+    mask = torch.ones(1, 1, 1, 64, dtype=torch.bool)
+    mask[..., 40:] = False
+    given = torch.zeros(mask.shape).masked_fill(~mask, float("-inf")) if numbers else mask
+    run = extension.metal_quantized_flash_attention_autograd
+    out = run(q, k, v, False, 0.0, extension.QUANT_INT8, extension.QUANT_BLOCK_WISE, given)
+    assert (out - plain(q, k[..., :40, :], v[..., :40, :])).abs().max() < 1e-3
+    out.sum().backward()
+    assert (k.grad[..., 40:, :] == 0).all()
+    assert (v.grad[..., 40:, :] == 0).all()
+
+
+def test_the_mode_of_torchs_attention(extension: Any) -> None:
+    given = small(64)
+    direct = extension.metal_quantized_flash_attention_autograd(*given, True, 0.0, 4, 1)
+    stock = F.scaled_dot_product_attention(*given, is_causal=True)
+    extension.set_quantization_mode(extension.QUANT_INT4, extension.QUANT_ROW_WISE)
+    try:
+        found = F.scaled_dot_product_attention(*given, is_causal=True)
+        assert torch.equal(found, direct)
+        assert not torch.equal(found, stock)
+        found.sum().backward()
+        with torch.inference_mode():
+            assert torch.equal(F.scaled_dot_product_attention(*given, is_causal=True), direct)
+        counts = extension.get_dispatch_stats()
+        assert (counts["quantized_autograd"], counts["fp32_autograd"]) == (3, 1)
+        assert (counts["total"], counts["pytorch_fallback"]) == (4, 0)
+
+        F.scaled_dot_product_attention(*given, dropout_p=0.5)
+        assert extension.get_dispatch_stats()["pytorch_fallback"] == 1
+        reasons = str(umfa.stats())
+        assert "scaled_dot_product_attention, quantised" in reasons
+        assert "weights are dropped" in reasons
+    finally:
+        extension.clear_quantization_mode()
+    assert torch.equal(F.scaled_dot_product_attention(*given, is_causal=True), stock)
+
+
+def test_the_mode_ends_with_the_shim() -> None:
+    given = small(64)
+    with umfa.shim.metal_sdpa_extension():
+        stock = F.scaled_dot_product_attention(*given)
+        importlib.import_module("metal_sdpa_extension").set_quantization_mode(4, 0)
+        assert not torch.equal(F.scaled_dot_product_attention(*given), stock)
+    with umfa.shim.metal_sdpa_extension():
+        assert torch.equal(F.scaled_dot_product_attention(*given), stock)
+
+
+@pytest.mark.parametrize(
+    ("precision", "mode", "text"),
+    [
+        (2, 0, "target_precision is unknown; got 2; expected QUANT_INT8"),
+        (3, 7, "quant_mode is unknown; got 7; expected QUANT_TENSOR_WISE"),
+        ([], 0, r"target_precision is unknown; got \[\]"),
+    ],
+)
+def test_unknown_modes(extension: Any, precision: Any, mode: int, text: str) -> None:
+    with pytest.raises(ValueError, match=rf"umfa\.shim\.set_quantization_mode\] {text}"):
+        extension.set_quantization_mode(precision, mode)
+    text = text.replace("set_quantization_mode", "metal_quantized_flash_attention_autograd")
+    with pytest.raises(ValueError, match=text):
+        extension.metal_quantized_flash_attention_autograd(*small(8), False, 0.0, precision, mode)
+    stock = F.scaled_dot_product_attention(*small(8))
+    assert torch.equal(F.scaled_dot_product_attention(*small(8)), stock)
 
 
 # ---- the modules ---------------------------------------------------------------------------------

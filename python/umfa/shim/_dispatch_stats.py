@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..torch import _attempt
+from ..torch._overrides import QUANTIZED
 
 ROUTES = (
     "total",
@@ -31,10 +32,11 @@ def get_dispatch_stats() -> dict[str, int]:
 
     ``total`` counts all calls: of torch's ``scaled_dot_product_attention`` and of this module.
     ``fp32_instream`` (without gradients) and ``fp32_autograd`` (with) are those that umfa computed,
-    of any dtype; ``rope_instream`` and ``rope_autograd`` those with rotary embedding.
+    of any dtype; ``rope_instream`` and ``rope_autograd`` those with rotary embedding;
+    ``quantized_autograd`` those that were quantised, with and without gradients.
     ``pytorch_fallback`` counts what umfa left to torch; `umfa.stats` knows the reasons. umfa has no
-    other routes, so that ``fp32_direct``, ``quantized_autograd`` and ``mask_all_true_skipped`` stay
-    0: a mask that hides nothing is read like any other.
+    other routes, so that ``fp32_direct`` and ``mask_all_true_skipped`` stay 0: a mask that hides
+    nothing is read like any other.
     """
     with _lock:
         return {route: _counts[route] for route in ROUTES}
@@ -65,6 +67,8 @@ def _heard(operation: str, result: Any) -> None:
         return
     if result is None:
         count("pytorch_fallback")
+    elif operation == QUANTIZED:
+        count("quantized_autograd")
     else:
         count_result(result[0] if isinstance(result, tuple) else result)
 

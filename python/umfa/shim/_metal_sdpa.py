@@ -43,6 +43,7 @@ def begin() -> Callable[[], None]:
     _dispatch_stats.listen()
 
     def end() -> None:
+        _functions.clear_quantization_mode()
         _dispatch_stats.stop()
         _switch.leave()
 

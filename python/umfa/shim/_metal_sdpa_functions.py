@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from .. import _ext
-from .._errors import UnsupportedError, message
+from .._errors import message
 from .._ext import integer
 from .._functional.flash_attn import flash_attn_func
 from .._functional.rope import fused_rope_attention
 from .._functional.sdpa import scaled_dot_product_attention
 from .._stats import count_taken
-from ._dispatch_stats import count_result, get_dispatch_stats, reset_dispatch_stats
+from ..torch._quantized import QuantFormat, mode, quantized_attention
+from ._dispatch_stats import count, count_result, get_dispatch_stats, reset_dispatch_stats
 
 __all__ = [
     "QUANT_BLOCK_WISE",
@@ -39,6 +40,7 @@ QUANT_INT8, QUANT_INT4 = 3, 4
 QUANT_TENSOR_WISE, QUANT_ROW_WISE, QUANT_BLOCK_WISE = 0, 1, 2
 
 MOST_HADAMARD = 1024
+BLOCK_TOKENS = 64
 
 
 def metal_flash_attention_autograd(
@@ -222,30 +224,72 @@ def metal_quantized_flash_attention_autograd(
     target_precision: int,
     quant_mode: int,
     attn_mask: Any = None,
-) -> NoReturn:
-    """Raises `UnsupportedError`: umfa has no quantised attention yet."""
-    del query, key, value, is_causal, scale, quant_mode, attn_mask
-    _refuse_quantized("metal_quantized_flash_attention_autograd", target_precision)
+) -> Any:
+    """Attention of a quantised query, key and value. Gradients pass straight through the quantiser.
+
+    Parameters
+    ----------
+    query, key, value : tensor, shape (batch, heads, seqlen, head_dim)
+        float32, float16 or bfloat16, any strides.
+    is_causal : bool
+        Aligned at the top left.
+    scale : float
+        Factor on the scores; 0 is ``head_dim ** -0.5``.
+    target_precision : {QUANT_INT8, QUANT_INT4}
+        Symmetric codes of 8 or 4 bits.
+    quant_mode : {QUANT_TENSOR_WISE, QUANT_ROW_WISE, QUANT_BLOCK_WISE}
+        What shares a scale: all elements, those of one token and head, or those of 64 tokens of a
+        head.
+    attn_mask : tensor that broadcasts to (batch, heads, seqlen, seqlen), optional
+        bool (True attends) or numbers that are added to the scores.
+
+    Returns
+    -------
+    tensor, shape (batch, heads, seqlen, head_dim)
+        In the dtype of `query`.
+    """
+    form = _format("metal_quantized_flash_attention_autograd", target_precision, quant_mode)
+    out = quantized_attention(
+        query, key, value, **form._asdict(),
+        softmax_scale=None if scale == 0 else scale,
+        causal=is_causal,
+        causal_alignment="top_left",
+        attn_mask=attn_mask,
+        layout="bhsd",
+    )  # fmt: skip
+    count_taken("metal_sdpa_extension.metal_quantized_flash_attention_autograd")
+    count("quantized_autograd")
+    return out
 
 
-def set_quantization_mode(target_precision: int, quant_mode: int) -> NoReturn:
-    """Raises `UnsupportedError`: umfa has no quantised attention yet."""
-    del quant_mode
-    _refuse_quantized("set_quantization_mode", target_precision)
+def set_quantization_mode(target_precision: int, quant_mode: int) -> None:
+    """Let torch's ``scaled_dot_product_attention``, where umfa computes it, quantise query, key and
+    value as `metal_quantized_flash_attention_autograd` does, until `clear_quantization_mode`.
+
+    Calls with dropout, under ``torch.func`` and in graphs are not quantised: torch computes them,
+    and `umfa.stats` counts them with the reason.
+    """
+    mode.form = _format("set_quantization_mode", target_precision, quant_mode)
 
 
 def clear_quantization_mode() -> None:
-    """Nothing is quantised, before and after."""
+    """Nothing is quantised any more."""
+    mode.form = None
 
 
-def _refuse_quantized(function: str, target_precision: int) -> NoReturn:
-    name = {QUANT_INT8: "QUANT_INT8", QUANT_INT4: "QUANT_INT4"}.get(target_precision)
-    raise UnsupportedError(
-        message(
-            f"umfa.shim.{function}",
-            "quantised attention is not in umfa yet",
-            f"target_precision {name or target_precision}",
-            "metal_flash_attention_autograd, or attention_mechanism='metal-flash-attention' in "
-            "SimpleTuner",
-        )
-    )
+def _format(function: str, target_precision: int, quant_mode: int) -> QuantFormat:
+    dtypes = {QUANT_INT8: "int8", QUANT_INT4: "int4"}
+    granularities = {
+        QUANT_TENSOR_WISE: "tensor",
+        QUANT_ROW_WISE: "row",
+        QUANT_BLOCK_WISE: "block",
+    }
+    for name, given, known in (
+        ("target_precision", target_precision, "QUANT_INT8 (3) or QUANT_INT4 (4)"),
+        ("quant_mode", quant_mode, "QUANT_TENSOR_WISE (0), _ROW_WISE (1) or _BLOCK_WISE (2)"),
+    ):
+        if given not in list(dtypes if name == "target_precision" else granularities):
+            raise ValueError(message(f"umfa.shim.{function}", f"{name} is unknown", given, known))
+    granularity = granularities[quant_mode]
+    block = (BLOCK_TOKENS, None) if granularity == "block" else None
+    return QuantFormat(dtypes[target_precision], granularity, block=block)

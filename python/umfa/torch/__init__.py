@@ -14,8 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import _switch
+from ._quantized import quantized_attention
 
-__all__ = ["disable", "enable", "is_enabled", "register", "sdpa", "uninstall"]
+__all__ = [
+    "disable",
+    "enable",
+    "is_enabled",
+    "quantized_attention",
+    "register",
+    "sdpa",
+    "uninstall",
+]
 
 
 def __dir__() -> list[str]:

@@ -21,8 +21,10 @@ from .._functional.sdpa import scaled_dot_product_attention
 from .._stats import count_left
 from ._attempt import attempt, computed, plainly, thread
 from ._kernels import Kernel, Override
+from ._quantized import QuantFormat, mode, quantized_attention
 
 _SDPA = "scaled_dot_product_attention"
+QUANTIZED = f"{_SDPA}, quantised"
 _FOR_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 _FOR_MPS = "_scaled_dot_product_attention_math_for_mps"
 _SAFE_SOFTMAX = "_safe_softmax"
@@ -76,7 +78,8 @@ def _sdpa(stock: Any) -> Kernel:
             options["scale"] = scale
         if enable_gqa:
             options["enable_gqa"] = True
-        if not thread.stock and _fused_allowed():
+        form = mode.form
+        if form is None and not thread.stock and _fused_allowed():
             found = repeated(scaled_dot_product_attention, (query, key, value), options)
             if found is not None:
                 return computed(_SDPA, found)
@@ -93,6 +96,10 @@ def _sdpa(stock: Any) -> Kernel:
                 raise UnsupportedError(message("umfa.torch", what, "MATH", "FLASH_ATTENTION"))
             return scaled_dot_product_attention(query, key, value, **options)
 
+        if form is not None:
+            return attempt(
+                QUANTIZED, lambda: _on_codes(form, (query, key, value), **options), by_torch
+            )
         # Transforms of torch.func have a rule for torch's inner operations, none for umfa's.
         if _transformed() or not (query.is_cpu or query.is_mps):
             return by_torch()
@@ -101,6 +108,40 @@ def _sdpa(stock: Any) -> Kernel:
         return attempt(_SDPA, by_umfa, by_torch)
 
     return kernel
+
+
+def _on_codes(
+    form: QuantFormat,
+    tensors: tuple[Any, Any, Any],
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """`_SDPA` with a quantised query, key and value."""
+    query, key, _ = tensors
+    obstacle = ""
+    if _transformed() or _torch_autodiff.records():
+        obstacle = "a transform or a recorder is at work"
+    elif dropout_p != 0:
+        obstacle = "weights are dropped"
+    elif query.dim() != 4 or (query.shape[1] != key.shape[1] and not enable_gqa):
+        obstacle = "query and key are not (batch, heads, seqlen, head_dim) of as many heads"
+    elif is_causal and attn_mask is not None:
+        obstacle = "attn_mask and is_causal exclude each other"
+    if obstacle:
+        shape = tuple(query.shape)
+        raise UnsupportedError(message("umfa.torch", obstacle, shape, "a call that is quantised"))
+    return quantized_attention(
+        *tensors,
+        **form._asdict(),
+        softmax_scale=scale,
+        causal=is_causal,
+        causal_alignment="top_left",
+        attn_mask=attn_mask,
+        layout="bhsd",
+    )
 
 
 def _for_cpu(stock: Any) -> Kernel:
