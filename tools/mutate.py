@@ -68,8 +68,10 @@ COVERED: dict[str, tuple[tuple[str, ...], str]] = {
     "src/cpu/isa/backward_kernel.h": (BACKWARD, "not metal"),
     "src/core/backward.cpp": ((*BACKWARD, "tests/core/test_backward_bad_input.py"), "not metal"),
     "src/core/gradient_sums.cpp": (BACKWARD, "not metal"),
+    "src/cpu/quantize.cpp": (("tests/quant",), "not metal"),
     "src/cpu/*.cpp": ((*VALUES, *CACHE), "not metal"),
     "src/cpu/isa/*kernel.h": ((*VALUES, *CACHE), "not metal"),
+    "src/core/quant*.cpp": (("tests/quant",), "not metal"),
     "src/core/*.cpp": (
         ("tests/core/test_bad_input.py", "tests/core/test_bad_tables.py", *CACHE, *VALUES),
         "not metal",

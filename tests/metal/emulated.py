@@ -219,10 +219,12 @@ def backward(
     wanted: Sequence[str] = ("dq", "dk", "dv"),
     *,
     float32: bool = False,
+    channel_step: int = 1,
 ) -> dict[str, Array]:
     """`_ext.attention_backward` on the emulated GPU: gradients by their names.
 
-    saved: (out, lse, dout, dlse).
+    saved: (out, lse, dout, dlse). channel_step: how many elements lie from one channel of a
+    gradient to the next.
     """
     call = prepared(attention.options)
     named = dict(zip(call.options.fields, attention.tensors.values(), strict=True))
@@ -230,7 +232,9 @@ def backward(
     gradients = {}
     for name in wanted:
         of = named[GRADIENT_OF[name]]
-        gradients[name] = np.full(of.shape, np.nan, np.float32 if float32 else of.dtype)
+        shape = (*of.shape[:-1], of.shape[-1] * channel_step)
+        whole = np.full(shape, np.nan, np.float32 if float32 else of.dtype)
+        gradients[name] = whole[..., ::channel_step]
     saved_names = ("out", "lse", "dout", "dlse")
     plan = _ext.metal_plan_backward(
         call.options,

@@ -51,6 +51,26 @@ def test_options(name: str) -> None:
     Call(options=OPTIONS[name], heads_k=2 if name in ("window", "mask") else 1).check()
 
 
+@pytest.mark.parametrize("has_qv", [False, True])
+def test_gradients_with_gaps_between_channels(has_qv: bool) -> None:
+    call = Call(options={"causal": True}, has_qv=has_qv)
+    wanted = ("dq", "dk", "dv", *(["dqv"] if has_qv else []))
+    close = call.run(wanted)
+    assert unit_channels() == {True}
+    for found in (call.run(wanted, channel_step=3), call.run(wanted[:1], channel_step=3)):
+        assert unit_channels() == {False}
+        for name, gradient in found.items():
+            np.testing.assert_array_equal(gradient, close[name])
+            between = gradient.base.reshape(*gradient.shape, 3)[..., 1:]
+            assert np.isnan(between).all()
+
+
+def unit_channels() -> set[bool]:
+    """What the kernels of the last plan are told of strides."""
+    launches = emulated.last_plan["launches"]
+    return {x["constants"][6] for x in launches if not x["kernel"].startswith("delta")}
+
+
 SEQUENCES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "prefix": {"causal": True, "prefix_lens": np.array([9, 0, 40, 3, 70], np.int32)},
