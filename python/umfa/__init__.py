@@ -30,7 +30,7 @@ from ._functional.varlen import (
     flash_attn_varlen_qkvpacked_func,
 )
 from ._stats import Left, Stats, stats
-from .quant import QuantizedTensor, quantize, quantized_attention
+from .quant import QuantizedTensor, quantize, quantized_attention, suggest_precision
 
 __all__ = [
     "BackendInfo",
@@ -60,6 +60,7 @@ __all__ = [
     "self_test",
     "set_num_threads",
     "stats",
+    "suggest_precision",
     "warmup",
 ]
 

@@ -32,6 +32,7 @@ def test_no_function_is_left_out() -> None:
         "QuantizedTensor",
         "quantize",
         "quantized_attention",
+        "suggest_precision",
     }
     others |= {"get_scheduler_metadata"}  # accepts anything and returns None
     assert {*umfa.__all__, *fa3.__all__, *fa4.__all__} == names | others

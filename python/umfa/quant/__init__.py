@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ._attention import quantized_attention
 from ._quantize import quantize
+from ._suggest import suggest_precision
 from ._tensor import QuantizedTensor
 
-__all__ = ["QuantizedTensor", "quantize", "quantized_attention"]
+__all__ = ["QuantizedTensor", "quantize", "quantized_attention", "suggest_precision"]
