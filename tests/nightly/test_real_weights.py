@@ -113,12 +113,13 @@ class Decoder:
             pad_token_id=self.tokenizer.pad_token_id,
         )  # fmt: skip
 
-    def loss(self, rows: int) -> float:
+    def loss(self, rows: int, cache: Any = None) -> float:
         """Mean negative log likelihood of a text's tokens."""
         ids = self.tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids
         ids = ids[:, :rows]
         assert ids.shape == (1, rows)
-        return float(self.model(ids, labels=ids, use_cache=False).loss)
+        given = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        return float(self.model(ids, labels=ids, **given).loss)
 
 
 PROMPTS = [
@@ -165,6 +166,26 @@ def test_perplexity(decoder: Decoder) -> None:
     print(f"perplexity: {ours:.5f} on umfa, {theirs:.5f} eager")
     assert theirs < 200  # the weights are trained ones; the vocabulary has 49152 tokens and more
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_perplexity_of_a_quantised_cache(decoder: Decoder) -> None:
+    decoder.model.set_attn_implementation("umfa")
+    groups = {"granularity": "block", "block": (1, 32), "scale_dtype": "float16"}
+    forms = {
+        "int8 by row": {"dtype": "int8"},
+        "int8 by 32": {"dtype": "int8", **groups},
+        "int4 by 32": {"dtype": "int4", "symmetric": False, **groups},
+    }
+    rises = {}
+    with torch.no_grad():
+        plain = decoder.loss(1024)
+        for name, form in forms.items():
+            loss = decoder.loss(1024, adapter.QuantizedCache(**form))
+            rises[name] = float(torch.tensor(loss - plain).double().exp()) - 1
+            print(f"perplexity rises by {rises[name]:.2%} with keys and values in {name}")
+    assert rises["int8 by row"] <= 0.02
+    assert rises["int8 by 32"] <= 0.004
+    assert rises["int4 by 32"] <= 0.06
 
 
 def encoder_both(model: Any, run: Any) -> tuple[Any, Any]:

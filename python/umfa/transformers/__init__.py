@@ -18,7 +18,8 @@ from .._errors import UnsupportedError, message
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
-    from . import _attention, _flash, _masks, _models
+    from . import _attention, _cache, _flash, _masks, _models
+    from ._cache import QuantizedCache
 except ImportError as error:  # that of a name that came later
     raise ImportError(
         message(
@@ -29,7 +30,7 @@ except ImportError as error:  # that of a name that came later
         )
     ) from error
 
-__all__ = ["register", "unregister"]
+__all__ = ["QuantizedCache", "register", "unregister"]
 
 
 def __dir__() -> list[str]:
@@ -54,6 +55,9 @@ def register() -> None:
     call umfa: both names raise `umfa.UnsupportedError` for it. With ``output_attentions=True`` a
     call runs on the model's eager attention, which has weights, and is counted.
 
+    ``generate(cache_implementation="quantized", cache_config={"backend": "umfa", ...})`` then makes
+    a `QuantizedCache`; the rest of the dictionary is its parameters.
+
     Registering twice is the same as once. A transformers that is too old raises
     `umfa.UnsupportedError`.
     """
@@ -64,6 +68,7 @@ def register() -> None:
     AttentionMaskInterface.register(_flash.NAME, masking_utils.flash_attention_mask)
     _flash.install()
     _models.install()
+    _cache.install()
 
 
 def unregister() -> None:
@@ -74,6 +79,7 @@ def unregister() -> None:
         AttentionMaskInterface._global_mapping.pop(name, None)
     _models.remove()
     _flash.remove()
+    _cache.remove()
 
 
 def _check_version() -> None:

@@ -8,8 +8,10 @@ import torch
 
 from .._functional.flash_attn import flash_attn_func
 from .._functional.varlen import flash_attn_varlen_func
-from .._stats import count_taken
+from .._stats import count_left, count_taken
+from ..quant import QuantizedTensor, quantized_attention
 from . import _eager
+from ._cache import Stored, first_tokens
 from ._masks import Mask, Pattern
 
 _NAME = "transformers.attention"
@@ -43,7 +45,10 @@ def attention(
         "softcap": softcap or 0.0,
         "learnable_sink": s_aux,
     }
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if isinstance(key, Stored) and key.mean is not None and (softcap or s_aux is not None):
+        count_left(_NAME, "keys without their mean (smooth_keys) have other softcaps and sinks")
+        key, value = key.written(), value.written()
+    q, k, v = (x.rows if isinstance(x, Stored) else x.transpose(1, 2) for x in (query, key, value))
     out = None
     if isinstance(attention_mask, Mask):
         out = _described(q, k, v, attention_mask, position_bias, options)
@@ -53,16 +58,16 @@ def attention(
         bias = attention_mask[..., : k.shape[1]]
         if position_bias is not None:
             bias = _biased(position_bias, bias)
-        out = flash_attn_func(q, k, v, attn_mask=bias, **options)
+        out = _attend(q, k, v, attn_mask=bias, **options)
         count_taken(f"{_NAME} with a mask that is written out")
         return out, None
     if out is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = bool(causal) and q.shape[1] > 1
         if causal and k.shape[1] > q.shape[1]:  # a static cache: no token is there yet
-            k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
+            k, v = (first_tokens(x, q.shape[1]) for x in (k, v))
         bias = None if position_bias is None else position_bias[..., : k.shape[1]]
-        out = flash_attn_func(q, k, v, causal=causal, attn_mask=bias, **options)
+        out = _attend(q, k, v, causal=causal, attn_mask=bias, **options)
     count_taken(_NAME)
     return out, None
 
@@ -78,7 +83,7 @@ def _described(
     rows, keys = q.shape[1], k.shape[1]
     if pattern.right == 0 and shift + rows < keys:  # a static cache: no token is there yet
         keys = shift + rows
-        k, v = k[:, :keys], v[:, :keys]
+        k, v = (first_tokens(x, keys) for x in (k, v))
         padding = None if padding is None else padding[:, :keys]
     bias = None if padding is None else padding[:, None, None, :]
     if position_bias is not None:
@@ -97,7 +102,12 @@ def _described(
     right = -1 if pattern.right is None else pattern.right + beyond
     if (pattern.left is not None and left < 0) or (pattern.right is not None and right < 0):
         return None
-    return flash_attn_func(q, k, v, window_size=(left, right), attn_mask=bias, **options)
+    return _attend(q, k, v, window_size=(left, right), attn_mask=bias, **options)
+
+
+def _attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    run = quantized_attention if isinstance(k, QuantizedTensor) else flash_attn_func
+    return run(q, k, v, **options)
 
 
 def _first_chunk(pattern: Pattern) -> int | None:
@@ -112,6 +122,8 @@ def _packed(q: Any, k: Any, v: Any, mask: Mask, options: dict[str, Any]) -> Any:
     """Sequences behind each other in each row of the batch."""
     pattern, (batch, rows) = mask.pattern, q.shape[:2]
     if mask.padding is not None or k.shape[1] != rows or mask.q_offset != mask.kv_offset:
+        return None
+    if isinstance(k, QuantizedTensor):
         return None
     marks = pattern.sequences.expand(batch, rows)
     begins = torch.ones_like(marks, dtype=torch.bool)
