@@ -44,6 +44,12 @@ void store(const TensorView& view, int64_t element, float x) {
     std::memcpy(at, &bits, sizeof bits);
 }
 
+bool all_bf16(const BackwardProblem& problem) {
+    const Problem& forward = problem.forward;
+    return forward.query.view.dtype == DType::bf16 && forward.key.view.dtype == DType::bf16 &&
+           forward.value.view.dtype == DType::bf16 && problem.dout.view.dtype == DType::bf16;
+}
+
 /// One backward pass on one part of the batch.
 class Backward {
 public:
@@ -51,7 +57,7 @@ public:
         : problem_(problem),
           forward_(problem.forward),
           results_(results),
-          kernel_(backward_kernel(kernels())),
+          kernel_(backward_kernel(kernels(), all_bf16(problem))),
           sequences_(sequences_of(forward_)) {
         set_operands();
         set_options();

@@ -144,16 +144,22 @@ def test_a29_grouped_heads() -> None:
     check(given, dout, dlse)
 
 
-def test_qv() -> None:
-    given, dout, dlse = tensors((2, 4, 70, 90, 40), heads_k=2, head_dim_v=72)
-    check(given | {"qv": normal((2, 70, 4, 72), seed=8), "causal": True}, dout, dlse)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_qv(dtype: str) -> None:
+    given, dout, dlse = tensors((2, 4, 70, 90, 40), dtype, heads_k=2, head_dim_v=72)
+    check(given | {"qv": normal((2, 70, 4, 72), dtype, seed=8), "causal": True}, dout, dlse)
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1, 1), (1, 2, 3, 700, 8), (1, 1, 1200, 650, 64), (1, 1, 70, 100, 576)]
-)
-def test_shapes(shape: tuple[int, int, int, int, int]) -> None:
-    given, dout, dlse = tensors(shape, head_dim_v=min(shape[4], 512))
+SHAPES = [
+    (1, 1, 1, 1, 1), (1, 2, 3, 700, 8), (1, 1, 1200, 650, 64), (1, 1, 70, 100, 576),
+    (1, 2, 67, 101, 17),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape: tuple[int, int, int, int, int], dtype: str) -> None:
+    given, dout, dlse = tensors(shape, dtype, head_dim_v=min(shape[4], 512))
     check(given, dout, dlse)
 
 
@@ -286,10 +292,14 @@ def test_varlen(packed: bool) -> None:
     assert_gradients(found, wide, 1e-5)
 
 
-@pytest.mark.parametrize("names", [("dv",), ("dk", "dq"), ("dsinks",), ("dmask", "dalibi_slopes")])
-def test_wanted_alone(names: tuple[str, ...]) -> None:
+NAMES = [("dv",), ("dk", "dq"), ("dsinks",), ("dmask", "dalibi_slopes")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("names", NAMES)
+def test_wanted_alone(names: tuple[str, ...], dtype: str) -> None:
     """Any subset has the bits that it has among all, in the order that was asked for."""
-    given, dout, dlse = tensors((1, 4, 150, 700, 64), heads_k=2)
+    given, dout, dlse = tensors((1, 4, 150, 700, 64), dtype, heads_k=2)
     given |= {
         "alibi_slopes": SLOPES[0],
         "learnable_sink": normal((4,), seed=3),
@@ -303,10 +313,13 @@ def test_wanted_alone(names: tuple[str, ...]) -> None:
         assert gradient.tobytes() == everything[name].tobytes(), name
 
 
-def test_bits_do_not_depend_on_threads() -> None:
+@pytest.mark.parametrize("options", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_threads(dtype: str, options: bool) -> None:
     """Nor on how the pass is cut: one thread takes whole heads, many take pieces."""
-    given, dout, dlse = tensors((1, 2, 700, 1300, 64), heads_k=1)
-    given |= {"attn_mask": normal((700, 1300), seed=4), "alibi_slopes": SLOPES[0, :2]}
+    given, dout, dlse = tensors((1, 2, 700, 1300, 64), dtype, heads_k=1)
+    if options:
+        given |= {"attn_mask": normal((700, 1300), seed=4), "alibi_slopes": SLOPES[0, :2]}
     call = Forward(**given)
     threads = umfa.get_num_threads()
     try:

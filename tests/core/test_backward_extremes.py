@@ -37,10 +37,11 @@ HIDING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", HIDING)
-def test_hidden_keys_do_not_matter(name: str, bad: float) -> None:
+def test_hidden_keys_do_not_matter(name: str, dtype: str, bad: float) -> None:
     """The bits are those of finite keys, and theirs have a gradient of 0."""
-    given, dout = inputs()
+    given, dout = inputs(dtype)
     given = given | HIDING[name]
     wanted = wanted_of(given)
     clean = Forward(**given).backward(dout, wanted=wanted)
@@ -54,9 +55,10 @@ def test_hidden_keys_do_not_matter(name: str, bad: float) -> None:
     assert not found["dv"][:, 81:].any()
 
 
-def test_nan_stays_with_those_who_see_it() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_stays_with_those_who_see_it(dtype: str) -> None:
     """A key of NaN reaches the rows that see it and the keys that they see, and no others."""
-    given, dout = inputs()
+    given, dout = inputs(dtype)
     clean = Forward(**given, attention_chunk=30).backward(dout)
     key = given["key"].copy()
     key[:, 95] = np.nan
@@ -68,9 +70,30 @@ def test_nan_stays_with_those_who_see_it() -> None:
         assert found[name][:, ~seen].tobytes() == clean[name][:, ~seen].tobytes(), name
 
 
-def test_rows_that_see_nothing_add_nothing() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", ["query", "dout"])
+def test_nan_of_a_query_stays_with_its_keys(dtype: str, bad: str) -> None:
+    """Also beside a query with which it shares a product."""
+    given, dout = inputs(dtype)
+    call = {"window_size": (9, 0), "causal_alignment": "top_left"}  # query i sees keys i - 9 to i
+    clean = Forward(**given, **call).backward(dout)
+    row = 40
+    changed = dout.copy() if bad == "dout" else given["query"].copy()
+    changed[:, row] = np.nan
+    if bad == "dout":
+        found = Forward(**given, **call).backward(changed)
+    else:
+        found = Forward(**given | {"query": changed}, **call).backward(dout)
+    seen = np.isin(np.arange(130), np.arange(row - 9, row + 1))
+    for name, nan in (("dq", np.arange(70) == row), ("dk", seen), ("dv", seen)):
+        assert np.isnan(found[name][:, nan]).all(), name
+        assert found[name][:, ~nan].tobytes() == clean[name][:, ~nan].tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_see_nothing_add_nothing(dtype: str) -> None:
     """Not even where query, out's gradient or the log-sum-exp's are NaN."""
-    given, dout = inputs()
+    given, dout = inputs(dtype)
     dlse = normal((1, 2, 70), seed=5)
     seen = np.arange(70) % 3 != 1
     given |= {"attn_mask": np.broadcast_to(seen[:, None], (70, 130)).copy()}
@@ -88,6 +111,21 @@ def test_rows_that_see_nothing_add_nothing() -> None:
     assert not found["dq"][:, :50].any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_nothing_is_left_of_the_call_before(dtype: str) -> None:
+    """Odd numbers of channels, queries and keys, in memory that held NaN."""
+    shapes = {"query": (1, 67, 2, 17), "key": (1, 101, 2, 17), "value": (1, 101, 2, 19)}
+    given = {name: normal(x, dtype, seed=i) for i, (name, x) in enumerate(shapes.items())}
+    dout = normal((1, 67, 2, 19), dtype, seed=4)
+    call = Forward(**given)
+    clean = call.backward(dout)
+    bad, bad_dout = inputs(dtype)
+    Forward(**{name: np.full_like(x, np.nan) for name, x in bad.items()}).backward(bad_dout)
+    for name, array in call.backward(dout).items():
+        assert np.isfinite(array.astype(np.float64)).all(), name
+        assert array.tobytes() == clean[name].tobytes(), name
+
+
 @pytest.mark.parametrize("factor", [2.0**13, 2.0**-16, 2.0**-24])
 def test_float16_with_scaled_gradients(factor: float) -> None:
     """Loss scaling: inside there is room for it; in float32 nothing is lost at all."""
@@ -102,14 +140,17 @@ def test_float16_with_scaled_gradients(factor: float) -> None:
         assert array.tobytes() == wide[name].astype(np.float16).tobytes(), name
 
 
-def test_float32_gradients_of_any_size() -> None:
-    given, dout = inputs()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_any_size(dtype: str) -> None:
+    """The same bits, but for the exponent: also of loss scaling, which bfloat16 does not need."""
+    given, dout = inputs(dtype)
     call = Forward(**given)
     plain = call.backward(dout)
-    for factor in (2.0**60, 2.0**-60):
-        found = call.backward(dout * np.float32(factor))
+    for factor in (2.0**60, 2.0**16, 2.0**-24, 2.0**-60):
+        scale = np.asarray(factor, DTYPES[dtype])
+        found = call.backward(dout * scale)
         for name, array in found.items():
-            assert array.tobytes() == (plain[name] * np.float32(factor)).tobytes(), name
+            assert array.tobytes() == (plain[name] * scale).tobytes(), name
 
 
 @pytest.mark.parametrize("logit", [-np.inf, -200.0, 30.0, 1e4])

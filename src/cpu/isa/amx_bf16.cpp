@@ -42,6 +42,8 @@ constinit const Kernels amx_bf16_kernels{
      {combine_add<Simd, BF16>, combine_store<Simd, BF16>}},
     {},
     {},
+    {},
+    {},
 };
 
 }  // namespace umfa::cpu

@@ -40,6 +40,7 @@ constinit const Kernels avx2_kernels{
     dtype_kernels<Simd, FloatUnits<Simd, BF16>>,
     mixed_kernels<Simd>,
     backward_kernel<Simd>,
+    {},
     quant_kernel<Simd>,
 };
 

@@ -19,6 +19,7 @@ constinit const Kernels avx512_kernels{
     dtype_kernels<Simd, FloatUnits<Simd, BF16>>,
     mixed_kernels<Simd>,
     backward_kernel<Simd>,
+    {},
     quant_kernel<Simd>,
 };
 

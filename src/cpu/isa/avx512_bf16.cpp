@@ -19,6 +19,7 @@ constinit const Kernels avx512_bf16_kernels{
     dtype_kernels<Simd, Bf16Units<Simd>>,
     {},
     {},
+    backward_kernel<Simd, Bf16Units<Simd>>,
     {},
 };
 

@@ -42,6 +42,10 @@ struct Avx512Bf16 : Avx512 {
             return !finite() || _mm512_cmplt_epu16_mask(lowest, least) != 0;
         }
     };
+    /// The lanes of first, then those of second.
+    static vf narrow_bf16(vf first, vf second) {
+        return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    }
     /// Lane by lane: low in the lower half, high in the upper.
     static vf pack_bf16(vf low, vf high) {
         typedef uint16_t v32h __attribute__((vector_size(64)));

@@ -1,4 +1,4 @@
-// Backward pass of attention, FlashAttention-2's (Dao 2023) in float32: with P = exp(score - lse) and
+// Backward pass of attention, FlashAttention-2's (Dao 2023), with sums in float32: with P = exp(score - lse) and
 // delta = rowsum(dout * out) - dlse,
 //   dV += P^T dO,  dS = P * (dO V^T - delta),  dQ += dS K,  dK += dS^T Q.
 // backward_run() at the end is the algorithm.
@@ -6,6 +6,10 @@
 // As in forward_kernel.h, the scores are transposed: queries lie along the lanes. S^T = K Q^T and
 // dP^T = V dO^T broadcast K and V; the sums broadcast P^T and dS^T, and have channels along the lanes.
 // A block of keys is packed once for all queries of the task, a tile of queries once for each block.
+//
+// U is what the products multiply. Of bfloat16 units, P and dS are rounded to bfloat16 for the three sums,
+// as in PyTorch's kernels; P * (dP - delta) is computed from floats. Nothing that is tiny is left out (see
+// Bf16Units): a gradient of 2**-118 has the error that it has in PyTorch.
 //
 // Tiles of queries and blocks of keys begin at multiples of their sizes, which depend on the head dims
 // alone. So a gradient's terms are added in the same order however a pass is cut into tasks.
@@ -26,15 +30,16 @@ namespace umfa::cpu {
 namespace {
 
 /// One head of a task while it goes over queries and keys.
-template <class S>
+template <class S, class U>
 struct BackwardWork {
-    using P = FloatUnits<S, F32>;
-    static constexpr int W = S::W;
+    using P = typename U::product;
+    static constexpr int W = S::W, E = U::E;
+    static constexpr int64_t query_tile = queries_of_tile<U>;
     static constexpr int64_t N = S::nv * S::W, panels = query_tile / N;
 
     const BackwardArgs& args;
     const BackwardTask& task;
-    const BackwardScratch<S> at;
+    const BackwardScratch<S, U> at;
     float* const memory;
 
     // The head, and its block of keys.
@@ -126,23 +131,23 @@ struct BackwardWork {
                  group);
             if (args.qv.data)
                 pack(args.types.value, v_rows + k, count - k, args.value.stride_channel, height,
-                     height, args.head_dim_v, group + args.head_dim * height);
+                     height, args.head_dim_v, group + at.key_depth * height);
             pack(args.types.value, v_rows + k, count - k, args.value.stride_channel, height, height,
-                 args.head_dim_v, memory + at.values + (from + k) * args.head_dim_v);
+                 args.head_dim_v, memory + at.values + (from + k) * at.value_depth);
         }
         if (!task.dquery) return;
-        float* panel = memory + at.key_rows + from * at.key_pitch;
-        finite_keys &= pack_row_panels<S>(args.types.key, k_rows, count, stride, block_kv,
-                                          args.head_dim, panel);
+        float* panel = memory + at.key_rows + from / E * at.key_pitch;
+        finite_keys &= pack_row_panels<S, U>(args.types.key, k_rows, count, stride, block_kv,
+                                             args.head_dim, panel);
         if (args.qv.data)
             finite_keys &=
-                pack_row_panels<S>(args.types.value, v_rows, count, args.value.stride_channel,
-                                   block_kv, args.head_dim_v, panel + at.qv_at * block_kv);
+                pack_row_panels<S, U>(args.types.value, v_rows, count, args.value.stride_channel,
+                                      block_kv, args.head_dim_v, panel + at.qv_at * block_kv / E);
     }
 
     static void pack(ElementType type, const char* const* from, int64_t count, int64_t stride,
                      int64_t height, int64_t pitch, int64_t channels, float* to) {
-        with_units<S, AnyUnits<S>>(type, [&](auto units) {
+        with_units<S, U>(type, [&](auto units) {
             pack_transposed<S, decltype(units)>(from, count, stride, height, pitch, channels, to);
         });
     }
@@ -181,28 +186,28 @@ struct BackwardWork {
                         [&](int64_t i) { return position_of_query(row + i); });
             stride = 1;
         }
-        for (int64_t i = 0; i < query_tile; i += W) {
+        for (int64_t i = 0; i < rounded_up(count, N); i += W) {
             const int64_t panel = i / N, lane = i % N;
             const int64_t left = count > i ? count - i : 0;
             float* query = memory + at.queries + panel * at.depth * N + lane;
             pack(args.types.query, q_rows + i, left, stride, W, N, args.head_dim, query);
             if (args.qv.data)
                 pack(args.types.query, qv_rows + i, left, args.qv.stride_channel, W, N,
-                     args.head_dim_v, query + args.head_dim * N);
+                     args.head_dim_v, query + at.key_depth * N);
             pack(args.types.dout, do_rows + i, left, args.dout.stride_channel, W, N,
-                 args.head_dim_v, memory + at.douts + panel * args.head_dim_v * N + lane);
+                 args.head_dim_v, memory + at.douts + panel * at.value_depth * N + lane);
         }
         if (task.dkey) {
             float* panel = memory + at.query_rows;
-            finite_queries = pack_row_panels<S>(args.types.query, q_rows, count, stride, query_tile,
-                                                args.head_dim, panel);
+            finite_queries = pack_row_panels<S, U>(args.types.query, q_rows, count, stride,
+                                                   query_tile, args.head_dim, panel);
             if (args.qv.data)
-                finite_queries &=
-                    pack_row_panels<S>(args.types.query, qv_rows, count, args.qv.stride_channel,
-                                       query_tile, args.head_dim_v, panel + at.qv_at * query_tile);
+                finite_queries &= pack_row_panels<S, U>(
+                    args.types.query, qv_rows, count, args.qv.stride_channel, query_tile,
+                    args.head_dim_v, panel + at.qv_at * query_tile / E);
             finite_douts =
-                pack_row_panels<S>(args.types.dout, do_rows, count, args.dout.stride_channel,
-                                   query_tile, args.head_dim_v, memory + at.dout_rows);
+                pack_row_panels<S, U>(args.types.dout, do_rows, count, args.dout.stride_channel,
+                                      query_tile, args.head_dim_v, memory + at.dout_rows);
         }
         const int64_t from = statistics_at(args, head) + row;
         for (int64_t p = 0; p < panels; ++p) {
@@ -233,16 +238,45 @@ struct BackwardWork {
         return union_first < union_last;
     }
 
-    float* probabilities_of_panel(int64_t p) const {
-        return memory + at.probabilities + p * block_kv * N;
+    /// Panel p of P^T, of what is kept of it, or of dS^T. All panels share one place, if the products
+    /// with dO and Q take others.
+    float* floats_of_panel(int64_t p, int64_t floats) const {
+        return memory + floats + (E == 1 ? p * block_kv * N : 0);
     }
-    float* kept_of_panel(int64_t p) const { return memory + at.kept + p * block_kv * N; }
-    float* gradients_of_panel(int64_t p) const { return memory + at.gradients + p * block_kv * N; }
+    /// Panel p of what multiplies dO, Q or K.
+    float* factors_of_panel(int64_t p, int64_t factors) const {
+        return memory + factors + p * block_kv * N / E;
+    }
+    Factors value_factors(int64_t p) const {
+        return {nullptr, task.dkey ? factors_of_panel(p, at.value_factors) : nullptr, nullptr};
+    }
+    Factors score_factors(int64_t p) const {
+        return {nullptr, task.dkey ? factors_of_panel(p, at.key_factors) : nullptr,
+                task.dquery ? factors_of_panel(p, at.query_factors) : nullptr};
+    }
+    /// Those of the key k of a tile.
+    static Factors from_key(const Factors& to, int64_t k) {
+        const auto own = [&](float* at, int64_t pitch) { return at ? at + k * pitch : nullptr; };
+        return {own(to.floats, N), own(to.by_query, N / E), own(to.by_key, N / E)};
+    }
+
+    /// Rounds P^T or dS^T of panel p to factors.
+    void round_panel(int64_t p, const float* from, const Factors& to) const {
+        constexpr int NV = S::nv, step = row_step<S>;
+        for (int64_t k = first[p]; k < last[p]; k += step) {
+            typename S::vf x[step][NV];
+            for (int m = 0; m < step; ++m)
+                for (int n = 0; n < NV; ++n) x[m][n] = S::load(from + ((k + m) * NV + n) * W);
+            store_factors<S, P>(x, from_key(to, k));
+        }
+    }
 
     /// Zeros in the groups that another panel computes and this one does not.
-    void fill_rest(int64_t p, float* scores) const {
-        for (int64_t i = union_first * N; i < union_last * N; ++i)
-            if (i < first[p] * N || i >= last[p] * N) scores[i] = 0;
+    void fill_rest(int64_t p, float* factors) const {
+        constexpr int64_t pitch = N / E;
+        const int64_t behind = last[p] > union_first ? last[p] : union_first;
+        for (int64_t i = union_first * pitch; i < first[p] * pitch; ++i) factors[i] = 0;
+        for (int64_t i = behind * pitch; i < union_last * pitch; ++i) factors[i] = 0;
     }
 
     /// Calls f(key, Constant<height>{}) for the groups of panel p.
@@ -254,7 +288,10 @@ struct BackwardWork {
 
     /// P^T of panel p, and with dropout what is kept of it.
     void probability_tile(int64_t p) {
-        float *probabilities = probabilities_of_panel(p), *kept = kept_of_panel(p);
+        float* probabilities = floats_of_panel(p, at.probabilities);
+        const bool drops = at.kept != at.probabilities;
+        Factors to = drops ? Factors{} : value_factors(p);
+        to.floats = probabilities;
         const int64_t i0 = row + p * N, i1 = smaller(i0 + N, query_end) - 1;
         const KeyRange all = seen_by_all(sequence->visible, i0, i1, tile, keys);
         const float* bias = nullptr;
@@ -269,37 +306,44 @@ struct BackwardWork {
         for_each_group(first[p], last[p], [&](int64_t k, auto height) {
             constexpr int MR = decltype(height)::value;
             const bool masked = k < all.begin || k + MR > all.end;
-            const auto run = scoring.plain ? (masked ? probabilities_of<S, true, true, MR>
-                                                     : probabilities_of<S, false, true, MR>)
-                                           : (masked ? probabilities_of<S, true, false, MR>
-                                                     : probabilities_of<S, false, false, MR>);
+            const auto run = scoring.plain ? (masked ? probabilities_of<S, P, true, true, MR>
+                                                     : probabilities_of<S, P, false, true, MR>)
+                                           : (masked ? probabilities_of<S, P, true, false, MR>
+                                                     : probabilities_of<S, P, false, false, MR>);
             run(scoring, memory + at.keys + (tile - block + k) * at.depth, query, at.depth,
                 static_cast<int32_t>(k), diagonal, bias ? bias + k * N : nullptr, rows[p],
-                probabilities + k * N, memory + at.caps + k * N);
+                from_key(to, k), memory + at.caps + k * N);
         });
-        if (kept != probabilities) {
+        if (drops) {
+            float* kept = floats_of_panel(p, at.kept);
             for (int64_t i = first[p] * N; i < last[p] * N; i += W)
                 S::store(kept + i, S::load(probabilities + i));
-            drop_panel<S, P>(args.dropout, head.sequence, head.head, i0, tile, first[p], last[p],
-                             kept);
+            drop_panel<S, FloatUnits<S, F32>>(args.dropout, head.sequence, head.head, i0, tile,
+                                              first[p], last[p], kept);
+            if constexpr (E > 1) round_panel(p, kept, value_factors(p));
         }
-        fill_rest(p, kept);
+        if (task.dkey) fill_rest(p, factors_of_panel(p, at.value_factors));
     }
 
     /// dS^T of panel p, and what is summed of it.
     void gradient_tile(int64_t p) {
-        const float *probabilities = probabilities_of_panel(p), *kept = kept_of_panel(p);
-        float* gradients = gradients_of_panel(p);
+        const float* probabilities = floats_of_panel(p, at.probabilities);
+        const float* kept = floats_of_panel(p, at.kept);
+        float* gradients = floats_of_panel(p, at.gradients);
         const bool drops = kept != probabilities;
-        const float* dout = memory + at.douts + p * args.head_dim_v * N;
+        // Rounded at once, unless something else takes floats or changes them first.
+        const bool floats = E == 1 || task.dmask.data || task.dslopes || args.softcap != 0;
+        Factors to = floats ? Factors{} : score_factors(p);
+        if (floats) to.floats = gradients;
+        const float* dout = memory + at.douts + p * at.value_depth * N;
         for_each_group(first[p], last[p], [&](int64_t k, auto height) {
             constexpr int MR = decltype(height)::value;
-            (drops ? score_gradients_of<S, true, MR>
-                   : score_gradients_of<S, false, MR>)(memory + at.values +
-                                                           (tile - block + k) * args.head_dim_v,
-                                                       dout, args.head_dim_v, rows[p].delta,
-                                                       probabilities + k * N, kept + k * N,
-                                                       1.f / args.dropout.kept, gradients + k * N);
+            (drops ? score_gradients_of<S, P, true, MR>
+                   : score_gradients_of<S, P, false, MR>)(memory + at.values +
+                                                              (tile - block + k) * at.value_depth,
+                                                          dout, at.value_depth, rows[p].delta,
+                                                          probabilities + k * N, kept + k * N,
+                                                          1.f / args.dropout.kept, from_key(to, k));
         });
         if (task.dmask.data && !task.sums_mask)
             write_mask(task.dmask, head, row + p * N, smaller(N, query_end - row - p * N), tile,
@@ -313,7 +357,9 @@ struct BackwardWork {
                 S::store(gradients + i,
                          d == 0.f ? typename S::vf{} : d * S::load(memory + at.caps + i));
             }
-        fill_rest(p, gradients);
+        if constexpr (E > 1)
+            if (floats) round_panel(p, gradients, score_factors(p));
+        if (task.dkey) fill_rest(p, factors_of_panel(p, at.key_factors));
     }
 
     void add_to_mask(int64_t p, const float* gradients) const {
@@ -343,18 +389,18 @@ struct BackwardWork {
         if (depth <= 0) return;
         const int64_t offset = row - task.query_begin + p * N;
         float* to = memory + at.dquery + (index * at.query_count + offset) * at.key_pitch;
-        const float* key_rows = memory + at.key_rows + (tile - block) * at.key_pitch;
-        const Runs runs{1, depth, 0, N};
+        const float* key_rows =
+            memory + at.key_rows + (tile - block) / E * at.key_pitch + first[p] / E * N;
+        const Runs runs{1, depth / E, 0, N};
         for (int64_t q = 0; q < N; q += S::mr) {
-            const float* factors = gradients_of_panel(p) + first[p] * N + q;
+            const float* factors = factors_of_panel(p, at.query_factors) + first[p] / E * N + q;
             const int64_t count = smaller(S::mr, N - q);
-            add_rows<S, true>(count, factors, runs, key_rows + first[p] * N, block_kv * N,
-                              finite_keys, args.head_dim, to + q * at.key_pitch, at.key_pitch);
+            add_rows<S, P, true>(count, factors, runs, key_rows, block_kv / E * N, finite_keys,
+                                 args.head_dim, to + q * at.key_pitch, at.key_pitch);
             if (args.qv.data)
-                add_rows<S, true>(count, factors, runs,
-                                  key_rows + at.qv_at * block_kv + first[p] * N, block_kv * N,
-                                  finite_keys, args.head_dim_v, to + q * at.key_pitch + at.qv_at,
-                                  at.key_pitch);
+                add_rows<S, P, true>(count, factors, runs, key_rows + at.qv_at * block_kv / E,
+                                     block_kv / E * N, finite_keys, args.head_dim_v,
+                                     to + q * at.key_pitch + at.qv_at, at.key_pitch);
         }
     }
 
@@ -369,23 +415,24 @@ struct BackwardWork {
                     end = p + 1;
                 }
             if (begin >= end) continue;
-            const Runs runs{end - begin, N, block_kv * N, 1};
-            const int64_t key = tile - block + k, from = begin * N * N;
+            const Runs runs{end - begin, N / E, block_kv * N / E, 1};
+            const int64_t key = tile - block + k, from = begin * N / E * N;
+            const int64_t panel = query_tile / E * N, own = k * N / E;
             if (args.dvalue.data)
-                add_rows<S, false>(count, kept_of_panel(begin) + k * N, runs,
-                                   memory + at.dout_rows + from, query_tile * N, finite_douts,
-                                   args.head_dim_v, memory + at.dvalue + key * at.value_pitch,
-                                   at.value_pitch);
-            const float* factors = gradients_of_panel(begin) + k * N;
+                add_rows<S, P, false>(count, factors_of_panel(begin, at.value_factors) + own, runs,
+                                      memory + at.dout_rows + from, panel, finite_douts,
+                                      args.head_dim_v, memory + at.dvalue + key * at.value_pitch,
+                                      at.value_pitch);
+            const float* factors = factors_of_panel(begin, at.key_factors) + own;
             float* to = memory + at.dkey + key * at.key_pitch;
             const float* query_rows = memory + at.query_rows + from;
             if (args.dkey.data)
-                add_rows<S, false>(count, factors, runs, query_rows, query_tile * N, finite_queries,
-                                   args.head_dim, to, at.key_pitch);
+                add_rows<S, P, false>(count, factors, runs, query_rows, panel, finite_queries,
+                                      args.head_dim, to, at.key_pitch);
             if (args.qv.data && args.dvalue.data)
-                add_rows<S, false>(count, factors, runs, query_rows + at.qv_at * query_tile,
-                                   query_tile * N, finite_queries, args.head_dim_v, to + at.qv_at,
-                                   at.key_pitch);
+                add_rows<S, P, false>(count, factors, runs, query_rows + at.qv_at * query_tile / E,
+                                      panel, finite_queries, args.head_dim_v, to + at.qv_at,
+                                      at.key_pitch);
         }
     }
 
@@ -486,11 +533,11 @@ struct BackwardWork {
     }
 };
 
-template <class S>
+template <class S, class U>
 void backward_run(const BackwardArgs& args, const BackwardTask& task, float* scratch) {
-    BackwardWork<S> work(args, task, scratch);
-    const BackwardScratch<S>& at = work.at;
-    constexpr int64_t panels = BackwardWork<S>::panels;
+    BackwardWork<S, U> work(args, task, scratch);
+    const BackwardScratch<S, U>& at = work.at;
+    constexpr int64_t panels = BackwardWork<S, U>::panels, query_tile = queries_of_tile<U>;
     if (task.dquery) work.clear(at.dquery, task.head_count * at.query_count * at.key_pitch);
     const int64_t last_key = at.longest(args, task, true);
     if (task.sums_mask) work.clear(at.dmask, at.mask_floats(task, last_key));
@@ -536,14 +583,14 @@ void backward_run(const BackwardArgs& args, const BackwardTask& task, float* scr
     if (task.sums_mask) work.store_mask();
 }
 
-template <class S>
+template <class S, class U>
 int64_t backward_scratch_floats(const BackwardArgs& args, const BackwardTask& task) {
-    return BackwardScratch<S>(args, task).size;
+    return BackwardScratch<S, U>(args, task).size;
 }
 
-template <class S>
+template <class S, class U>
 int64_t backward_key_block(const BackwardArgs& args) {
-    return BackwardScratch<S>(args).block;
+    return BackwardScratch<S, U>(args).block;
 }
 
 }  // namespace

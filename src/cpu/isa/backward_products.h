@@ -1,5 +1,6 @@
 // The products of a backward pass that add to gradients: c[m][channel] += sum_k a[k][m] * b[k][channel].
-// Channels lie along the lanes, in panels of S::nv vectors; a's are broadcast.
+// Channels lie along the lanes, in panels of S::nv vectors; a's are broadcast. A step is a unit of U: one
+// k, or a pair.
 #pragma once
 
 #include "cpu/isa/product.h"
@@ -9,21 +10,21 @@ namespace umfa::cpu {
 namespace {
 
 /// Where the m-th factor of a step is.
-template <class S, bool Contiguous>
-constexpr int64_t factor_stride = Contiguous ? 1 : S::nv * S::W;
+template <class S, class U, bool Contiguous>
+constexpr int64_t factor_stride = Contiguous ? 1 : S::nv * S::W / U::E;
 
 /// One step: acc[m] += a[m] * b.
-template <class S, bool Contiguous, int MR, int NV>
+template <class S, class U, bool Contiguous, int MR, int NV>
 inline __attribute__((always_inline)) void add_products(typename S::vf (&acc)[MR][NV],
                                                         const float* a,
                                                         const typename S::vf (&b)[NV]) {
     if constexpr (Contiguous) {
-        S::template multiply_add<FloatUnits<S, F32>>(acc, a, b);
+        S::template multiply_add<U>(acc, a, b);
     } else {
         // On x86 any address can be broadcast by the multiplication itself.
         for (int m = 0; m < MR; ++m) {
-            const typename S::vf am = S::splat(a[m * factor_stride<S, Contiguous>]);
-            for (int n = 0; n < NV; ++n) acc[m][n] = S::fma(acc[m][n], am, b[n]);
+            const typename S::vf am = S::splat_bits(a + m * factor_stride<S, U, Contiguous>);
+            for (int n = 0; n < NV; ++n) acc[m][n] = U::fma(acc[m][n], am, b[n]);
         }
     }
 }
@@ -35,7 +36,7 @@ struct Runs {
 };
 
 /// c[m * pitch + lane] += the sum over all steps, which starts at zero and is added once.
-template <class S, bool Contiguous, int MR, int NV>
+template <class S, class U, bool Contiguous, int MR, int NV>
 __attribute__((noinline)) void add_outer(const float* a, const Runs& runs, const float* b, float* c,
                                          int64_t pitch) {
     using vf = typename S::vf;
@@ -48,7 +49,7 @@ __attribute__((noinline)) void add_outer(const float* a, const Runs& runs, const
         for (int64_t k = 0; k < runs.depth; ++k) {
             vf bk[NV];
             for (int n = 0; n < NV; ++n) bk[n] = S::load(b + n * W);
-            add_products<S, Contiguous>(acc, at, bk);
+            add_products<S, U, Contiguous>(acc, at, bk);
             at += runs.a_step;
             b += S::nv * W;
         }
@@ -62,7 +63,7 @@ __attribute__((noinline)) void add_outer(const float* a, const Runs& runs, const
 
 /// The same where b holds inf or NaN: they do not count where the factor is 0. Same operations in the
 /// same order, so other sums keep their bits.
-template <class S, bool Contiguous, int NV>
+template <class S, class U, bool Contiguous, int NV>
 __attribute__((noinline)) void add_outer_guarded(int64_t rows, const float* a, const Runs& runs,
                                                  const float* b, float* c, int64_t pitch) {
     using vf = typename S::vf;
@@ -72,11 +73,10 @@ __attribute__((noinline)) void add_outer_guarded(int64_t rows, const float* a, c
             vf acc{};
             for (int64_t run = 0; run < runs.count; ++run)
                 for (int64_t k = 0; k < runs.depth; ++k) {
-                    const float factor =
-                        a[m * factor_stride<S, Contiguous> + run * runs.a_run + k * runs.a_step];
-                    if (factor == 0) continue;
+                    const vf factor = S::splat_bits(a + m * factor_stride<S, U, Contiguous> +
+                                                    run * runs.a_run + k * runs.a_step);
                     const vf bk = S::load(b + ((run * runs.depth + k) * S::nv + n) * W);
-                    acc = S::fma(acc, S::splat(factor), bk);
+                    acc = U::fma(acc, factor, U::counted(bk, factor));
                 }
             float* to = c + m * pitch + n * W;
             S::store(to, S::load(to) + acc);
@@ -84,19 +84,19 @@ __attribute__((noinline)) void add_outer_guarded(int64_t rows, const float* a, c
 }
 
 /// Rows of `channels` channels each; their panels of b lie `b_panel` floats apart.
-template <class S, bool Contiguous>
+template <class S, class U, bool Contiguous>
 inline void add_rows(int64_t rows, const float* a, const Runs& runs, const float* b,
                      int64_t b_panel, bool finite, int64_t channels, float* c, int64_t pitch) {
     constexpr int64_t N = S::nv * S::W;
     for (int64_t at = 0; at < channels; at += N, b += b_panel) {
         if (!finite)
-            add_outer_guarded<S, Contiguous, S::nv>(rows, a, runs, b, c + at, pitch);
+            add_outer_guarded<S, U, Contiguous, S::nv>(rows, a, runs, b, c + at, pitch);
         else
             with_height<S>(rows, [&](auto height) {
                 constexpr int MR = decltype(height)::value;
                 (channels - at <= S::W
-                     ? add_outer<S, Contiguous, MR, 1>
-                     : add_outer<S, Contiguous, MR, S::nv>)(a, runs, b, c + at, pitch);
+                     ? add_outer<S, U, Contiguous, MR, 1>
+                     : add_outer<S, U, Contiguous, MR, S::nv>)(a, runs, b, c + at, pitch);
             });
     }
 }

@@ -13,7 +13,7 @@ namespace {
 /// Where a row of delta and pivots is.
 inline int64_t statistics_at(const BackwardArgs& args, const SequenceHead& head) {
     return args.first_row[head.sequence] +
-           head.head * rounded_up(args.sequences[head.sequence].seqlen_q, query_tile);
+           head.head * rounded_up(args.sequences[head.sequence].seqlen_q, statistics_step);
 }
 
 /// sum(a[i] * b[i]) of two rows of any type.
@@ -41,7 +41,7 @@ void backward_prepare(const BackwardArgs& args, const SequenceHead& head) {
         return *reinterpret_cast<const float*>(
             query_row<const char>(from, sequence, head.head, row));
     };
-    for (int64_t row = 0; row < rounded_up(rows, query_tile); ++row) {
+    for (int64_t row = 0; row < rounded_up(rows, statistics_step); ++row) {
         float *pivot = args.pivot + at + row, *low = args.pivot_low + at + row,
               *delta = args.delta + at + row;
         *pivot = __builtin_inff();
@@ -59,24 +59,33 @@ void backward_prepare(const BackwardArgs& args, const SequenceHead& head) {
     }
 }
 
-/// Copies rows into panels of channels, to[channels / N][height][N], with zeros for missing rows and
-/// channels. False if there is inf or NaN.
-template <class S>
+/// Copies rows into panels of channels, to[channels / N][unit of rows][N], with zeros for missing rows and
+/// channels, up to `height` rows. False if there is inf or NaN.
+template <class S, class AllUnits>
 inline bool pack_row_panels(ElementType type, const char* const* rows, int64_t count,
                             int64_t stride_channel, int64_t height, int64_t channels, float* to) {
     constexpr int64_t W = S::W, N = S::nv * S::W;
     typename S::vf not_finite{};
-    with_units<S, AnyUnits<S>>(type, [&](auto units) {
+    with_units<S, AllUnits>(type, [&](auto units) {
         using U = decltype(units);
+        using storage = typename U::storage;
         for (int64_t c = 0; c < channels; c += N)
-            for (int64_t r = 0; r < height; ++r)
+            for (int64_t r = 0; r < height; r += U::E, to += N)
                 for (int64_t n = 0; n < N; n += W) {
                     typename S::vf x{};
-                    if (r < count)
-                        x = row_units<S, U>(reinterpret_cast<const typename U::storage*>(rows[r]),
-                                            stride_channel, c + n, channels);
-                    not_finite += x * 0.f;
-                    S::store(to + c * height + r * N + n, x);
+                    if (r < count && c + n < channels) {
+                        const auto* row = reinterpret_cast<const storage*>(rows[r]);
+                        if constexpr (U::E == 1) {
+                            x = row_units<S, U>(row, stride_channel, c + n, channels);
+                        } else {
+                            const storage* pair[] = {
+                                row, r + 1 < count ? reinterpret_cast<const storage*>(rows[r + 1])
+                                                   : nullptr};
+                            x = paired_channels<S, U>(pair, stride_channel, c + n, channels);
+                        }
+                    }
+                    not_finite += U::times_zero(x);
+                    S::store(to + n, x);
                 }
     });
     bool finite = true;

@@ -29,9 +29,9 @@ constexpr DtypeKernels mixed_kernels{
     append_any<S>,
     {}};
 
-template <class S>
-constexpr BackwardKernel backward_kernel{backward_prepare<S>, backward_run<S>,
-                                         backward_scratch_floats<S>, backward_key_block<S>};
+template <class S, class U = AnyUnits<S>>
+constexpr BackwardKernel backward_kernel{backward_prepare<S>, backward_run<S, U>,
+                                         backward_scratch_floats<S, U>, backward_key_block<S, U>};
 
 }  // namespace
 }  // namespace umfa::cpu

@@ -172,7 +172,7 @@ struct SequenceHead {
 
 /// What a task of a backward pass computes: queries [query_begin, query_end) and keys
 /// [key_begin, key_end) of some heads, as far as their sequences reach. Queries begin at a multiple of
-/// 64, keys at one of key_block(). Gradients that are summed over keys or queries must have all of
+/// 128, keys at one of key_block(). Gradients that are summed over keys or queries must have all of
 /// them in one task.
 struct BackwardTask {
     const SequenceHead* heads;  // with dkey and dvalue: those that share the key head
@@ -241,8 +241,9 @@ struct Kernels {
     const Kernels* base;  // has the kernels that are null here
     int lanes;            // queries that one panel holds
     DtypeKernels f32, f16, bf16;
-    DtypeKernels mixed;       // for tensors of different types, float32 arithmetic; no combine
-    BackwardKernel backward;  // of any types, float32 arithmetic
+    DtypeKernels mixed;            // for tensors of different types, float32 arithmetic; no combine
+    BackwardKernel backward;       // of any types, float32 arithmetic
+    BackwardKernel backward_bf16;  // of bfloat16 query, key, value and dout; null: the one above
     QuantKernel quant;
 };
 

@@ -56,6 +56,7 @@ constinit const Kernels neon_bf16_kernels{
     {},
     {},
     {},
+    {},
 };
 
 }  // namespace umfa::cpu

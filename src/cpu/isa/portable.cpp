@@ -20,6 +20,7 @@ constinit const Kernels portable_kernels{
     dtype_kernels<Simd, FloatUnits<Simd, BF16>>,
     mixed_kernels<Simd>,
     backward_kernel<Simd>,
+    {},
     quant_kernel<Simd>,
 };
 

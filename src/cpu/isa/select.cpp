@@ -93,8 +93,9 @@ const DtypeKernels& mixed_kernels(const Kernels& set) {
     return set.mixed.forward.run ? set.mixed : mixed_kernels(*set.base);
 }
 
-const BackwardKernel& backward_kernel(const Kernels& set) {
-    return set.backward.run ? set.backward : backward_kernel(*set.base);
+const BackwardKernel& backward_kernel(const Kernels& set, bool bf16) {
+    if (bf16 && set.backward_bf16.run) return set.backward_bf16;
+    return set.backward.run ? set.backward : backward_kernel(*set.base, bf16);
 }
 
 const QuantKernel& quant_kernel(const Kernels& set) {

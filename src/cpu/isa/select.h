@@ -14,7 +14,8 @@ const Kernels& kernels();
 const DtypeKernels& kernels_for(const Kernels& set, DType dtype);
 /// The set's kernels for tensors of different types, or those of a set that it builds on.
 const DtypeKernels& mixed_kernels(const Kernels& set);
-const BackwardKernel& backward_kernel(const Kernels& set);
+/// The kernel for a backward pass; `bf16`: query, key, value and the gradient of out are bfloat16.
+const BackwardKernel& backward_kernel(const Kernels& set, bool bf16);
 const QuantKernel& quant_kernel(const Kernels& set);
 
 }  // namespace umfa::cpu

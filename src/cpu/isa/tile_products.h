@@ -36,25 +36,6 @@ inline void pack_tile_rows(const typename U::storage* const* rows, int64_t count
     }
 }
 
-/// W units of rows[0] and rows[1], of channels from `first` on; null rows, and channels past the last,
-/// are 0.
-template <class S, class U>
-inline typename S::vf paired_channels(const typename U::storage* const* rows,
-                                      int64_t stride_channel, int64_t first, int64_t channels) {
-    using storage = typename U::storage;
-    const int64_t left = channels - first;
-    if (stride_channel == 1 && left >= S::W && rows[0] && rows[1]) return U::from_rows(rows, first);
-    storage buffer[U::E][S::W] = {};
-    const storage* part[U::E];
-    for (int e = 0; e < U::E; ++e) {
-        part[e] = buffer[e];
-        if (rows[e])
-            gather<S>(rows[e] + first * stride_channel, stride_channel,
-                      left < S::W ? left : int64_t{S::W}, buffer[e], S::W);
-    }
-    return U::from_rows(part, 0);
-}
-
 /// Transposes a tile of V into pairs of tiles, [channel / 32][step][channel % 32][unit of keys], with
 /// zeros up to whole tiles. There is room for `steps` of each channel.
 template <class S, class U>

@@ -36,6 +36,8 @@ struct FloatUnits {
     static vf times_zero(vf x) { return x * 0.f; }
     /// x with 0 where p is negative.
     static vf seen(vf x, vf p) { return (vf)((vi)x & ~((vi)p >> 31)); }
+    /// x with 0 where the factor is 0, whatever x is there.
+    static vf counted(vf x, vf factor) { return factor == 0.f ? vf{} : x; }
     /// Probabilities p with 0 where they are dropped (all bits set, for each of E). The sign
     /// stays: it marks hidden keys.
     static vf without(vf p, const vi* dropped) { return (vf)((vi)p & ~(dropped[0] & 0x7fffffff)); }
@@ -80,6 +82,10 @@ struct Bf16Units {
         const vi high = ((vi)p >> 31) & (vi{} + -65536);
         const vi low = ((vi)((vu)p << 16) >> 31) & (vi{} + 65535);
         return (vf)((vi)x & ~(high | low));
+    }
+    static vf counted(vf x, vf factor) {
+        const vi high = ((vu)factor & 0x7fff0000u) == 0u, low = ((vu)factor & 0x7fffu) == 0u;
+        return (vf)((vi)x & ~((high & -65536) | (low & 65535)));
     }
     static vf without(vf p, const vi* dropped) {
         return (vf)((vi)p & ~((dropped[0] & 0x7fff) | (dropped[1] & 0x7fff0000)));

@@ -15,7 +15,7 @@ template <class S, class U>
 constexpr DtypeKernels dtype_kernels{};
 template <class S>
 constexpr DtypeKernels mixed_kernels{};
-template <class S>
+template <class S, class U = AnyUnits<S>>
 constexpr BackwardKernel backward_kernel{};
 template <class S>
 constexpr QuantKernel quant_kernel{};
