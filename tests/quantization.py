@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from tests.array_libraries import Array
+from umfa import _ext
 
 LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "mxfp8": 448.0, "mxfp4": 6.0}
 FLOATS: dict[str, Any] = {
@@ -51,6 +52,19 @@ class Format(NamedTuple):
         sign = "" if self.symmetric else "-zero_points"
         block = "" if self.block is None else "{}x{}".format(*self.block)
         return f"{self.dtype}-{self.granularity}{block}{sign}-{self.scale_dtype}"
+
+
+def ext_format(form: Format, layout: str = "bhsd") -> _ext.QuantFormat:
+    """The format as the binding takes it."""
+    return _ext.QuantFormat(
+        "umfa.test",
+        form.dtype,
+        form.granularity,
+        "none" if form.symmetric else "zero_point",
+        form.scale_dtype,
+        form.block,
+        layout,
+    )
 
 
 class Quantized(NamedTuple):

@@ -76,7 +76,16 @@
     X(45, bool, wants_dqv)                                                                  \
     /* Keys of the forward kernel's tiles lie as key_order.h says, and the mask of a */     \
     /* lane's keys is aligned. */                                                           \
-    X(46, bool, mask_runs)
+    X(46, bool, mask_runs)                                                                  \
+    /* Of a quantised format: UMFA_CODES_, UMFA_SCALES_ and UMFA_OFFSET_ of */              \
+    /* quant_format.h; which buffers a kernel has. */                                       \
+    X(47, int, code_kind)                                                                   \
+    X(48, int, scale_kind)                                                                  \
+    X(49, int, offset_kind)                                                                 \
+    X(50, bool, has_scales)                                                                 \
+    X(51, bool, has_offsets)                                                                \
+    X(52, bool, has_ranges)                                                                 \
+    X(53, bool, has_faults)
 
 // Values of mask_kind. The other kinds use them too, except BOOL.
 #define UMFA_MASK_NONE 0

@@ -81,6 +81,31 @@
 #define UMFA_COMBINE_PARAMS 4
 #define UMFA_COMBINE_BUFFERS 5
 
+// Buffers of umfa_quantize of quantize.metal.
+#define UMFA_QUANTIZE_X 0
+#define UMFA_QUANTIZE_SCALES 1
+#define UMFA_QUANTIZE_ZERO_POINTS 2
+#define UMFA_QUANTIZE_DATA 3
+#define UMFA_QUANTIZE_PARAMS 4
+#define UMFA_QUANTIZE_BUFFERS 5
+
+// Buffers of umfa_quantize_scales and umfa_quantize_gathered of quantize_scales.metal.
+#define UMFA_QUANTIZE_SCALES_X 0  // not of the latter
+#define UMFA_QUANTIZE_SCALES_RANGES 1
+#define UMFA_QUANTIZE_SCALES_SCALES 2
+#define UMFA_QUANTIZE_SCALES_ZERO_POINTS 3
+#define UMFA_QUANTIZE_SCALES_FAULTS 4
+#define UMFA_QUANTIZE_SCALES_PARAMS 5
+#define UMFA_QUANTIZE_SCALES_BUFFERS 6
+
+// Buffers of dequantize.metal.
+#define UMFA_DEQUANTIZE_DATA 0
+#define UMFA_DEQUANTIZE_SCALES 1
+#define UMFA_DEQUANTIZE_OFFSETS 2
+#define UMFA_DEQUANTIZE_OUT 3
+#define UMFA_DEQUANTIZE_PARAMS 4
+#define UMFA_DEQUANTIZE_BUFFERS 5
+
 // Buffers of lanes.metal.
 #define UMFA_LANES_MATRIX 0
 #define UMFA_LANES_HELD 1

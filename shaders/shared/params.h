@@ -175,6 +175,32 @@ struct MergeParams {
     int32_t reserved;
 };
 
+/// Of a quantised tensor: what shares a scale. Blocks at the ends may be smaller.
+struct QuantBlocks {
+    int32_t rows, channels;  // of the tensor
+    int32_t block_rows, block_channels;
+};
+
+struct DequantizeParams {
+    OperandStrides data, scales, offsets, out;  // scales and offsets: from one block to the next
+    QuantBlocks blocks;
+};
+
+struct QuantizeParams {
+    OperandStrides x, scales, zero_points, data;
+    int64_t block_count;  // of all blocks
+    QuantBlocks blocks;
+    int32_t heads;
+    int32_t row_blocks, channel_blocks;  // of one head
+    // A simdgroup reads some rows of a block, a piece.
+    int32_t pieces, piece_rows;  // of the rows of one head
+    int32_t gathered;  // pieces of a block in all: of all heads where they share the scale
+};
+
+// What keeps a block from a scale. 0: nothing.
+#define UMFA_FAULT_NONFINITE 1
+#define UMFA_FAULT_TOO_LARGE 2
+
 /// Of the lane map kernel.
 struct LanesParams {
     int32_t row;  // elements from one row of the matrix to the next

@@ -101,14 +101,14 @@ UMFA_INLINE QuantPlace<Int> quant_place(int codes, int scales, Int channel) {
 
 // ---- from codes to numbers -----------------------------------------------------------------------
 
-/// A float of a sign, `exponent` bits that are larger by `bias`, and `fraction` bits. `code` has no
+/// A float of a sign, `exponent` bits that are larger by `excess`, and `fraction` bits. `code` has no
 /// other bits. Without infinities and NaN.
-UMFA_INLINE float small_float(uint32_t code, int exponent, int fraction, int bias) {
+UMFA_INLINE float small_float(uint32_t code, int exponent, int fraction, int excess) {
     const uint32_t magnitude = code & ((1u << (exponent + fraction)) - 1u);
     const uint32_t sign = code >> (exponent + fraction) << 31;
-    const uint32_t spacing = static_cast<uint32_t>(128 - bias - fraction) << 23;  // of subnormals
+    const uint32_t spacing = static_cast<uint32_t>(128 - excess - fraction) << 23;  // of subnormals
     const uint32_t normal =
-        (magnitude << (23 - fraction)) + (static_cast<uint32_t>(127 - bias) << 23);
+        (magnitude << (23 - fraction)) + (static_cast<uint32_t>(127 - excess) << 23);
     const float subnormal = static_cast<float>(magnitude) * UMFA_FLOAT_OF(spacing);
     const uint32_t bits = magnitude >> fraction != 0u ? normal : UMFA_BITS_OF(subnormal);
     return UMFA_FLOAT_OF(bits | sign);
@@ -186,7 +186,8 @@ struct QuantRange {
 
 /// The scale before it is stored, of a block that is finite and not all 0.
 UMFA_INLINE float quant_step(int codes, QuantRange range) {
-    const float largest = UMFA_FLOAT_OF(range.magnitude);
+    const uint32_t magnitude = range.magnitude;
+    const float largest = UMFA_FLOAT_OF(magnitude);
     float spacing = largest;  // NF4
     // 1 / 127, 1 / 7, 1 / 448 and 1 / 57344 as floats.
     if (codes == UMFA_CODES_INT8) spacing = largest * 0.00787401575f;
@@ -255,17 +256,17 @@ UMFA_INLINE int nearest_multiple(float x, QuantScale scale) {
 }
 
 /// The nearest such float, ties to even, at most `largest`. Of NaN `largest`.
-UMFA_INLINE uint32_t small_float_code(float x, int exponent, int fraction, int bias,
+UMFA_INLINE uint32_t small_float_code(float x, int exponent, int fraction, int excess,
                                       float largest) {
     const uint32_t bits = UMFA_BITS_OF(x), sign = bits >> 31 << (exponent + fraction);
     const uint32_t most = UMFA_BITS_OF(largest), magnitude = bits & 0x7fffffffu;
     const uint32_t kept = magnitude < most ? magnitude : most;
-    const uint32_t spacing = static_cast<uint32_t>(126 + bias + fraction)
+    const uint32_t spacing = static_cast<uint32_t>(126 + excess + fraction)
                              << 23;  // 1 / of subnormals
-    const uint32_t first_normal = static_cast<uint32_t>(128 - bias) << 23;
+    const uint32_t first_normal = static_cast<uint32_t>(128 - excess) << 23;
     const uint32_t odd = kept >> (23 - fraction) & 1u;
     const uint32_t normal = ((kept + (1u << (22 - fraction)) - 1u + odd) >> (23 - fraction)) -
-                            (static_cast<uint32_t>(127 - bias) << fraction);
+                            (static_cast<uint32_t>(127 - excess) << fraction);
     const float steps = UMFA_FLOAT_OF(kept) * UMFA_FLOAT_OF(spacing);
     // Most floats have too many steps for an integer.
     const uint32_t subnormal = kept < first_normal ? static_cast<uint32_t>(UMFA_RINT(steps)) : 0u;

@@ -403,6 +403,18 @@ void combine(const Backend& backend, const CombineProblem& problem, const Combin
     count_call(backend);
 }
 
+void quantize(const Backend& backend, const QuantizeProblem& problem,
+              const QuantizeResults& results, Player& player) {
+    play(backend, problem, results, player);
+    count_call(backend);
+}
+
+void dequantize(const Backend& backend, const DequantizeProblem& problem,
+                const DequantizeResults& results, Player& player) {
+    play(backend, problem, results, player);
+    count_call(backend);
+}
+
 void encode_forward(const Problem& problem, const ForwardResults& results, std::string_view name,
                     void* stream) {
     const Backend& backend = route(problem, name);

@@ -92,6 +92,11 @@ UMFA_CORE_API void backward(const Backend& backend, const BackwardProblem& probl
                             const BackwardResults& results, Player& player);
 UMFA_CORE_API void combine(const Backend& backend, const CombineProblem& problem,
                            const CombineResults& results, Player& player);
+/// Requires problem.allow_nonfinite.
+UMFA_CORE_API void quantize(const Backend& backend, const QuantizeProblem& problem,
+                            const QuantizeResults& results, Player& player);
+UMFA_CORE_API void dequantize(const Backend& backend, const DequantizeProblem& problem,
+                              const DequantizeResults& results, Player& player);
 
 /// Records the call in a caller's stream on the device of `name`, a backend that has streams.
 /// Throws `Error` when it has none, or cannot run the problem.

@@ -17,6 +17,10 @@ struct Problem;
 struct ForwardResults;
 struct BackwardProblem;
 struct BackwardResults;
+struct QuantizeProblem;
+struct QuantizeResults;
+struct DequantizeProblem;
+struct DequantizeResults;
 }  // namespace umfa
 
 namespace umfa::cpu {
@@ -75,6 +79,11 @@ UMFA_CORE_API LaunchPlan plan(const Problem& problem, const ForwardResults& resu
 UMFA_CORE_API LaunchPlan plan(const CombineProblem& problem, const CombineResults& results,
                               int family, int cores);
 UMFA_CORE_API LaunchPlan plan(const BackwardProblem& problem, const BackwardResults& results,
+                              int family, int cores);
+/// `faults`: a byte for each block, or null.
+UMFA_CORE_API LaunchPlan plan(const QuantizeProblem& problem, const QuantizeResults& results,
+                              uint8_t* faults, int family, int cores);
+UMFA_CORE_API LaunchPlan plan(const DequantizeProblem& problem, const DequantizeResults& results,
                               int family, int cores);
 /// The metallib of all shaders; empty where the build had no compiler of Apple's.
 UMFA_CORE_API std::string_view metallib();

@@ -184,6 +184,10 @@ int64_t QuantSizes::channel_blocks() const {
     return one_block ? 1 : (channels + block_channels - 1) / block_channels;
 }
 
+int64_t QuantSizes::block_count() const {
+    return (one_block ? 1 : batch * heads) * row_blocks() * channel_blocks();
+}
+
 TensorView QuantSizes::shape(int64_t of_batch, int64_t of_heads, int64_t of_rows, int64_t last,
                              DType dtype, const TensorView& like) const {
     TensorView view;

@@ -84,6 +84,7 @@ struct UMFA_CORE_API QuantSizes {
 
     int64_t row_blocks() const;
     int64_t channel_blocks() const;
+    int64_t block_count() const;  // of all heads
     /// The shapes of codes, scales and offsets: dimensions in the order of the layout.
     TensorView data_shape(const QuantFormat& format, const TensorView& like) const;
     std::optional<TensorView> scales_shape(const QuantFormat& format, const TensorView& like) const;

@@ -58,6 +58,22 @@ QuantizeResults QuantizeProblem::results(const TensorView& data, const TensorVie
     return results;
 }
 
+void QuantizeProblem::refuse(int64_t block, bool finite) const {
+    const int64_t blocks = sizes.channel_blocks(), rows = sizes.row_blocks();
+    const std::string got =
+        sizes.one_block
+            ? "one"
+            : "one in block (batch " + std::to_string(block / blocks / rows / sizes.heads) +
+                  ", head " + std::to_string(block / blocks / rows % sizes.heads) + ", row block " +
+                  std::to_string(block / blocks % rows) + ", channel block " +
+                  std::to_string(block % blocks) + ")";
+    if (finite)
+        fail(ErrorKind::value, function, "x has a number that is too large for float16 scales", got,
+             "smaller numbers, scale_dtype='float32', or nonfinite='nan'");
+    fail(ErrorKind::value, function, "x has a NaN or an infinity", got,
+         "finite numbers, or nonfinite='nan'");
+}
+
 DequantizeProblem DequantizeProblem::make(const DequantizeRequest& request) {
     const Checker check{request.function};
     DequantizeProblem problem;

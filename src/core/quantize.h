@@ -47,6 +47,10 @@ struct UMFA_CORE_API QuantizeProblem {
     std::optional<TensorView> zero_points_shape() const {
         return sizes.offsets_shape(format, x.view);
     }
+
+    /// Throws the `Error` about a block without a scale. `block`: its number among all, channel blocks
+    /// fastest. `finite`: it has neither NaN nor an infinity, so its numbers are too large.
+    [[noreturn]] void refuse(int64_t block, bool finite) const;
 };
 
 struct DequantizeRequest {

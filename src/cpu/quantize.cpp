@@ -271,21 +271,7 @@ private:
 
     void refuse_nonfinite() const {
         const int64_t place = std::min(nonfinite_.load(), too_large_.load());
-        if (place == none) return;
-        const int64_t blocks = sizes_.channel_blocks(), rows = sizes_.row_blocks();
-        const std::string got =
-            sizes_.one_block
-                ? "one"
-                : "one in block (batch " + std::to_string(place / blocks / rows / sizes_.heads) +
-                      ", head " + std::to_string(place / blocks / rows % sizes_.heads) +
-                      ", row block " + std::to_string(place / blocks % rows) + ", channel block " +
-                      std::to_string(place % blocks) + ")";
-        if (place == nonfinite_.load())
-            fail(ErrorKind::value, problem_.function, "x has a NaN or an infinity", got,
-                 "finite numbers, or nonfinite='nan'");
-        fail(ErrorKind::value, problem_.function,
-             "x has a number that is too large for float16 scales", got,
-             "smaller numbers, scale_dtype='float32', or nonfinite='nan'");
+        if (place != none) problem_.refuse(place, place != nonfinite_.load());
     }
 
     static constexpr int64_t none = std::numeric_limits<int64_t>::max();

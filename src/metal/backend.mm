@@ -9,6 +9,7 @@
 #include "metal/plan_backward.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
+#include "metal/plan_quantize.h"
 #include "metal/plan_tiles.h"
 #include "metal/switches.h"
 #include "metal/trust.h"
@@ -30,8 +31,12 @@ bool backward_is_worthwhile(const BackwardProblem& problem) {
     return 2.5 * flop_of(problem.forward) >= worthwhile_flop(problem.forward.function);
 }
 
-/// A merge reads each element once: on host memory the CPU needs no longer, and no launch.
-bool combine_is_worthwhile(const CombineProblem&) { return false; }
+/// A merge and quantising read each element once or twice: on host memory the CPU needs no longer, and
+/// no launch.
+template <class P>
+bool never_worthwhile(const P&) {
+    return false;
+}
 
 Verdict available() {
     check_environment();
@@ -95,12 +100,14 @@ const Backend backend{
     [](Device) { return true; },  // host memory is the GPU's too
     {forward_features, can_plan_forward, forward, encode_forward, worthwhile, trusts_forward,
      forward_may_wait, prepare_forward, postpone_forward, play_forward},
-    {0, can_plan_combine, combine, nullptr, combine_is_worthwhile, trusts_combine, combine_may_wait,
-     prepare_combine, nullptr, play_combine},
+    {0, can_plan_combine, combine, nullptr, never_worthwhile<CombineProblem>, trusts_combine,
+     combine_may_wait, prepare_combine, nullptr, play_combine},
     {backward_features, can_plan_backward, backward, nullptr, backward_is_worthwhile,
      trusts_backward, backward_may_wait, nullptr, nullptr, play_backward},
-    {},  // quantising
-    {},  // dequantising
+    {0, can_plan_quantize, quantize, nullptr, never_worthwhile<QuantizeProblem>, trusts_quantize,
+     quantize_may_wait, nullptr, nullptr, play_quantize},
+    {0, can_plan_dequantize, dequantize, nullptr, never_worthwhile<DequantizeProblem>,
+     trusts_dequantize, dequantize_may_wait, nullptr, nullptr, play_dequantize},
     allocate,
     deallocate,
     contents,

@@ -38,8 +38,9 @@ const std::string& kernels_text() {
         };
         for (const char* file :
              {"append.metal", "backward.metal", "backward_mask.metal", "clear.metal",
-              "combine.metal", "decode.metal", "decode_vector.metal", "forward.metal",
-              "lanes.metal", "row_sums.metal"})
+              "combine.metal", "decode.metal", "decode_vector.metal", "dequantize.metal",
+              "forward.metal", "lanes.metal", "quantize.metal", "quantize_scales.metal",
+              "row_sums.metal"})
             add(shader_text(file));
         add(metallib());
         return std::string(UMFA_VERSION) + " " + std::to_string(hash);

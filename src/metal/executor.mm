@@ -12,8 +12,10 @@
 #import "metal/plan_backward.h"
 #import "metal/plan_combine.h"
 #import "metal/plan_forward.h"
+#import "metal/plan_quantize.h"
 #include "metal/slices.h"
 #import "metal/text.h"
+#include "shared/params.h"
 
 namespace umfa::metal {
 namespace {
@@ -313,6 +315,38 @@ bool play_combine(const CombineProblem& problem, const CombineResults& results, 
 void combine(const CombineProblem& problem, const CombineResults& results) {
     run(*Context::current(problem.function), problem.function,
         [&](const Capabilities& gpu) { return plan_combine(problem, results, gpu); });
+}
+
+bool play_quantize(const QuantizeProblem& problem, const QuantizeResults& results, Player& player) {
+    if (!problem.allow_nonfinite)
+        fail(ErrorKind::internal, problem.function, "a stream was given a call that waits",
+             "nonfinite='raise'", "nonfinite='nan'");
+    return play(problem.function, player, [&](const Capabilities& gpu) {
+        return plan_quantize(problem, results, nullptr, gpu);
+    });
+}
+
+bool play_dequantize(const DequantizeProblem& problem, const DequantizeResults& results,
+                     Player& player) {
+    return play(problem.function, player,
+                [&](const Capabilities& gpu) { return plan_dequantize(problem, results, gpu); });
+}
+
+void quantize(const QuantizeProblem& problem, const QuantizeResults& results) {
+    std::vector<uint8_t> faults(
+        problem.allow_nonfinite ? 0 : static_cast<size_t>(problem.sizes.block_count()));
+    const TensorView view = faults_view(problem, faults.data());
+    run(*Context::current(problem.function), problem.function, [&](const Capabilities& gpu) {
+        return plan_quantize(problem, results, faults.empty() ? nullptr : &view, gpu);
+    });
+    for (size_t block = 0; block < faults.size(); ++block)
+        if (faults[block] != 0)
+            problem.refuse(static_cast<int64_t>(block), faults[block] == UMFA_FAULT_TOO_LARGE);
+}
+
+void dequantize(const DequantizeProblem& problem, const DequantizeResults& results) {
+    run(*Context::current(problem.function), problem.function,
+        [&](const Capabilities& gpu) { return plan_dequantize(problem, results, gpu); });
 }
 
 Kernels prepare_forward(const Problem& problem, const ForwardResults& results) {

@@ -53,6 +53,8 @@ std::string family_of(const std::string& kernel) {
     // 640 is 576, padded (backward_shapes.h).
     if (is_backward(kernel)) return stem + bounded(std::min(head_dim, 576), {64, 128, 256, 576});
     if (starts(kernel, "decode_")) return stem + bounded(head_dim, {128, 256});
+    // Those of one tensor run together.
+    if (starts(kernel, "quantize_")) return "quantize" + stem.substr(stem.rfind('_'));
     // Named by the input dtype; the output dtype is left out.
     if (starts(kernel, "combine_")) return stem.substr(0, stem.rfind('_'));
     return stem;

@@ -6,6 +6,7 @@
 #include "metal/plan_backward.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
+#include "metal/plan_quantize.h"
 
 namespace umfa::metal {
 
@@ -53,6 +54,21 @@ LaunchPlan plan(const CombineProblem& problem, const CombineResults& results, in
     const Capabilities gpu = capabilities_of(family, cores, problem.function);
     check_can(can_plan_combine(problem), problem.function);
     return plan_combine(problem, results, gpu);
+}
+
+LaunchPlan plan(const QuantizeProblem& problem, const QuantizeResults& results, uint8_t* faults,
+                int family, int cores) {
+    const Capabilities gpu = capabilities_of(family, cores, problem.function);
+    check_can(can_plan_quantize(problem), problem.function);
+    const TensorView view = faults_view(problem, faults);
+    return plan_quantize(problem, results, faults ? &view : nullptr, gpu);
+}
+
+LaunchPlan plan(const DequantizeProblem& problem, const DequantizeResults& results, int family,
+                int cores) {
+    const Capabilities gpu = capabilities_of(family, cores, problem.function);
+    check_can(can_plan_dequantize(problem), problem.function);
+    return plan_dequantize(problem, results, gpu);
 }
 
 LaunchPlan plan(const BackwardProblem& problem, const BackwardResults& results, int family,

@@ -210,8 +210,11 @@ bool has_dims(const Problem& problem, int d, int dv) {
 
 #define UMFA_ELEMENT(INDEX, TYPE, NAME) \
     {INDEX, std::is_same_v<TYPE, bool> ? Constant::Type::boolean : Constant::Type::int32, #NAME, 0},
+std::vector<Constant> zero_constants() { return {UMFA_CONSTANTS(UMFA_ELEMENT)}; }
+#undef UMFA_ELEMENT
+
 std::vector<Constant> constants_of(const Problem& problem, const ForwardResults& results) {
-    std::vector<Constant> constants = {UMFA_CONSTANTS(UMFA_ELEMENT)};
+    std::vector<Constant> constants = zero_constants();
     const auto flag = [&](constant::Index index, bool value) {
         constants[index].value = value ? 1 : 0;
     };

@@ -59,7 +59,8 @@ enum Index : uint16_t { UMFA_CONSTANTS(UMFA_ENUMERATOR) };
 /// Value of a kind constant for a tensor of `dtype` in a float kernel.
 int narrow_kind(DType dtype);
 
-/// All constants of shared/constants.h.
+/// All constants of shared/constants.h: 0, and those of a problem.
+std::vector<Constant> zero_constants();
 std::vector<Constant> constants_of(const Problem& problem, const ForwardResults& results);
 
 }  // namespace umfa::metal

@@ -17,6 +17,7 @@
 #include "metal/plan_backward.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
+#include "metal/plan_quantize.h"
 #include "metal/self_test_record.h"
 
 namespace umfa::metal {
@@ -226,6 +227,16 @@ LaunchPlan plan_without_results(const BackwardProblem& problem, const Capabiliti
     if (problem.wants(Gradient::alibi_slopes))
         results.alibi_slopes = Alibi{problem.shape_of(Gradient::alibi_slopes), 0, 1};
     return plan_backward(problem, results, gpu);
+}
+
+LaunchPlan plan_without_results(const QuantizeProblem& problem, const Capabilities& gpu) {
+    QuantizeResults results{{problem.data_shape()}, {problem.scales_shape()}, {}};
+    if (const auto shape = problem.zero_points_shape()) results.zero_points = Operand{*shape};
+    return plan_quantize(problem, results, nullptr, gpu);
+}
+
+LaunchPlan plan_without_results(const DequantizeProblem& problem, const Capabilities& gpu) {
+    return plan_dequantize(problem, {{problem.out_shape()}}, gpu);
 }
 
 void set_self_test_patience(std::chrono::milliseconds patience) { patience_ms = patience.count(); }

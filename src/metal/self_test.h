@@ -68,6 +68,10 @@ UMFA_CORE_API LaunchPlan plan_without_results(const CombineProblem& problem,
                                               const Capabilities& gpu);
 UMFA_CORE_API LaunchPlan plan_without_results(const BackwardProblem& problem,
                                               const Capabilities& gpu);
+UMFA_CORE_API LaunchPlan plan_without_results(const QuantizeProblem& problem,
+                                              const Capabilities& gpu);
+UMFA_CORE_API LaunchPlan plan_without_results(const DequantizeProblem& problem,
+                                              const Capabilities& gpu);
 
 /// Time after which a case counts as hung. For the tests.
 UMFA_CORE_API void set_self_test_patience(std::chrono::milliseconds patience);

@@ -14,6 +14,7 @@
 #include "metal/plan_forward.h"
 #include "metal/plan_lanes.h"
 #include "metal/plan_parts.h"
+#include "metal/plan_quantize.h"
 #include "metal/self_test_tensors.h"
 
 namespace umfa::metal {
@@ -293,6 +294,69 @@ std::string merge_parts(DType dtype, const Runner& run) {
     return text.empty() ? difference("softmax_lse", on_gpu.lse.view, on_cpu.lse.view) : text;
 }
 
+// ---- quantising --------------------------------------------------------------------------------------
+
+/// Formats with all kernels and with both kinds of arithmetic: integers and zero points, and floats.
+constexpr QuantChoice quant_choices[] = {
+    {QuantDType::int4, Granularity::tensor, QuantOffset::zero_point, QuantScales::f16, {}, {}},
+    {QuantDType::e4m3, Granularity::block, QuantOffset::none, QuantScales::f32, 4, 32},
+};
+
+/// A tensor in a format, in memory that a backend fills.
+struct QuantizedNumbers {
+    TensorView data, scales;
+    std::optional<TensorView> zero_points;
+
+    QuantizedNumbers(SelfTestTensors& tensors, const QuantizeProblem& problem) {
+        const auto like = [&](const TensorView& shape) {
+            return tensors.unwritten(shape.dtype, {shape.shape, shape.shape + shape.ndim});
+        };
+        data = like(problem.data_shape());
+        scales = like(problem.scales_shape());
+        if (const auto shape = problem.zero_points_shape()) zero_points = like(*shape);
+    }
+};
+
+std::string quantize_numbers(DType dtype, const QuantChoice& choice, bool back, const Runner& run) {
+    constexpr const char* name = "umfa.self_test";
+    SelfTestTensors tensors;
+    const TensorView x = tensors.numbers(dtype, {1, 37, 2, 75});
+    QuantFormat format = QuantFormat::of(choice);
+    const QuantizeProblem problem = QuantizeProblem::make({name, x, format});
+    const QuantizedNumbers on_gpu(tensors, problem), on_cpu(tensors, problem);
+    const auto results = [&](const QuantizedNumbers& own) {
+        return problem.results(own.data, own.scales, own.zero_points);
+    };
+    cpu::backend.quantize.run(problem, results(on_cpu));
+    if (!back) {
+        const QuantizeResults written = results(on_gpu);
+        run([&](const Capabilities& gpu) { return plan_quantize(problem, written, nullptr, gpu); });
+        std::string text = byte_difference("scales", on_gpu.scales, on_cpu.scales);
+        if (text.empty() && on_gpu.zero_points)
+            text = byte_difference("zero_points", *on_gpu.zero_points, *on_cpu.zero_points);
+        return text.empty() ? byte_difference("data", on_gpu.data, on_cpu.data) : text;
+    }
+    format.channels = x.shape[3];
+    const DequantizeProblem reverse = DequantizeProblem::make(
+        {name, on_cpu.data, {format, on_cpu.scales, on_cpu.zero_points}, Layout::bshd, dtype});
+    const TensorView numbers = tensors.unwritten(dtype, {1, 37, 2, 75}),
+                     expected = tensors.unwritten(dtype, {1, 37, 2, 75});
+    const DequantizeResults written = reverse.results(numbers);
+    run([&](const Capabilities& gpu) { return plan_dequantize(reverse, written, gpu); });
+    cpu::backend.dequantize.run(reverse, reverse.results(expected));
+    return byte_difference("out", numbers, expected);
+}
+
+/// The first fault in one of the formats; empty if there is none.
+std::string quantize_formats(DType dtype, bool back, const Runner& run) {
+    for (const QuantChoice& choice : quant_choices) {
+        const std::string text = quantize_numbers(dtype, choice, back, run);
+        if (!text.empty())
+            return std::string(quant_dtype_names[static_cast<int>(choice.dtype)]) + ": " + text;
+    }
+    return {};
+}
+
 }  // namespace
 
 std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) {
@@ -328,6 +392,9 @@ std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) 
     add("append_" + stored, "", {64, 64, 1, 75, append, 0});
     cases.push_back(
         {"combine_" + stored, "", [=](const Runner& run) { return merge_parts(dtype, run); }});
+    for (const bool back : {false, true})
+        cases.push_back({(back ? "dequantize_" : "quantize_") + stored, "",
+                         [=](const Runner& run) { return quantize_formats(dtype, back, run); }});
     add_backward(cases, dtype, operands, lanes);
     return cases;
 }

@@ -94,6 +94,19 @@ TensorView SelfTestTensors::table(const std::vector<int32_t>& values) {
     return view;
 }
 
+std::string byte_difference(const std::string& name, const TensorView& got,
+                            const TensorView& expected) {
+    const int64_t bytes = got.size() * (bits_of(got.dtype) / 8);
+    for (int64_t i = 0; i < bytes; ++i) {
+        const auto have = static_cast<uint8_t>(got.address()[i]),
+                   want = static_cast<uint8_t>(expected.address()[i]);
+        if (have != want)
+            return "byte " + std::to_string(i) + " of " + name + " is " + std::to_string(have) +
+                   ", and " + std::to_string(want) + " on the CPU";
+    }
+    return {};
+}
+
 std::string difference(const std::string& name, const TensorView& got, const TensorView& expected) {
     const Tolerance tolerance = tolerance_of(got.dtype);
     double worst = 0;

@@ -28,6 +28,10 @@ private:
     uint32_t state_ = 1;
 };
 
+/// Describes the first byte that differs; empty if there is none. Both are dense.
+std::string byte_difference(const std::string& name, const TensorView& got,
+                            const TensorView& expected);
+
 /// Describes the largest difference beyond the tolerance; empty if there is none. Both are dense.
 std::string difference(const std::string& name, const TensorView& got, const TensorView& expected);
 

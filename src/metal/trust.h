@@ -11,10 +11,14 @@ namespace umfa::metal {
 Verdict trusts_forward(const Problem& problem);
 Verdict trusts_combine(const CombineProblem& problem);
 Verdict trusts_backward(const BackwardProblem& problem);
+Verdict trusts_quantize(const QuantizeProblem& problem);
+Verdict trusts_dequantize(const DequantizeProblem& problem);
 /// Whether they may run the self-test or wait for it.
 bool forward_may_wait(const Problem& problem);
 bool combine_may_wait(const CombineProblem& problem);
 bool backward_may_wait(const BackwardProblem& problem);
+bool quantize_may_wait(const QuantizeProblem& problem);
+bool dequantize_may_wait(const DequantizeProblem& problem);
 
 /// What runs the self-tests that trusts_forward() needs, later. It keeps nothing of the problem.
 std::function<void()> self_tests_for(const Problem& problem);

@@ -52,6 +52,9 @@ Dtypes dtypes_of(const Problem& problem) {
 
 Dtypes dtypes_of(const CombineProblem& problem) { return {problem.out_partial.view.dtype}; }
 
+Dtypes dtypes_of(const QuantizeProblem& problem) { return {problem.x.view.dtype}; }
+Dtypes dtypes_of(const DequantizeProblem& problem) { return {problem.out_dtype}; }
+
 /// Float kernels also where dout has another dtype; rows in no sequence are cleared in the results'.
 Dtypes dtypes_of(const BackwardProblem& problem) {
     const Problem& forward = problem.forward;
@@ -65,6 +68,8 @@ Dtypes dtypes_of(const BackwardProblem& problem) {
 std::string_view function_of(const Problem& problem) { return problem.function; }
 std::string_view function_of(const CombineProblem& problem) { return problem.function; }
 std::string_view function_of(const BackwardProblem& problem) { return problem.forward.function; }
+std::string_view function_of(const QuantizeProblem& problem) { return problem.function; }
+std::string_view function_of(const DequantizeProblem& problem) { return problem.function; }
 
 template <class P>
 Verdict trusts_problem(const P& problem) {
@@ -94,9 +99,13 @@ bool problem_may_wait(const P& problem) {
 Verdict trusts_forward(const Problem& problem) { return trusts_problem(problem); }
 Verdict trusts_combine(const CombineProblem& problem) { return trusts_problem(problem); }
 Verdict trusts_backward(const BackwardProblem& problem) { return trusts_problem(problem); }
+Verdict trusts_quantize(const QuantizeProblem& problem) { return trusts_problem(problem); }
+Verdict trusts_dequantize(const DequantizeProblem& problem) { return trusts_problem(problem); }
 bool forward_may_wait(const Problem& problem) { return problem_may_wait(problem); }
 bool combine_may_wait(const CombineProblem& problem) { return problem_may_wait(problem); }
 bool backward_may_wait(const BackwardProblem& problem) { return problem_may_wait(problem); }
+bool quantize_may_wait(const QuantizeProblem& problem) { return problem_may_wait(problem); }
+bool dequantize_may_wait(const DequantizeProblem& problem) { return problem_may_wait(problem); }
 
 std::function<void()> self_tests_for(const Problem& problem) {
     const std::shared_ptr<Context> context = Context::current(problem.function);

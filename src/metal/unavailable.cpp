@@ -4,6 +4,7 @@
 #include "metal/plan_backward.h"
 #include "metal/plan_combine.h"
 #include "metal/plan_forward.h"
+#include "metal/plan_quantize.h"
 #include "metal/self_test.h"
 #include "metal/switches.h"
 
@@ -19,6 +20,8 @@ Verdict unavailable() {
 std::string_view function_of(const Problem& problem) { return problem.function; }
 std::string_view function_of(const CombineProblem& problem) { return problem.function; }
 std::string_view function_of(const BackwardProblem& problem) { return problem.forward.function; }
+std::string_view function_of(const QuantizeProblem& problem) { return problem.function; }
+std::string_view function_of(const DequantizeProblem& problem) { return problem.function; }
 
 template <class P>
 void refuse(const P& problem, const typename P::Results&) {
@@ -33,8 +36,8 @@ const Backend backend{"metal",
                       {forward_features, can_plan_forward, refuse<Problem>},
                       {0, can_plan_combine, refuse<CombineProblem>},
                       {backward_features, can_plan_backward, refuse<BackwardProblem>},
-                      {},  // quantising
-                      {},  // dequantising
+                      {0, can_plan_quantize, refuse<QuantizeProblem>},
+                      {0, can_plan_dequantize, refuse<DequantizeProblem>},
                       nullptr,
                       nullptr,
                       nullptr,

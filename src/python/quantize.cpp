@@ -8,6 +8,8 @@
 #include <utility>
 
 #include "core/dispatch.h"
+#include "core/instruments.h"
+#include "python/player.h"
 #include "python/record.h"
 #include "python/running.h"
 #include "python/values.h"
@@ -98,7 +100,7 @@ struct QuantInputs {
 
 nb::tuple quantize_tensor(const std::string& function, nb::handle x, const PyFormat& format,
                           bool allow_nonfinite, const std::string& backend_name, nb::handle out,
-                          nb::callable allocate) {
+                          nb::callable allocate, nb::handle play) {
     const Input input = import_input(x, function, "x");
     const QuantizeProblem problem = QuantizeProblem::make(
         {function, input.view, format.format, format.layout, allow_nonfinite});
@@ -124,14 +126,19 @@ nb::tuple quantize_tensor(const std::string& function, nb::handle x, const PyFor
         if (i == 2) zero_points = written[i].view;
     }
     const QuantizeResults results = problem.results(written[0].view, written[1].view, zero_points);
-    without_gil([&] { quantize(backend, problem, results); });
+    if (play.is_none()) {
+        without_gil([&] { quantize(backend, problem, results); });
+    } else {
+        PythonPlayer player(play);
+        quantize(backend, problem, results, player);
+    }
     return nb::make_tuple(handed[0], handed[1], handed[2]);
 }
 
 nb::object dequantize_tensor(const std::string& function, nb::handle data, nb::handle scales,
                              nb::handle offsets, const PyFormat& format, int64_t channels,
                              nb::handle given_dtype, const std::string& backend_name,
-                             nb::callable allocate) {
+                             nb::callable allocate, nb::handle play) {
     const QuantInputs inputs(function, data, scales, offsets, format, channels);
     static const std::string name = "dtype";
     DequantizeRequest request{function, inputs.data.view, inputs.quantization, format.layout,
@@ -142,8 +149,49 @@ nb::object dequantize_tensor(const std::string& function, nb::handle data, nb::h
     const nb::object out = allocate(shape_tuple(problem.out_shape()), name_of(problem.out_dtype));
     const Output output = import_output(out[0], function, "out");
     const DequantizeResults results = problem.results(output.view);
-    without_gil([&] { dequantize(backend, problem, results); });
+    if (play.is_none()) {
+        without_gil([&] { dequantize(backend, problem, results); });
+    } else {
+        PythonPlayer player(play);
+        dequantize(backend, problem, results, player);
+    }
     return out[1];
+}
+
+// ---- plans, for the executors that are written in Python -------------------------------------------
+
+nb::dict metal_plan_quantize(int family, int cores, nb::handle x, const PyFormat& format,
+                             const nb::tuple& out, nb::handle faults) {
+    const std::string function = "umfa._ext.metal_plan_quantize";
+    const Input input = import_input(x, function, "x");
+    const QuantizeProblem problem =
+        QuantizeProblem::make({function, input.view, format.format, format.layout, true});
+    const Output data = import_output(out[0], function, "data");
+    const Output scales = import_output(out[1], function, "scales");
+    Output zeros, wrong;
+    std::optional<TensorView> zero_points;
+    if (!out[2].is_none()) {
+        zeros = import_output(out[2], function, "zero_points");
+        zero_points = zeros.view;
+    }
+    uint8_t* bytes = nullptr;
+    if (!faults.is_none()) {
+        wrong = import_output(faults, function, "faults");
+        bytes = reinterpret_cast<uint8_t*>(wrong.view.address());
+    }
+    return plan_dict(metal::plan(problem, problem.results(data.view, scales.view, zero_points),
+                                 bytes, family, cores));
+}
+
+nb::dict metal_plan_dequantize(int family, int cores, nb::handle data, nb::handle scales,
+                               nb::handle offsets, const PyFormat& format, int64_t channels,
+                               nb::handle out) {
+    const std::string function = "umfa._ext.metal_plan_dequantize";
+    const QuantInputs inputs(function, data, scales, offsets, format, channels);
+    const Output output = import_output(out, function, "out");
+    const DequantizeProblem problem = DequantizeProblem::make(
+        {function, inputs.data.view, inputs.quantization, format.layout, output.view.dtype});
+    return plan_dict(metal::plan(problem, problem.results(output.view), family, cores));
 }
 
 void check_quantized(const std::string& function, nb::handle data, nb::handle scales,
@@ -201,23 +249,41 @@ void bind_format(nb::module_& m) {
 void bind_quantize(nb::module_& m) {
     bind_format(m);
     m.def("quantize", &quantize_tensor, "function"_a, "x"_a, "format"_a, "allow_nonfinite"_a,
-          "backend"_a, "out"_a.none(), "allocate"_a,
+          "backend"_a, "out"_a.none(), "allocate"_a, "play"_a.none() = nb::none(),
           nb::sig("def quantize(function: str, x: object, format: QuantFormat, "
                   "allow_nonfinite: bool, backend: str, "
                   "out: tuple[object, object, object | None] | None, "
                   "allocate: collections.abc.Callable[[tuple[int, ...], str], "
-                  "tuple[object, object]]) "
-                  "-> tuple[typing.Any, typing.Any, typing.Any]"),
+                  "tuple[object, object]], "
+                  "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None "
+                  "= None) -> tuple[typing.Any, typing.Any, typing.Any]"),
           "Quantises a DLPack tensor: (data, scales, zero points or None).\n\n"
-          "As allocate handed them back; None for each if `out` was given, which is then written.");
+          "As allocate handed them back; None for each if `out` was given, which is then written.\n"
+          "`play`: as of attention_forward; needs `allow_nonfinite`.");
     m.def("dequantize", &dequantize_tensor, "function"_a, "data"_a, "scales"_a.none(),
           "offsets"_a.none(), "format"_a, "channels"_a, "dtype"_a.none(), "backend"_a, "allocate"_a,
+          "play"_a.none() = nb::none(),
           nb::sig("def dequantize(function: str, data: object, scales: object | None, "
                   "offsets: object | None, format: QuantFormat, channels: int, "
                   "dtype: object | None, backend: str, "
                   "allocate: collections.abc.Callable[[tuple[int, ...], str], "
-                  "tuple[object, object]]) -> typing.Any"),
-          "The numbers of a quantised tensor; float32 if `dtype` is None.");
+                  "tuple[object, object]], "
+                  "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None "
+                  "= None) -> typing.Any"),
+          "The numbers of a quantised tensor; float32 if `dtype` is None. `play`: as above.");
+    m.def("metal_plan_quantize", &metal_plan_quantize, "family"_a, "cores"_a, "x"_a, "format"_a,
+          "out"_a, "faults"_a.none(),
+          nb::sig("def metal_plan_quantize(family: int, cores: int, x: object, "
+                  "format: QuantFormat, out: tuple[object, object, object | None], "
+                  "faults: object | None) -> dict[str, typing.Any]"),
+          "The LaunchPlan of quantising into `out`, as plain values. `faults`: a byte for each "
+          "block.");
+    m.def("metal_plan_dequantize", &metal_plan_dequantize, "family"_a, "cores"_a, "data"_a,
+          "scales"_a.none(), "offsets"_a.none(), "format"_a, "channels"_a, "out"_a,
+          nb::sig("def metal_plan_dequantize(family: int, cores: int, data: object, "
+                  "scales: object | None, offsets: object | None, format: QuantFormat, "
+                  "channels: int, out: object) -> dict[str, typing.Any]"),
+          "Likewise of the way back.");
     m.def("check_quantized", &check_quantized, "function"_a, "data"_a, "scales"_a.none(),
           "offsets"_a.none(), "format"_a, "channels"_a,
           nb::sig("def check_quantized(function: str, data: object, scales: object | None, "

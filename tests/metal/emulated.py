@@ -278,6 +278,54 @@ def combine(out_partial: Array, lse_partial: Array, out: Array, lse: Array) -> N
         counters.append(_play(launch, pieces))
 
 
+def quantize(
+    x: Array, form: _ext.QuantFormat, out: tuple[Array, Array, Array | None], faults: Array | None
+) -> None:
+    """`umfa.quantize` on the emulated GPU, into data, scales and zero points."""
+    shown = [
+        None if array is None else _numpy.export(array, "umfa.test", "out")
+        for array in (*out, faults)
+    ]
+    plan = _ext.metal_plan_quantize(
+        settings.family,
+        settings.cores,
+        _numpy.export(x, "umfa.test", "x"),
+        form,
+        (shown[0], shown[1], shown[2]),
+        shown[3],
+    )
+    _play_all(plan, dict(zip(("x", "data", "scales", "zero_points", "faults"), (x, *out, faults),
+                             strict=True)))  # fmt: skip
+
+
+def dequantize(
+    parts: tuple[Array, Array | None, Array | None],
+    form: _ext.QuantFormat,
+    channels: int,
+    out: Array,
+) -> None:
+    """`QuantizedTensor.dequantize` on the emulated GPU, into `out`."""
+    shown = [
+        None if array is None else _numpy.export(array, "umfa.test", "part")
+        for array in (*parts, out)
+    ]
+    plan = _ext.metal_plan_dequantize(
+        settings.family, settings.cores, *shown[:3], form, channels, shown[3]
+    )
+    _play_all(plan, dict(zip(("data", "scales", "offsets", "out"), (*parts, out), strict=True)))
+
+
+def _play_all(plan: dict[str, Any], tensors: dict[str, Any]) -> None:
+    last_plan.clear()
+    last_plan.update(plan)
+    pieces = {
+        "tensor": [tensors[name] for name, _ in plan["tensors"]],
+        "scratch": [np.full(size, 0xFF, np.uint8) for size in plan["scratch_bytes"]],  # NaN
+    }
+    for launch in plan["launches"]:
+        counters.append(_play(launch, pieces))
+
+
 def bound(launch: dict[str, Any], pieces: dict[str, list[Any]]) -> dict[int, tuple[Any, int]]:
     """What a launch finds at each index: memory, and the byte at which it starts.
 

@@ -13,11 +13,19 @@ from tools.metal.double import Double
 
 Array = np.ndarray[Any, np.dtype[Any]]
 METAL = 8
-_CODES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}
+_CODES = {
+    "float32": (2, 32),
+    "float16": (2, 16),
+    "bfloat16": (4, 16),
+    "int8": (0, 8),
+    "uint8": (1, 8),
+}
 _DTYPES = {
     (2, 32): np.dtype(np.float32),
     (2, 16): np.dtype(np.float16),
     (4, 16): np.dtype(ml_dtypes.bfloat16),
+    (0, 8): np.dtype(np.int8),
+    (1, 8): np.dtype(np.uint8),
 }
 
 _get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -34,7 +42,7 @@ class MetalTensor:
 
     def __init__(self, double: Double, array: Array, byte_offset: int = 0, device: int = 0) -> None:
         self.double = double
-        self.shape = array.shape
+        self.shape, self.ndim = array.shape, array.ndim
         self.buffer = double.library.umfa_double_new_buffer_on(
             device, byte_offset + max(array.nbytes, 1)
         )

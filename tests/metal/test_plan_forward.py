@@ -206,13 +206,14 @@ def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
 
 def test_constants_follow_the_problem() -> None:
     # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix; dtypes; the mask; pages again;
-    # slices; packed heads; gradients; head dims.
+    # slices; packed heads; gradients; head dims; quantised formats.
     rest = {9: False, 10: False, 11: False, 12: False, 13: 0}
     rest |= {14: False, 15: False, 16: False, 17: 0, 18: False, 19: False, 20: False,
              21: False, 22: 0, 23: 0, 24: 0, 25: 0, 26: 0, 27: 0, 28: False,
              29: False, 30: False, 31: False, 32: False,
              33: 0, 34: 0, 35: 0, 36: 0, 37: False, 38: False, 39: False, 40: True, 41: 0,
-             42: False, 43: False, 44: 0, 45: False, 46: False}  # fmt: skip
+             42: False, 43: False, 44: 0, 45: False, 46: False,
+             47: 0, 48: 0, 49: 0, 50: False, 51: False, 52: False, 53: False}  # fmt: skip
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
         0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True, 8: True,

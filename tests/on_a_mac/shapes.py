@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from tests import quantization
 from tests.metal import emulated
+from tests.quantization import Format
 from umfa import _ext
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -19,6 +21,17 @@ Play = Callable[[dict[str, Any], dict[str, list[Any]]], None]
 DTYPES = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32}
 # Options and tensors that switch on what costs registers.
 VARIANTS = ("plain", "everything")
+
+
+# Each kind of codes, scales and zero points; blocks of one and of several simdgroups.
+FORMATS = (
+    Format("int8"),
+    Format("int8", "tensor", False),
+    Format("int4", "row", True, None, "float16"),
+    Format("int4", "channel", False, None, "float16"),
+    *(Format(dtype) for dtype in ("float8_e4m3fn", "float8_e5m2", "nf4")),
+    *(Format(dtype, "block", True, (1, 32), "float8_e8m0fnu") for dtype in ("mxfp8", "mxfp4")),
+)
 
 
 class Shape(NamedTuple):
@@ -144,6 +157,14 @@ def call_combine(of: Any, to: Any) -> None:
     )
 
 
+def call_quantize(dtype: Any, form: Format) -> None:
+    """Plan quantising a tensor, and the way back."""
+    x = np.zeros((1, 2, 300, 64), dtype)
+    like, ext_format = quantization.quantize(x, form), quantization.ext_format(form)
+    emulated.quantize(x, ext_format, like[1:], np.zeros(like.scales.size, np.uint8))
+    emulated.dequantize(like[1:], ext_format, 64, x)
+
+
 def every_shape() -> list[Shape]:
     """Each kernel once for each variant. Raises if the planner refuses a call of these."""
     found: dict[str, Shape] = {}
@@ -163,6 +184,9 @@ def every_shape() -> list[Shape]:
                     call_clear(dtype)
                     for to in DTYPES.values():
                         call_combine(dtype, to)
+                    for form in FORMATS:
+                        variant = str(form)
+                        call_quantize(dtype, form)
                     for dims in head_dims(["backward_shapes.h"]):
                         for variant in VARIANTS:
                             call_backward(dtype, dims, variant)

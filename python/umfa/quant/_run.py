@@ -12,6 +12,7 @@ Parts = tuple[Any, Any, Any]
 """Data, scales and zero points; None for those that a format lacks."""
 
 NONFINITE = ("raise", "nan")
+_RESULTS = ("data", "scales", "zero_points")
 
 
 def run_quantize(
@@ -37,12 +38,23 @@ def run_quantize(
 
     def compute(tensor: Any) -> tuple[Any, ...]:
         exported = framework.export(tensor, function, "x", backend)
+        given = dict(zip(_RESULTS, out or (), strict=False))
+        waits = "" if nonfinite == "nan" else "nonfinite='raise' has to know of numbers like NaN"
+        stream = _stream(framework, function, {"x": tensor, **given}, _RESULTS, waits)
+        allocate_like = framework.allocate if stream is None else stream.allocate
 
         def allocate(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
-            return framework.allocate(tensor, shape, dtype, backend)
+            return allocate_like(tensor, shape, dtype, backend)
 
         made = _ext.quantize(
-            function, exported, form, nonfinite == "nan", backend, written, allocate
+            function,
+            exported,
+            form,
+            nonfinite == "nan",
+            backend,
+            written,
+            allocate,
+            None if stream is None else stream.play,
         )
         return tuple(framework.finish(part) for part in made if part is not None)
 
@@ -68,11 +80,15 @@ def run_dequantize(
         remaining = iter(given)
         own = [None if part is None else next(remaining) for part in parts]
         _, exported = exported_parts(function, (own[0], own[1], own[2]), backend)
+        named = dict(zip(("data", "scales", "offsets"), own, strict=True))
+        stream = _stream(framework, function, named, ("out",))
+        allocate_like = framework.allocate if stream is None else stream.allocate
 
         def allocate(shape: tuple[int, ...], name: str) -> tuple[Any, Any]:
-            return framework.allocate(own[0], shape, name, backend)
+            return allocate_like(own[0], shape, name, backend)
 
-        out = _ext.dequantize(function, *exported, form, channels, dtype, backend, allocate)
+        play = None if stream is None else stream.play
+        out = _ext.dequantize(function, *exported, form, channels, dtype, backend, allocate, play)
         return framework.finish(out)
 
     return _called(framework, function, compute, *(part for part in parts if part is not None))
@@ -99,8 +115,22 @@ def exported_parts(function: str, parts: Parts, backend: str) -> tuple[Framework
 
 def _named(parts: Parts) -> dict[str, Any]:
     """Those parts that the format has, by name."""
-    named = zip(("data", "scales", "zero_points"), parts, strict=True)
+    named = zip(_RESULTS, parts, strict=True)
     return {name: tensor for name, tensor in named if tensor is not None}
+
+
+def _stream(
+    framework: Framework,
+    function: str,
+    tensors: dict[str, Any],
+    results: tuple[str, ...],
+    obstacle: str = "",
+) -> Any:
+    """The stream of the first tensor; None where umfa computes before it returns."""
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if framework.in_stream is None or not framework.in_stream(next(iter(present.values()))):
+        return None
+    return framework.stream(function, present, results, obstacle)
 
 
 def _called(framework: Framework, function: str, compute: Any, *tensors: Any) -> Any:

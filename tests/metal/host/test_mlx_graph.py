@@ -591,3 +591,27 @@ def test_a_body_asks_for_nothing_by_accident(source: str) -> None:
             assert name not in shader.body
         assert all(attribute in ATTRIBUTES for *_, attribute in shader.attributes)
         assert len(shader.buffers) <= 31
+
+
+@pytest.mark.parametrize(("dtype", "granularity"), [("int8", "row"), ("int4", "tensor")])
+def test_quantising_in_the_graph(mlx: MlxMetal, dtype: str, granularity: str) -> None:
+    x = np.random.default_rng(8).standard_normal((2, 60, 2, 33)).astype(np.float32)
+    expected = umfa.quantize(x, dtype, granularity)
+    array = mx.array(x)
+    found = umfa.quantize(array, dtype, granularity, nonfinite="nan")
+    out = found.dequantize("float16")
+    assert not mlx.ran
+    np.testing.assert_array_equal(np.array(out), expected.dequantize("float16"))
+    np.testing.assert_array_equal(np.array(found.data), expected.data)
+    np.testing.assert_array_equal(np.array(found.scales), expected.scales)
+    assert mlx.ran
+
+
+def test_quantising_waits_for_numbers_like_nan(mlx: MlxMetal) -> None:
+    x = np.random.default_rng(9).standard_normal((2, 60, 2, 32)).astype(np.float32)
+    expected = umfa.quantize(x, "int8")
+    before = umfa.stats().waits
+    found = umfa.quantize(mx.array(x), "int8")
+    [reason] = [why for why, n in umfa.stats().waits.items() if n > before.get(why, 0)]
+    assert "nonfinite='raise' has to know of numbers like NaN" in reason
+    np.testing.assert_array_equal(np.array(found.data), expected.data)

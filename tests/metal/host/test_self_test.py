@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 
 import umfa
+from tests import quantization
 from tests.checks import BASE, assert_close
 from tests.metal import emulated as emulated_gpu
+from tests.metal import test_quantize_kernel as quantize_kernel
 from tests.metal.backward_calls import Call
 from tests.metal.host.test_encode import c_library, encode
 from tests.metal.metal_tensors import MetalTensor
 from tests.metal.test_plan_backward import plan as backward_plan
 from tests.metal.test_plan_forward import plan
+from tests.quantization import Format
 from tests.reference import attention
 from tools.metal import double as metal_double
 from tools.metal.double import Double, Kernel
@@ -131,7 +134,7 @@ def test_a_sound_gpu_passes_and_is_not_tested_again(emulated: Machine, cache: Pa
         assert len(gpu.names) == launches + 1, "a later process reads the outcome"
         (test,) = _known()
     assert test.passed
-    assert test.pipelines == 42
+    assert test.pipelines == 49
     assert test.device == "Apple M1, applegpu_g13g, Apple7"
     assert test.when.endswith("Z")
     assert test.kept == str(file)
@@ -179,6 +182,9 @@ def test_a_wrong_kernel_is_excluded_and_the_rest_goes_on(emulated: Machine) -> N
         ("append_f16", 1, "append_f16"),
         ("clear_f16", 0, "clear_f16"),
         ("combine_f16", 3, "combine_f16"),
+        ("quantize_f16", 3, "quantize_f16"),
+        ("quantize_gathered_f16", 2, "quantize_f16"),
+        ("dequantize_f16", 3, "dequantize_f16"),
         pytest.param("append_f16", 0, "append_f16", marks=pytest.mark.slow),
         pytest.param("clear_f16", 1, "clear_f16", marks=pytest.mark.slow),
         pytest.param("combine_f16", 2, "combine_f16", marks=pytest.mark.slow),
@@ -208,7 +214,10 @@ def test_a_wrong_map_of_lanes_excludes_kernels_with_matrices(emulated: Machine) 
         )
         assert merged.shape == (1, 3, 2, 16)
     faults = excluded(test)
-    without = {"clear_f16", "append_f16", "combine_f16", "decode_vector_f16_d128", "row_sums_f16"}
+    without = {
+        *("clear_f16", "append_f16", "combine_f16", "decode_vector_f16_d128", "row_sums_f16"),
+        *("quantize_f16", "dequantize_f16"),
+    }
     assert set(test.faults) - set(faults) == without
     assert all("does not hold element" in fault for fault in faults.values())
 
@@ -621,8 +630,9 @@ def test_two_processes_that_died_exclude_the_case(recorder: Recorder, cache: Pat
     report, dispatches = outcome_of(child("clear_f16"))
     assert report["faults"]["clear_f16"] == "2 processes in a row did not survive the test"
     assert "nan" in report["faults"]["combine_f16"]
-    assert dispatches == 6, (
-        "lanes, append, combine, the decode kernel without matrices, and dsinks (2)"
+    assert dispatches == 10, (
+        "lanes, append, combine, the decode kernel without matrices, dsinks (2), and those of one "
+        "format that is quantised (3) and dequantised"
     )
     assert report["tried_again"] == []
     (journal,) = cache.glob("umfa/*.journal")
@@ -647,7 +657,7 @@ def test_the_report_shows_it(recorded: Double) -> None:
     report = env.collect()
     assert [test["dtype"] for test in report["self_tests"]] == ["float16", "bfloat16", "float32"]
     text = env.rows(report)["self-test"]
-    assert "float16: 0 of 35 families of kernels pass" in text
+    assert "float16: 0 of 37 families of kernels pass" in text
     assert "Apple M1, applegpu_g13g, Apple7, " in text
     test = report["self_tests"][0]
     assert test["pipelines"] > 0  # of the process: another thread may compile meanwhile
@@ -721,13 +731,25 @@ def launched_backward(dtype: Any, family: int) -> set[str]:
     return {name for launch in launches for name in launch["families"]}
 
 
+def launched_quantize(dtype: Any) -> set[str]:
+    """Likewise of quantising a tensor, and of the way back."""
+    x, form = np.zeros((1, 2, 300, 40), dtype), Format("int4", "channel", False)
+    like, plans = quantization.quantize(x, form), []
+    parts = like.data, like.scales, like.zero_points
+    quantize_kernel.quantize(x, form)
+    plans.append(dict(emulated_gpu.last_plan))
+    emulated_gpu.dequantize(parts, quantization.ext_format(form), 40, x)
+    plans.append(dict(emulated_gpu.last_plan))
+    return {name for plan in plans for launch in plan["launches"] for name in launch["families"]}
+
+
 @pytest.mark.usefixtures("own_settings")
 @pytest.mark.parametrize("family", [7, 9])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_every_family_has_a_case(dtype: Any, family: int, recorded: Double) -> None:
     recorded.set_machine(family=family)
     tested = set(one(np.dtype(dtype).name).faults)
-    asked = launched(dtype, family) | launched_backward(dtype, family)
+    asked = launched(dtype, family) | launched_backward(dtype, family) | launched_quantize(dtype)
     # CALLS neither rotate nor append nor mix dtypes, and no plan launches the lane map kernel.
     untried = ("lanes", "rotary", "append", "dtypes")
     others = {name for name in tested if name.split("_")[0] in untried}

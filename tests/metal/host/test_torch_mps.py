@@ -551,3 +551,41 @@ def test_the_stand_in_refuses(mps: TorchMps) -> None:
             constant + "kernel void f(device int* x [[buffer(0)]]) { *x = on; }"
         )
     assert mps.queue == []
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_quantising_in_the_stream(mps: TorchMps, dtype: str) -> None:
+    """Codes, scales and numbers again, and nothing waits; then tokens into the same memory."""
+    x = torch.randn((2, 40, 2, 33), generator=torch.Generator().manual_seed(8))
+    expected = umfa.quantize(x, dtype)
+    before = umfa.stats()
+    found = umfa.quantize(mps.tensor(x), dtype, nonfinite="nan")
+    out = found.dequantize(torch.float16)
+    found.append(mps.tensor(x[:, :7].flip(1).contiguous()), 30, nonfinite="nan")
+    after = umfa.stats()
+    assert mps.waits == 0
+    assert after.plans_in_stream - before.plans_in_stream == 3
+    assert mps.poisoned(out)
+    wanted = expected.dequantize(torch.float16)
+    assert (mps.read(out) == wanted.double().numpy()).all()
+    expected.append(x[:, :7].flip(1).contiguous(), 30)
+    for part, other in ((found.data, expected.data), (found.scales, expected.scales)):
+        assert (mps.read(part) == other.double().numpy()).all()
+    assert found.shape == (2, 40, 2, 33)
+
+
+def test_quantising_waits_for_numbers_like_nan(mps: TorchMps, monkeypatch: Any) -> None:
+    """umfa's own queue runs it, which the stand-in does not have."""
+    x = mps.tensor(torch.randn((2, 40, 2, 32)))
+    played = []
+
+    def quantize(*arguments: Any) -> tuple[Any, ...]:
+        played.append(arguments[-1])
+        return (x, x, None)
+
+    monkeypatch.setattr(_ext, "quantize", quantize)
+    wait = the_wait_of(mps, lambda: umfa.quantize(x, "int8"))
+    assert wait == "nonfinite='raise' has to know of numbers like NaN"
+    umfa.quantize(x, "int8", nonfinite="nan")
+    assert played[0] is None
+    assert callable(played[1])

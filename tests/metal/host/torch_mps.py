@@ -27,6 +27,7 @@ from umfa._frameworks import _torch, _torch_mps
 _CODES = {
     torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.bool: (6, 8),
     torch.int32: (0, 32), torch.int64: (0, 64), torch.uint8: (1, 8), torch.float64: (2, 64),
+    torch.int8: (0, 8),
 }  # fmt: skip
 _MOST_BUFFERS, _MOST_BYTES = 31, 4096
 
@@ -212,7 +213,8 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[TorchMps]:
         memory, tensor = allocate(like, shape, dtype, backend)
         if not device.has(like):
             return memory, tensor
-        tensor = device.adopt(tensor.fill_(float("nan")))
+        poison = float("nan") if tensor.is_floating_point() else 0x6E
+        tensor = device.adopt(tensor.fill_(poison))
         return device.show(tensor), tensor
 
     def on_host(tensor: Any, function: str, argument: str) -> Any:

@@ -54,6 +54,11 @@ def _variants(path: Path) -> list[tuple[bool, tuple[tuple[str, str], ...]]]:
     if path.stem == "decode":
         others = tuple(x for x in one if x[0] != "UMFA_SHAPE")
         found.append((False, (*others, ("UMFA_MERGES", "1"), ("UMFA_SHAPE", "8, 4"))))
+    if path.stem == "quantize_scales":
+        found = found[:2]
+        for function in ("umfa_quantize_scales", "umfa_quantize_gathered"):
+            named = (*one, ("UMFA_OF", function))
+            found += [(False, named), (False, named + _inline_constants(path))]
     if path.stem == "backward":
         shape_of = ("UMFA_SHAPE", "64, 64, 16, 2, 4, 1")
         found.append((False, (*one, ("UMFA_OF", "umfa_dq"), shape_of)))
