@@ -42,7 +42,7 @@ class MetalTensor:
 
     def __init__(self, double: Double, array: Array, byte_offset: int = 0, device: int = 0) -> None:
         self.double = double
-        self.shape, self.ndim = array.shape, array.ndim
+        self.shape = array.shape
         self.buffer = double.library.umfa_double_new_buffer_on(
             device, byte_offset + max(array.nbytes, 1)
         )

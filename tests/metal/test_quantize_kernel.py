@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import umfa
 from tests import quantization
 from tests.array_libraries import DTYPES, Array
 from tests.metal import emulated
 from tests.metal.emulated import MACHINES, SOME_MACHINES
 from tests.metal.test_plan_forward import host_names, layout
-from tests.quant.test_formats import assert_same, random
+from tests.quant.test_formats import EVERY, assert_same, random
 from tests.quantization import Format, Quantized, ext_format
 from umfa import _ext
 
@@ -275,6 +276,16 @@ def test_no_tokens(shape: tuple[int, ...]) -> None:
     for form in LEGAL[:8]:
         check_both_ways(form, x)
         assert emulated.last_plan["launches"] == []
+
+
+def test_every_other_combination_is_refused() -> None:
+    known = {form._replace(block=(1, 32) if form.block else None) for form in LEGAL}
+    others = [form for form in EVERY if form not in known]
+    x = np.zeros((1, 1, 4, 32), np.float32)
+    for form in others:
+        with pytest.raises(umfa.UnsupportedError):
+            emulated.quantize(x, ext_format(form), (x, x, x), None)
+    assert len(others) == 302
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -48,7 +48,8 @@ def quantize(
         Order of the dimensions of `x`.
     nonfinite : {"raise", "nan"}
         What a NaN or an infinity in `x` does, or a number too large for a float16 scale: raise
-        ValueError, or give the scale of its block the value NaN, so that it dequantises to NaN.
+        ValueError, which waits for a GPU, or give the scale of its block the value NaN, so that it
+        dequantises to NaN.
     backend : {"auto", "metal", "cpu"}
         Which backend runs the call; see `flash_attn_func`.
 
@@ -74,5 +75,5 @@ def quantize(
         block,
         layout,
     )
-    parts, head_dim = run_quantize(name, x, form, nonfinite, backend)
-    return QuantizedTensor._made(parts, form, head_dim)
+    parts, shape = run_quantize(name, x, form, nonfinite, backend)
+    return QuantizedTensor._made(parts, form, shape)

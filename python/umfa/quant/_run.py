@@ -22,10 +22,10 @@ def run_quantize(
     nonfinite: str,
     backend: str,
     out: Parts | None = None,
-) -> tuple[Parts, int]:
+) -> tuple[Parts, tuple[int, ...]]:
     """Quantises `x`; into `out`, tensors of the framework of `x`, if given.
 
-    Returns the parts and the number of channels.
+    Returns the parts and the shape of `x`.
     """
     _ext.backend_name(backend, function)
     if nonfinite not in NONFINITE:
@@ -58,15 +58,15 @@ def run_quantize(
         )
         return tuple(framework.finish(part) for part in made if part is not None)
 
-    channels = int(tensors["x"].shape[-1]) if tensors["x"].ndim else 0
+    shape = tuple(int(n) for n in tensors["x"].shape)
     if out is not None:
         compute(tensors["x"])
         for tensor in out:
             if tensor is not None:
                 framework.mark_written(tensor)
-        return out, channels
+        return out, shape
     made = _called(framework, function, compute, tensors["x"])
-    return (made[0], made[1], made[2] if len(made) > 2 else None), channels
+    return (made[0], made[1], made[2] if len(made) > 2 else None), shape
 
 
 def run_dequantize(

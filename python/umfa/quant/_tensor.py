@@ -69,35 +69,35 @@ class QuantizedTensor:
 
     def _set(self, parts: Parts, form: _ext.QuantFormat, head_dim: int | None) -> None:
         """Checks the tensors and keeps them."""
+        sizes = shape_of(parts[0]) or ()
         if head_dim is None:
-            shape = shape_of(parts[0])
-            last = shape[-1] if shape else 0
+            last = sizes[-1] if sizes else 0
             if form.scale_dtype == "inside":
                 head_dim = gguf_channels(_NAME, form.dtype, last)
             else:
                 head_dim = last * (2 if form.dtype in ("int4", "nf4", "mxfp4") else 1)
         _, exported = exported_parts(_NAME, parts, "cpu")
         _ext.check_quantized(_NAME, *exported, form, head_dim)
-        self._keep(parts, form, head_dim)
+        self._keep(parts, form, (*(int(n) for n in sizes[:-1]), head_dim))
 
-    def _keep(self, parts: Parts, form: _ext.QuantFormat, head_dim: int) -> None:
+    def _keep(self, parts: Parts, form: _ext.QuantFormat, shape: tuple[int, ...]) -> None:
         self.data, self.scales, offsets = parts
         self.zero_points = offsets if form.offset == "zero_point" else None
         self.biases = offsets if form.offset == "bias" else None
         self._format = form
-        self._head_dim = head_dim
+        self._shape = shape  # what umfa has allocated for a library without arrays has none
 
     @classmethod
-    def _made(cls, parts: Parts, form: _ext.QuantFormat, head_dim: int) -> QuantizedTensor:
+    def _made(cls, parts: Parts, form: _ext.QuantFormat, shape: tuple[int, ...]) -> QuantizedTensor:
         """A tensor of parts that the core has made, which need no check."""
         made = cls.__new__(cls)
-        made._keep(parts, form, head_dim)
+        made._keep(parts, form, shape)
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         form = self._format
         choice = (form.dtype, form.granularity, form.offset, form.scale_dtype, form.block)
-        return _restored, (type(self), self._parts, (*choice, form.layout), self._head_dim)
+        return _restored, (type(self), self._parts, (*choice, form.layout), self._shape)
 
     @classmethod
     def from_mlx(
@@ -182,7 +182,7 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*(int(n) for n in self.data.shape[:-1]), self._head_dim)
+        return self._shape
 
     @property
     def ndim(self) -> int:
@@ -201,7 +201,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: Any = None, *, backend: str = "auto") -> Any:
         """The numbers, as a tensor of `dtype`: float32 (if None), float16 or bfloat16."""
         name = f"{_NAME}.dequantize"
-        return run_dequantize(name, self._parts, self._format, self._head_dim, dtype, backend)
+        return run_dequantize(name, self._parts, self._format, self._shape[-1], dtype, backend)
 
     def append(self, x: Any, at: int, *, nonfinite: str = "raise", backend: str = "auto") -> None:
         """Quantises tokens into this tensor's memory, for a cache that has room for them.
@@ -269,10 +269,10 @@ class QuantizedTensor:
 
 
 def _restored(
-    cls: type[QuantizedTensor], parts: Parts, choice: tuple[Any, ...], head_dim: int
+    cls: type[QuantizedTensor], parts: Parts, choice: tuple[Any, ...], shape: tuple[int, ...]
 ) -> QuantizedTensor:
     """Rebuilds a tensor for copies and pickles."""
-    return cls._made(parts, _ext.QuantFormat(_NAME, *choice), head_dim)
+    return cls._made(parts, _ext.QuantFormat(_NAME, *choice), shape)
 
 
 def _narrowed(part: Any, dimension: int, first: int, count: int) -> Any:

@@ -151,7 +151,7 @@ class _Attention(torch.autograd.Function):
             )
         ctx.layout, ctx.options = layout, options
         ctx.dtypes = [x.dtype for x in rows]
-        ctx.codes = [(x._format, x.shape[-1]) for x in codes]
+        ctx.codes = [(x._format, x.shape) for x in codes]
         parts = [part for x in codes for part in x._parts]
         ctx.save_for_backward(*parts, slopes, mask, sink, out, lse)
         return out

@@ -213,12 +213,13 @@ def _mapped(
     x: QuantizedTensor, change: Callable[[Any], Any], layout: str | None = None
 ) -> QuantizedTensor:
     """The same format of parts that `change` has made."""
-    data, scales, offsets = (None if part is None else change(part) for part in x._parts)
+    scales, offsets = (None if part is None else change(part) for part in x._parts[1:])
+    data = change(x.data)
     form = x._format
     if layout is not None:
         choice = (form.dtype, form.granularity, form.offset, form.scale_dtype, form.block)
         form = _ext.QuantFormat(_NAME, *choice, layout)
-    return QuantizedTensor._made((data, scales, offsets), form, x.shape[-1])
+    return QuantizedTensor._made((data, scales, offsets), form, (*data.shape[:-1], x.shape[-1]))
 
 
 def _with_room(x: QuantizedTensor, tokens: int) -> QuantizedTensor:

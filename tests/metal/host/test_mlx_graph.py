@@ -607,6 +607,16 @@ def test_quantising_in_the_graph(mlx: MlxMetal, dtype: str, granularity: str) ->
     assert mlx.ran
 
 
+def test_mlxs_own_groups_in_the_graph(mlx: MlxMetal) -> None:
+    x = mx.random.normal((2, 3, 40, 64), key=mx.random.key(1))
+    parts = mx.quantize(x, group_size=32, bits=4)
+    own = umfa.QuantizedTensor.from_mlx(*map(np.array, parts), group_size=32)
+    found = umfa.QuantizedTensor.from_mlx(*parts, group_size=32).dequantize()
+    assert not mlx.ran
+    np.testing.assert_array_equal(np.array(found), own.dequantize())
+    assert mlx.ran
+
+
 def test_quantising_waits_for_numbers_like_nan(mlx: MlxMetal) -> None:
     x = np.random.default_rng(9).standard_normal((2, 60, 2, 32)).astype(np.float32)
     expected = umfa.quantize(x, "int8")

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import umfa
-from tests import quantization
+from tests import quantization, reference
 from tests.array_libraries import DTYPES, Array
+from tests.cases import normal
+from tests.checks import BASE, assert_close
 from tests.metal.metal_tensors import MetalTensor, to_numpy
 from tests.quant.test_formats import assert_same, check, random
 from tests.quantization import Format
@@ -55,6 +57,7 @@ def test_metal_buffers(form: Format, emulated: Double) -> None:
     assert after.metal_calls - before.metal_calls == 4
     assert after.command_buffers - before.command_buffers == 4
     assert after.cpu_calls == before.cpu_calls
+    assert found.shape == x.shape
 
 
 @pytest.mark.parametrize("form", LEGAL[::6], ids=str)
@@ -134,3 +137,35 @@ def test_no_tokens(shape: tuple[int, ...], emulated: Double) -> None:
         found = quantize(x, form, backend="metal")
         check(found, quantization.quantize(x, form))
         assert found.dequantize(backend="metal").shape == shape
+
+
+def test_parts_in_metal_buffers(emulated: Double) -> None:
+    """What another library has quantised on the GPU."""
+    form = Format("float8_e5m2", "row", True, None, "float16")
+    x = random((2, 2, 9, 40), seed=5)
+    expected = quantization.quantize(x, form)
+    data, scales = (MetalTensor(emulated, part, 6) for part in (expected.data, expected.scales))
+    found = umfa.QuantizedTensor(
+        data, scales, dtype=form.dtype, scale_dtype="float16", layout="bhsd"
+    )
+    assert found.shape == x.shape
+    numbers = to_numpy(emulated, found.dequantize("bfloat16"))
+    assert_same(numbers, quantization.dequantize(form, expected, DTYPES["bfloat16"]))
+
+
+def test_attention_on_codes_is_refused_and_on_their_numbers_runs(emulated: Double) -> None:
+    q, k = (normal((1, n, 2, 16), "float16", seed=n) for n in (9, 40))
+    cache = umfa.quantize(MetalTensor(emulated, k), "int8")
+    query = MetalTensor(emulated, q)
+    reason = ""
+    try:
+        umfa.quantized_attention(query, cache, cache)
+    except umfa.UnsupportedError as error:
+        reason = str(error)
+    assert "metal: " in reason
+    assert "quantised" in reason
+    keys = cache.dequantize("float16")
+    found = to_numpy(emulated, umfa.flash_attn_func(query, keys, keys))
+    numbers = umfa.quantize(k, "int8").dequantize("float16")
+    exact, _ = reference.attention(q, numbers, numbers)
+    assert_close(found.astype(np.float64), exact, BASE["float16"])
