@@ -57,6 +57,19 @@ def test_every_format_of_keys_and_values(form: Format) -> None:
         check(q, k, v)
 
 
+@pytest.mark.parametrize("form", LEGAL, ids=str)
+def test_decoding_has_the_bits_of_dequantised_tensors(form: Format) -> None:
+    """One query of a group of four heads, several queries, and more than stay in registers; whole
+    vectors of channels and parts of one."""
+    for seqlen_q, head_dim in ((1, 128), (3, 75), (7, 33)):
+        q = normal((1, seqlen_q, 8, head_dim), "float16", seed=1)
+        k, v = (quantized(normal((1, 75, 2, head_dim), seed=i), form) for i in (2, 3))
+        out, lse = umfa.quantized_attention(q, k, v, causal=True, return_lse=True)
+        plain = umfa.quantized_attention(q, numbers(k), numbers(v), causal=True, return_lse=True)
+        np.testing.assert_array_equal(out, plain[0])
+        np.testing.assert_array_equal(lse, plain[1])
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("seqlen_q", [1, 40])
 def test_any_mix_of_plain_and_quantised(seqlen_q: int, dtype: str) -> None:
@@ -237,6 +250,10 @@ def test_every_instruction_set(isa: str) -> None:
         k, v = (quantized(normal((1, 99, 2, 40), seed=i), form) for i in (2, 3))
         check(q, k, v)
         check(q[:, :1], k, v)
+        out = umfa.quantized_attention(q[:, :1], k, v)
+        np.testing.assert_array_equal(
+            out, umfa.quantized_attention(q[:, :1], *map(numbers, (k, v)))
+        )
 
 
 def test_after_append() -> None:

@@ -20,6 +20,19 @@ struct Simd : SimdBase {
     }
     static vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 
+    static vf fused(vf a, vf b, vf c) { return fma(c, a, b); }
+    static vi load_i8(const uint8_t* p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadu_si64(p)); }
+    static vu load_u8(const uint8_t* p) { return (vu)_mm256_cvtepu8_epi32(_mm_loadu_si64(p)); }
+    struct Table {
+        __m256 low, high;
+        explicit Table(const float* p) : low(_mm256_loadu_ps(p)), high(_mm256_loadu_ps(p + 8)) {}
+    };
+    static vf lookup(const Table& table, vu code) {
+        const __m256i at = (__m256i)code;  // its bit 3 becomes the sign, by which blendv chooses
+        return (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, at),
+                                    _mm256_permutevar8x32_ps(table.high, at), (__m256)(code << 28));
+    }
+
     static vf load_f16(const uint16_t* p) {
         return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }

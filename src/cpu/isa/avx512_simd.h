@@ -64,6 +64,47 @@ struct Avx512 : SimdBase {
         return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
     }
 
+    template <int Distance>
+    static vf swap(vf x) {
+        if constexpr (Distance == 8)
+            return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e);
+        else if constexpr (Distance == 4)
+            return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1);
+        else
+            return (vf)_mm512_permute_ps((__m512)x, Distance == 2 ? 0x4e : 0xb1);
+    }
+    /// By two blends and a shuffle of one register: GCC 12 makes two shuffles of two registers.
+    template <int Distance>
+    static vf merge(vf a, vf b) {
+        constexpr __mmask16 of_b = Distance == 8   ? 0xff00
+                                   : Distance == 4 ? 0xf0f0
+                                   : Distance == 2 ? 0xcccc
+                                                   : 0xaaaa;
+        return (vf)_mm512_mask_blend_ps(of_b, (__m512)a, (__m512)b) +
+               swap<Distance>((vf)_mm512_mask_blend_ps(of_b, (__m512)b, (__m512)a));
+    }
+    static vf fused(vf a, vf b, vf c) { return fma(c, a, b); }
+    static vi load_i8(const uint8_t* p) {
+        return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static vu load_u8(const uint8_t* p) {
+        return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static vu load_halves(const uint8_t* p) {
+        const __m128i first = _mm_loadu_si32(p), second = _mm_loadu_si32(p + 4);
+        const __m512i words =
+            _mm512_mask_broadcastd_epi32(_mm512_broadcastd_epi32(first), 0xff00, second);
+        const vu shift = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+        return (vu)words >> shift;
+    }
+    struct Table {
+        __m512 all;
+        explicit Table(const float* p) : all(_mm512_loadu_ps(p)) {}
+    };
+    static vf lookup(const Table& table, vu code) {
+        return (vf)_mm512_permutexvar_ps((__m512i)code, table.all);
+    }
+
     static vu load_u16(const uint16_t* p) {
         return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }

@@ -18,14 +18,13 @@ inline typename S::vf mask_values(ElementType element, const char* at, int64_t s
         const auto sunk = (scaled < lowest) & (b >= lowest);
         return sunk ? lowest : scaled;
     }
-    typename S::vu seen;
-    if (stride == 1 && count >= S::W) {
-        seen = S::load_u8(at);
-    } else {
-        char bytes[S::W];
-        for (int i = 0; i < S::W; ++i) bytes[i] = i < count ? at[i * stride] : char{1};
-        seen = S::load_u8(bytes);
+    uint8_t bytes[S::W];
+    const auto* from = reinterpret_cast<const uint8_t*>(at);
+    if (stride != 1 || count < S::W) {
+        for (int i = 0; i < S::W; ++i) bytes[i] = i < count ? from[i * stride] : uint8_t{1};
+        from = bytes;
     }
+    const typename S::vu seen = S::load_u8(from);
     return seen != 0u ? typename S::vf{} : S::splat(-__builtin_inff());
 }
 

@@ -10,6 +10,7 @@
 #include "core/constants.h"
 #include "cpu/isa/bias.h"
 #include "cpu/isa/codes.h"
+#include "cpu/isa/decode_tile.h"
 #include "cpu/isa/dropout.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/pack.h"
@@ -20,8 +21,8 @@
 namespace umfa::cpu {
 namespace {
 
-constexpr int64_t decode_tile = 32;  // keys per softmax step
-constexpr int decode_rows = 4;       // rows at a time: 16 accumulators with 4 vectors of channels
+constexpr int decode_rows = 4;         // rows at a time: 16 accumulators with 4 vectors of channels
+constexpr int64_t register_rows = 24;  // see DecodeCodes
 
 /// One row: what it is, and its running maximum.
 struct DecodeRow {
@@ -31,12 +32,37 @@ struct DecodeRow {
 };
 constexpr int64_t decode_row_floats_of_state = sizeof(DecodeRow) / 4;
 
+/// Room for what a tile's codes become: numbers, or scales and offsets.
+inline int64_t decode_code_floats(const Codes& codes, int64_t channels) {
+    return codes.given ? decode_tile * channels : 0;
+}
+
+/// How quantised keys and values are read. For up to register_rows queries of a key head, codes become
+/// numbers in registers, once for decode_rows of them, and memory holds the scales of a tile's rows. For
+/// more, and where channels have scales of their own, the numbers of a tile are written out. (int4 in
+/// blocks of 32 on Zen 5, ns for a key: 24 instead of 32 with 4 queries, 81 instead of 104 with 16.)
+template <class S>
+struct DecodeCodes {
+    bool key, value;  // in registers
+    CodeLayout<S> key_layout, value_layout;
+
+    DecodeCodes(const ForwardArgs& args, int64_t rows)
+        : key(fits(args.key_codes, rows) && !args.rotary.keys),
+          value(fits(args.value_codes, rows)) {
+        if (key) key_layout = {args.key_codes, 0, args.head_dim, decode_tile};
+        if (value) value_layout = {args.value_codes, 0, args.head_dim_v, decode_tile};
+    }
+    static bool fits(const Codes& codes, int64_t rows) {
+        return codes.given && rows <= register_rows && codes.block_channels > 1;
+    }
+};
+
 /// Where the pieces of one key head's scratch begin, in floats; the scores' tile is shared by all.
 template <class S, class U>
 struct DecodeScratch {
-    int64_t numbers;          // where those of a quantised tile begin; before it, what comes next
-    int64_t shared;           // the scores of a tile, its keys where they are rotated, its numbers
-    int64_t rows;             // queries of the heads that share the key head
+    int64_t numbers, values;  // of quantised keys and values: see DecodeCodes
+    int64_t shared;  // the scores of a tile, its keys where they are rotated, both of these
+    int64_t rows;    // queries of the heads that share the key head
     int64_t depth, depth_qv;  // units of a row of Q and QV, whole vectors
     int64_t channels;         // of a row of O, likewise
     int64_t query, qv, out, sum, state, size;
@@ -44,7 +70,8 @@ struct DecodeScratch {
     DecodeScratch(const ForwardArgs& args, int64_t seqlen_q) {
         constexpr int64_t W = S::W;
         numbers = decode_rows * decode_tile + (args.rotary.keys ? decode_tile * args.head_dim : 0);
-        shared = numbers + decode_tile * number_channels(args);
+        values = numbers + decode_code_floats(args.key_codes, args.head_dim);
+        shared = values + decode_code_floats(args.value_codes, args.head_dim_v);
         rows = args.group * seqlen_q;
         const auto units = [](int64_t elements) {
             return ((elements + U::E - 1) / U::E + W - 1) / W * W;
@@ -52,8 +79,8 @@ struct DecodeScratch {
         depth = units(args.head_dim);
         depth_qv = args.qv.data ? units(args.head_dim_v) : 0;
         channels = (args.head_dim_v + W - 1) / W * W;
-        query = 0;                    // [row][depth]
-        qv = query + rows * depth;    // [row][depth_qv]
+        query = 0;                    // [row][depth]: see load_units()
+        qv = query + rows * depth;    // [row][depth_qv], likewise
         out = qv + rows * depth_qv;   // [row][channels]
         sum = out + rows * channels;  // [row][W], to be added up
         state = sum + rows * W;       // [row]: DecodeRow
@@ -61,19 +88,26 @@ struct DecodeScratch {
     }
 };
 
-/// Lane i becomes the sum of the lanes of x[i].
-template <class S>
-inline typename S::vf sum_each(typename S::vf (&x)[S::W]) {
-    for (int half = S::W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i)
-            x[i] = S::interleave_low(x[i], x[i + half]) + S::interleave_high(x[i], x[i + half]);
-    return x[0];
+/// Lane i becomes the sum of the lanes of x[i], for Count = W. For fewer, their sums down to Distance.
+template <class S, int Count, int Distance = Count / 2>
+UMFA_INLINE typename S::vf sum_each(typename S::vf* x) {
+    if constexpr (Count == 1) {
+        return x[0];
+    } else {
+        for (int i = 0; i < Count / 2; ++i)
+            x[i] = S::template merge<Distance>(x[i], x[i + Count / 2]);
+        return sum_each<S, Count / 2, Distance / 2>(x);
+    }
 }
 
-/// The rows of a tile's keys: where they are, and where those of the next tile are.
-struct TileRows {
-    const void *now[decode_tile], *next[decode_tile];  // next: null past the last
-};
+/// All lanes become the largest; no lane is NaN.
+template <class S, int Distance>
+UMFA_INLINE typename S::vf highest_lane(typename S::vf x) {
+    if constexpr (Distance == 0)
+        return x;
+    else
+        return highest_lane<S, Distance / 2>(S::max(x, S::template swap<Distance>(x)));
+}
 
 struct DecodeTile {
     int64_t first, keys;  // of all the keys
@@ -81,52 +115,64 @@ struct DecodeTile {
     Rows key_layout;  // of args.key, or of its rotated rows
 };
 
-/// q.k of R rows and `keys` keys of a tile; with `add`, added to the scores of an earlier call.
-template <class S, class U, int R>
-__attribute__((noinline)) void decode_scores(const TileRows& rows, const Rows& layout, int64_t keys,
-                                             bool ahead, int64_t channels, const float* query,
-                                             int64_t depth, bool add, float* scores) {
+/// q.k of R rows and `keys` keys of a tile; with `add`, added to the scores of an earlier call. `query`:
+/// vector i of row r at [i * R + r].
+template <class S, int R, class Tile>
+__attribute__((noinline)) void decode_scores(const Tile& tile, int64_t keys, bool ahead,
+                                             const float* query, int64_t depth, bool add,
+                                             float* scores) {
+    using U = typename Tile::Units;
     using vf = typename S::vf;
-    using storage = typename U::storage;
     constexpr int W = S::W;
-    const int64_t whole = layout.stride_channel == 1 ? channels / (W * U::E) * W : 0;
+    // Keys at a time: each vector of the query is read once for them.
+    constexpr int K = S::mr * S::nv < 24 ? 2 : 4, step = W / K;
+    const int64_t whole = tile.whole_vectors(), all = depth / W;
     for (int64_t k0 = 0; k0 < keys; k0 += W) {
-        vf sum[R][W];
-        for (int j = 0; j < W; ++j) {
-            const int64_t k = k0 + j < keys ? k0 + j : keys - 1;
-            const storage* row = static_cast<const storage*>(rows.now[k]);
-            if (ahead && rows.next[k])
-                prefetch_row(static_cast<const storage*>(rows.next[k]), layout, channels);
-            vf acc[R];
-            for (int r = 0; r < R; ++r) acc[r] = vf{};
-            for (int64_t u = 0; u < whole; u += W) {
-                const vf x = U::from_row(row + u * U::E);
-                for (int r = 0; r < R; ++r)
-                    acc[r] = U::fma(acc[r], S::load(query + r * depth + u), x);
+        vf sum[R][step];
+        for (int j = 0; j < step; ++j) {
+            typename Tile::Row row[K];
+            for (int m = 0; m < K; ++m) {
+                const int64_t key = k0 + j + m * step, k = key < keys ? key : keys - 1;
+                row[m] = tile.row(k);
+                if (ahead) tile.prefetch(k, 0, tile.channels);
             }
-            for (int64_t u = whole; u < depth; u += W) {
-                const vf x = row_units<S, U>(row, layout.stride_channel, u, channels);
-                for (int r = 0; r < R; ++r)
-                    acc[r] = U::fma(acc[r], S::load(query + r * depth + u), x);
+            vf acc[R][K];
+            for (int r = 0; r < R; ++r)
+                for (int m = 0; m < K; ++m) acc[r][m] = vf{};
+            const float* q = query;
+            const auto add_products = [&](const vf(&x)[K]) {
+                for (int r = 0; r < R; ++r, q += W) {
+                    const vf own = S::load(q);
+                    for (int m = 0; m < K; ++m) acc[r][m] = U::fma(acc[r][m], own, x[m]);
+                }
+            };
+            vf x[K];
+            for (int64_t i = 0; i < whole; ++i) {
+                for (int m = 0; m < K; ++m) x[m] = tile.whole(row[m], i);
+                add_products(x);
             }
-            for (int r = 0; r < R; ++r) sum[r][j] = acc[r];
+            for (int64_t i = whole; i < all; ++i) {
+                for (int m = 0; m < K; ++m) x[m] = tile.part(row[m], i);
+                add_products(x);
+            }
+            for (int r = 0; r < R; ++r) sum[r][j] = sum_each<S, K, W / 2>(acc[r]);
         }
         for (int r = 0; r < R; ++r) {
             float* to = scores + r * decode_tile + k0;
-            const vf total = sum_each<S>(sum[r]);
+            const vf total = sum_each<S, step>(sum[r]);
             S::store(to, add ? S::load(to) + total : total);
         }
     }
 }
 
-/// Scores of one row -> probabilities, in place; hidden keys, and those with a score of -inf, get
-/// -0. `hides` is set if there may be one of the latter. Returns the factor for O so far.
+/// The scores of one row as they are compared: scaled unless Plain, -inf for hidden keys. Each lane of
+/// the result is the largest of its own and `highest`. `lost` is set where a score is -inf of itself.
 /// `diagonal`: the row's own key, relative to the tile. `mask`: the row's elements for the tile's
 /// keys, if it has a mask.
 template <class S, bool Plain>
-inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t keys,
-                            int32_t diagonal, const Mask& mask_of, const char* mask, float* scores,
-                            float& maximum, float* sum, bool& hides) {
+inline typename S::vf decode_maximum(const Scoring& scoring, VisibleRow visible, int64_t keys,
+                                     int32_t diagonal, const Mask& mask_of, const char* mask,
+                                     float* scores, float highest, typename S::vi& lost) {
     using L = Lanes<S>;
     using vf = typename S::vf;
     using vi = typename S::vi;
@@ -135,8 +181,7 @@ inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t 
     constexpr float infinity = __builtin_inff();
     vi lane;
     for (int w = 0; w < W; ++w) lane[w] = w;
-    vf highest = S::splat(maximum);
-    vi lost{};
+    vf most = S::splat(highest);
     for (int64_t k = 0; k < keys; k += W) {
         const vi key = lane + static_cast<int32_t>(k);
         vf s = S::load(scores + k);
@@ -155,23 +200,31 @@ inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t 
         lost |= s == -infinity;
         s = sees(visible, key) ? s : S::splat(-infinity);
         S::store(scores + k, s);
-        highest = S::max(s, highest);
+        most = S::max(s, most);
     }
-    hides |= S::any(lost);
-    float lanes[W], now = maximum;
-    S::store(lanes, highest);
-    for (int i = 0; i < W; ++i) now = lanes[i] > now ? lanes[i] : now;
+    return most;
+}
+
+/// Scores of one row -> probabilities, in place; keys with a score of -inf get -0. `now`: the largest so
+/// far, and `maximum` the one before this tile. Returns the factor for O so far.
+template <class S, bool Plain>
+inline float decode_softmax(const Scoring& scoring, int64_t keys, float now, float* scores,
+                            float& maximum, float* sum) {
+    using vf = typename S::vf;
+    constexpr float infinity = __builtin_inff();
     const float pivot = now == -infinity ? 0.f : now;
     vf total{};
-    for (int64_t k = 0; k < keys; k += W) {
+    for (int64_t k = 0; k < keys; k += S::W) {
         const vf s = S::load(scores + k);
         vf p = exponential<S, Plain>(scoring, s - pivot);
         p = s == -infinity ? S::splat(-0.f) : p;
         S::store(scores + k, p);
         total += p;
     }
-    const float alpha =
-        maximum == -infinity ? 0.f : exponential<S, Plain>(scoring, S::splat(maximum - pivot))[0];
+    const float alpha = maximum == -infinity ? 0.f
+                        : maximum == now
+                            ? 1.f
+                            : exponential<S, Plain>(scoring, S::splat(maximum - pivot))[0];
     maximum = now;
     S::store(sum, S::load(sum) * alpha + total);
     return alpha;
@@ -179,68 +232,61 @@ inline float decode_softmax(const Scoring& scoring, VisibleRow visible, int64_t 
 
 /// O = O * alpha + P V for R rows and keys [first, last); the sum over the tile is added to O once.
 /// Guarded: skips hidden keys, whose values may be NaN.
-template <class S, class T, int R, bool Guarded>
-__attribute__((noinline)) void decode_values(const TileRows& rows, const Rows& layout,
-                                             int64_t first, int64_t last, bool ahead,
-                                             int64_t channels, const float* p, const float* alpha,
-                                             float* out, int64_t pitch) {
+template <class S, int R, bool Guarded, class Tile>
+__attribute__((noinline)) void decode_values(const Tile& tile, int64_t first, int64_t last,
+                                             bool ahead, int64_t channels, const float* p,
+                                             const float* alpha, float* out, int64_t pitch) {
     static_assert(!Guarded || R == 1, "rows see different keys");
     using vf = typename S::vf;
-    using storage = typename T::storage;
     constexpr int W = S::W, V = 4;
     const auto hidden = [&](int64_t k) { return Guarded && __builtin_signbit(p[k]); };
-    int64_t c0 = 0;
-    if (layout.stride_channel == 1)
-        for (; c0 + V * W <= channels; c0 += V * W) {
-            vf acc[R][V];
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) acc[r][v] = vf{};
-            for (int64_t k = first; k < last; ++k) {
-                if (hidden(k)) continue;
-                const storage* row = static_cast<const storage*>(rows.now[k]) + c0;
-                if (ahead && rows.next[k])
-                    prefetch_row(static_cast<const storage*>(rows.next[k]) + c0, layout, V * W);
-                vf x[V];
-                for (int v = 0; v < V; v += 2) T::template load_two<S>(row + v * W, x[v], x[v + 1]);
-                for (int r = 0; r < R; ++r) {
-                    const vf pr = S::splat_bits(p + r * decode_tile + k);
-                    for (int v = 0; v < V; ++v) acc[r][v] = S::fma(acc[r][v], pr, x[v]);
-                }
+    const int64_t whole = tile.whole_vectors();
+    int64_t i = 0;
+    for (; i + V <= whole; i += V) {
+        vf acc[R][V];
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) acc[r][v] = vf{};
+        for (int64_t k = first; k < last; ++k) {
+            if (hidden(k)) continue;
+            const auto row = tile.row(k);
+            if (ahead) tile.prefetch(k, i * W, V * W);
+            vf x[V];
+            for (int v = 0; v < V; v += 2) tile.two(row, i + v, x[v], x[v + 1]);
+            for (int r = 0; r < R; ++r) {
+                const vf pr = S::splat_bits(p + r * decode_tile + k);
+                for (int v = 0; v < V; ++v) acc[r][v] = S::fma(acc[r][v], pr, x[v]);
             }
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) {
-                    if (v % 2 == 0) T::template in_order<S>(acc[r][v], acc[r][v + 1]);
-                    float* to = out + r * pitch + c0 + v * W;
-                    S::store(to, S::fma(acc[r][v], S::load(to), S::splat(alpha[r])));
-                }
         }
-    for (; c0 < channels; c0 += W) {
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) {
+                if (v % 2 == 0) Tile::in_order(acc[r][v], acc[r][v + 1]);
+                float* to = out + r * pitch + (i + v) * W;
+                S::store(to, S::fma(acc[r][v], S::load(to), S::splat(alpha[r])));
+            }
+    }
+    for (; i * W < channels; ++i) {
         vf acc[R];
         for (int r = 0; r < R; ++r) acc[r] = vf{};
         for (int64_t k = first; k < last; ++k) {
             if (hidden(k)) continue;
-            const vf x = row_units<S, FloatUnits<S, T>>(static_cast<const storage*>(rows.now[k]),
-                                                        layout.stride_channel, c0, channels);
+            const vf x = tile.part(tile.row(k), i);
             for (int r = 0; r < R; ++r)
                 acc[r] = S::fma(acc[r], S::splat_bits(p + r * decode_tile + k), x);
         }
         for (int r = 0; r < R; ++r) {
-            float* to = out + r * pitch + c0;
+            float* to = out + r * pitch + i * W;
             S::store(to, S::fma(acc[r], S::load(to), S::splat(alpha[r])));
         }
     }
 }
 
-template <class S, class T>
-inline bool rows_finite(const TileRows& rows, const Rows& layout, int64_t first, int64_t last,
-                        int64_t channels) {
+template <class S, class Tile>
+inline bool rows_finite(const Tile& tile, int64_t first, int64_t last, int64_t channels) {
     typename S::vf sum{};  // x * 0 is 0 for finite x, else NaN
-    for (int64_t k = first; k < last; ++k)
-        for (int64_t c = 0; c < channels; c += S::W)
-            sum +=
-                row_units<S, FloatUnits<S, T>>(static_cast<const typename T::storage*>(rows.now[k]),
-                                               layout.stride_channel, c, channels) *
-                0.f;
+    for (int64_t k = first; k < last; ++k) {
+        const auto row = tile.row(k);
+        for (int64_t i = 0; i * S::W < channels; ++i) sum += tile.part(row, i) * 0.f;
+    }
     for (int i = 0; i < S::W; ++i)
         if (sum[i] != 0) return false;
     return true;
@@ -281,6 +327,7 @@ struct DecodeHead {
     const ForwardArgs& args;
     const Sequence& sequence;
     const DecodeScratch<S, U>& at;
+    const DecodeCodes<S>& codes;
     int64_t batch, head_kv;
     float *memory, *scores;
 
@@ -303,24 +350,26 @@ struct DecodeHead {
                 row = rotated;
                 stride = 1;
             }
-            load_units(row, stride, args.head_dim, at.depth, memory + at.query + r * at.depth);
+            load_units(row, stride, args.head_dim, r, at.depth, memory + at.query);
             if (args.qv.data)
                 load_units(query_row<const storage>(args.qv, sequence, head, query),
-                           args.qv.stride_channel, args.head_dim_v, at.depth_qv,
-                           memory + at.qv + r * at.depth_qv);
+                           args.qv.stride_channel, args.head_dim_v, r, at.depth_qv, memory + at.qv);
             for (int64_t c = 0; c < at.channels; ++c) memory[at.out + r * at.channels + c] = 0;
             for (int i = 0; i < W; ++i) memory[at.sum + r * W + i] = 0;
         }
     }
 
-    /// A row of Q or QV as `depth` units.
-    void load_units(const storage* row, int64_t stride, int64_t channels, int64_t depth,
+    /// Row r of Q or QV as `depth` units. Vectors of rows that are multiplied together follow each other.
+    void load_units(const storage* row, int64_t stride, int64_t channels, int64_t r, int64_t depth,
                     float* to) const {
+        const int64_t r0 = r - r % decode_rows, left = at.rows - r0;
+        const int64_t together = left < decode_rows ? left : int64_t{decode_rows};
+        to += r0 * depth + (r - r0) * S::W;
         with_units<S, U>(args.types.query, [&](auto units) {
             using Own = decltype(units);
             const auto* from = reinterpret_cast<const typename Own::storage*>(row);
             for (int64_t u = 0; u < depth; u += S::W)
-                S::store(to + u, row_units<S, Own>(from, stride, u, channels));
+                S::store(to + u * together, row_units<S, Own>(from, stride, u, channels));
         });
     }
 
@@ -353,9 +402,7 @@ struct DecodeHead {
         tile.key_layout = args.key;
         find(args.key, first, keys, next, ahead, tile.key);
         find(args.value, first, keys, next, ahead, tile.value);
-        if constexpr (U::any)
-            numbers_of_keys(args, sequence, head_kv, first, keys, scores + at.numbers, tile.key.now,
-                            tile.value.now);
+        if constexpr (U::any) read_codes(tile);
         if (args.rotary.keys) rotate_keys(tile);
         for (int64_t r0 = 0; r0 < at.rows; r0 += decode_rows) switch (at.rows - r0) {
                 case 1: process_rows<1>(r0, tile); break;
@@ -363,6 +410,58 @@ struct DecodeHead {
                 case 3: process_rows<3>(r0, tile); break;
                 default: process_rows<decode_rows>(r0, tile);
             }
+    }
+
+    /// Scales of the operands whose codes become numbers in registers, numbers of the others.
+    void read_codes(DecodeTile& tile) {
+        const auto read = [&](const Codes& own, bool in_registers, const CodeLayout<S>& layout,
+                              int64_t channels, float* to, TileRows& rows) {
+            if (!own.given) return;
+            if (!in_registers)
+                return numbers_of_keys<S>(args, own, sequence, head_kv, tile.first, tile.keys,
+                                          channels, to, rows.now);
+            scales_of_tile<S>(args, own, layout, sequence, head_kv, tile.first, tile.keys, rows,
+                              to);
+        };
+        read(args.key_codes, codes.key, codes.key_layout, args.head_dim, scores + at.numbers,
+             tile.key);
+        read(args.value_codes, codes.value, codes.value_layout, args.head_dim_v, scores + at.values,
+             tile.value);
+    }
+
+    /// Calls f with a tile's keys, as units that U multiplies.
+    template <class F>
+    void with_keys(const DecodeTile& tile, F&& f) const {
+        if constexpr (U::any)
+            if (codes.key)
+                return with_codes(args.key_codes, codes.key_layout, scores + at.numbers, tile.key,
+                                  f);
+        with_units<S, U>(args.types.key, [&](auto units) {
+            f(NumberTile<S, decltype(units)>{tile.key, tile.key_layout, args.head_dim});
+        });
+    }
+    /// Calls f with a tile's values; Floats: as floats, whatever U multiplies.
+    template <bool Floats, class F>
+    void with_values(const DecodeTile& tile, F&& f) const {
+        if constexpr (U::any)
+            if (codes.value)
+                return with_codes(args.value_codes, codes.value_layout, scores + at.values,
+                                  tile.value, f);
+        with_units<S, U>(args.types.value, [&](auto units) {
+            using Own = decltype(units);
+            if constexpr (Floats)
+                f(NumberTile<S, FloatUnits<S, typename Own::type>>{tile.value, args.value,
+                                                                   args.head_dim_v});
+            else
+                f(NumberTile<S, Own>{tile.value, args.value, args.head_dim_v});
+        });
+    }
+    template <class F>
+    static void with_codes(const Codes& own, const CodeLayout<S>& layout, const float* scales,
+                           const TileRows& rows, F&& f) {
+        with_coding(own, [&](auto coding) {
+            f(CodeTile<S, decltype(coding)>{rows, scales, {layout, decode_tile * layout.blocks}});
+        });
     }
 
     void rotate_keys(DecodeTile& tile) {
@@ -390,17 +489,15 @@ struct DecodeHead {
 
     template <int R>
     void score_tile(int64_t r0, const DecodeTile& tile) {
-        with_units<S, U>(args.types.key, [&](auto units) {
-            decode_scores<S, decltype(units), R>(
-                tile.key, tile.key_layout, tile.keys, prefetches(r0), args.head_dim,
-                memory + at.query + r0 * at.depth, at.depth, false, scores);
+        with_keys(tile, [&](const auto& keys) {
+            decode_scores<S, R>(keys, tile.keys, prefetches(r0), memory + at.query + r0 * at.depth,
+                                at.depth, false, scores);
         });
         if (!args.qv.data) return;
-        with_units<S, U>(args.types.value, [&](auto units) {
+        with_values<false>(tile, [&](const auto& values) {
             // accumulate_tile() prefetches the next tile's values
-            decode_scores<S, decltype(units), R>(tile.value, args.value, tile.keys, false,
-                                                 args.head_dim_v, memory + at.qv + r0 * at.depth_qv,
-                                                 at.depth_qv, true, scores);
+            decode_scores<S, R>(values, tile.keys, false, memory + at.qv + r0 * at.depth_qv,
+                                at.depth_qv, true, scores);
         });
     }
 
@@ -408,27 +505,39 @@ struct DecodeHead {
     /// O. Returns whether some row may have a score of -inf for a key that it sees.
     template <int R>
     bool softmax_tile(int64_t r0, const DecodeTile& tile, float (&alpha)[R]) {
-        bool hides = false;
+        typename S::vf most[R];
+        typename S::vi lost{};
+        DecodeRow* row = rows_state() + r0;
         for (int r = 0; r < R; ++r) {
-            DecodeRow& row = rows_state()[r0 + r];
-            float* own = scores + r * decode_tile;
-            const char* mask = args.mask.element == ElementType::none
-                                   ? nullptr
-                                   : mask_at(args.mask, batch, row.head, row.query, tile.first);
-            alpha[r] =
-                (row.scoring.plain
-                     ? decode_softmax<S, true>
-                     : decode_softmax<S, false>)(row.scoring,
-                                                 visible_row(sequence.visible, row.query,
+            const char* mask =
+                args.mask.element == ElementType::none
+                    ? nullptr
+                    : mask_at(args.mask, batch, row[r].head, row[r].query, tile.first);
+            most[r] =
+                (row[r].scoring.plain
+                     ? decode_maximum<S, true>
+                     : decode_maximum<S, false>)(row[r].scoring,
+                                                 visible_row(sequence.visible, row[r].query,
                                                              tile.first, tile.keys),
                                                  tile.keys,
-                                                 diagonal_of(sequence, row.query, tile.first),
-                                                 args.mask, mask, own, row.maximum,
-                                                 memory + at.sum + (r0 + r) * S::W, hides);
-            if (args.dropout.threshold)
-                drop_keys<S>(args.dropout, batch, row.head, row.query, tile.first, tile.keys, own);
+                                                 diagonal_of(sequence, row[r].query, tile.first),
+                                                 args.mask, mask, scores + r * decode_tile,
+                                                 row[r].maximum, lost);
         }
-        return hides;
+        // Row by row, each step would wait for the one before it.
+        for (int r = 0; r < R; ++r) most[r] = highest_lane<S, S::W / 2>(most[r]);
+        for (int r = 0; r < R; ++r) {
+            float* own = scores + r * decode_tile;
+            alpha[r] =
+                (row[r].scoring.plain
+                     ? decode_softmax<S, true>
+                     : decode_softmax<S, false>)(row[r].scoring, tile.keys, most[r][0], own,
+                                                 row[r].maximum, memory + at.sum + (r0 + r) * S::W);
+            if (args.dropout.threshold)
+                drop_keys<S>(args.dropout, batch, row[r].head, row[r].query, tile.first, tile.keys,
+                             own);
+        }
+        return S::any(lost);
     }
 
     /// O = O * alpha + P V. `hides`: a key that all rows see may have the weight of a hidden one.
@@ -447,16 +556,15 @@ struct DecodeHead {
         hides = hides || args.mask.element != ElementType::none || some.begin < all.begin ||
                 some.end > all.end;
         float* out = memory + at.out + r0 * at.channels;
-        with_units<S, U>(args.types.value, [&](auto units) {
-            using T = typename decltype(units)::type;
-            if (!hides || rows_finite<S, T>(tile.value, args.value, some.begin, some.end, Dv))
-                decode_values<S, T, R, false>(tile.value, args.value, some.begin, some.end,
-                                              prefetches(r0), Dv, scores, alpha, out, at.channels);
+        with_values<true>(tile, [&](const auto& values) {
+            if (!hides || rows_finite<S>(values, some.begin, some.end, Dv))
+                decode_values<S, R, false>(values, some.begin, some.end, prefetches(r0), Dv, scores,
+                                           alpha, out, at.channels);
             else
                 for (int r = 0; r < R; ++r)
-                    decode_values<S, T, 1, true>(tile.value, args.value, some.begin, some.end,
-                                                 false, Dv, scores + r * decode_tile, alpha + r,
-                                                 out + r * at.channels, at.channels);
+                    decode_values<S, 1, true>(values, some.begin, some.end, false, Dv,
+                                              scores + r * decode_tile, alpha + r,
+                                              out + r * at.channels, at.channels);
         });
     }
 
@@ -488,10 +596,12 @@ void decode_keys(const ForwardArgs& args, int64_t batch, int64_t head_begin, int
                  int64_t key_begin, int64_t key_end, float* memory, float* part) {
     const Sequence& sequence = args.sequences[batch];
     const DecodeScratch<S, U> at(args, sequence.seqlen_q);
+    const DecodeCodes<S> codes(args, at.rows);
     const int64_t heads = head_end - head_begin;
     const auto head = [&](int64_t h) {
         return DecodeHead<S, U>{
-            args, sequence, at, batch, head_begin + h, memory + at.shared + h * at.size, memory};
+            args,  sequence, at, codes, batch, head_begin + h, memory + at.shared + h * at.size,
+            memory};
     };
     for (int64_t h = 0; h < heads; ++h) head(h).load_queries();
 

@@ -40,7 +40,8 @@ struct Scratch {
     static constexpr int64_t buffers = U::tiles ? 2 : 1;  // of scores and probabilities
     int64_t key_depth, depth, channels;  // units of Q.K; with those of QV.V; padded channels of O
     int64_t value_pitch;
-    int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, numbers, size;
+    int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, numbers,
+        value_numbers, size;
 
     Scratch(const ForwardArgs& args, int64_t panel_count) {
         key_depth = units_of(args.head_dim);
@@ -61,7 +62,8 @@ struct Scratch {
         const int64_t value_rows = U::tiles ? padded_rows<S>(channels) : keys_of_tile<U> / U::E;
         rotated = value + value_rows * value_pitch + slack;
         numbers = rotated + (args.rotary.keys ? keys_of_tile<U> * args.head_dim : 0);
-        size = numbers + keys_of_tile<U> * number_channels(args);
+        value_numbers = numbers + keys_of_tile<U> * (args.key_codes.given ? args.head_dim : 0);
+        size = value_numbers + keys_of_tile<U> * (args.value_codes.given ? args.head_dim_v : 0);
     }
 
     static int64_t units_of(int64_t elements) {
@@ -308,9 +310,17 @@ struct ForwardBlock {
             k_rows[k] = row_of(args.key, tile + k);
             v_rows[k] = row_of(args.value, tile + k);
         }
-        if constexpr (U::any)
-            numbers_of_keys(args, sequence, head_kv, tile, keys, memory + at.numbers, k_rows,
-                            v_rows);
+        if constexpr (U::any) read_codes();
+    }
+
+    /// Writes the numbers of quantised keys and values.
+    void read_codes() {
+        if (args.key_codes.given)
+            numbers_of_keys<S>(args, args.key_codes, sequence, head_kv, tile, keys, args.head_dim,
+                               memory + at.numbers, k_rows);
+        if (args.value_codes.given)
+            numbers_of_keys<S>(args, args.value_codes, sequence, head_kv, tile, keys,
+                               args.head_dim_v, memory + at.value_numbers, v_rows);
     }
 
     /// Packs the K and V of the tile that begins at `first_key`.

@@ -67,6 +67,18 @@ struct Neon : SimdBase {
         return x < -126.f ? vf{} : y;
     }
 
+    static vf fused(vf a, vf b, vf c) { return fma(c, a, b); }
+    struct Table {
+        uint8x16x4_t bytes;
+        explicit Table(const float* p) {
+            for (int i = 0; i < 4; ++i) bytes.val[i] = vreinterpretq_u8_f32(vld1q_f32(p + 4 * i));
+        }
+    };
+    static vf lookup(const Table& table, vu code) {
+        const vu at = (code & 15u) * 0x04040404u + 0x03020100u;  // of the four bytes of each lane
+        return (vf)vqtbl4q_u8(table.bytes, (uint8x16_t)at);
+    }
+
     static vf load_f16(const uint16_t* p) {
         return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
     }

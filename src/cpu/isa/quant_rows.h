@@ -56,7 +56,7 @@ inline void quant_encode(int codes, const float* x, int64_t channels, const Chan
 }
 
 template <class S>
-constexpr QuantKernel quant_kernel{quant_widen, quant_encode, numbers_of_key};
+constexpr QuantKernel quant_kernel{quant_widen, quant_encode, numbers_of_key<S>};
 
 }  // namespace
 }  // namespace umfa::cpu

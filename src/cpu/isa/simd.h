@@ -35,7 +35,7 @@ struct SimdBase {
     typedef uint32_t vu __attribute__((vector_size(4 * W)));
     typedef uint64_t vq __attribute__((vector_size(4 * W)));
     typedef uint16_t vh __attribute__((vector_size(2 * W)));
-    typedef uint8_t vb __attribute__((vector_size(W)));
+    typedef int8_t vb __attribute__((vector_size(W)));
     using first_lanes = CountTo<W>::type;
 
     static constexpr bool native_exponent = false;
@@ -101,12 +101,13 @@ struct SimdBase {
     static vf max(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
     static vf min(vf a, vf b) { return a < b ? a : b; }  // likewise
     static vf to_float(vi x) { return __builtin_convertvector(x, vf); }
-
-    static vu load_u8(const char* p) {
-        vb x;
-        __builtin_memcpy(&x, p, sizeof x);
-        return __builtin_convertvector(x, vu);
+    /// a * b + c, rounded once.
+    static vf fused(vf a, vf b, vf c) {
+        vf x;
+        for (int i = 0; i < W; ++i) x[i] = __builtin_fmaf(a[i], b[i], c[i]);
+        return x;
     }
+
     static vu load_u16(const uint16_t* p) {
         vh x;
         __builtin_memcpy(&x, p, sizeof x);
@@ -117,6 +118,32 @@ struct SimdBase {
         __builtin_memcpy(p, &y, sizeof y);
     }
 
+    /// W bytes.
+    static vi load_i8(const uint8_t* p) {
+        vb x;
+        __builtin_memcpy(&x, p, sizeof x);
+        return __builtin_convertvector(x, vi);
+    }
+    static vu load_u8(const uint8_t* p) { return (vu)load_i8(p) & 0xffu; }
+    /// W codes of 4 bits, the first in the low half of the first byte. Upper bits may be set.
+    static vu load_halves(const uint8_t* p) {
+        uint32_t word = 0;
+        __builtin_memcpy(&word, p, W / 2);
+        vu shift;
+        for (int i = 0; i < W; ++i) shift[i] = 4 * static_cast<uint32_t>(i);
+        return (vu{} + word) >> shift;
+    }
+    /// 16 floats, and those that the low 4 bits of each lane choose.
+    struct Table {
+        float at[16];
+        explicit Table(const float* p) { __builtin_memcpy(at, p, sizeof at); }
+    };
+    static vf lookup(const Table& table, vu code) {
+        vf x;
+        for (int i = 0; i < W; ++i) x[i] = table.at[code[i] & 15u];
+        return x;
+    }
+
     /// a0 b0 a1 b1 ... of the lower or upper halves of a and b.
     template <int First, int... I>
     static vf interleave(vf a, vf b, Indices<I...>) {
@@ -124,6 +151,26 @@ struct SimdBase {
     }
     static vf interleave_low(vf a, vf b) { return interleave<0>(a, b, first_lanes{}); }
     static vf interleave_high(vf a, vf b) { return interleave<W / 2>(a, b, first_lanes{}); }
+
+    /// Lane i becomes lane i ^ Distance.
+    template <int Distance>
+    static vf swap(vf x) {
+        return swap<Distance>(x, first_lanes{});
+    }
+    template <int Distance, int... I>
+    static vf swap(vf x, Indices<I...>) {
+        return __builtin_shufflevector(x, x, (I ^ Distance)...);
+    }
+    /// Lane i: the sum of lanes i and i ^ Distance; of b where i & Distance, else of a.
+    template <int Distance>
+    static vf merge(vf a, vf b) {
+        return merge<Distance>(a, b, first_lanes{});
+    }
+    template <int Distance, int... I>
+    static vf merge(vf a, vf b, Indices<I...>) {
+        return __builtin_shufflevector(a, b, (I + (I & Distance ? W : 0))...) +
+               __builtin_shufflevector(a, b, ((I ^ Distance) + (I & Distance ? W : 0))...);
+    }
 
     template <int First, int... I>
     static vq interleave(vq a, vq b, Indices<I...>) {
