@@ -106,6 +106,16 @@ struct Scales {
         if (rows == pitch) return convert(memory, blocks * rows);
         for (int64_t b = 0; b < blocks; ++b) convert(memory + b * pitch, rows);
     }
+    /// Where all rows have the scales of the first.
+    void finish_same(int64_t rows) const {
+        for (int64_t b = 0; b < blocks; ++b) {
+            float* own = memory + b * pitch;
+            convert(own, 1);
+            for (int64_t k = 1; k < rows; ++k) own[k] = own[0];
+            if (codes.offsets)
+                for (int64_t k = 1; k < rows; ++k) own[room + k] = own[room];
+        }
+    }
 
 private:
     void convert(float* own, int64_t count) const {

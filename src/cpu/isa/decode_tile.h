@@ -63,6 +63,7 @@ struct CodeTile {
     const float* scales;
     CodeReader<S, C, false> reader;
     int64_t channels = reader.layout.channels;
+    int64_t bytes = reader.place((channels - 1) / W).byte + W;  // about
 
     UMFA_INLINE Row row(int64_t k) const {
         return {static_cast<const uint8_t*>(rows.now[k]), scales + k};
@@ -77,12 +78,11 @@ struct CodeTile {
         b = whole(row, i + 1);
     }
     static UMFA_INLINE void in_order(vf&, vf&) {}
-    UMFA_INLINE void prefetch(int64_t k, int64_t first, int64_t count) const {
+    /// The whole row, for the first channels.
+    UMFA_INLINE void prefetch(int64_t k, int64_t first, int64_t) const {
         const char* row = static_cast<const char*>(rows.next[k]);
-        if (!row) return;
-        const int64_t end = reader.place((first + count - 1) / W).byte + W;
-        for (int64_t byte = reader.place(first / W).byte; byte < end; byte += 64)
-            __builtin_prefetch(row + byte, 0, 2);
+        if (first != 0 || !row) return;
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
     }
 };
 
@@ -96,11 +96,16 @@ inline void scales_of_tile(const ForwardArgs& args, const Codes& codes, const Co
     const auto place = [&](int64_t k) {
         return scale_place(codes, key_place(sequence, args.page_size, first + k));
     };
-    if (codes.scales && codes.block_rows == 1 && !sequence.pages)
+    const bool in_order = codes.scales && !sequence.pages;
+    if (in_order && codes.block_rows == 1) {
         scales.add_rows(keys, place(0), head);
-    else
+    } else if (in_order && place(0) == place(keys - 1)) {
+        scales.add(0, place(0), head, nullptr);
+        return scales.finish_same(keys);
+    } else {
         for (int64_t k = 0; k < keys; ++k)
             scales.add(k, place(k), head, static_cast<const uint8_t*>(rows.now[k]));
+    }
     scales.finish(keys);
 }
 
