@@ -9,7 +9,7 @@ from typing import Any, Literal
 from .._errors import message
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Kind = Literal["compute", "decode", "self", "overhead", "block", "call"]
+Kind = Literal["compute", "decode", "self", "overhead", "block", "call", "quant"]
 Library = Literal["", "numpy", "torch", "torch enabled", "jax", "mlx"]
 Mask = Literal["", "float mask", "float mask with gradient"]
 
@@ -18,6 +18,22 @@ QUICK_QUERIES = 64
 QUICK_KEYS = 128
 
 ITEMSIZE: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How keys and values are quantised, as `umfa.quantize` takes it."""
+
+    dtype: str
+    granularity: str
+    block: tuple[int, int] | None = None
+    scale_dtype: str = "float16"
+
+    @property
+    def title(self) -> str:
+        """The format in a few words."""
+        block = "" if self.block is None else " {}×{}".format(*self.block)
+        return f"{self.dtype} by {self.granularity}{block}"
 
 
 @dataclass(frozen=True)
@@ -60,8 +76,9 @@ class Case:
 
     ``kind`` is ``"compute"`` (counted in operations), ``"decode"`` (counted in bytes of key and
     value), ``"self"`` (umfa against umfa without window and options), ``"overhead"`` (what
-    Python adds to a call), ``"block"`` (a block of a transformer, and its attention alone) or
-    ``"call"`` (a tiny call beside the same of a library).
+    Python adds to a call), ``"block"`` (a block of a transformer, and its attention alone),
+    ``"call"`` (a tiny call beside the same of a library) or ``"quant"`` (quantised keys and values,
+    against umfa with those of the case's dtype).
     """
 
     name: str
@@ -81,6 +98,8 @@ class Case:
     head_dim_v: int = 0  # 0: as head_dim
     kind: Kind = "compute"
     library: Library = ""  # whose arrays a tiny call gets
+    quantised: Format | None = None  # of key and value
+    outliers: bool = False  # every 16th channel of the keys has an offset of 5
     target: Target | None = None
     long: bool = False  # only with --long, or by name
     note: str = ""
@@ -100,6 +119,8 @@ class Case:
         """The suite that has this case."""
         if self.kind == "block" or self.library:
             return "models"
+        if self.kind == "quant":
+            return "quant"
         return "backward" if self.backward else "cpu"
 
     @property
@@ -119,6 +140,8 @@ class Case:
         if self.value_dim != self.head_dim:
             dims += f"/{self.value_dim}"
         text = f"{self.dtype} {mask} ({self.batch}, {heads}, {lengths}, {dims})"
+        text += f", {self.quantised.title}" if self.quantised else ""
+        text += ", outliers" if self.outliers else ""
         text += f", {self.mask}" if self.mask else ""
         text += f", dropout {self.dropout_p:g}" if self.dropout_p else ""
         text += ", forward and backward" if self.backward else ""
@@ -173,7 +196,9 @@ class Case:
             heads=min(self.heads, 4),
             heads_kv=min(self.heads_kv, 2),
             seqlen_q=min(self.seqlen_q, QUICK_QUERIES),
-            seqlen_k=min(self.seqlen_k, QUICK_KEYS if self.kind == "decode" else QUICK_QUERIES),
+            seqlen_k=min(
+                self.seqlen_k, QUICK_KEYS if self.kind in ("decode", "quant") else QUICK_QUERIES
+            ),
             window=(min(self.window[0], QUICK_QUERIES // 4), self.window[1]),
         )
 
@@ -316,10 +341,52 @@ MODELS: tuple[Case, ...] = (
     _call("call-mlx", "mlx", "mlx", Target(against="mlx", total_us=10)),
 )
 
+# What the rows of the suite "quant" are compared with.
+UNQUANTISED = "umfa, not quantised"
+
+_FORMATS: dict[str, Format] = {
+    "int8": Format("int8", "row"),
+    "int8-block": Format("int8", "block", (1, 32)),
+    "int8-tensor": Format("int8", "tensor"),
+    "int4": Format("int4", "block", (1, 32)),
+    "int4-row": Format("int4", "row"),
+    "e4m3": Format("float8_e4m3fn", "row"),
+    "e5m2": Format("float8_e5m2", "row"),
+    "nf4": Format("nf4", "block", (1, 32)),
+    "mxfp8": Format("mxfp8", "block", (1, 32), "float8_e8m0fnu"),
+    "mxfp4": Format("mxfp4", "block", (1, 32), "float8_e8m0fnu"),
+}
+_DECODE_RATIOS = {"int8": 1.6, "int4": 2.5}
+
+
+def _quant(name: str, form: str, seqlen_q: int, seqlen_k: int, **options: Any) -> Case:
+    """Llama 3 8B's heads, bfloat16 queries."""
+    ratio = _DECODE_RATIOS.get(form) if seqlen_q == 1 else None
+    target = Target(ratio, against=UNQUANTISED) if ratio else None
+    return Case(
+        f"{name}-{form}", 1, 32, seqlen_q, seqlen_k, 128, "bfloat16", heads_kv=8, kind="quant",
+        quantised=_FORMATS[form], target=target, **options,
+    )  # fmt: skip
+
+
+QUANT: tuple[Case, ...] = (
+    *(_quant("decode", form, 1, 16384) for form in _FORMATS),
+    *(_quant("prefill", form, 1024, 1024, causal=True) for form in ("int8", "int4", "e4m3")),
+    *(
+        _quant("outliers", form, 512, 512, outliers=True)
+        for form in ("int8", "int8-block", "int8-tensor", "int4", "int4-row")
+    ),
+)
+
 BURST = 100
 """Calls of a tiny case that are timed together."""
 
-SUITES: dict[str, tuple[Case, ...]] = {"cpu": CPU, "backward": BACKWARD, "models": MODELS}
+SUITES: dict[str, tuple[Case, ...]] = {
+    "cpu": CPU,
+    "backward": BACKWARD,
+    "models": MODELS,
+    "quant": QUANT,
+}
 
 
 def select(suite: str, patterns: list[str], *, long: bool = False) -> list[Case]:

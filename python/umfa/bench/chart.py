@@ -20,7 +20,7 @@ def check(suite: str) -> None:
     ValueError
         The suite has no rates, or matplotlib is not installed.
     """
-    if suite == "models":
+    if suite in ("models", "quant"):
         what, expected = "a chart shows shares of the machine's limits", "another suite, or --json"
         raise ValueError(message("umfa.bench", what, f"suite {suite}", expected))
     if importlib.util.find_spec("matplotlib") is None:

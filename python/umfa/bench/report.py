@@ -48,12 +48,15 @@ def speed(entry: Entry, case: CaseResult) -> str:
 
 
 def share(case: CaseResult) -> str:
-    """Share of the peak, or of the bandwidth; for the overhead, its microseconds."""
+    """Share of the peak or bandwidth; of the overhead its microseconds, of formats their loss."""
     if case.overhead_us is not None:
         over = "it" if case.kind == "overhead" else case.target["against"]
         return f"{case.overhead_us:.2f} µs over {over}"
     if case.attention_share is not None and case.attainable is not None:
         return f"attention {case.attention_share:.0%}: {case.attainable:.2f}× attainable"
+    if case.bytes_ratio is not None and case.cosine is not None and case.relative_l1 is not None:
+        size = f"{case.bytes_read / 1e6:.1f} MB, {case.bytes_ratio:.2f}× the bytes"
+        return f"{size}; cosine {case.cosine:.5f}, relative L1 {case.relative_l1:.2%}"
     if case.share is None or case.limit_rate is None:
         return NONE
     unit = "GB/s" if case.unit == "bytes/s" else "GFLOP/s"

@@ -73,6 +73,12 @@ class CaseResult:
     """Of a block: the share of its time that the library's own attention takes."""
     attainable: float | None = None
     """Of a block: how many times as fast its faster attention makes it, by Amdahl's law."""
+    bytes_ratio: float | None = None
+    """Of quantised keys and values: their bytes over those of the case's dtype."""
+    cosine: float | None = None
+    """Of the result's angle to that of keys and values which are not quantised, in float32."""
+    relative_l1: float | None = None
+    """Sum of the differences from that result, over the sum of its magnitudes."""
     error: float | None = None
     """Largest relative error of a row, of some rows compared with float64."""
     tolerance: float | None = None

@@ -22,7 +22,7 @@ from rich.progress import (
 import umfa
 from umfa import _ext
 from umfa._errors import message
-from umfa.bench import calls, cases, chart, measure, models, peers, report, results
+from umfa.bench import calls, cases, chart, measure, models, peers, quantised, report, results
 from umfa.cli import env, terminal
 
 DESCRIPTION = """Time umfa and other libraries by turns, in one process, with as many threads each,
@@ -37,6 +37,7 @@ QUICK_SAMPLE = 1e-4
 RUNS: dict[cases.Kind, Callable[..., results.CaseResult]] = {
     "block": models.run_block,
     "call": calls.run_call,
+    "quant": quantised.run_quant,
 }
 
 
