@@ -31,6 +31,10 @@ HIDING: dict[str, dict[str, Any]] = {
     "window": {"window_size": (20, 10), "causal_alignment": "top_left"},  # keys 81 and up
     "bool mask": {"attn_mask": np.arange(130) < 81},
     "float mask": {"attn_mask": np.where(np.arange(130) < 81, 0, -np.inf).astype(np.float32)},
+    "bool mask with rows": {"attn_mask": np.tile(np.arange(130) < 81, (70, 1))},
+    "float mask with rows": {
+        "attn_mask": np.tile(np.where(np.arange(130) < 81, 0, -np.inf), (70, 1)).astype(np.float32)
+    },
     "dropout": {"attn_mask": np.arange(130) < 81, "dropout_p": 0.5, "dropout_seed": 1},
     "softcap": {"attn_mask": np.arange(130) < 81, "softcap": 5.0},
 }

@@ -93,7 +93,7 @@ inline __attribute__((always_inline)) void finish_probabilities(
                     s -= scoring.slope * distance_of<S>(diagonal + n * W - (first + m));
                 if (bias) {
                     const vf b = S::load(bias + (m * NV + n) * W);
-                    hidden = b == -infinity;
+                    hidden |= b == -infinity;
                     s += b;
                 }
                 p = probability<S>((s - pivot) - low);
