@@ -94,6 +94,15 @@ TensorView SelfTestTensors::table(const std::vector<int32_t>& values) {
     return view;
 }
 
+TensorView SelfTestTensors::as_float32(const TensorView& view) {
+    const TensorView wide = make(DType::f32, {view.shape, view.shape + view.ndim});
+    for (int64_t i = 0; i < view.size(); ++i) {
+        const float number = number_at(view, i);
+        std::memcpy(wide.address() + 4 * i, &number, sizeof number);
+    }
+    return wide;
+}
+
 std::string byte_difference(const std::string& name, const TensorView& got,
                             const TensorView& expected) {
     const int64_t bytes = got.size() * (bits_of(got.dtype) / 8);

@@ -19,6 +19,8 @@ public:
     /// Filled with NaN, so that elements which a kernel does not write are found.
     TensorView unwritten(DType dtype, const Sizes& shape);
     TensorView table(const std::vector<int32_t>& values);
+    /// The same numbers in float32. `view` is dense.
+    TensorView as_float32(const TensorView& view);
 
 private:
     TensorView make(DType dtype, const Sizes& shape);
