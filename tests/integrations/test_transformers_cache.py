@@ -233,7 +233,32 @@ def test_formats_whose_tokens_share_a_scale(form: dict[str, Any]) -> None:
         adapter.QuantizedCache("int8", **form)
 
 
+def test_states_that_do_not_fit() -> None:
+    cache = adapter.QuantizedCache()
+    keys, values = states(0, 5)
+    what = "value_states do not fit key_states"
+    name = r"\[umfa\.transformers\.QuantizedCache\.update\] "
+    for bad in (values[:, :, :4], values[:1], values[:, :1]):
+        with pytest.raises(ValueError, match=f"{name}{what}"):
+            cache.update(keys, bad, 0)
+    for wrong in (None, keys[0]):
+        with pytest.raises(ValueError, match=f"{name}key_states has the wrong shape"):
+            cache.update(wrong, values, 0)
+    assert cache.get_seq_length() == 0
+    cache.update(keys, values, 0)
+    for other in (states(1, 5, batch=1), (keys[..., :16], values)):
+        with pytest.raises(ValueError, match=f"{name}the states do not fit those in the cache"):
+            cache.update(*other, 0)
+    assert cache.get_seq_length() == 5
+
+
 def test_unknown_formats() -> None:
+    with pytest.raises(umfa.UnsupportedError, match="q8_0"):
+        adapter.QuantizedCache("q8_0")
+    with pytest.raises((ValueError, umfa.UnsupportedError), match="block"):
+        adapter.QuantizedCache("int8", "row", block=(1, 32))
+    with pytest.raises(TypeError, match="smooth_keys is not a bool; got 'no'"):
+        adapter.QuantizedCache(smooth_keys="no")
     with pytest.raises(ValueError, match=r"umfa\.transformers\.QuantizedCache\].*int7"):
         adapter.QuantizedCache("int7")
     with pytest.raises(TypeError, match="nbits"):
@@ -245,3 +270,8 @@ def test_a_crop_that_adds() -> None:
     cache.update(*states(0, 5), 0)
     with pytest.raises(ValueError, match=r"QuantizedCache\.crop\] .*; got 3; expected 0 or less"):
         cache.crop(3)
+    for bad in (None, "a", -1.5):
+        with pytest.raises(TypeError, match=r"QuantizedCache\.crop\] tokens_to_remove"):
+            cache.crop(bad)
+    cache.crop(-9)
+    assert cache.get_seq_length() == 0

@@ -101,6 +101,9 @@ class QuantizedCache(_Cache):  # type: ignore[misc]
         made = _ext.QuantFormat(
             _NAME, dtype, granularity, offset_of(_NAME, symmetric), scale_dtype, block, "bhsd"
         )
+        if not isinstance(smooth_keys, bool):
+            what = "smooth_keys is not a bool"
+            raise TypeError(message(_NAME, what, repr(smooth_keys), "True or False"))
         if made.granularity not in ("row", "block") or (made.block or (1,))[0] != 1:
             what = "tokens share a scale, which more tokens would change"
             got = f"granularity='{made.granularity}', block={made.block}"
@@ -112,6 +115,7 @@ class QuantizedCache(_Cache):  # type: ignore[misc]
             "block": block,
             "scale_dtype": scale_dtype,
         }
+        quantize(torch.zeros(1, 1, 0, 64), **form, layout="bhsd")  # refuses what none can have
         super().__init__(layer_class_to_replicate=partial(_Layer, form, smooth_keys))
 
     @property
@@ -142,6 +146,7 @@ class _Layer(_CacheLayer):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._mean is not None:
@@ -160,6 +165,24 @@ class _Layer(_CacheLayer):  # type: ignore[misc]
             for x, mean in zip(self.states, means, strict=True)
         )
 
+    def _check(self, key_states: Any, value_states: Any) -> None:
+        function = f"{_NAME}.update"
+        for name, x in (("key_states", key_states), ("value_states", value_states)):
+            if not isinstance(x, torch.Tensor) or x.dim() != 4:
+                got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x)
+                expected = "(batch, heads, seqlen, head_dim)"
+                raise ValueError(message(function, f"{name} has the wrong shape", got, expected))
+        if key_states.shape[:3] != value_states.shape[:3]:
+            what, got = "value_states do not fit key_states", tuple(value_states.shape)
+            expected = f"{(*key_states.shape[:3], 'any')}"
+            raise ValueError(message(function, what, got, expected))
+        for x, stored in zip((key_states, value_states), self.states, strict=False):
+            batch, heads, _, head_dim = stored.shape
+            if (*x.shape[:2], x.shape[3]) != (batch, heads, head_dim):
+                what, got = "the states do not fit those in the cache", tuple(x.shape)
+                expected = f"({batch}, {heads}, any, {head_dim})"
+                raise ValueError(message(function, what, got, expected))
+
     def _quantized(self, x: Any) -> QuantizedTensor:
         return quantize(x, **self._form, layout="bhsd", nonfinite="nan")
 
@@ -176,9 +199,11 @@ class _Layer(_CacheLayer):  # type: ignore[misc]
         self._length, self._mean, self.states, self.is_initialized = 0, None, [], False
 
     def crop(self, tokens_to_remove: int) -> None:
+        function = f"{_NAME}.crop"
+        tokens_to_remove = _ext.integer(function, "tokens_to_remove", tokens_to_remove, "0 or less")
         if tokens_to_remove > 0:
             what = "crop removes tokens, and takes their number as a negative one"
-            raise ValueError(message(f"{_NAME}.crop", what, tokens_to_remove, "0 or less"))
+            raise ValueError(message(function, what, tokens_to_remove, "0 or less"))
         self._length = max(0, self._length + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Any) -> None:
