@@ -72,13 +72,19 @@ def test_frameworks_and_layouts(name: str) -> None:
     assert found == expected
 
 
+def test_numbers_too_large_for_a_float16_scale() -> None:
+    found = umfa.suggest_precision(Q, K, V * np.float32(1e30), 1.0)
+    assert found.format == {"dtype": "mxfp4"}
+    assert {x.rel_error for x in found.measured if "scale_dtype" in x.format} == {float("inf")}
+
+
 def test_zeros_are_exact() -> None:
     found = umfa.suggest_precision(Q, K, 0 * V, 1e-9)
     assert found.format == found.measured[0].format
     assert {x.rel_error for x in found.measured} == {0.0}
 
 
-@pytest.mark.parametrize("limit", [0, -1, float("nan"), "much", None])
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), "much", "0.5", None, True])
 def test_bounds_that_are_none(limit: Any) -> None:
     text = (
         r"\[umfa\.suggest_precision\] max_rel_error is no bound; got .*; expected a number above 0"
@@ -90,7 +96,10 @@ def test_bounds_that_are_none(limit: Any) -> None:
 def test_bad_tensors() -> None:
     with pytest.raises(ValueError, match="layout is unknown; got 'sbhd'"):
         umfa.suggest_precision(Q, K, V, 0.1, layout="sbhd")
-    with pytest.raises(ValueError, match="x has a NaN or an infinity"):
-        umfa.suggest_precision(Q, K, V * np.float32("inf"), 0.1)
+    for bad in ((Q, K, V * np.float32("inf")), (Q * np.nan, K, V), (Q[:, :0], K, V)):
+        with pytest.raises(ValueError, match="the sample's attention is empty, or not finite"):
+            umfa.suggest_precision(*bad, 0.1)
+    with pytest.raises(ValueError, match=r"q has the wrong shape; got \(64,\)"):
+        umfa.suggest_precision(Q[0, 0, 0], K, V, 0.1)
     with pytest.raises(TypeError, match="suggest_precision"):
         umfa.suggest_precision(Q.tolist(), K, V, 0.1)

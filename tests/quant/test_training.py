@@ -122,6 +122,16 @@ def test_only_what_is_asked_for() -> None:
         assert attention(q, k, v, *INT8).grad_fn is None
 
 
+def test_autocast() -> None:
+    tensors = three()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*tensors, *INT8)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, attention(*(x.bfloat16() for x in tensors), *INT8))
+    out.float().sum().backward()
+    assert {x.grad.dtype for x in tensors} == {torch.float32}
+
+
 def saved_bytes(call: Any) -> int:
     """Bytes of what autograd keeps of a call."""
     kept: dict[int, int] = {}
@@ -149,6 +159,8 @@ def test_what_cannot_be_had() -> None:
     q, k, v = three()
     with pytest.raises(ValueError, match=r"umfa\.torch\.quantized_attention\] layout is unknown"):
         attention(q, k, v, layout="sbhd")
+    with pytest.raises(ValueError, match="layout is unknown"):
+        attention(q, k, v, layout=["bshd"])
     with pytest.raises(TypeError, match=r"k is not torch's; got .*ndarray.*; expected torch"):
         attention(q, np.zeros((2, 53, 2, 64), np.float32), v)
     with pytest.raises(umfa.UnsupportedError, match="granularity"):

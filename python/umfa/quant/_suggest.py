@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._errors import message
-from .._frameworks import framework_of
+from .._frameworks import framework_of, shape_of
 from ._attention import quantized_attention
 from ._quantize import quantize
 
@@ -52,7 +52,7 @@ class SuggestedPrecision(NamedTuple):
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{'->' if x.format == self.format else '  '} {_text(x.format):72} "
+            f"{'->' if x.format == self.format else '  '} {_text(x.format):90} "
             f"{x.rel_error:.2e} {x.nbytes:>12} bytes"
             for x in self.measured
         )
@@ -72,7 +72,8 @@ def suggest_precision(
     """The format of keys and values with the fewest bytes whose error in attention is small enough.
 
     Each format is measured: attention of the last 256 queries over all keys, on quantised keys and
-    values, is compared with the same on the given ones, in float32.
+    values, is compared with the same on the given ones, in float32 (under ``torch.autocast`` in its
+    dtype).
 
     Parameters
     ----------
@@ -98,7 +99,7 @@ def suggest_precision(
     Raises
     ------
     ValueError, TypeError
-        An argument is wrong, or k or v has numbers that are not finite.
+        An argument is wrong, or attention of the sample is empty or not finite.
     umfa.UnsupportedError
         No backend has what is asked for.
     """
@@ -107,6 +108,9 @@ def suggest_precision(
         raise ValueError(message(_NAME, "layout is unknown", repr(layout), "'bshd' or 'bhsd'"))
     tensors = {"q": q, "k": k, "v": v}
     framework = framework_of(_NAME, tensors)
+    if len(shape_of(tensors["q"]) or ()) < 3:
+        what, got = "q has the wrong shape", shape_of(tensors["q"])
+        raise ValueError(message(_NAME, what, got, "(batch, seqlen, nheads, head_dim)"))
     tail = tensors["q"][..., -ROWS:, :, :] if layout == "bshd" else tensors["q"][..., -ROWS:, :]
 
     def attention(key: Any, value: Any) -> npt.NDArray[np.float64]:
@@ -123,12 +127,18 @@ def suggest_precision(
         return np.asarray(framework.to_host(out, _NAME, "the result")).astype(np.float64)
 
     right = attention(k, v)
+    if right.size == 0 or not np.isfinite(right).all():
+        what = "the sample's attention is empty, or not finite"
+        raise ValueError(message(_NAME, what, f"a result of shape {right.shape}", "finite numbers"))
     size = np.abs(right).sum()
     measured = []
     for form in FORMATS:
-        key, value = (quantize(x, **form, layout=layout, backend=backend) for x in (k, v))
+        # A number too large for a float16 scale gives NaN, and such a format is never exact enough.
+        form_of = {**form, "layout": layout, "nonfinite": "nan", "backend": backend}
+        key, value = (quantize(x, **form_of) for x in (k, v))
         error_sum = float(np.abs(attention(key, value) - right).sum())
         rel_error = error_sum / size if size else (0.0 if error_sum == 0 else math.inf)
+        rel_error = math.inf if math.isnan(rel_error) else rel_error
         measured.append(MeasuredFormat(form, rel_error, key.nbytes + value.nbytes))
     measured.sort(key=lambda x: (x.nbytes, x.rel_error))
     found = next((x.format for x in measured if x.rel_error <= limit), None)
@@ -137,7 +147,7 @@ def suggest_precision(
 
 def _limit(max_rel_error: Any) -> float:
     try:
-        limit = float(max_rel_error)
+        limit = math.nan if isinstance(max_rel_error, (bool, str)) else float(max_rel_error)
     except (TypeError, ValueError):
         limit = math.nan
     if not limit > 0:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from .._call.run import run_backward
 from .._errors import message
 from .._ext import Attention, Function
+from .._frameworks import framework_of
 from .._functional._types import WindowSize
 from ..quant import QuantizedTensor, quantize
 from ..quant import quantized_attention as attention_on_codes
@@ -106,11 +107,15 @@ def quantized_attention(
     RuntimeError
         A second derivative is taken, or a transform of torch.func meets the call.
     """
-    if layout not in _FUNCTIONS:
+    if layout not in ("bshd", "bhsd"):
         raise ValueError(message(_NAME, "layout is unknown", repr(layout), "'bshd' or 'bhsd'"))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(message(_NAME, f"{name} is not torch's", type(x), "torch.Tensor"))
+    rows = {"q": q, "k": k, "v": v}
+    framework = framework_of(_NAME, rows)
+    if framework.autocast is not None:
+        framework.autocast(_NAME, rows, (), tuple(rows))
     options = {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -123,7 +128,7 @@ def quantized_attention(
     }
     form = QuantFormat(dtype, granularity, symmetric, block, scale_dtype)
     return _Attention.apply(  # type: ignore[no-untyped-call]
-        form, layout, options, q, k, v, alibi_slopes, attn_mask, learnable_sink
+        form, layout, options, *rows.values(), alibi_slopes, attn_mask, learnable_sink
     )
 
 
