@@ -11,7 +11,7 @@ from .._errors import message
 Dtype = Literal["float32", "float16", "bfloat16"]
 Kind = Literal["compute", "decode", "self", "overhead", "block", "call", "quant"]
 Library = Literal["", "numpy", "torch", "torch enabled", "jax", "mlx"]
-Mask = Literal["", "float mask", "float mask with gradient"]
+Mask = Literal["", "boolean mask", "float mask", "float mask with gradient"]
 
 # Lengths under --quick, which only shows that everything works.
 QUICK_QUERIES = 64
@@ -93,7 +93,7 @@ class Case:
     window: tuple[int, int] = (-1, -1)
     batch_invariant: bool = False
     backward: bool = False  # also the gradients of query, key and value
-    mask: Mask = ""  # (seqlen_q, seqlen_k), of the case's dtype
+    mask: Mask = ""  # (seqlen_q, seqlen_k), of the case's dtype unless boolean
     dropout_p: float = 0.0
     head_dim_v: int = 0  # 0: as head_dim
     kind: Kind = "compute"
@@ -285,6 +285,7 @@ def _training(name: str, target: Target | None, **options: Any) -> Case:
 BACKWARD: tuple[Case, ...] = (
     _training("backward-fp32", Target(1.2, 0.75)),
     _training("backward-fp32-causal", Target(1.4), causal=True),
+    _training("backward-fp32-boolean-mask", None, mask="boolean mask"),
     _training("backward-fp32-mask", None, mask="float mask"),
     _training("backward-fp32-mask-gradient", Target(2.0), mask="float mask with gradient"),
     _training("backward-fp32-dropout", Target(3.0), dropout_p=0.1),

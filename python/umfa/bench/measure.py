@@ -191,7 +191,8 @@ def reference_head(
     scale = case.head_dim**-0.5
     scores = scale * (query @ key.T)
     if inputs.mask is not None:
-        scores += inputs.mask
+        boolean = case.mask == "boolean mask"
+        scores = np.where(inputs.mask, scores, -np.inf) if boolean else scores + inputs.mask
     if case.causal:
         behind = case.seqlen_k - case.seqlen_q
         scores[~np.tri(case.seqlen_q, case.seqlen_k, behind, dtype=bool)] = -np.inf

@@ -39,7 +39,7 @@ class Inputs:
     query: Float32
     key: Float32
     value: Float32
-    mask: Float32 | None = None
+    mask: Float32 | npt.NDArray[np.bool_] | None = None
     """(seqlen_q, seqlen_k), added to the scores."""
     dout: Float32 | None = None
     """Gradient of the result, where the case has a backward pass."""
@@ -84,11 +84,17 @@ def make_inputs(case: Case, seed: int) -> Inputs:
     def tensor(*shape: int) -> Float32:
         return rounded(random.standard_normal(shape, dtype=np.float32), case.dtype)
 
+    def mask() -> Float32 | npt.NDArray[np.bool_] | None:
+        if not case.mask:
+            return None
+        scores = tensor(case.seqlen_q, case.seqlen_k)
+        return scores > 0 if case.mask == "boolean mask" else scores
+
     return Inputs(
         tensor(case.batch, case.seqlen_q, case.heads, case.head_dim),
         tensor(case.batch, case.seqlen_k, case.kv_heads, case.head_dim),
         tensor(case.batch, case.seqlen_k, case.kv_heads, case.value_dim),
-        tensor(case.seqlen_q, case.seqlen_k) if case.mask else None,
+        mask(),
         tensor(case.batch, case.seqlen_q, case.heads, case.value_dim) if case.backward else None,
     )
 
@@ -113,7 +119,7 @@ class Umfa:
         self.threads = f"{threads}, set"
         self.torch = importlib.import_module("torch") if torch else None
 
-    def tensor(self, array: Float32, dtype: Dtype) -> Any:
+    def tensor(self, array: npt.NDArray[Any], dtype: str) -> Any:
         """A tensor of torch, else of NumPy."""
         if self.torch is not None:
             return self.torch.from_numpy(array).to(getattr(self.torch, dtype)).contiguous()
@@ -138,7 +144,8 @@ class Umfa:
         if case.dropout_p:
             options["dropout_seed"] = DROPOUT_SEED
         if inputs.mask is not None:
-            options["attn_mask"] = self.tensor(inputs.mask, case.dtype)
+            dtype = "bool" if case.mask == "boolean mask" else case.dtype
+            options["attn_mask"] = self.tensor(inputs.mask, dtype)
         possible, reason = umfa.can_run(query, key, value, **options)
         if not possible:
             raise NotSupportedError(reason)
@@ -204,8 +211,9 @@ class Torch:
             return torch.from_numpy(array).to(dtype).transpose(1, 2).contiguous()
 
         query, key, value = map(tensor, (inputs.query, inputs.key, inputs.value))
+        mask = None if inputs.mask is None else torch.from_numpy(inputs.mask)
         options = {
-            "attn_mask": None if inputs.mask is None else torch.from_numpy(inputs.mask).to(dtype),
+            "attn_mask": mask.to(dtype) if mask is not None and mask.is_floating_point() else mask,
             "dropout_p": case.dropout_p,
             "is_causal": case.causal,
             "enable_gqa": case.kv_heads != case.heads,
