@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def anonymous(text: str) -> str:
     """Without the checkout's path, home folders, and temporary folders of this user."""
     for path in {str(ROOT), str(ROOT.resolve())}:
-        text = text.replace(path, "umfa")
+        text = re.sub(rf"{re.escape(path)}(?![\w-])", "umfa", text)
     return re.sub(r"/(private/)?var/folders/[^\s'\"]+?/T/", "/tmp/", tidy(text))
 
 

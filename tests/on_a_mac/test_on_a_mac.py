@@ -195,9 +195,11 @@ def test_the_report_is_there_after_each_stage(
     assert seen[0] == ""
 
 
-def test_the_report_names_nobody() -> None:
+def test_the_report_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "/Users/bob/x /private/var/folders/ab/c1_2/T/umfa.metallib /home/eve/y " + str(ROOT)
     assert report.anonymous(text) == "~/x /tmp/umfa.metallib ~/y umfa"
+    monkeypatch.setattr(report, "ROOT", Path("/opt/umfa"))
+    assert report.anonymous("/opt/umfa/x /opt/umfa-home/y") == "umfa/x /opt/umfa-home/y"
 
 
 def test_every_shape_of_the_tables_is_compiled() -> None:
