@@ -68,6 +68,7 @@ COVERED: dict[str, tuple[tuple[str, ...], str]] = {
     "src/cpu/isa/backward_*.h": (BACKWARD, "not metal"),
     "src/core/backward.cpp": ((*BACKWARD, "tests/core/test_backward_bad_input.py"), "not metal"),
     "src/core/gradient_sums.cpp": (BACKWARD, "not metal"),
+    "src/cpu/combine.cpp": (("tests/functional/test_combine.py",), "not metal"),
     "src/cpu/quantize.cpp": (("tests/quant",), "not metal"),
     "src/cpu/*.cpp": ((*VALUES, *CACHE), "not metal"),
     "src/cpu/isa/*kernel.h": ((*VALUES, *CACHE), "not metal"),
