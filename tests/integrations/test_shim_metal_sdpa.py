@@ -371,7 +371,13 @@ def test_the_mode_of_torchs_attention(extension: Any) -> None:
         assert extension.get_dispatch_stats()["pytorch_fallback"] == 1
         reasons = str(umfa.stats())
         assert "scaled_dot_product_attention, quantised" in reasons
-        assert "weights are dropped" in reasons
+        assert "quantised attention drops no weights; got dropout_p=0.5" in reasons
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            F.scaled_dot_product_attention(*given)
+        F.scaled_dot_product_attention(given[0], *(x[:, :1] for x in given[1:]))
+        F.scaled_dot_product_attention(*given, attn_mask=torch.ones(64, 64) > 0)
+        counts = extension.get_dispatch_stats()
+        assert (counts["quantized_autograd"], counts["pytorch_fallback"]) == (4, 3)
     finally:
         extension.clear_quantization_mode()
     assert torch.equal(F.scaled_dot_product_attention(*given, is_causal=True), stock)

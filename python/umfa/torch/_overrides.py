@@ -91,9 +91,7 @@ def _sdpa(stock: Any) -> Kernel:
             )  # fmt: skip
 
         def by_umfa() -> Any:
-            if not _fused_allowed():
-                what = "torch.nn.attention.sdpa_kernel excludes fused kernels"
-                raise UnsupportedError(message("umfa.torch", what, "MATH", "FLASH_ATTENTION"))
+            _require_fused()
             return scaled_dot_product_attention(query, key, value, **options)
 
         if form is not None:
@@ -110,6 +108,19 @@ def _sdpa(stock: Any) -> Kernel:
     return kernel
 
 
+def _require_fused() -> None:
+    if not _fused_allowed():
+        what = "torch.nn.attention.sdpa_kernel excludes fused kernels"
+        raise UnsupportedError(message("umfa.torch", what, "MATH", "FLASH_ATTENTION"))
+
+
+def _require_one_mask(attn_mask: Any, is_causal: bool) -> None:
+    """Inner operations of torch's combine them."""
+    if is_causal and attn_mask is not None:
+        what = "attn_mask and is_causal exclude each other"
+        raise UnsupportedError(message("umfa", what, "both", "one"))
+
+
 def _on_codes(
     form: QuantFormat,
     tensors: tuple[Any, Any, Any],
@@ -121,18 +132,18 @@ def _on_codes(
 ) -> Any:
     """`_SDPA` with a quantised query, key and value."""
     query, key, _ = tensors
-    obstacle = ""
+    _require_fused()
+    _require_one_mask(attn_mask, is_causal)
     if _transformed() or _torch_autodiff.records():
-        obstacle = "a transform or a recorder is at work"
-    elif dropout_p != 0:
-        obstacle = "weights are dropped"
-    elif query.dim() != 4 or (query.shape[1] != key.shape[1] and not enable_gqa):
-        obstacle = "query and key are not (batch, heads, seqlen, head_dim) of as many heads"
-    elif is_causal and attn_mask is not None:
-        obstacle = "attn_mask and is_causal exclude each other"
-    if obstacle:
-        shape = tuple(query.shape)
-        raise UnsupportedError(message("umfa.torch", obstacle, shape, "a call that is quantised"))
+        what = "quantised attention is transformed or recorded"
+        raise UnsupportedError(message("umfa.torch", what, "torch.func or a graph", "eager mode"))
+    if dropout_p != 0:
+        what = "quantised attention drops no weights"
+        raise UnsupportedError(message("umfa.torch", what, f"dropout_p={dropout_p}", "dropout_p=0"))
+    if query.dim() != 4 or (query.shape[1] != key.shape[1] and not enable_gqa):
+        what = "quantised attention does not broadcast heads"
+        got, expected = tuple(query.shape), "(batch, heads, seqlen, head_dim), as many heads of key"
+        raise UnsupportedError(message("umfa.torch", what, got, expected))
     return quantized_attention(
         *tensors,
         **form._asdict(),
@@ -160,10 +171,7 @@ def _for_cpu(stock: Any) -> Kernel:
         scale: float | None = None,
     ) -> Any:
         def by_umfa() -> Any:
-            if is_causal and attn_mask is not None:  # torch combines them
-                raise UnsupportedError(
-                    message("umfa", "attn_mask and is_causal exclude each other", "both", "one")
-                )
+            _require_one_mask(attn_mask, is_causal)
             out = torch.empty_like(query)
             q, k, v, o = (x.transpose(1, 2) for x in (query, key, value, out))
             with plainly(query):

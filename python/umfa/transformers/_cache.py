@@ -64,7 +64,7 @@ class Stored(torch.Tensor):
             return args[0]
         count_left(
             "transformers.QuantizedCache",
-            "the model's attention is not umfa's, so that the numbers are written out",
+            "something other than umfa's attention read the states: the numbers are written out",
         )
         args, kwargs = _pytree.tree_map_only(Stored, Stored.written, (args, kwargs or {}))
         return function(*args, **kwargs)

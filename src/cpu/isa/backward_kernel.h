@@ -1,5 +1,5 @@
-// Backward pass of attention, FlashAttention-2's (Dao 2023), with sums in float32: with P = exp(score - lse) and
-// delta = rowsum(dout * out) - dlse,
+// Backward pass of attention, FlashAttention-2's (Dao 2023), with sums in float32. With
+// P = exp(score - lse) and delta = rowsum(dout * out) - dlse,
 //   dV += P^T dO,  dS = P * (dO V^T - delta),  dQ += dS K,  dK += dS^T Q.
 // backward_run() at the end is the algorithm.
 //

@@ -98,7 +98,7 @@ struct CodeReader {
     int64_t room;
     typename S::Table table{layout.table};
 
-    /// Vector i of a row, all of which lies in the row.
+    /// Vector i of a row. The row must have all of its channels.
     UMFA_INLINE vf whole(const uint8_t* codes, const float* scales, int64_t i) const {
         return elements(numbers(codes + place(i).byte, place(i).shift), scales + layout.scale[i],
                         W);

@@ -48,7 +48,8 @@ struct NumberTile {
     }
 };
 
-/// Codes of a quantised format, blocks of which span vectors. Scales have a pitch of decode_tile.
+/// Codes of a quantised format whose blocks are whole vectors. The scales of neighbouring blocks lie
+/// decode_tile floats apart.
 template <class S, class C>
 struct CodeTile {
     using Units = FloatUnits<S, F32>;
