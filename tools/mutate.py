@@ -72,6 +72,7 @@ COVERED: dict[str, tuple[tuple[str, ...], str]] = {
     "src/cpu/quantize.cpp": (("tests/quant",), "not metal"),
     "src/cpu/*.cpp": ((*VALUES, *CACHE), "not metal"),
     "src/cpu/isa/*kernel.h": ((*VALUES, *CACHE), "not metal"),
+    "src/cpu/isa/decode_*.h": ((*VALUES, *CACHE), "not metal"),
     "src/core/quant*.cpp": (("tests/quant",), "not metal"),
     "src/core/*.cpp": (
         ("tests/core/test_bad_input.py", "tests/core/test_bad_tables.py", *CACHE, *VALUES),
