@@ -86,7 +86,8 @@ UMFA_INLINE float2 mask_tile(float2 x, thread const ScoreRow& row, int column, b
                              device const uchar* mask) {
     x.x = biased(x.x, row, column, params.score_scale, params);
     x.y = biased(x.y, row, column + 1, params.score_scale, params);
-    if (has_mask) x = masked(x, mask_bits(mask, row.mask, column, range.seqlen_kv, params));
+    if (has_mask)
+        x = masked(x, mask_bits(mask, row.mask, column, range.seqlen_kv, params), params.mask_unit);
     if (mixed) {
         VisibleRow seen = whole_row(range, row.row);
         seen.end = min(seen.end, end);

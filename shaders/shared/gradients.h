@@ -86,7 +86,7 @@ inline float2 masked_queries(float2 x, thread const ScoreRow& row, int column, i
     const int last = seqlen_q - 1;
     const float first = mask_at(mask, row.mask + min(column, last) * params.mask_row);
     const float second = mask_at(mask, row.mask + min(column + 1, last) * params.mask_row);
-    return float2(masked(x.x, first), masked(x.y, second));
+    return float2(masked(x.x, first, params.mask_unit), masked(x.y, second, params.mask_unit));
 }
 
 /// score_row() (scores.h) of a key, whose columns are queries. `offset`: position of query 0.

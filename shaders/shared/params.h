@@ -51,6 +51,7 @@ struct ForwardParams {
     int32_t group;                 // query heads per key head
     float score_scale;             // log2(e) is in it, unless softcap is on
     float softcap;                 // softcap * log2(e)
+    float mask_unit;               // of a mask that is added, in units of scores
     Visible<int32_t> visibility;   // where there are no sequences
 };
 

@@ -91,7 +91,9 @@ UMFA_INLINE void query_gradients(thread Fragment<G> (&ds)[ROWS][KF],
         float first_slope = 1.0f, second_slope = 1.0f;
         x.x = biased_with_slope(x.x, row, column, params, first_slope);
         x.y = biased_with_slope(x.y, row, column + 1, params, second_slope);
-        if (has_mask) x = masked(x, mask_bits(mask, row.mask, column, range.seqlen_kv, params));
+        if (has_mask)
+            x = masked(x, mask_bits(mask, row.mask, column, range.seqlen_kv, params),
+                       params.mask_unit);
         if (mixed) {
             x.x = sees(seen, column) ? x.x : lowest;
             x.y = sees(seen, column + 1) ? x.y : lowest;

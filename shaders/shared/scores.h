@@ -127,17 +127,17 @@ inline float biased(float x, thread const ScoreRow& row, int column, float scale
     return x;
 }
 
-/// A score with one element of the mask, `lowest` where it hides the key.
-inline float masked(float x, float element) {
+/// A score with one element of the mask, `lowest` where it hides the key. `unit`: params.mask_unit.
+inline float masked(float x, float element, float unit) {
     if (mask_kind == UMFA_MASK_BOOL) return element != 0.0f ? x : lowest;
     const float added = mask_kind == UMFA_MASK_F16 ? element : at_least_finite(element);
-    return is_minus_infinity(element) ? lowest : x + added * log2_e;
+    return is_minus_infinity(element) ? lowest : fma(added, unit, x);
 }
 
 /// Applies two neighbouring elements of the mask to the scores of their keys.
-inline float2 masked(float2 x, uint2 bits) {
+inline float2 masked(float2 x, uint2 bits, float unit) {
     const float2 elements = mask_elements(bits);
-    return float2(masked(x.x, elements.x), masked(x.y, elements.y));
+    return float2(masked(x.x, elements.x, unit), masked(x.y, elements.y, unit));
 }
 
 }  // namespace umfa

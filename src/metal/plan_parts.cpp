@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <type_traits>
 
+#include "core/constants.h"
+
 namespace umfa::metal {
 namespace {
 
@@ -35,6 +37,16 @@ bool near_rows(const Problem& problem) {
                (problem.page_size == 0 || std::abs(operand.stride_batch) < limit);
     };
     return is_near(problem.key) && is_near(problem.value);
+}
+
+/// Whether the scale waits for the exponent. A row's exponents then have one error in common, of 2^-24
+/// of its largest score, which cancels out. In a row that is masked with float32's lowest number the
+/// error would be 1e31; float16 cannot hold such numbers.
+bool scales_last(const Problem& problem) {
+    const bool small_mask = !problem.mask || problem.mask->view.dtype == DType::b8 ||
+                            problem.mask->view.dtype == DType::f16;
+    return small_mask && problem.softcap == 0 && !problem.alibi && problem.score_scale() >= 1e-30 &&
+           problem.score_scale() <= 1;
 }
 
 bool shifts_pages(const Problem& problem) {
@@ -187,6 +199,8 @@ ForwardParams forward_params(const Problem& problem, const ForwardResults& resul
     params.group = static_cast<int32_t>(problem.nheads_q / problem.nheads_kv);
     params.visibility = narrowed(problem.visible);
     params.score_scale = static_cast<float>(problem.score_scale());
+    params.mask_unit =
+        static_cast<float>(log2_e / (scales_last(problem) ? problem.score_scale() : 1.0));
     params.softcap = static_cast<float>(problem.softcap_log2());
     return params;
 }
@@ -221,9 +235,6 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     const auto kind = [&](constant::Index index, const TensorView* view) {
         constants[index].value = view ? kind_of(view->dtype) : UMFA_MASK_NONE;
     };
-    const bool adds_mask = problem.mask && problem.mask->view.dtype != DType::b8;
-    const bool scale_last = problem.softcap == 0 && !problem.alibi && !adds_mask &&
-                            problem.score_scale() >= 1e-30 && problem.score_scale() <= 1;
     const bool unit_channels =
         problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
         problem.value.stride_channel == 1 && results.out.stride_channel == 1 &&
@@ -233,7 +244,7 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     flag(constant::has_mask, problem.mask.has_value());
     flag(constant::has_alibi, problem.alibi.has_value());
     flag(constant::has_softcap, problem.softcap > 0);
-    flag(constant::scale_last, scale_last);
+    flag(constant::scale_last, scales_last(problem));
     flag(constant::unit_channels, unit_channels);
     flag(constant::wide_loads, wide_loads(problem));
     flag(constant::has_chunk, problem.visible.chunk > 0);

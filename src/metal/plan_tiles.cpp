@@ -85,6 +85,24 @@ const Shape* chosen_instead(const Shape& usual, const ElementType& type, const C
     return nullptr;
 }
 
+/// The alternative with fewer simdgroups where those of the usual shape would leave cores idle: its
+/// threadgroups are more, and each reads the keys again. H200 (132 multiprocessors), D = 64, eight
+/// simdgroups against four: 1.10 times the time with 128 threadgroups of eight, 0.94 with 256.
+const Shape* smaller_instead(const Shape& usual, const ElementType& type, const Problem& problem,
+                             const Capabilities& gpu) {
+    const int64_t rows = 8 * usual.qf * usual.simdgroups / usual.split;
+    int64_t threadgroups = 0;
+    for (int64_t b = 0; b < problem.batch; ++b)
+        threadgroups += (problem.sequence(b).seqlen_q + rows - 1) / rows * problem.nheads_q;
+    if (2 * threadgroups >= 3 * int64_t{gpu.cores}) return nullptr;
+    for (const Shape& shape : alternatives_for(type))
+        if (shape.d == usual.d && shape.dv == usual.dv && shape.bk == usual.bk &&
+            shape.qf == usual.qf && shape.fences == usual.fences &&
+            shape.simdgroups < usual.simdgroups && is_for(shape, gpu))
+            return &shape;
+    return nullptr;
+}
+
 }  // namespace
 
 Tiles tiles_of(const Problem& problem, const Capabilities& gpu) {
@@ -95,6 +113,7 @@ Tiles tiles_of(const Problem& problem, const Capabilities& gpu) {
              std::to_string(std::max(problem.head_dim, problem.head_dim_v)),
              "one in forward_shapes.h for every head_dim");
     const Shape* other = chosen_instead(*shape, type, gpu);
+    if (!other) other = smaller_instead(*shape, type, problem, gpu);
     const std::string name =
         other ? alternative_name(type.name, *other) : default_name(type.name, *shape);
     if (other) shape = other;

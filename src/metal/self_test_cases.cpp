@@ -70,6 +70,7 @@ struct AttentionSizes {
     int64_t head_dim, head_dim_v, seqlen_q, seqlen_kv;
     Attempt::Extras extras = nullptr;
     int64_t nheads_q = 2;
+    bool fills_cores = false;
 };
 
 std::unique_ptr<Attempt> attempt(DType dtype, const AttentionSizes& sizes) {
@@ -107,7 +108,8 @@ void check_plan(const LaunchPlan& plan, const std::string& family) {
 std::string attend(DType dtype, const AttentionSizes& sizes, const std::string& family,
                    const Runner& run) {
     const auto on_gpu = attempt(dtype, sizes), on_cpu = attempt(dtype, sizes);
-    run([&](const Capabilities& gpu) {
+    run([&](Capabilities gpu) {
+        if (sizes.fills_cores) gpu.cores = 1;  // gets the tiles of large problems
         LaunchPlan plan = plan_forward(*on_gpu->problem, on_gpu->results, gpu);
         check_plan(plan, family);
         return plan;
@@ -375,7 +377,7 @@ std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) 
     const std::string lanes = cases[0].family, forward = "forward_" + operands,
                       decode = "decode_" + operands;
     // More queries than a threadgroup takes and more keys than a tile, both odd.
-    add(forward + "_d64", lanes, {64, 64, 67, 75});
+    add(forward + "_d64", lanes, {64, 64, 131, 75, nullptr, 2, true});
     add(forward + "_d128", lanes, {128, 128, 67, 75});
     add(forward + "_d256", lanes, {256, 256, 67, 75});
     add(forward + "_d576", lanes, {576, 512, 67, 75});

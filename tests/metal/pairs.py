@@ -11,8 +11,9 @@ FAMILIES = (7, 9)  # bfloat as float, and fragments of bfloat
 
 
 def check_emulated(check: Callable[..., None], pair: tuple[str, str]) -> None:
-    """With a schedule and a GPU family that the pair's names decide."""
+    """With a schedule, a GPU family and a size of GPU that the pair's names decide."""
     seed = zlib.crc32("-".join(pair).encode())
     emulated.settings.schedule_seed = seed | 1
+    emulated.settings.cores = 1 if seed // 2 % 2 else 8  # 1: gets the tiles of large problems
     emulated.settings.family = FAMILIES[seed % 2]
     check(*pair, 100, "metal-emulated")

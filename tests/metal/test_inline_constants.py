@@ -55,7 +55,7 @@ def call_twice(
 @pytest.mark.parametrize(
     ("dtype", "seqlen_q", "num_splits", "kernels"),
     [
-        ("float16", 20, 0, ["forward_f16_d64_v64_k32"]),
+        ("float16", 20, 0, ["forward_f16_d64_v64_k32_q2_f1"]),
         pytest.param("float32", 20, 0, ["forward_f32_d64_v64_k32"], marks=pytest.mark.slow),
         pytest.param(
             "bfloat16", 20, 0, ["forward_bf16_as_f32_d64_v64_k16"], marks=pytest.mark.slow

@@ -25,6 +25,11 @@ TILES = [["float16", 64], ["float16", 128], ["float16", 192], ["float32", 64], [
 MASKS = ["bool", "float32", "float16", "bfloat16"]
 
 
+@pytest.fixture(autouse=True)
+def large_tiles(own_settings: None) -> None:
+    emulated.settings.cores = 1  # gets the tiles of large problems
+
+
 def reads_runs() -> bool:
     """Whether the call before did."""
     (launch,) = emulated.last_plan["launches"]

@@ -328,7 +328,7 @@ def test_each_buffer_index_is_bound_once() -> None:
 
 def tail_of(params: bytes) -> tuple[float, ...]:
     """The numbers of ForwardParams, up to `right` of its Visible: what comes after is shorter."""
-    return struct.unpack_from("<5i2f4i", params, len(params) - 56)
+    return struct.unpack_from("<5i3f4i", params, len(params) - 64)
 
 
 def test_parameters_fit_set_bytes_and_hold_the_problem() -> None:
@@ -337,11 +337,12 @@ def test_parameters_fit_set_bytes_and_hold_the_problem() -> None:
     )
     params = launch["params"]
     assert len(params) < 4096
-    *integers, scale, softcap, seqlen_kv, offset, left, right = tail_of(params)
+    *integers, scale, softcap, mask_unit, seqlen_kv, offset, left, right = tail_of(params)
     assert integers == [100, 0, 40, 24, 4]
     assert (seqlen_kv, offset, left, right) == (70, 70 - 100, 5, 7)
     assert scale == np.float32(40**-0.5 * np.log2(np.e))
     assert softcap == 0
+    assert mask_unit == np.float32(40**0.5)  # of raw scores: the scale comes last
 
 
 def test_nothing_to_do_is_an_empty_plan() -> None:
@@ -530,7 +531,7 @@ def test_causal_alignment(alignment: str, offset: int) -> None:
     launch = only_launch(
         shape=(1, 50, 4, 64), seqlen_kv=70, causal=True, causal_alignment=alignment
     )
-    assert tail_of(launch["params"])[8:] == (offset, 2**31 - 1, 0)  # unbounded on the left
+    assert tail_of(launch["params"])[9:] == (offset, 2**31 - 1, 0)  # unbounded on the left
 
 
 # ---- sequences -----------------------------------------------------------------------------------

@@ -355,11 +355,13 @@ def test_few_queries_among_many_are_decoded() -> None:
     assert merge["grid"] == (1 + 8, 4, 1)
 
 
-def test_no_threadgroup_is_empty() -> None:
+@pytest.mark.parametrize(("cores", "rows"), [(40, 64), (1, 128)])
+def test_no_threadgroup_is_empty(cores: int, rows: int) -> None:
+    emulated.settings.cores = cores
     lengths_q, lengths_k = [9, 0, 65, 200, 64], [50, 9, 70, 200, 0]
     varlen(*packed(lengths_q, lengths_k))
     (launch,) = emulated.last_plan["launches"]
-    assert launch["grid"] == (sum(-(-n // 64) for n in lengths_q), 4, 1)
+    assert launch["grid"] == (sum(-(-n // rows) for n in lengths_q), 4, 1)
 
 
 def test_decode_splits_by_length() -> None:

@@ -62,7 +62,7 @@ def test_nothing_runs_and_nothing_waits_within_a_call(mps: TorchMps) -> None:
     assert mps.poisoned(out)
     assert mps.poisoned(lse)
     assert mps.waits == 0
-    assert mps.launched == ["forward_f16_d64_v64_k32"]
+    assert mps.launched == ["forward_f16_d64_v64_k32_q2_f1"]
     assert after.metal_calls - before.metal_calls == 1
     assert after.plans_in_stream - before.plans_in_stream == 1
     assert after.command_buffers == before.command_buffers
@@ -408,7 +408,7 @@ def test_an_error_of_the_compiler_names_the_kernel(mps: TorchMps, monkeypatch: A
         umfa.flash_attn_func(*made(mps, torch.float16, 20, 70))
     assert str(caught.value) == (
         "[umfa.flash_attn_func] torch.mps.compile_shader refused the kernel "
-        "forward_f16_d64_v64_k32; got program_source:1:1: error; "
+        "forward_f16_d64_v64_k32_q2_f1; got program_source:1:1: error; "
         "expected a macOS whose Metal is 3.1 or newer; else report this as a bug"
     )
 
