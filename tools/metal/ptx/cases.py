@@ -52,7 +52,7 @@ class Case:
     float32_gradients: bool = False
     dlse: bool = False  # the log-sum-exp has a gradient too
     family: int = 9
-    cores: int = 40
+    cores: int = 40  # 1: gets the tiles of large problems
     label: str = ""
     compared_with: str = ""  # of a timed case: label of the one that its ratio is to
 
@@ -117,14 +117,15 @@ def _checks() -> list[Case]:
     found = []
     for head_dim in HEAD_DIMS:
         for dtype in ("float16", "bfloat16", "float32"):
-            base = Case(seqlen_q=100, seqlen_k=133, head_dim=head_dim, dtype=dtype)
+            base = Case(seqlen_q=100, seqlen_k=133, head_dim=head_dim, dtype=dtype, cores=1)
             found.append(base)
             # Where the tile tables differ: bfloat fragments and larger tiles from Apple9 on.
             if head_dim in (64, 128, 256):
                 found.append(replace(base, family=7, causal="lower_right"))
     for dtype in ("float16", "float32"):
-        base = Case(seqlen_q=130, seqlen_k=200, heads=4, heads_k=2, dtype=dtype)
+        base = Case(seqlen_q=130, seqlen_k=200, heads=4, heads_k=2, dtype=dtype, cores=1)
         found += [
+            replace(base, cores=40),
             replace(base, causal="lower_right"),
             replace(base, causal="upper_left"),
             replace(
@@ -333,9 +334,13 @@ def _timings() -> list[Case]:
                 compared_with=full.label,
             ),
         ]
+    found += [
+        replace(full, dtype=dtype, label=full.label.replace("f16", short))
+        for full in (found[0], found[2])
+        for dtype, short in (("bfloat16", "bf16"), ("float32", "f32"))
+    ]
     plain = list(found)
     found += [
-        replace(found[2], dtype="bfloat16", label="bf16-d128", compared_with="f16-d128"),
         *(
             replace(found[0], **{field: value}, label=f"f16-d64-{value}", compared_with="f16-d64")
             for field, value in (("dropout", 0.1), ("rotary", "pairs"), ("rotary", "halves"))
@@ -349,7 +354,7 @@ def _timings() -> list[Case]:
                 compared_with=full.label,
             )
             for full in (found[0], found[2])
-            for dtype in ("bool", "float16", "float32")
+            for dtype in ("bool", "float16", "bfloat16", "float32")
         ),
         replace(long, head_dim_v=128, label="long"),
         replace(
