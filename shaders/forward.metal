@@ -30,6 +30,7 @@
 #include "shared/sequence.h"
 #include "shared/softmax.h"
 #include "shared/staged.h"
+#include "shared/staged_codes.h"
 #include "shared/threadgroup_memory.h"
 #include "shared/tile.h"
 #include "shared/values.h"
@@ -310,6 +311,11 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     device const SplitParams* split_params UMFA_BUFFER_IF(UMFA_FORWARD_SPLIT, packs_heads),
     device float* partial_out UMFA_BUFFER_IF(UMFA_FORWARD_PARTIAL_OUT, packs_heads),
     device float2* partial_state UMFA_BUFFER_IF(UMFA_FORWARD_PARTIAL_STATE, packs_heads),
+    device const uchar* key_scales UMFA_BUFFER_IF(UMFA_FORWARD_KEY_SCALES, has_key_scales),
+    device const uchar* key_offsets UMFA_BUFFER_IF(UMFA_FORWARD_KEY_OFFSETS, has_key_offsets),
+    device const uchar* value_scales UMFA_BUFFER_IF(UMFA_FORWARD_VALUE_SCALES, has_value_scales),
+    device const uchar* value_offsets UMFA_BUFFER_IF(UMFA_FORWARD_VALUE_OFFSETS, has_value_offsets),
+    device const ForwardCodes* code_params UMFA_BUFFER_IF(UMFA_FORWARD_CODES, has_codes),
     constant ForwardParams& params [[buffer(UMFA_FORWARD_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -379,6 +385,13 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     value = first_rows<T, DV, BK, THREADS>(value, value_kind, params.value, tiles_begin,
                                            params.head_dim_v, thread_index);
     const Pages pages = pages_of(params, page_table, sequence);
+    Codes of_keys, of_values;
+    if (key_codes != 0)
+        of_keys = codes_of(key_scales, key_offsets, &code_params->key, unpacked_kind(key_codes),
+                           sequence, head_kv);
+    if (value_codes != 0)
+        of_values = codes_of(value_scales, value_offsets, &code_params->value,
+                             unpacked_kind(value_codes), sequence, head_kv);
     const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
     out = moved<T>(out, out_kind,
                    sequence.query_batch * params.out.batch + sequence.query_row * params.out.row +
@@ -420,18 +433,11 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             if (has_mask && MASK_FIRST)
                 load_mask(mask_words, rows, k0, seqlen_kv, params, mask, at);
             threadgroup_barrier(mem_flags::mem_threadgroup);
-            if (rotates_keys)
-                key = stage_any_rotated<E, T, D, BK, THREADS>(
-                    k_tile, key, key_kind, params.key, pages, k0, seqlen_kv - k0, params.head_dim,
-                    rotary, thread_index);
-            else
-                key =
-                    stage_any<E, T, D, BK, THREADS>(k_tile, key, key_kind, params.key, pages, k0,
-                                                    seqlen_kv - k0, params.head_dim, thread_index);
+            key = stage_keys<E, T, D, BK, THREADS>(k_tile, key, of_keys, params, pages, k0,
+                                                   seqlen_kv - k0, rotary, thread_index);
             if (!ONE_TILE)
-                value = stage_any<E, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value,
-                                                         pages, k0, seqlen_kv - k0,
-                                                         params.head_dim_v, thread_index);
+                value = stage_values<E, T, DV, BK, THREADS>(v_tile, value, of_values, params, pages,
+                                                            k0, seqlen_kv - k0, thread_index);
             threadgroup_barrier(mem_flags::mem_threadgroup);
             const bool sees = my_row < row_count && touches(mine, k0, BK);
             // In pass 0 with SPLIT 1 no barrier follows in this tile, so the simdgroup may skip it.
@@ -452,17 +458,15 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             if (sees) add_products<K_ROW, FENCES>(s, q, k_tile + part * DF * 8, at);
             if (ONE_TILE && has_qv) {
                 threadgroup_barrier(mem_flags::mem_threadgroup);  // K has been read
-                value = stage_any<E, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value,
-                                                         pages, k0, seqlen_kv - k0,
-                                                         params.head_dim_v, thread_index);
+                value = stage_values<E, T, DV, BK, THREADS>(v_tile, value, of_values, params, pages,
+                                                            k0, seqlen_kv - k0, thread_index);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             }
             if (has_qv && sees) add_products<V_ROW, FENCES>(s, qv, v_tile + part * DVF * 8, at);
             if (SPLIT > 1) add_parts<SPLIT>(s, parts, simdgroup, lane);
             if (ONE_TILE && !has_qv) {
-                value = stage_any<E, T, DV, BK, THREADS>(v_tile, value, value_kind, params.value,
-                                                         pages, k0, seqlen_kv - k0,
-                                                         params.head_dim_v, thread_index);
+                value = stage_values<E, T, DV, BK, THREADS>(v_tile, value, of_values, params, pages,
+                                                            k0, seqlen_kv - k0, thread_index);
                 threadgroup_barrier(mem_flags::mem_threadgroup);
             }
             if (pass > 0) {

@@ -85,7 +85,16 @@
     X(50, bool, has_scales)                                                                 \
     X(51, bool, has_offsets)                                                                \
     X(52, bool, has_ranges)                                                                 \
-    X(53, bool, has_faults)
+    X(53, bool, has_faults)                                                                 \
+    /* How attention reads quantised keys and values, as code_kinds.h packs it; 0: they */  \
+    /* are numbers. And which buffers there are. */                                         \
+    X(54, int, key_codes)                                                                   \
+    X(55, int, value_codes)                                                                 \
+    X(56, bool, has_codes)                                                                  \
+    X(57, bool, has_key_scales)                                                             \
+    X(58, bool, has_key_offsets)                                                            \
+    X(59, bool, has_value_scales)                                                           \
+    X(60, bool, has_value_offsets)
 
 // Values of mask_kind. The other kinds use them too, except BOOL.
 #define UMFA_MASK_NONE 0
@@ -93,6 +102,8 @@
 #define UMFA_MASK_F32 2
 #define UMFA_MASK_F16 3
 #define UMFA_MASK_BF16 4
+// Of key_kind and value_kind alone: bytes of a quantised format.
+#define UMFA_KIND_CODES 5
 
 #ifdef __METAL_VERSION__
 

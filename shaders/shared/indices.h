@@ -20,8 +20,13 @@
 #define UMFA_FORWARD_SPLIT 14
 #define UMFA_FORWARD_PARTIAL_OUT 15    // split-KV, as of decode
 #define UMFA_FORWARD_PARTIAL_STATE 16  //
-#define UMFA_FORWARD_PARAMS 17
-#define UMFA_FORWARD_BUFFERS 18
+#define UMFA_FORWARD_KEY_SCALES 17     // of quantised keys and values
+#define UMFA_FORWARD_KEY_OFFSETS 18
+#define UMFA_FORWARD_VALUE_SCALES 19
+#define UMFA_FORWARD_VALUE_OFFSETS 20
+#define UMFA_FORWARD_CODES 21
+#define UMFA_FORWARD_PARAMS 22
+#define UMFA_FORWARD_BUFFERS 23
 
 // Buffers of umfa_decode of decode.metal, and of umfa_decode_vector of decode_vector.metal.
 #define UMFA_DECODE_QUERY 0

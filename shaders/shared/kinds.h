@@ -23,9 +23,10 @@ struct Narrow<float> {
 };
 
 /// `from` advanced by `elements`. Uses pointers of the element type, because byte offsets change
-/// the address code that the compiler generates in loops.
+/// the address code that the compiler generates in loops. Strides of codes are in bytes.
 template <typename T>
 inline device const uchar* moved(device const uchar* from, int kind, int64_t elements) {
+    if (kind == UMFA_KIND_CODES) return from + elements;
     if (kind == UMFA_MASK_NONE)
         return reinterpret_cast<device const uchar*>(reinterpret_cast<device const T*>(from) +
                                                      elements);

@@ -182,6 +182,18 @@ struct QuantBlocks {
     int32_t block_rows, block_channels;
 };
 
+/// Where the scales and offsets of quantised keys or values lie: strides from one block to the next, and
+/// what a block is.
+struct CodesParams {
+    OperandStrides scales, offsets;
+    int32_t block_rows, block_channels;
+};
+
+/// Of the forward kernel.
+struct ForwardCodes {
+    CodesParams key, value;
+};
+
 struct DequantizeParams {
     OperandStrides data, scales, offsets, out;  // scales and offsets: from one block to the next
     QuantBlocks blocks;

@@ -83,7 +83,8 @@ inline device const uchar* first_key(device const uchar* rows, int kind,
 }
 
 /// Whether a kernel carries pointers to the rows of K and V from tile to tile, which saves a product
-/// of 64 bits for each. Pages have no next row, and behind a prefix tiles are left out.
+/// of 64 bits for each. Pages have no next row, and behind a prefix tiles are left out. Rows of codes
+/// are not carried either.
 inline bool carries_rows() { return !has_pages && !has_prefix; }
 
 /// `rows` of K or V moved by `count` rows, if they are carried.
@@ -95,7 +96,8 @@ inline device const T* carried(device const T* rows, constant OperandStrides& st
 template <typename T>
 inline device const uchar* carried(device const uchar* rows, int kind,
                                    constant OperandStrides& strides, int64_t count) {
-    return carries_rows() ? moved<T>(rows, kind, count * strides.row) : rows;
+    return carries_rows() && kind != UMFA_KIND_CODES ? moved<T>(rows, kind, count * strides.row)
+                                                     : rows;
 }
 
 /// The rows of the tile at `k0`; with pages, the start of their memory.

@@ -169,6 +169,7 @@ inline device const uchar* first_rows(device const uchar* rows, int kind,
                                       constant OperandStrides& strides, int first, int columns,
                                       ushort thread_index) {
     rows = carried<T>(rows, kind, strides, first);
+    if (kind == UMFA_KIND_CODES) return rows;
     if (kind != UMFA_MASK_NONE && Loads<D, ROWS, THREADS, ushort>::walk())
         return moved<T>(rows, kind,
                         Loads<D, ROWS, THREADS, ushort>::start(strides, columns, thread_index));

@@ -77,18 +77,21 @@ constexpr struct {
     const char* name;
     constant::Index index;
 } additions[] = {
-    {"rotary_", constant::has_rotary},   {"dropout_", constant::has_dropout},
-    {"scores_", constant::has_mask},     {"scores_", constant::has_alibi},
-    {"scores_", constant::has_softcap},  {"scores_", constant::has_sinks},
-    {"packed_", constant::packs_heads},  {"sequences_", constant::has_sequences},
-    {"sequences_", constant::has_pages}, {"dtypes_", constant::query_kind},
-    {"dtypes_", constant::key_kind},     {"dtypes_", constant::value_kind},
-    {"dtypes_", constant::out_kind},     {"dtypes_", constant::dout_kind},
+    {"rotary_", constant::has_rotary},       {"dropout_", constant::has_dropout},
+    {"scores_", constant::has_mask},         {"scores_", constant::has_alibi},
+    {"scores_", constant::has_softcap},      {"scores_", constant::has_sinks},
+    {"packed_", constant::packs_heads},      {"codes_", constant::has_codes},
+    {"sequences_", constant::has_sequences}, {"sequences_", constant::has_pages},
+    {"dtypes_", constant::query_kind},       {"dtypes_", constant::key_kind},
+    {"dtypes_", constant::value_kind},       {"dtypes_", constant::out_kind},
+    {"dtypes_", constant::dout_kind},
 };
 
+/// Whether a constant is on; of a kind, whether it is a dtype.
 bool is_on(const KernelLaunch& launch, constant::Index index) {
-    return std::any_of(launch.constants.begin(), launch.constants.end(),
-                       [&](const Constant& own) { return own.index == index && own.value != 0; });
+    return std::any_of(launch.constants.begin(), launch.constants.end(), [&](const Constant& own) {
+        return own.index == index && own.value != 0 && own.value != UMFA_KIND_CODES;
+    });
 }
 
 }  // namespace

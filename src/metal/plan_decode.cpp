@@ -338,8 +338,10 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const ForwardResults&
     int64_t seqlen_q = 0;  // the longest
     for (const int64_t b : chosen) seqlen_q = std::max(seqlen_q, problem.sequence(b).seqlen_q);
     const Shape* usual = shape_of(problem, rows_of(problem, seqlen_q));
-    // Keys are rotated, and values meet queries, where they are staged.
-    if (!usual || problem.qv || (problem.rotary && problem.rotary->keys)) {
+    // Keys are rotated, codes become numbers, and values meet queries, where they are staged.
+    const bool staged = problem.qv || (problem.rotary && problem.rotary->keys) ||
+                        problem.key_codes || problem.value_codes;
+    if (!usual || staged) {
         plan_packed(plan, problem, results, gpu, chosen, pages);
         return;
     }

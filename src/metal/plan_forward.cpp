@@ -4,6 +4,7 @@
 
 #include "metal/launch_builder.h"
 #include "metal/plan_append.h"
+#include "metal/plan_codes.h"
 #include "metal/plan_decode.h"
 #include "metal/plan_sequences.h"
 #include "metal/plan_tiles.h"
@@ -62,7 +63,7 @@ Verdict can_plan_forward(const Problem& problem) {
     if (const uint32_t missing = problem.features() & ~forward_features)
         return {false, std::string(name_of(static_cast<Feature>(missing & -missing))) +
                            " is not implemented"};
-    return {};
+    return can_plan_codes(problem);
 }
 
 LaunchPlan plan_forward(const Problem& problem, const ForwardResults& results,

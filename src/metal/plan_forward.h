@@ -14,7 +14,8 @@ constexpr uint32_t forward_features =
     bit(Feature::causal) | bit(Feature::window) | bit(Feature::softcap) | bit(Feature::alibi) |
     bit(Feature::lse) | bit(Feature::gqa) | bit(Feature::mask) | bit(Feature::sinks) |
     bit(Feature::varlen) | bit(Feature::paged_kv) | bit(Feature::attention_chunk) |
-    bit(Feature::rotary) | bit(Feature::append) | bit(Feature::dropout) | bit(Feature::qv);
+    bit(Feature::rotary) | bit(Feature::append) | bit(Feature::dropout) | bit(Feature::qv) |
+    bit(Feature::quantized);
 
 /// Whether plan_forward can carry the problem out, and if not, why.
 UMFA_CORE_API Verdict can_plan_forward(const Problem& problem);

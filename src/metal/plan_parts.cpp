@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "core/constants.h"
+#include "metal/plan_codes.h"
 
 namespace umfa::metal {
 namespace {
@@ -61,7 +62,8 @@ bool has_prefix(const Problem& problem) {
 
 /// Whether keys can be rotated 32 bytes at a time, as rotary.h has it.
 bool wide_rotary(const Problem& problem) {
-    if (!problem.rotary || !problem.rotary->keys || !wide_loads(problem)) return false;
+    if (!problem.rotary || !problem.rotary->keys || problem.key_codes || !wide_loads(problem))
+        return false;
     const Rotary& rotary = *problem.rotary;
     const auto is_wide = [&](const TensorView& table) {
         return table.dtype == DType::f32 &&
@@ -92,8 +94,16 @@ ElementType element_type(DType dtype, const Capabilities& gpu) {
     }
 }
 
+DType arithmetic_dtype(const Problem& problem) {
+    const DType dtype = problem.query.view.dtype;
+    const bool same = (problem.key_codes || problem.key.view.dtype == dtype) &&
+                      (problem.value_codes || problem.value.view.dtype == dtype) &&
+                      problem.out_dtype == dtype;
+    return same ? dtype : DType::f32;
+}
+
 ElementType element_type(const Problem& problem, const Capabilities& gpu) {
-    return element_type(problem.one_dtype() ? problem.query.view.dtype : DType::f32, gpu);
+    return element_type(arithmetic_dtype(problem), gpu);
 }
 
 int narrow_kind(DType dtype) { return dtype == DType::f32 ? UMFA_MASK_NONE : kind_of(dtype); }
@@ -114,6 +124,7 @@ std::vector<PlanTensor> input_tensors(const Problem& problem) {
         add("new_value", problem.append->value.view);
     }
     if (problem.mask) add("attn_mask", problem.mask->given);
+    add_code_tensors(tensors, problem);
     if (problem.alibi) add("alibi_slopes", problem.alibi->view);
     if (problem.sinks) add("learnable_sink", problem.sinks->logits);
     if (problem.qv) add("qv", problem.qv->view);
@@ -207,15 +218,20 @@ ForwardParams forward_params(const Problem& problem, const ForwardResults& resul
 
 bool rows_are_wide(const Operand& operand, int64_t channels) {
     const TensorView& view = operand.view;
-    const int64_t wide = 16 / (bits_of(view.dtype) / 8);
-    return start_of(view) % 16 == 0 && channels % wide == 0 && operand.stride_channel == 1 &&
-           operand.stride_row % wide == 0 && operand.stride_head % wide == 0 &&
-           operand.stride_batch % wide == 0;
+    return channels * bits_of(view.dtype) % 128 == 0 && rows_are_aligned(operand, 16);
+}
+
+bool rows_are_aligned(const Operand& operand, int64_t bytes) {
+    const TensorView& view = operand.view;
+    const int64_t elements = bytes / (bits_of(view.dtype) / 8);
+    return start_of(view) % static_cast<uint64_t>(bytes) == 0 && operand.stride_channel == 1 &&
+           operand.stride_row % elements == 0 && operand.stride_head % elements == 0 &&
+           operand.stride_batch % elements == 0;
 }
 
 bool wide_loads(const Problem& problem) {
-    return rows_are_wide(problem.key, problem.head_dim) &&
-           rows_are_wide(problem.value, problem.head_dim_v);
+    return (problem.key_codes || rows_are_wide(problem.key, problem.head_dim)) &&
+           (problem.value_codes || rows_are_wide(problem.value, problem.head_dim_v));
 }
 
 bool has_dims(const Problem& problem, int d, int dv) {
@@ -235,10 +251,11 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     const auto kind = [&](constant::Index index, const TensorView* view) {
         constants[index].value = view ? kind_of(view->dtype) : UMFA_MASK_NONE;
     };
-    const bool unit_channels =
-        problem.query.stride_channel == 1 && problem.key.stride_channel == 1 &&
-        problem.value.stride_channel == 1 && results.out.stride_channel == 1 &&
-        (!problem.qv || problem.qv->stride_channel == 1);
+    const bool unit_channels = problem.query.stride_channel == 1 &&
+                               results.out.stride_channel == 1 &&
+                               (problem.key_codes || problem.key.stride_channel == 1) &&
+                               (problem.value_codes || problem.value.stride_channel == 1) &&
+                               (!problem.qv || problem.qv->stride_channel == 1);
     flag(constant::has_lse, results.lse.has_value());
     kind(constant::mask_kind, problem.mask ? &problem.mask->view : nullptr);
     flag(constant::has_mask, problem.mask.has_value());
@@ -264,11 +281,17 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     flag(constant::shifts_pages, shifts_pages(problem));
     flag(constant::near_rows, near_rows(problem));
     flag(constant::wide_mask, problem.mask && has_aligned_runs(problem.mask->view, 2));
-    if (problem.one_dtype()) return constants;
-    constants[constant::query_kind].value = narrow_kind(problem.query.view.dtype);
-    constants[constant::key_kind].value = narrow_kind(problem.key.view.dtype);
-    constants[constant::value_kind].value = narrow_kind(problem.value.view.dtype);
-    constants[constant::out_kind].value = narrow_kind(problem.out_dtype);
+    set_code_constants(constants, problem);
+    const bool narrows = arithmetic_dtype(problem) == DType::f32;
+    const auto number_kind = [&](DType dtype) {
+        return narrows ? narrow_kind(dtype) : UMFA_MASK_NONE;
+    };
+    constants[constant::query_kind].value = number_kind(problem.query.view.dtype);
+    constants[constant::key_kind].value =
+        problem.key_codes ? UMFA_KIND_CODES : number_kind(problem.key.view.dtype);
+    constants[constant::value_kind].value =
+        problem.value_codes ? UMFA_KIND_CODES : number_kind(problem.value.view.dtype);
+    constants[constant::out_kind].value = number_kind(problem.out_dtype);
     return constants;
 }
 

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/export.h"
 #include "core/launch_plan.h"
 #include "core/problem.h"
 #include "metal/capabilities.h"
@@ -20,7 +21,10 @@ struct ElementType {
     int staged_bytes;  // of an element of a tile in threadgroup memory (shared/staged.h)
 };
 ElementType element_type(DType dtype, const Capabilities& gpu);
-/// Element type of the forward and decode kernels: float if the tensors' dtypes differ.
+/// The dtype of the forward and decode kernels' arithmetic: that of all tensors of numbers, float32 if
+/// theirs differ. Codes become numbers of this dtype.
+UMFA_CORE_API DType arithmetic_dtype(const Problem& problem);
+/// Element type of the forward and decode kernels.
 ElementType element_type(const Problem& problem, const Capabilities& gpu);
 /// For kernels without fragments, which are the same for every GPU.
 ElementType stored_type(DType dtype);
@@ -39,7 +43,9 @@ ForwardParams forward_params(const Problem& problem, const ForwardResults& resul
 
 /// Whether every row is 16-byte aligned and a multiple of 16 bytes long.
 bool rows_are_wide(const Operand& operand, int64_t channels);
-/// Whether the kernel may read K and V 16 bytes at a time.
+/// Whether every row starts on a multiple of `bytes`, and its elements follow each other.
+bool rows_are_aligned(const Operand& operand, int64_t bytes);
+/// Whether the kernel may read K and V 16 bytes at a time, as far as they are numbers.
 bool wide_loads(const Problem& problem);
 
 /// Whether the head dims are exactly a kernel's.

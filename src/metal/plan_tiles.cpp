@@ -4,6 +4,7 @@
 #include <span>
 
 #include "core/error.h"
+#include "metal/plan_codes.h"
 #include "shared/forward_shapes.h"
 #include "shared/indices.h"
 #include "shared/threadgroup_memory.h"
@@ -173,6 +174,7 @@ LaunchBuilder tile_launch(LaunchPlan& plan, const Problem& problem, const Forwar
         .simdgroups(tiles.simdgroups)
         .threadgroup_bytes(forward_bytes(tiles.d, tiles.dv, tiles.bk, tiles.qf, tiles.simdgroups,
                                          tiles.split, tiles.one_tile, type.staged_bytes));
+    bind_codes(builder, problem);
     return builder;
 }
 

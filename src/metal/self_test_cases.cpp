@@ -52,6 +52,21 @@ std::string look_at_lanes(DType dtype, const Runner& run) {
     return {};
 }
 
+/// A tensor in a quantised format, in memory that a backend fills.
+struct QuantizedNumbers {
+    TensorView data, scales;
+    std::optional<TensorView> zero_points;
+
+    QuantizedNumbers(SelfTestTensors& tensors, const QuantizeProblem& problem) {
+        const auto like = [&](const TensorView& shape) {
+            return tensors.unwritten(shape.dtype, {shape.shape, shape.shape + shape.ndim});
+        };
+        data = like(problem.data_shape());
+        scales = like(problem.scales_shape());
+        if (const auto shape = problem.zero_points_shape()) zero_points = like(*shape);
+    }
+};
+
 // ---- attention -------------------------------------------------------------------------------------
 
 /// A case's problem with its tensors.
@@ -171,6 +186,30 @@ void mix_dtypes(SelfTestTensors& tensors, AttentionRequest& request) {
     request.query = numbers_like(*request.query, DType::f16);
     request.key = numbers_like(*request.key, DType::bf16);
     request.out_dtype = DType::f16;
+}
+
+/// Keys of 8 bits, each token with a scale, and values of 4 bits, groups of 32 with zero points.
+void quantize_cache(SelfTestTensors& tensors, AttentionRequest& request) {
+    const auto quantize = [&](std::optional<TensorView>& x, const QuantChoice& choice,
+                              std::optional<QuantFormat>& of_x, std::optional<TensorView>& scales,
+                              std::optional<TensorView>& offsets) {
+        QuantFormat format = QuantFormat::of(choice);
+        const QuantizeProblem problem = QuantizeProblem::make({request.function->name, *x, format});
+        const QuantizedNumbers numbers(tensors, problem);
+        cpu::backend.quantize.run(
+            problem, problem.results(numbers.data, numbers.scales, numbers.zero_points));
+        format.channels = x->shape[3];
+        x = numbers.data;
+        of_x = format;
+        scales = numbers.scales;
+        offsets = numbers.zero_points;
+    };
+    quantize(request.key, {QuantDType::int8, {}, QuantOffset::none, {}, {}, {}}, request.key_format,
+             request.key_scales, request.key_offsets);
+    quantize(
+        request.value,
+        {QuantDType::int4, Granularity::block, QuantOffset::zero_point, QuantScales::f16, 1, 32},
+        request.value_format, request.value_scales, request.value_offsets);
 }
 
 /// No query is in use, so every row of out is cleared.
@@ -307,21 +346,6 @@ constexpr QuantChoice quant_choices[] = {
     {QuantDType::e4m3, Granularity::block, QuantOffset::none, QuantScales::f32, 4, 32},
 };
 
-/// A tensor in a format, in memory that a backend fills.
-struct QuantizedNumbers {
-    TensorView data, scales;
-    std::optional<TensorView> zero_points;
-
-    QuantizedNumbers(SelfTestTensors& tensors, const QuantizeProblem& problem) {
-        const auto like = [&](const TensorView& shape) {
-            return tensors.unwritten(shape.dtype, {shape.shape, shape.shape + shape.ndim});
-        };
-        data = like(problem.data_shape());
-        scales = like(problem.scales_shape());
-        if (const auto shape = problem.zero_points_shape()) zero_points = like(*shape);
-    }
-};
-
 std::string quantize_numbers(DType dtype, const QuantChoice& choice, bool back, const Runner& run) {
     constexpr const char* name = "umfa.self_test";
     SelfTestTensors tensors;
@@ -386,6 +410,7 @@ std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) 
     add("dropout_" + operands, forward + "_d64", {64, 64, 67, 75, drop});
     add("scores_" + operands, forward + "_d64", {64, 64, 67, 75, change_scores});
     add("sequences_" + operands, forward + "_d64", {64, 64, 67, 75, turn_pages});
+    add("codes_" + operands, forward + "_d64", {64, 64, 67, 75, quantize_cache});
     if (dtype == DType::f32)
         add("dtypes_" + operands, forward + "_d64", {64, 64, 67, 75, mix_dtypes});
     add(decode + "_d128", lanes, {128, 128, 1, 75});

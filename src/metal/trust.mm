@@ -7,6 +7,7 @@
 #import "metal/autorelease.h"
 #import "metal/context.h"
 #include "metal/executor.h"
+#include "metal/plan_parts.h"
 #include "metal/self_test.h"
 
 namespace umfa::metal {
@@ -40,7 +41,7 @@ void add(Dtypes& dtypes, DType dtype) {
 /// Dtypes of the kernels that a problem may need. Float kernels read tensors of different dtypes;
 /// kernels that only write results have the dtype of the result.
 Dtypes dtypes_of(const Problem& problem) {
-    Dtypes dtypes = {problem.one_dtype() ? problem.query.view.dtype : DType::f32};
+    Dtypes dtypes = {arithmetic_dtype(problem)};
     add(dtypes, problem.out_dtype);
     if (!problem.append) return dtypes;
     const DType cache = problem.key.view.dtype;

@@ -188,7 +188,10 @@ def compute(framework: Any, call: Prepared, tensors: dict[str, Array]) -> tuple[
     *batch, rows, heads, _ = query.shape
     # Poisoned, as recycled memory may be: every element must be written.
     dtype = call.options.out_dtype or query.dtype
-    out = np.full((*query.shape[:-1], value.shape[-1]), np.nan, dtype)
+    # The last word of a format is head_dim, which the bytes do not always tell.
+    form = call.options.description["values"].get("value_format")
+    channels = int(form.split()[-1]) if form else value.shape[-1]
+    out = np.full((*query.shape[:-1], channels), np.nan, dtype)
     lse = np.full((*batch, heads, rows), np.nan, np.float32)
     plan = _ext.metal_plan_forward(
         call.options,

@@ -97,6 +97,8 @@ def layout(kernel: str) -> dict[str, int]:
 
 
 DECODE, MERGE, FORWARD = layout("DECODE"), layout("MERGE"), layout("FORWARD")
+CODES = {"KEY_SCALES", "KEY_OFFSETS", "VALUE_SCALES", "VALUE_OFFSETS", "CODES"}
+"""Buffers of the forward kernel for keys and values that are quantised."""
 
 
 def layout_of(launch: dict[str, Any]) -> dict[str, int]:
@@ -206,14 +208,15 @@ def test_grid_covers_the_queries_and_nothing_else(seqlen_q: int) -> None:
 
 def test_constants_follow_the_problem() -> None:
     # Chunk, sequences, pages, sinks; rotary, dropout, qv; prefix; dtypes; the mask; pages again;
-    # slices; packed heads; gradients; head dims; quantised formats.
+    # slices; packed heads; gradients; head dims; quantised formats; quantised keys and values.
     rest = {9: False, 10: False, 11: False, 12: False, 13: 0}
     rest |= {14: False, 15: False, 16: False, 17: 0, 18: False, 19: False, 20: False,
              21: False, 22: 0, 23: 0, 24: 0, 25: 0, 26: 0, 27: 0, 28: False,
              29: False, 30: False, 31: False, 32: False,
              33: 0, 34: 0, 35: 0, 36: 0, 37: False, 38: False, 39: False, 40: True, 41: 0,
              42: False, 43: False, 44: 0, 45: False, 46: False,
-             47: 0, 48: 0, 49: 0, 50: False, 51: False, 52: False, 53: False}  # fmt: skip
+             47: 0, 48: 0, 49: 0, 50: False, 51: False, 52: False, 53: False,
+             54: 0, 55: 0, 56: False, 57: False, 58: False, 59: False, 60: False}  # fmt: skip
     plain = only_launch(lse=False)["constants"]
     assert plain == rest | {
         0: False, 1: 0, 2: False, 3: False, 4: False, 5: True, 6: True, 7: True, 8: True,
@@ -731,9 +734,9 @@ def test_every_buffer_of_a_layout_is_bound_where_a_call_has_everything(seqlen_q:
         bound = {index for index, *_ in launch["buffers"]} | {launch["params_index"]}
         assert launch["buffer_count"] == len(indices)
         missing = {name for name, index in indices.items() if index not in bound}
-        # Of many queries nothing is split.
+        # Of many queries nothing is split. Codes take no new keys (test_plan_codes.py).
         parts = {"SPLIT", "PARTIAL_OUT", "PARTIAL_STATE"}
-        tiles = parts if seqlen_q == 50 else {"QV"}
+        tiles = CODES | (parts if seqlen_q == 50 else {"QV"})
         assert missing == (tiles if indices == FORWARD else set())
 
 

@@ -165,6 +165,21 @@ def call_quantize(dtype: Any, form: Format) -> None:
     emulated.dequantize(like[1:], ext_format, 64, x)
 
 
+def call_codes(dtype: Any, form: Format) -> None:
+    """Plan attention on keys and values in a format, of many queries and of one."""
+    x = np.zeros((2, 300, 2, 64), np.float32)
+    like = quantization.quantize(x.swapaxes(1, 2), form)
+    parts = [None if x is None else np.ascontiguousarray(x.swapaxes(1, 2)) for x in like[1:]]
+    text = quantization.ext_format(form, "bshd").text(64)
+    tensors: dict[str, Any] = {}
+    for name in ("key", "value"):
+        tensors |= {f"{name}_scales": parts[1], f"{name}_format": text}
+        if parts[2] is not None:
+            tensors[f"{name}_offsets"] = parts[2]
+    for seqlen_q in (40, 1):
+        emulated.call(np.zeros((2, seqlen_q, 4, 64), dtype), parts[0], parts[0], tensors)
+
+
 def every_shape() -> list[Shape]:
     """Each kernel once for each variant. Raises if the planner refuses a call of these."""
     found: dict[str, Shape] = {}
@@ -187,6 +202,7 @@ def every_shape() -> list[Shape]:
                     for form in FORMATS:
                         variant = str(form)
                         call_quantize(dtype, form)
+                        call_codes(dtype, form)
                     for dims in head_dims(["backward_shapes.h"]):
                         for variant in VARIANTS:
                             call_backward(dtype, dims, variant)

@@ -29,6 +29,17 @@ _PARAMS = re.compile(r"\bconstant (\w+)&")
 _JOINED_LOAD = re.compile(r"\*reinterpret_cast<device const (uint4|uint2|uint|ushort)\*>\(")
 _LOADS = """// Neighbours that start at any element.
 inline ushort umfa_load_ushort(device const uchar* at) { return ushort(at[0] | at[1] << 8); }
+inline uint umfa_load_uint(device const uchar* at) {
+    return uint(at[0]) | uint(at[1]) << 8 | uint(at[2]) << 16 | uint(at[3]) << 24;
+}
+inline uint2 umfa_load_uint2(device const uchar* at) {
+    return uint2(umfa_load_uint(at), umfa_load_uint(at + 4));
+}
+inline uint4 umfa_load_uint4(device const uchar* at) {
+    return uint4(umfa_load_uint(at), umfa_load_uint(at + 4), umfa_load_uint(at + 8),
+                 umfa_load_uint(at + 12));
+}
+// The same of elements of two bytes and more.
 inline uint umfa_load_uint(device const void* from) {
     device const ushort* at = reinterpret_cast<device const ushort*>(from);
     return uint(at[0]) | uint(at[1]) << 16;

@@ -167,9 +167,9 @@ def outline(array: Any) -> Any:
     name = str(array.dtype).rpartition(".")[2]
     outlined: dict[int, tuple[Any, tuple[int, ...]]] = _state.outlined
     if id(array) not in outlined:
-        marks = (
-            () if array.size < LEAST_ELEMENTS else _mlx_strides.marks(len(outlined), array.shape)
-        )
+        marks: tuple[int, ...] = ()
+        if array.size >= LEAST_ELEMENTS:
+            marks = _mlx_strides.marks(len(outlined), array.shape, array.dtype.size)
         outlined[id(array)] = array, marks
     return _ext.outline(array.shape, name, outlined[id(array)][1])
 
@@ -285,7 +285,7 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
     shader = _metal_body.kernel_of(launch)
     places = {index: (kind, piece) for index, kind, piece, _ in launch["buffers"]}
     assert not any(offset for *_, offset in launch["buffers"]), "all pieces are arrays of their own"
-    params = _params(launch, places, pieces)
+    params, code_params = _params(launch, places, pieces)
     inputs: list[Any] = []
     written: list[tuple[str, int]] = []
     shapes: list[tuple[int, ...]] = []
@@ -293,6 +293,8 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
     for buffer in shader.buffers:
         if buffer.is_params:
             inputs.append(params)
+        elif buffer.name == _CODE_PARAMS and code_params is not None:
+            inputs.append(code_params)
         elif buffer.place not in places:
             continue
         elif buffer.written:
@@ -334,14 +336,30 @@ def _add(launch: dict[str, Any], pieces: Pieces) -> None:
             pieces.arrays[kind][piece] = mx.where(_marked(rows, name, array), array, before)
 
 
-def _params(launch: dict[str, Any], places: dict[int, tuple[str, int]], pieces: Pieces) -> Any:
-    """A launch's parameters, with the strides of its arrays."""
-    tensors = [
-        (pieces.arrays[kind][piece], pieces.marks[piece])
+_CODE_PARAMS = "code_params"
+"""The buffer of the forward kernel that says where scales and offsets lie."""
+
+
+def _params(
+    launch: dict[str, Any], places: dict[int, tuple[str, int]], pieces: Pieces
+) -> tuple[Any, Any]:
+    """A launch's parameters and, where it has them, those of its codes, with the strides of its
+    arrays."""
+    tensors = {
+        pieces.plan["tensors"][piece][0]: (pieces.arrays[kind][piece], pieces.marks[piece])
         for kind, piece in places.values()
         if kind == "tensor" and pieces.arrays[kind][piece] is not None
-    ]
-    return _mlx_strides.resolved(_in_memory(launch["params"], mx.int64), launch["params"], tensors)
+    }
+    blocks, code_params = [], None
+    for buffer in _metal_body.kernel_of(launch).buffers:
+        if buffer.name == _CODE_PARAMS and buffer.place in places:
+            parts = [f"{x}_{part}" for x in ("key", "value") for part in ("scales", "offsets")]
+            blocks = [tensors.pop(name) for name in parts if name in tensors]
+            data = pieces.plan["data"][places[buffer.place][1]]
+            code_params = _mlx_strides.resolved(_in_memory(data, mx.int64), data, blocks)
+    text = launch["params"]
+    params = _mlx_strides.resolved(_in_memory(text, mx.int64), text, list(tensors.values()))
+    return params, code_params
 
 
 def _as_input(kind: str, piece: int, pieces: Pieces) -> Any:

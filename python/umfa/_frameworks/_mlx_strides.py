@@ -31,13 +31,23 @@ def _marks() -> list[int]:
     return [8 * prime for prime in islice(primes, 64)]
 
 
-def marks(number: int, shape: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=1)
+def _marks_of_bytes() -> list[int]:
+    """16 p for primes p above 2^19: of bytes, 16 are read at once. None is 8 times a prime."""
+    primes = (n for n in range(2**19 + 1, 2**20, 2) if all(n % d for d in range(3, 1025, 2)))
+    return [16 * prime for prime in islice(primes, 64)]
+
+
+def marks(number: int, shape: Sequence[int], element_bytes: int) -> tuple[int, ...]:
     """Strides for the plan of an array, of a call's arrays this one; none if it has to be
     contiguous."""
+    found, largest = _marks(), LARGEST
+    if element_bytes == 1:
+        found, largest = _marks_of_bytes(), LARGEST // 2
     first = 3 * number
-    if len(shape) not in (3, 4) or max(shape) >= LARGEST or first + 3 > len(_marks()):
+    if len(shape) not in (3, 4) or max(shape) >= largest or first + 3 > len(found):
         return ()
-    return (*_marks()[first : first + len(shape) - 1], 1)
+    return (*found[first : first + len(shape) - 1], 1)
 
 
 def shown(array: Any) -> Any:

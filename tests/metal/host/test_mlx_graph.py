@@ -625,3 +625,48 @@ def test_quantising_waits_for_numbers_like_nan(mlx: MlxMetal) -> None:
     [reason] = [why for why, n in umfa.stats().waits.items() if n > before.get(why, 0)]
     assert "nonfinite='raise' has to know of numbers like NaN" in reason
     np.testing.assert_array_equal(np.array(found.data), expected.data)
+
+
+@pytest.mark.parametrize("rows", [20, 1])
+def test_attention_on_codes_in_the_graph(mlx: MlxMetal, rows: int) -> None:
+    """Codes, scales and zero points have the strides that they turn out to have."""
+    q, k, v = made(mx.float16, rows, 500)
+    keys = umfa.quantize(k, "int8", nonfinite="nan")
+    values = umfa.quantize(v, "int4", "block", symmetric=False, block=(4, 32), nonfinite="nan")
+    out = umfa.quantized_attention(q, keys, values, causal=True)
+    assert not mlx.ran
+    seen = [np.array(x.dequantize("float16")).astype(np.float64) for x in (keys, values)]
+    wanted, _ = reference.attention(numbers(q), *seen, causal=True)
+    assert_close(mlx.read(out), wanted, BASE["float16"])
+
+
+@pytest.mark.slow
+def test_codes_with_any_strides_in_the_graph(mlx: MlxMetal) -> None:
+    """Part of a cache in another order of dimensions, whose codes start at an odd byte."""
+    q, k, _ = made(mx.float16, 20, 500)
+    room = umfa.quantize(np.array(k.astype(mx.float32)).swapaxes(1, 2), "int8", layout="bhsd")
+    whole = [mx.array(x) for x in (room.data, room.scales)]
+    odd = mx.concatenate([mx.zeros(1, mx.int8), whole[0].reshape(-1)])[1:].reshape(whole[0].shape)
+    data, scales = (x[:, :, 100:400].swapaxes(1, 2) for x in (odd, whole[1]))
+    cache = umfa.QuantizedTensor(data, scales, dtype="int8")
+    out = umfa.quantized_attention(q, cache, cache)
+    assert not mlx.ran
+    seen = np.array(cache.dequantize("float16")).astype(np.float64)
+    wanted, _ = reference.attention(numbers(q), seen, seen)
+    assert_close(mlx.read(out), wanted, BASE["float16"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_attention_on_mlxs_own_groups_in_the_graph(mlx: MlxMetal, bits: int) -> None:
+    q, k, v = (x.swapaxes(1, 2) for x in made(mx.float16, 20, 60))
+    cache = [
+        umfa.QuantizedTensor.from_mlx(*mx.quantize(x, group_size=32, bits=bits), group_size=32,
+                                      bits=bits)
+        for x in (k, v)
+    ]  # fmt: skip
+    out = umfa.quantized_attention(q, *cache, layout="bhsd")
+    assert not mlx.ran
+    seen = [np.array(x.dequantize("float16")).astype(np.float64) for x in cache]
+    turned = [x.swapaxes(1, 2) for x in (numbers(q), *seen)]
+    wanted, _ = reference.attention(*turned)
+    assert_close(mlx.read(out).swapaxes(1, 2), wanted, BASE["float16"])

@@ -25,7 +25,7 @@ from tests.metal.backward_calls import Call
 from tests.metal.host.test_encode import c_library, encode
 from tests.metal.metal_tensors import MetalTensor
 from tests.metal.test_plan_backward import plan as backward_plan
-from tests.metal.test_plan_forward import plan
+from tests.metal.test_plan_forward import plan, plan_of
 from tests.quantization import Format
 from tests.reference import attention
 from tools.metal import double as metal_double
@@ -41,7 +41,10 @@ OUT = 3  # the buffer of out, of forward and decode
 OUT_OF_DKV = 10  # of dk
 LARGE = (1, 512, 4, 64)
 TIMEOUT = 2
-NARROW = {"forward_f16_d64", "rotary_f16", "dropout_f16", "scores_f16", "sequences_f16"}
+NARROW = {
+    *("forward_f16_d64", "rotary_f16", "dropout_f16", "scores_f16", "sequences_f16"),
+    "codes_f16",
+}
 """Families tested with a head dim of 64."""
 
 
@@ -134,7 +137,7 @@ def test_a_sound_gpu_passes_and_is_not_tested_again(emulated: Machine, cache: Pa
         assert len(gpu.names) == launches + 1, "a later process reads the outcome"
         (test,) = _known()
     assert test.passed
-    assert test.pipelines == 49
+    assert test.pipelines == 50
     assert test.device == "Apple M1, applegpu_g13g, Apple7"
     assert test.when.endswith("Z")
     assert test.kept == str(file)
@@ -657,7 +660,7 @@ def test_the_report_shows_it(recorded: Double) -> None:
     report = env.collect()
     assert [test["dtype"] for test in report["self_tests"]] == ["float16", "bfloat16", "float32"]
     text = env.rows(report)["self-test"]
-    assert "float16: 0 of 37 families of kernels pass" in text
+    assert "float16: 0 of 38 families of kernels pass" in text
     assert "Apple M1, applegpu_g13g, Apple7, " in text
     test = report["self_tests"][0]
     assert test["pipelines"] > 0  # of the process: another thread may compile meanwhile
@@ -743,6 +746,20 @@ def launched_quantize(dtype: Any) -> set[str]:
     return {name for plan in plans for launch in plan["launches"] for name in launch["families"]}
 
 
+def launched_codes(dtype: Any, family: int) -> set[str]:
+    """Likewise of attention over a quantised cache."""
+    cache = umfa.quantize(np.zeros((1, 600, 2, 64), np.float32), "int8")
+    found = set()
+    for seqlen_q in (1, 20):
+        query = np.zeros((1, seqlen_q, 4, 64), dtype)
+        codes = {"key_scales": cache.scales, "key_format": "int8 row none float32 0 0 64"}
+        codes |= {"value_scales": cache.scales, "value_format": codes["key_format"]}
+        made = plan_of(query, cache.data, cache.data, query.copy(), family=family, **codes)
+        launches = made["launches"]
+        found |= {name for launch in launches for name in launch["families"]}
+    return found
+
+
 @pytest.mark.usefixtures("own_settings")
 @pytest.mark.parametrize("family", [7, 9])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -750,6 +767,7 @@ def test_every_family_has_a_case(dtype: Any, family: int, recorded: Double) -> N
     recorded.set_machine(family=family)
     tested = set(one(np.dtype(dtype).name).faults)
     asked = launched(dtype, family) | launched_backward(dtype, family) | launched_quantize(dtype)
+    asked |= launched_codes(dtype, family)
     # CALLS neither rotate nor append nor mix dtypes, and no plan launches the lane map kernel.
     untried = ("lanes", "rotary", "append", "dtypes")
     others = {name for name in tested if name.split("_")[0] in untried}

@@ -589,3 +589,24 @@ def test_quantising_waits_for_numbers_like_nan(mps: TorchMps, monkeypatch: Any) 
     umfa.quantize(x, "int8", nonfinite="nan")
     assert played[0] is None
     assert callable(played[1])
+
+
+@pytest.mark.parametrize("rows", [20, 1])
+def test_attention_on_codes_in_the_stream(mps: TorchMps, rows: int) -> None:
+    """Quantised and attended to, and nothing waits."""
+    draw = torch.Generator().manual_seed(8)
+    q, k = (torch.randn((2, n, 2, 64), generator=draw).half() for n in (rows, 300))
+    keys, values = (
+        umfa.quantize(mps.tensor(k), "int8", nonfinite="nan"),
+        umfa.quantize(mps.tensor(k), "int4", "block", block=(1, 32), nonfinite="nan"),
+    )
+    before = umfa.stats()
+    out = umfa.quantized_attention(mps.tensor(q), keys, values, causal=True)
+    after = umfa.stats()
+    assert mps.waits == 0
+    assert after.plans_in_stream - before.plans_in_stream == 1
+    assert mps.poisoned(out)
+    own = umfa.quantize(k, "int8"), umfa.quantize(k, "int4", "block", block=(1, 32))
+    seen = [x.dequantize(torch.float16).double().numpy() for x in own]
+    wanted, _ = reference.attention(q.double().numpy(), *seen, causal=True)
+    assert_close(mps.read(out), wanted, BASE["float16"])

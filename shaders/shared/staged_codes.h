@@ -1,0 +1,286 @@
+// Tiles of K and V from the codes of a quantised format. Codes become numbers in registers on their way
+// into threadgroup memory, where the tile is that of a dequantised tensor of the kernel's type, to the
+// bit.
+#pragma once
+
+#include <metal_stdlib>
+
+#include "shared/code_kinds.h"
+#include "shared/key_order.h"
+#include "shared/operand.h"
+#include "shared/params.h"
+#include "shared/quant_format.h"
+#include "shared/quant_parts.h"
+#include "shared/rotary.h"
+#include "shared/sequence.h"
+#include "shared/tile.h"
+
+using namespace metal;
+
+namespace umfa {
+
+/// What the codes of one head of a sequence need beside them.
+struct Codes {
+    device const uchar* scales;  // with pages: of all of them
+    device const uchar* offsets;
+    device const CodesParams* params;
+    int first;  // row of the tensor that is the sequence's first; unused with pages
+};
+
+inline int bytes_of_scale(int scales) {
+    return scales == UMFA_SCALES_F32 ? 4 : scales == UMFA_SCALES_E8M0 ? 1 : 2;
+}
+
+/// `kind`: of the operand, a constant.
+inline int bytes_of_offset(CodeKind kind) {
+    return kind.offset == UMFA_OFFSET_BIAS ? bytes_of_scale(kind.scales) : 1;
+}
+
+/// `from` at a sequence's head.
+inline device const uchar* blocks_at(device const uchar* from, int bytes,
+                                     device const OperandStrides* strides,
+                                     thread const SequenceParams& sequence, int head) {
+    from += head * strides->head * bytes;
+    return has_pages ? from : from + sequence.kv_batch * strides->batch * bytes;
+}
+
+inline Codes codes_of(device const uchar* scales, device const uchar* offsets,
+                      device const CodesParams* params, CodeKind kind,
+                      thread const SequenceParams& sequence, int head) {
+    Codes codes = {scales, offsets, params, int(sequence.kv_row)};
+    if (kind.scales != UMFA_SCALES_INLINE)
+        codes.scales =
+            blocks_at(scales, bytes_of_scale(kind.scales), &params->scales, sequence, head);
+    if (kind.offset != UMFA_OFFSET_NONE)
+        codes.offsets = blocks_at(offsets, bytes_of_offset(kind), &params->offsets, sequence, head);
+    return codes;
+}
+
+/// One row of codes, with the places of its first scale and offset, in elements.
+struct CodeRow {
+    device const uchar* bytes;
+    int64_t scale, offset;
+};
+
+/// An existing row of a sequence. `rows`: row 0; with pages, the start of their memory.
+inline CodeRow code_row(device const uchar* rows, constant OperandStrides& strides,
+                        thread const Codes& codes, CodeKind kind, thread const Pages& pages,
+                        int row) {
+    device const CodesParams* at = codes.params;
+    int64_t scale = 0, offset = 0;
+    int in_blocks = codes.first + row;
+    if (has_pages) {
+        const PageRow<int> found = row_in_pages(pages.first + row, pages.size);
+        const int64_t page = pages.table[found.page];
+        rows += page * strides.batch + rows_apart(found.row, strides);
+        scale = page * at->scales.batch;
+        offset = page * at->offsets.batch;
+        in_blocks = found.row;
+    } else {
+        rows += row * strides.row;
+    }
+    // Where one block spans the rows, its stride is 0.
+    const int block = kind.row_blocks ? in_blocks / at->block_rows : in_blocks;
+    const CodeRow found = {rows, scale + block * at->scales.row, offset + block * at->offsets.row};
+    return found;
+}
+
+/// The scale of a channel.
+inline float scale_of(thread const CodeRow& row, thread const Codes& codes, CodeKind kind,
+                      int column) {
+    if (kind.scales == UMFA_SCALES_INLINE) {
+        // In front of the codes of its block, at any address.
+        device const uchar* at =
+            row.bytes +
+            column / UMFA_GGUF_BLOCK * quant_row_bytes(kind.codes, kind.scales, UMFA_GGUF_BLOCK);
+        return quant_scale(kind.scales, uint(at[0]) | uint(at[1]) << 8);
+    }
+    const int block = kind.channel_blocks ? column / codes.params->block_channels : column;
+    return quant_scale(kind.scales, stored_bits(codes.scales, kind.scales,
+                                                row.scale + block * codes.params->scales.channel));
+}
+
+/// The zero point of a channel as a number, or its bias.
+inline float offset_of(thread const CodeRow& row, thread const Codes& codes, CodeKind kind,
+                       int column) {
+    if (kind.offset == UMFA_OFFSET_NONE) return 0.0f;
+    const int block = kind.channel_blocks ? column / codes.params->block_channels : column;
+    const int64_t at = row.offset + block * codes.params->offsets.channel;
+    return kind.offset == UMFA_OFFSET_BIAS
+               ? quant_scale(kind.scales, stored_bits(codes.offsets, kind.scales, at))
+               : float(codes.offsets[at]);
+}
+
+inline uint mask_of_code(CodeKind kind) { return bits_of_codes(kind.codes) == 8 ? 255u : 15u; }
+
+/// The number of a channel; zero past the last one, and where not `there`.
+inline float number_of(thread const CodeRow& row, thread const Codes& codes, CodeKind kind,
+                       bool there, int column, int columns) {
+    const int channel = existing<1>(column, columns);
+    const QuantPlace<int> place = quant_place(kind.codes, kind.scales, channel);
+    const uint code = uint(row.bytes[place.byte]) >> place.shift & mask_of_code(kind);
+    const float x =
+        dequantized(kind.offset, quant_number(kind.codes, code),
+                    scale_of(row, codes, kind, channel), offset_of(row, codes, kind, channel));
+    return there && is_channel(column, columns) ? x : 0.0f;
+}
+
+/// The codes of a run, 8 or 16 bytes.
+template <int WORDS>
+inline void load_run(thread uint* words, device const uchar* from) {
+    if (WORDS == 4) {
+        const uint4 v = *reinterpret_cast<device const uint4*>(from);
+        words[0] = v.x;
+        words[1] = v.y;
+        words[2] = v.z;
+        words[3] = v.w;
+    } else {
+        const uint2 v = *reinterpret_cast<device const uint2*>(from);
+        words[0] = v.x;
+        words[1] = v.y;
+    }
+}
+
+/// Copies a tile by runs of codes of BITS bits.
+template <int BITS, typename M, int D, int ROWS, int THREADS>
+inline void stage_runs(threadgroup M* staged, device const uchar* rows,
+                       constant OperandStrides& strides, thread const Codes& codes, CodeKind kind,
+                       thread const Pages& pages, int first, int row_count, int columns,
+                       ushort thread_index) {
+    constexpr int N = UMFA_CODE_RUN, RUNS = D / N, ROW = tile_row<M>(D),
+                  STEPS = 1 + (ROWS * RUNS - 1) / THREADS, WORDS = N * BITS / 32,
+                  STORED = 16 / sizeof(M);
+    // All loads are under way before the first is used.
+    uint words[STEPS][WORDS];
+    CodeRow at[STEPS];
+    float scale[STEPS], offset[STEPS];
+#pragma clang loop unroll(full)
+    for (int step = 0; step < STEPS; ++step) {
+        const int i = step * THREADS + thread_index;
+        const int column = existing<N>(i % RUNS * N, columns);
+        at[step] = code_row(rows, strides, codes, kind, pages,
+                            first + min(min(i / RUNS, ROWS - 1), row_count - 1));
+        load_run<WORDS>(words[step], at[step].bytes + column * BITS / 8);
+        scale[step] = kind.each ? 0.0f : scale_of(at[step], codes, kind, column);
+        offset[step] = kind.each ? 0.0f : offset_of(at[step], codes, kind, column);
+    }
+#pragma clang loop unroll(full)
+    for (int step = 0; step < STEPS; ++step) {
+        const int i = step * THREADS + thread_index, row = i / RUNS, column = i % RUNS * N;
+        if (ROWS * RUNS % THREADS != 0 && row >= ROWS) continue;
+        const bool kept = row < row_count && is_channel(column, columns);
+        threadgroup M* to = staged + key_slot<ROWS>(row) * ROW + column;
+#pragma clang loop unroll(full)
+        for (int c = 0; c < N; c += STORED) {
+            M x[STORED];
+#pragma clang loop unroll(full)
+            for (int e = 0; e < STORED; ++e) {
+                const int bit = (c + e) * BITS;
+                const uint code = words[step][bit / 32] >> bit % 32 & mask_of_code(kind);
+                float own = scale[step], zero = offset[step];
+                if (kind.each) {
+                    const int channel = existing<N>(column, columns) + c + e;
+                    own = scale_of(at[step], codes, kind, channel);
+                    zero = offset_of(at[step], codes, kind, channel);
+                }
+                const float number =
+                    dequantized(kind.offset, quant_number(kind.codes, code), own, zero);
+                x[e] = kept ? M(number) : M(0);
+            }
+            Store<M, M>::words(to + c, Pack<M>::words(x));
+        }
+    }
+}
+
+/// Copies ROWS rows of D channels of K or V from row `first` on into threadgroup memory, in the order of
+/// key_order.h; zeros past the last row and channel. `rows`: row 0 of the sequence. `packed`: key_codes
+/// or value_codes. There is a row.
+template <typename M, int D, int ROWS, int THREADS>
+inline void stage_codes(threadgroup M* staged, device const uchar* rows,
+                        constant OperandStrides& strides, thread const Codes& codes, int packed,
+                        thread const Pages& pages, int first, int row_count, int columns,
+                        ushort thread_index) {
+    const CodeKind kind = unpacked_kind(packed);
+    if (kind.wide && bits_of_codes(kind.codes) == 8) {
+        stage_runs<8, M, D, ROWS, THREADS>(staged, rows, strides, codes, kind, pages, first,
+                                           row_count, columns, thread_index);
+    } else if (kind.wide) {
+        stage_runs<4, M, D, ROWS, THREADS>(staged, rows, strides, codes, kind, pages, first,
+                                           row_count, columns, thread_index);
+    } else {
+        constexpr int ROW = tile_row<M>(D);
+        for (int i = thread_index; i < ROWS * D; i += THREADS) {
+            const int row = i / D, column = i % D;
+            const CodeRow at =
+                code_row(rows, strides, codes, kind, pages, first + min(row, row_count - 1));
+            staged[key_slot<ROWS>(row) * ROW + column] =
+                M(number_of(at, codes, kind, row < row_count, column, columns));
+        }
+    }
+}
+
+/// stage_codes() of keys that are rotated on the way, as numbers of type T.
+template <typename M, typename T, int D, int ROWS, int THREADS>
+inline void stage_rotated_codes(threadgroup M* staged, device const uchar* rows,
+                                constant OperandStrides& strides, thread const Codes& codes,
+                                int packed, thread const Pages& pages, int first, int row_count,
+                                int columns, thread const Rotary& rotary, ushort thread_index) {
+    const CodeKind kind = unpacked_kind(packed);
+    constexpr int ROW = tile_row<M>(D), PAIRS = D / 2;
+    for (int i = thread_index; i < ROWS * PAIRS; i += THREADS) {
+        const int row = i / PAIRS, pair = i % PAIRS;
+        const int2 channel = channels_of(rotary, pair);
+        const bool there = row < row_count;
+        const CodeRow at =
+            code_row(rows, strides, codes, kind, pages, first + min(row, row_count - 1));
+        T a = T(number_of(at, codes, kind, there, channel.x, columns));
+        T b = T(number_of(at, codes, kind, there, channel.y, columns));
+        if (there && 2 * pair < rotary.params.channels)
+            rotate_pair(a, b, rotary, first + row, pair);
+        threadgroup M* to = staged + key_slot<ROWS>(row) * ROW;
+        to[channel.x] = M(a);
+        to[channel.y] = M(b);
+    }
+}
+
+// The tiles at key `k0`, of which `row_count` keys are there, of numbers or of codes. `key` and `value`:
+// what first_rows() returned, or these for the tile before.
+
+template <typename M, typename T, int D, int ROWS, int THREADS>
+inline device const uchar* stage_keys(threadgroup M* staged, device const uchar* key,
+                                      thread const Codes& codes, constant ForwardParams& params,
+                                      thread const Pages& pages, int k0, int row_count,
+                                      thread const Rotary& rotary, ushort thread_index) {
+    if (key_codes != 0) {
+        if (rotates_keys)
+            stage_rotated_codes<M, T, D, ROWS, THREADS>(staged, key, params.key, codes, key_codes,
+                                                        pages, k0, row_count, params.head_dim,
+                                                        rotary, thread_index);
+        else
+            stage_codes<M, D, ROWS, THREADS>(staged, key, params.key, codes, key_codes, pages, k0,
+                                             row_count, params.head_dim, thread_index);
+        return key;
+    }
+    if (rotates_keys)
+        return stage_any_rotated<M, T, D, ROWS, THREADS>(staged, key, key_kind, params.key, pages,
+                                                         k0, row_count, params.head_dim, rotary,
+                                                         thread_index);
+    return stage_any<M, T, D, ROWS, THREADS>(staged, key, key_kind, params.key, pages, k0,
+                                             row_count, params.head_dim, thread_index);
+}
+
+template <typename M, typename T, int D, int ROWS, int THREADS>
+inline device const uchar* stage_values(threadgroup M* staged, device const uchar* value,
+                                        thread const Codes& codes, constant ForwardParams& params,
+                                        thread const Pages& pages, int k0, int row_count,
+                                        ushort thread_index) {
+    if (value_codes != 0) {
+        stage_codes<M, D, ROWS, THREADS>(staged, value, params.value, codes, value_codes, pages, k0,
+                                         row_count, params.head_dim_v, thread_index);
+        return value;
+    }
+    return stage_any<M, T, D, ROWS, THREADS>(staged, value, value_kind, params.value, pages, k0,
+                                             row_count, params.head_dim_v, thread_index);
+}
+
+}  // namespace umfa

@@ -1,0 +1,99 @@
+#include "metal/plan_codes.h"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "metal/plan_parts.h"
+#include "shared/code_kinds.h"
+#include "shared/indices.h"
+
+namespace umfa::metal {
+namespace {
+
+constexpr Slot layout[] = {
+    {UMFA_FORWARD_KEY_SCALES, "key_scales"},
+    {UMFA_FORWARD_KEY_OFFSETS, "key_offsets"},
+    {UMFA_FORWARD_VALUE_SCALES, "value_scales"},
+    {UMFA_FORWARD_VALUE_OFFSETS, "value_offsets"},
+};
+
+/// Whether lanes can read the codes of UMFA_CODE_RUN channels at once.
+bool is_wide(const QuantOperand& operand) {
+    const int bits = bits_of_codes(operand.format.codes());
+    return operand.scales && operand.sizes.channels % UMFA_CODE_RUN == 0 &&
+           rows_are_aligned(operand.data, UMFA_CODE_RUN * bits / 8);
+}
+
+/// The value of key_codes or value_codes.
+int kind_of(const std::optional<QuantOperand>& operand) {
+    if (!operand) return 0;
+    const QuantSizes& sizes = operand->sizes;
+    const bool several = sizes.channel_blocks() > 1;
+    CodeKind kind{};
+    kind.codes = operand->format.codes();
+    kind.scales = operand->format.scale_kind();
+    kind.offset = operand->format.offset_kind();
+    kind.wide = is_wide(*operand);
+    kind.row_blocks = sizes.row_blocks() > 1 && sizes.block_rows > 1;
+    kind.channel_blocks = several && sizes.block_channels > 1;
+    kind.each = several && sizes.block_channels == 1;
+    return packed_kind(kind);
+}
+
+CodesParams params_of(const std::optional<QuantOperand>& operand) {
+    CodesParams params{};
+    if (!operand) return params;
+    const QuantSizes& sizes = operand->sizes;
+    if (operand->scales) params.scales = strides_of(*operand->scales);
+    if (operand->offsets) params.offsets = strides_of(*operand->offsets);
+    // Blocks may be longer than the tensor.
+    params.block_rows =
+        static_cast<int32_t>(std::min(sizes.block_rows, std::max<int64_t>(1, sizes.rows)));
+    params.block_channels = static_cast<int32_t>(sizes.block_channels);
+    return params;
+}
+
+}  // namespace
+
+Verdict can_plan_codes(const Problem& problem) {
+    for (const auto* codes : {&problem.key_codes, &problem.value_codes})
+        if (*codes && (*codes)->sizes.rows > max_seqlen)
+            return {false, "more than " + std::to_string(max_seqlen) +
+                               " rows of a quantised tensor are not implemented"};
+    return {};
+}
+
+void add_code_tensors(std::vector<PlanTensor>& tensors, const Problem& problem) {
+    const auto add = [&](const char* name, const std::optional<Operand>& part) {
+        if (part) tensors.push_back({name, part->view});
+    };
+    if (problem.key_codes) {
+        add("key_scales", problem.key_codes->scales);
+        add("key_offsets", problem.key_codes->offsets);
+    }
+    if (problem.value_codes) {
+        add("value_scales", problem.value_codes->scales);
+        add("value_offsets", problem.value_codes->offsets);
+    }
+}
+
+void set_code_constants(std::vector<Constant>& constants, const Problem& problem) {
+    const auto &key = problem.key_codes, &value = problem.value_codes;
+    constants[constant::key_codes].value = kind_of(key);
+    constants[constant::value_codes].value = kind_of(value);
+    constants[constant::has_codes].value = key || value;
+    constants[constant::has_key_scales].value = key && key->scales;
+    constants[constant::has_key_offsets].value = key && key->offsets;
+    constants[constant::has_value_scales].value = value && value->scales;
+    constants[constant::has_value_offsets].value = value && value->offsets;
+}
+
+void bind_codes(LaunchBuilder& launch, const Problem& problem) {
+    if (!problem.key_codes && !problem.value_codes) return;
+    launch.tensors(layout).new_data(
+        UMFA_FORWARD_CODES,
+        std::vector<ForwardCodes>{{params_of(problem.key_codes), params_of(problem.value_codes)}});
+}
+
+}  // namespace umfa::metal
