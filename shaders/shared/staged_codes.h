@@ -19,40 +19,48 @@ using namespace metal;
 
 namespace umfa {
 
+/// Scales or offsets of the codes of one head of a sequence. Strides in elements, from one block to the
+/// next. They are read once: a loop with barriers would read them from memory in each round.
+struct CodeBlocks {
+    device const uchar* from;  // with pages: of all of them
+    int64_t batch, row, channel;
+};
+
 /// What the codes of one head of a sequence need beside them.
 struct Codes {
-    device const uchar* scales;  // with pages: of all of them
-    device const uchar* offsets;
-    device const CodesParams* params;
+    CodeBlocks scales, offsets;
+    int block_rows, block_channels;
     int first;  // row of the tensor that is the sequence's first; unused with pages
 };
 
-inline int bytes_of_scale(int scales) {
+UMFA_INLINE int bytes_of_scale(int scales) {
     return scales == UMFA_SCALES_F32 ? 4 : scales == UMFA_SCALES_E8M0 ? 1 : 2;
 }
 
-/// `kind`: of the operand, a constant.
-inline int bytes_of_offset(CodeKind kind) {
-    return kind.offset == UMFA_OFFSET_BIAS ? bytes_of_scale(kind.scales) : 1;
-}
-
-/// `from` at a sequence's head.
-inline device const uchar* blocks_at(device const uchar* from, int bytes,
-                                     device const OperandStrides* strides,
-                                     thread const SequenceParams& sequence, int head) {
+UMFA_INLINE CodeBlocks code_blocks(device const uchar* from, int bytes,
+                                   device const OperandStrides* strides,
+                                   thread const SequenceParams& sequence, int head) {
     from += head * strides->head * bytes;
-    return has_pages ? from : from + sequence.kv_batch * strides->batch * bytes;
+    if (!has_pages) from += sequence.kv_batch * strides->batch * bytes;
+    const CodeBlocks blocks = {from, strides->batch, strides->row, strides->channel};
+    return blocks;
 }
 
-inline Codes codes_of(device const uchar* scales, device const uchar* offsets,
-                      device const CodesParams* params, CodeKind kind,
-                      thread const SequenceParams& sequence, int head) {
-    Codes codes = {scales, offsets, params, int(sequence.kv_row)};
+/// `kind`: of the operand, a constant.
+UMFA_INLINE Codes codes_of(device const uchar* scales, device const uchar* offsets,
+                           device const CodesParams* params, CodeKind kind,
+                           thread const SequenceParams& sequence, int head) {
+    Codes codes = {};
     if (kind.scales != UMFA_SCALES_INLINE)
         codes.scales =
-            blocks_at(scales, bytes_of_scale(kind.scales), &params->scales, sequence, head);
+            code_blocks(scales, bytes_of_scale(kind.scales), &params->scales, sequence, head);
     if (kind.offset != UMFA_OFFSET_NONE)
-        codes.offsets = blocks_at(offsets, bytes_of_offset(kind), &params->offsets, sequence, head);
+        codes.offsets =
+            code_blocks(offsets, kind.offset == UMFA_OFFSET_BIAS ? bytes_of_scale(kind.scales) : 1,
+                        &params->offsets, sequence, head);
+    codes.block_rows = params->block_rows;
+    codes.block_channels = params->block_channels;
+    codes.first = int(sequence.kv_row);
     return codes;
 }
 
@@ -62,32 +70,51 @@ struct CodeRow {
     int64_t scale, offset;
 };
 
-/// An existing row of a sequence. `rows`: row 0; with pages, the start of their memory.
-inline CodeRow code_row(device const uchar* rows, constant OperandStrides& strides,
-                        thread const Codes& codes, CodeKind kind, thread const Pages& pages,
-                        int row) {
-    device const CodesParams* at = codes.params;
+/// Elements from one block to the one that is `count` blocks behind it.
+UMFA_INLINE int64_t blocks_apart(int count, int64_t stride, CodeKind kind) {
+    if (kind.near) return count * int(stride);
+    return count * stride;
+}
+
+/// Row `first` + `row` of a sequence, an existing one. `tile`: row `first`; with pages, the start of
+/// their memory.
+UMFA_INLINE CodeRow code_row(device const uchar* tile, constant OperandStrides& strides,
+                             thread const Codes& codes, CodeKind kind, thread const Pages& pages,
+                             int first, int row) {
     int64_t scale = 0, offset = 0;
-    int in_blocks = codes.first + row;
+    int in_blocks = codes.first + first + row;
     if (has_pages) {
-        const PageRow<int> found = row_in_pages(pages.first + row, pages.size);
+        const PageRow<int> found = row_in_pages(pages.first + first + row, pages.size);
         const int64_t page = pages.table[found.page];
-        rows += page * strides.batch + rows_apart(found.row, strides);
-        scale = page * at->scales.batch;
-        offset = page * at->offsets.batch;
+        tile += page * strides.batch + rows_apart(found.row, strides);
+        scale = page * codes.scales.batch;
+        offset = page * codes.offsets.batch;
         in_blocks = found.row;
     } else {
-        rows += row * strides.row;
+        tile += rows_apart(row, strides);
     }
     // Where one block spans the rows, its stride is 0.
-    const int block = kind.row_blocks ? in_blocks / at->block_rows : in_blocks;
-    const CodeRow found = {rows, scale + block * at->scales.row, offset + block * at->offsets.row};
+    const int block = kind.row_blocks ? in_blocks / codes.block_rows : in_blocks;
+    const CodeRow found = {tile, scale + blocks_apart(block, codes.scales.row, kind),
+                           offset + blocks_apart(block, codes.offsets.row, kind)};
     return found;
 }
 
+/// Where code_row() counts from.
+UMFA_INLINE device const uchar* tile_of_codes(device const uchar* rows,
+                                              constant OperandStrides& strides, int first) {
+    return has_pages ? rows : rows + first * strides.row;
+}
+
+/// The block of a channel.
+UMFA_INLINE int block_of(int column, thread const Codes& codes, CodeKind kind) {
+    if (!kind.channel_blocks) return column;
+    return kind.shift > 0 ? column >> kind.shift : column / codes.block_channels;
+}
+
 /// The scale of a channel.
-inline float scale_of(thread const CodeRow& row, thread const Codes& codes, CodeKind kind,
-                      int column) {
+UMFA_INLINE float scale_of(thread const CodeRow& row, thread const Codes& codes, CodeKind kind,
+                           int column) {
     if (kind.scales == UMFA_SCALES_INLINE) {
         // In front of the codes of its block, at any address.
         device const uchar* at =
@@ -95,27 +122,27 @@ inline float scale_of(thread const CodeRow& row, thread const Codes& codes, Code
             column / UMFA_GGUF_BLOCK * quant_row_bytes(kind.codes, kind.scales, UMFA_GGUF_BLOCK);
         return quant_scale(kind.scales, uint(at[0]) | uint(at[1]) << 8);
     }
-    const int block = kind.channel_blocks ? column / codes.params->block_channels : column;
-    return quant_scale(kind.scales, stored_bits(codes.scales, kind.scales,
-                                                row.scale + block * codes.params->scales.channel));
+    const int block = block_of(column, codes, kind);
+    const int64_t at = row.scale + blocks_apart(block, codes.scales.channel, kind);
+    return quant_scale(kind.scales, stored_bits(codes.scales.from, kind.scales, at));
 }
 
 /// The zero point of a channel as a number, or its bias.
-inline float offset_of(thread const CodeRow& row, thread const Codes& codes, CodeKind kind,
-                       int column) {
+UMFA_INLINE float offset_of(thread const CodeRow& row, thread const Codes& codes, CodeKind kind,
+                            int column) {
     if (kind.offset == UMFA_OFFSET_NONE) return 0.0f;
-    const int block = kind.channel_blocks ? column / codes.params->block_channels : column;
-    const int64_t at = row.offset + block * codes.params->offsets.channel;
+    const int block = block_of(column, codes, kind);
+    const int64_t at = row.offset + blocks_apart(block, codes.offsets.channel, kind);
     return kind.offset == UMFA_OFFSET_BIAS
-               ? quant_scale(kind.scales, stored_bits(codes.offsets, kind.scales, at))
-               : float(codes.offsets[at]);
+               ? quant_scale(kind.scales, stored_bits(codes.offsets.from, kind.scales, at))
+               : float(codes.offsets.from[at]);
 }
 
-inline uint mask_of_code(CodeKind kind) { return bits_of_codes(kind.codes) == 8 ? 255u : 15u; }
+UMFA_INLINE uint mask_of_code(CodeKind kind) { return bits_of_codes(kind.codes) == 8 ? 255u : 15u; }
 
 /// The number of a channel; zero past the last one, and where not `there`.
-inline float number_of(thread const CodeRow& row, thread const Codes& codes, CodeKind kind,
-                       bool there, int column, int columns) {
+UMFA_INLINE float number_of(thread const CodeRow& row, thread const Codes& codes, CodeKind kind,
+                            bool there, int column, int columns) {
     const int channel = existing<1>(column, columns);
     const QuantPlace<int> place = quant_place(kind.codes, kind.scales, channel);
     const uint code = uint(row.bytes[place.byte]) >> place.shift & mask_of_code(kind);
@@ -127,7 +154,7 @@ inline float number_of(thread const CodeRow& row, thread const Codes& codes, Cod
 
 /// The codes of a run, 8 or 16 bytes.
 template <int WORDS>
-inline void load_run(thread uint* words, device const uchar* from) {
+UMFA_INLINE void load_run(thread uint* words, device const uchar* from) {
     if (WORDS == 4) {
         const uint4 v = *reinterpret_cast<device const uint4*>(from);
         words[0] = v.x;
@@ -143,10 +170,10 @@ inline void load_run(thread uint* words, device const uchar* from) {
 
 /// Copies a tile by runs of codes of BITS bits.
 template <int BITS, typename M, int D, int ROWS, int THREADS>
-inline void stage_runs(threadgroup M* staged, device const uchar* rows,
-                       constant OperandStrides& strides, thread const Codes& codes, CodeKind kind,
-                       thread const Pages& pages, int first, int row_count, int columns,
-                       ushort thread_index) {
+UMFA_INLINE void stage_runs(threadgroup M* staged, device const uchar* rows,
+                            constant OperandStrides& strides, thread const Codes& codes,
+                            CodeKind kind, thread const Pages& pages, int first, int row_count,
+                            int columns, ushort thread_index) {
     constexpr int N = UMFA_CODE_RUN, RUNS = D / N, ROW = tile_row<M>(D),
                   STEPS = 1 + (ROWS * RUNS - 1) / THREADS, WORDS = N * BITS / 32,
                   STORED = 16 / sizeof(M);
@@ -154,12 +181,13 @@ inline void stage_runs(threadgroup M* staged, device const uchar* rows,
     uint words[STEPS][WORDS];
     CodeRow at[STEPS];
     float scale[STEPS], offset[STEPS];
+    device const uchar* tile = tile_of_codes(rows, strides, first);
 #pragma clang loop unroll(full)
     for (int step = 0; step < STEPS; ++step) {
         const int i = step * THREADS + thread_index;
         const int column = existing<N>(i % RUNS * N, columns);
-        at[step] = code_row(rows, strides, codes, kind, pages,
-                            first + min(min(i / RUNS, ROWS - 1), row_count - 1));
+        at[step] = code_row(tile, strides, codes, kind, pages, first,
+                            min(min(i / RUNS, ROWS - 1), row_count - 1));
         load_run<WORDS>(words[step], at[step].bytes + column * BITS / 8);
         scale[step] = kind.each ? 0.0f : scale_of(at[step], codes, kind, column);
         offset[step] = kind.each ? 0.0f : offset_of(at[step], codes, kind, column);
@@ -196,10 +224,10 @@ inline void stage_runs(threadgroup M* staged, device const uchar* rows,
 /// key_order.h; zeros past the last row and channel. `rows`: row 0 of the sequence. `packed`: key_codes
 /// or value_codes. There is a row.
 template <typename M, int D, int ROWS, int THREADS>
-inline void stage_codes(threadgroup M* staged, device const uchar* rows,
-                        constant OperandStrides& strides, thread const Codes& codes, int packed,
-                        thread const Pages& pages, int first, int row_count, int columns,
-                        ushort thread_index) {
+UMFA_INLINE void stage_codes(threadgroup M* staged, device const uchar* rows,
+                             constant OperandStrides& strides, thread const Codes& codes,
+                             int packed, thread const Pages& pages, int first, int row_count,
+                             int columns, ushort thread_index) {
     const CodeKind kind = unpacked_kind(packed);
     if (kind.wide && bits_of_codes(kind.codes) == 8) {
         stage_runs<8, M, D, ROWS, THREADS>(staged, rows, strides, codes, kind, pages, first,
@@ -209,10 +237,11 @@ inline void stage_codes(threadgroup M* staged, device const uchar* rows,
                                            row_count, columns, thread_index);
     } else {
         constexpr int ROW = tile_row<M>(D);
+        device const uchar* tile = tile_of_codes(rows, strides, first);
         for (int i = thread_index; i < ROWS * D; i += THREADS) {
             const int row = i / D, column = i % D;
             const CodeRow at =
-                code_row(rows, strides, codes, kind, pages, first + min(row, row_count - 1));
+                code_row(tile, strides, codes, kind, pages, first, min(row, row_count - 1));
             staged[key_slot<ROWS>(row) * ROW + column] =
                 M(number_of(at, codes, kind, row < row_count, column, columns));
         }
@@ -221,18 +250,20 @@ inline void stage_codes(threadgroup M* staged, device const uchar* rows,
 
 /// stage_codes() of keys that are rotated on the way, as numbers of type T.
 template <typename M, typename T, int D, int ROWS, int THREADS>
-inline void stage_rotated_codes(threadgroup M* staged, device const uchar* rows,
-                                constant OperandStrides& strides, thread const Codes& codes,
-                                int packed, thread const Pages& pages, int first, int row_count,
-                                int columns, thread const Rotary& rotary, ushort thread_index) {
+UMFA_INLINE void stage_rotated_codes(threadgroup M* staged, device const uchar* rows,
+                                     constant OperandStrides& strides, thread const Codes& codes,
+                                     int packed, thread const Pages& pages, int first,
+                                     int row_count, int columns, thread const Rotary& rotary,
+                                     ushort thread_index) {
     const CodeKind kind = unpacked_kind(packed);
     constexpr int ROW = tile_row<M>(D), PAIRS = D / 2;
+    device const uchar* tile = tile_of_codes(rows, strides, first);
     for (int i = thread_index; i < ROWS * PAIRS; i += THREADS) {
         const int row = i / PAIRS, pair = i % PAIRS;
         const int2 channel = channels_of(rotary, pair);
         const bool there = row < row_count;
         const CodeRow at =
-            code_row(rows, strides, codes, kind, pages, first + min(row, row_count - 1));
+            code_row(tile, strides, codes, kind, pages, first, min(row, row_count - 1));
         T a = T(number_of(at, codes, kind, there, channel.x, columns));
         T b = T(number_of(at, codes, kind, there, channel.y, columns));
         if (there && 2 * pair < rotary.params.channels)
@@ -247,10 +278,11 @@ inline void stage_rotated_codes(threadgroup M* staged, device const uchar* rows,
 // what first_rows() returned, or these for the tile before.
 
 template <typename M, typename T, int D, int ROWS, int THREADS>
-inline device const uchar* stage_keys(threadgroup M* staged, device const uchar* key,
-                                      thread const Codes& codes, constant ForwardParams& params,
-                                      thread const Pages& pages, int k0, int row_count,
-                                      thread const Rotary& rotary, ushort thread_index) {
+UMFA_INLINE device const uchar* stage_keys(threadgroup M* staged, device const uchar* key,
+                                           thread const Codes& codes,
+                                           constant ForwardParams& params,
+                                           thread const Pages& pages, int k0, int row_count,
+                                           thread const Rotary& rotary, ushort thread_index) {
     if (key_codes != 0) {
         if (rotates_keys)
             stage_rotated_codes<M, T, D, ROWS, THREADS>(staged, key, params.key, codes, key_codes,
@@ -270,10 +302,11 @@ inline device const uchar* stage_keys(threadgroup M* staged, device const uchar*
 }
 
 template <typename M, typename T, int D, int ROWS, int THREADS>
-inline device const uchar* stage_values(threadgroup M* staged, device const uchar* value,
-                                        thread const Codes& codes, constant ForwardParams& params,
-                                        thread const Pages& pages, int k0, int row_count,
-                                        ushort thread_index) {
+UMFA_INLINE device const uchar* stage_values(threadgroup M* staged, device const uchar* value,
+                                             thread const Codes& codes,
+                                             constant ForwardParams& params,
+                                             thread const Pages& pages, int k0, int row_count,
+                                             ushort thread_index) {
     if (value_codes != 0) {
         stage_codes<M, D, ROWS, THREADS>(staged, value, params.value, codes, value_codes, pages, k0,
                                          row_count, params.head_dim_v, thread_index);

@@ -1,6 +1,8 @@
 #include "metal/plan_codes.h"
 
 #include <algorithm>
+#include <bit>
+#include <cstdlib>
 #include <optional>
 #include <string>
 
@@ -25,6 +27,20 @@ bool is_wide(const QuantOperand& operand) {
            rows_are_aligned(operand.data, UMFA_CODE_RUN * bits / 8);
 }
 
+/// Whether 31 bits count the elements from any scale or offset of a head to any other, or of a page.
+bool is_near(const QuantOperand& operand) {
+    const QuantSizes& sizes = operand.sizes;
+    const auto reaches = [&](const std::optional<Operand>& part) {
+        if (!part) return true;
+        constexpr int64_t limit = int64_t{1} << 31;
+        const int64_t rows = std::max<int64_t>(1, sizes.row_blocks()),
+                      channels = std::max<int64_t>(1, sizes.channel_blocks());
+        const int64_t row = std::abs(part->stride_row), channel = std::abs(part->stride_channel);
+        return row <= limit / rows / 2 && channel <= limit / channels / 2;
+    };
+    return reaches(operand.scales) && reaches(operand.offsets);
+}
+
 /// The value of key_codes or value_codes.
 int kind_of(const std::optional<QuantOperand>& operand) {
     if (!operand) return 0;
@@ -38,6 +54,10 @@ int kind_of(const std::optional<QuantOperand>& operand) {
     kind.row_blocks = sizes.row_blocks() > 1 && sizes.block_rows > 1;
     kind.channel_blocks = several && sizes.block_channels > 1;
     kind.each = several && sizes.block_channels == 1;
+    kind.near = is_near(*operand);
+    const auto channels = static_cast<uint64_t>(sizes.block_channels);
+    if (kind.channel_blocks && std::has_single_bit(channels))
+        kind.shift = std::countr_zero(channels);
     return packed_kind(kind);
 }
 

@@ -46,17 +46,25 @@ def kind(launch: dict[str, Any], index: int = KEY_CODES) -> dict[str, Any]:
     """What the constant says, as code_kinds.h packs it."""
     packed = launch["constants"][index]
     assert packed & 1
-    names = ("wide", "row_blocks", "channel_blocks", "each")
+    names = ("wide", "row_blocks", "channel_blocks", "each", "near")
     found: dict[str, Any] = {name: bool(packed >> 10 + i & 1) for i, name in enumerate(names)}
-    return {"codes": packed >> 1 & 15, "scales": packed >> 5 & 7, "offset": packed >> 8 & 3} | found
+    numbers = {"codes": packed >> 1 & 15, "scales": packed >> 5 & 7, "offset": packed >> 8 & 3}
+    return numbers | found | {"shift": packed >> 15}
 
 
 def test_the_format_is_a_constant() -> None:
     (launch,) = plan(VALUE, KEY)["launches"]
-    usual = {"wide": True, "row_blocks": False, "channel_blocks": False, "each": False}
+    usual = {
+        "wide": True,
+        "row_blocks": False,
+        "channel_blocks": False,
+        "each": False,
+        "near": True,
+    }
+    usual["shift"] = 0
     assert kind(launch) == {"codes": 0, "scales": 1, "offset": 0} | usual  # int8, float16
     assert kind(launch, VALUE_CODES) == {
-        "codes": 3, "scales": 1, "offset": 1, **usual, "channel_blocks": True,
+        "codes": 3, "scales": 1, "offset": 1, **usual, "channel_blocks": True, "shift": 5,
     }  # fmt: skip
     assert launch["constants"][HAS_CODES] is True
     assert launch["constants"][KEY_KIND] == launch["constants"][VALUE_KIND] == IS_CODES
@@ -72,12 +80,14 @@ def test_the_format_is_a_constant() -> None:
         (Format("int8", "block", True, (1, 32)), "channel_blocks"),
         (Format("int8", "block", True, (4, 16)), "channel_blocks row_blocks"),
         (Format("int8", "block", True, (4, None)), "row_blocks"),
+        (Format("int8", "block", True, (1, 64)), ""),
         (Format("int8", "block", True, (700, 64)), ""),
     ],
     ids=str,
 )
 def test_what_shares_a_scale(form: Format, expected: str) -> None:
     found = kind(plan(form)["launches"][0])
+    assert (1 << found["shift"]) == (form.block[1] if found["channel_blocks"] else 1)
     names = ("channel_blocks", "each", "row_blocks")
     assert [name for name in names if found[name]] == expected.split()
 
@@ -138,3 +148,11 @@ def test_the_kernel_is_that_of_the_numbers() -> None:
     assert same["launches"][0]["kernel"].startswith("forward_f16")
     wide = 7
     assert same["launches"][0]["constants"][wide] is True
+
+
+@pytest.mark.parametrize("channels", [48, 80])
+def test_blocks_that_are_no_power_of_two(channels: int) -> None:
+    (launch,) = plan(Format("int8", "block", True, (1, channels)), head_dim=160)["launches"]
+    found = kind(launch)
+    assert found["channel_blocks"]
+    assert found["shift"] == 0

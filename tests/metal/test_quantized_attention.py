@@ -130,6 +130,27 @@ def test_arithmetic_is_float32_where_dtypes_differ(dtype: str) -> None:
     same_bits(q, quantized(k, KEY), quantized(v, VALUE), np.float32, out_dtype=np.float32)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_blocks_that_are_no_power_of_two(dtype: str) -> None:
+    form = Format(dtype, "block", False, (3, 48))
+    q = normal((1, 20, 2, 128), "float16", seed=1)
+    same_bits(q, *(quantized(normal((1, 41, 2, 128), seed=i), form) for i in (2, 3)))
+
+
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+def test_scales_far_apart(dtype: str) -> None:
+    """More than 31 bits count the elements between them."""
+    x = normal((1, 41, 1, 64), seed=2)
+    cache = quantized(x, Format(dtype, "row", True, None, "float16"))
+    scales = emulated.spread_out(cache.scales.shape, (0, 2**26, 1, 1))
+    scales[...] = cache.scales
+    far = QuantizedTensor(cache.data, scales, dtype=dtype, scale_dtype="float16")
+    q = normal((1, 20, 1, 64), "float16", seed=1)
+    found = attend(q, far, far)
+    assert emulated.last_plan["launches"][0]["constants"][54] >> 14 & 1 == 0
+    np.testing.assert_array_equal(found[0], attend(q, cache, cache)[0])
+
+
 def gguf(kind: str, seed: int, rows: int = 41, channels: int = 64) -> QuantizedTensor:
     """Blocks of any codes; their float16 scales are finite."""
     rng = np.random.default_rng(seed)
