@@ -62,6 +62,8 @@ PLAYED = [
     ),
     replace(SMALL, qv=True),
     replace(SMALL, qv=True, head_dim=576, head_dim_v=512, seqlen_q=20),
+    replace(SMALL, key_codes="int8_row", value_codes="int4_32", batch=2),
+    replace(SMALL, key_codes="int4_row", seqlen_q=1, seqlen_k=900, dtype="bfloat16", cores=132),
 ]
 
 
@@ -161,6 +163,8 @@ def test_reference_agrees_with_the_suite() -> None:
     for case in PLAYED:
         if case.mask or case.seqlens_q or case.new_rows or case.rotary or case.dropout or case.qv:
             continue
+        if case.key_codes or case.value_codes:
+            continue  # the next test
         buffers = inputs.random_buffers(case, np.random.default_rng(1))
         places = placement.placements(case)
         tensors = {n: inputs.widen(places[n].view(b), places[n].dtype) for n, b in buffers.items()}
@@ -176,3 +180,25 @@ def test_reference_agrees_with_the_suite() -> None:
             continue  # the suite counts ALiBi's distance from the alignment
         np.testing.assert_allclose(out, expected_out, atol=1e-12)
         np.testing.assert_allclose(lse, expected_lse, atol=1e-12)
+
+
+@pytest.mark.parametrize("codes", ["int8_row", "int8_32", "int4_row", "int4_32"])
+def test_numbers_of_codes_agree_with_the_suite(codes: str) -> None:
+    """The runner's own definition of the formats."""
+    import umfa
+    from tools.metal.ptx import codes as runner
+    from tools.metal.ptx import inputs, placement
+
+    case = replace(SMALL, key_codes=codes, batch=2)
+    buffers = inputs.random_buffers(case, np.random.default_rng(1))
+    places = placement.placements(case)
+    data, scales = (places[name].view(buffers[name]) for name in ("key", "key_scales"))
+    form = runner.format_of(case, "key")
+    assert form is not None
+    dtype, granularity, _, scale_dtype, *block, head_dim = form.text.split()
+    own = umfa.QuantizedTensor(
+        data, scales, dtype=dtype, granularity=granularity, scale_dtype=scale_dtype,
+        block=None if granularity == "row" else (int(block[0]), int(block[1])),
+        head_dim=int(head_dim),
+    )  # fmt: skip
+    np.testing.assert_array_equal(own.dequantize(), form.numbers(data, scales))

@@ -25,6 +25,10 @@ class Case:
     key_dtype: str = ""  # "": dtype; also for value and out
     value_dtype: str = ""
     out_dtype: str = ""
+    # Quantised keys and values: "int8_row", or "int4_32" with a scale for 32 channels of a token.
+    # In layout "bshd", and one sequence for each index of the batch.
+    key_codes: str = ""
+    value_codes: str = ""
     layout: str = "bshd"  # see placement.py
     causal: str = ""  # "lower_right" or "upper_left"
     window: tuple[int, int] = (-1, -1)
@@ -232,6 +236,7 @@ def _checks() -> list[Case]:
                 replace(base, new_rows=9, rotary="pairs", causal="lower_right", page_size=7),
                 replace(base, new_rows=9, rotary="halves", layout="odd", head_dim=33),
             ]
+    found += _code_checks()
     # Values that nobody sees, beside some that all see: causal from the top left.
     for dtype in ("float16", "bfloat16", "float32"):
         tiles = Case(
@@ -248,6 +253,30 @@ def _checks() -> list[Case]:
             Case(heads=8, heads_k=2, seqlen_q=1000, seqlen_k=2049, dtype=dtype, window=(256, 256)),
         ]
     return list(dict.fromkeys(found))
+
+
+CODES = ("int8_row", "int4_32")
+
+
+def _code_checks() -> list[Case]:
+    """Keys and values that are quantised, by tiles and in decoding."""
+    found = []
+    for dtype, codes in itertools.product(("float16", "bfloat16", "float32"), CODES):
+        base = Case(
+            heads=8, heads_k=2, seqlen_q=100, seqlen_k=133, dtype=dtype, causal="lower_right",
+            key_codes=codes, value_codes=codes,
+        )  # fmt: skip
+        found += [replace(base, head_dim=d, head_dim_v=d) for d in (64, 72, 128, 256)]
+        few = replace(base, seqlen_q=1, seqlen_k=3000, cores=132)
+        found += [replace(few, head_dim=d, head_dim_v=d) for d in (64, 128)]
+        found.append(replace(few, seqlen_q=3, batch=2, heads_k=8, head_dim=128, head_dim_v=128))
+    tiles = Case(heads=4, seqlen_q=100, seqlen_k=133, key_codes="int8_32", value_codes="int4_row")
+    return [
+        *found,
+        tiles,
+        replace(tiles, key_codes="", rotary="halves"),
+        replace(tiles, value_codes="", mask="bool", head_dim=128, head_dim_v=128),
+    ]
 
 
 def _backward_checks() -> list[Case]:
@@ -302,6 +331,19 @@ def _backward_checks() -> list[Case]:
             replace(base, seqlen_q=520, seqlen_k=1030, head_dim=128, head_dim_v=128),
         ]  # fmt: skip
     return found
+
+
+def _code_timings(plain: list[Case]) -> list[Case]:
+    """Prompts, and decoding of one sequence and of several, beside the same with numbers."""
+    labels = ("f16-d64", "f16-d128", "f16-d128-causal", "decode-b1", "decode-b8",
+              "decode-mha-4k-b4")  # fmt: skip
+    return [
+        replace(case, key_codes=codes, value_codes=codes, label=f"{case.label}-{codes}",
+                compared_with=case.label)
+        for case in plain
+        if case.label in labels
+        for codes in CODES
+    ]  # fmt: skip
 
 
 def _backward_timings(forward: list[Case]) -> list[Case]:
@@ -403,7 +445,7 @@ def _timings() -> list[Case]:
             compared_with="f16-d128",
         ),
     ]
-    return found + _backward_timings(plain)
+    return found + _code_timings(found) + _backward_timings(plain)
 
 
 CHECKS = _checks()

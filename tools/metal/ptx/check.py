@@ -11,6 +11,7 @@ import numpy as np
 
 from . import reference
 from .cases import Case
+from .codes import FIELDS, format_of
 from .device import Prepared, upload
 from .inputs import Array, poison, random_buffers, store, widen
 from .placement import placements
@@ -67,6 +68,10 @@ def _tensors(case: Case, buffers: dict[str, Array]) -> dict[str, Any]:
         view = places[name].view(buffer)
         dtype = places[name].dtype
         found[name] = view.astype(bool) if dtype == "bool" else widen(view, dtype)
+    for field in FIELDS:
+        if form := format_of(case, field):  # the tile has the dtype of the kernel
+            x = form.numbers(found[field], found.pop(f"{field}_scales"))
+            found[field] = widen(store(x, case.dtype), case.dtype)
     return found
 
 

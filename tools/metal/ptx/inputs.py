@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .cases import Case
+from .codes import format_of, random_scales
 from .placement import STORAGE, Placement, block_table, lengths_k, placements, written
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -52,6 +53,12 @@ def random_buffers(case: Case, rng: np.random.Generator) -> dict[str, Array]:
             positions, pairs = place.shape
             angles = np.arange(positions)[:, None] * 10000.0 ** (-np.arange(pairs) / pairs)
             view[...] = np.cos(angles) if name == "rotary_cos" else np.sin(angles)
+        elif place.dtype in ("int8", "uint8"):
+            view[...] = rng.integers(0, 256, place.shape, np.uint8).view(STORAGE[place.dtype])
+        elif name.endswith("_scales"):
+            form = format_of(case, name.removesuffix("_scales"))
+            assert form is not None
+            view[...] = random_scales(form, place.shape, rng)
         elif place.dtype == "bool":
             view[...] = rng.random(place.shape) < 0.7
             if place.shape[2] > 3:

@@ -251,6 +251,12 @@ CASES = {
     "forward, D = 128, pages of 16": Case(
         heads=2, head_dim=128, lse=False, page_size=16, **_PACKED
     ),
+    "forward, D = 128, int8 by row": replace(
+        _COMMON, key_codes="int8_row", value_codes="int8_row"
+    ),
+    "forward, D = 128, int4 by 32 channels": replace(
+        _COMMON, key_codes="int4_32", value_codes="int4_32"
+    ),
     "decode, D = 128": _FEW,
     "decode, D = 128, pages of 16": Case(
         heads=32, heads_k=8, head_dim=128, lse=False, page_size=16,

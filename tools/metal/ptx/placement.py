@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .cases import Case
+from .codes import FIELDS, format_of
 
-ITEM_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
-STORAGE = {"bool": np.uint8, "float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+ITEM_BYTES = {"bool": 1, "int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+STORAGE = {
+    "bool": np.uint8, "int8": np.int8, "uint8": np.uint8, "float16": np.float16,
+    "bfloat16": np.uint16, "float32": np.float32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,11 @@ def placements(case: Case) -> dict[str, Placement]:
         found |= _backward(c, found)
     for name in ("key", "value", "out"):
         found[name] = replace(found[name], dtype=c.dtype_of(name))
+    for field in FIELDS:
+        if form := format_of(c, field):
+            shape = (c.batch, c.seqlen_k, c.heads_k)
+            found[field] = _contiguous(form.storage, (*shape, form.row_bytes))
+            found[f"{field}_scales"] = _contiguous("float16", (*shape, form.blocks))
     return found
 
 

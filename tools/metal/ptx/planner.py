@@ -12,6 +12,7 @@ from umfa._call.run import exported, prepared
 from umfa._frameworks import _numpy
 
 from .cases import Case
+from .codes import FIELDS, format_of
 from .placement import STORAGE, placements, tables, written
 
 FUNCTION = _ext.Function("umfa.tools.metal.ptx")
@@ -28,6 +29,9 @@ def plan(case: Case) -> dict[str, Any]:
     out, lse = tensors.pop("out"), tensors.pop("lse", None)
     saved = (out, lse, tensors.pop("dout", None), tensors.pop("dlse", None))
     gradients = [(name, tensors.pop(name)) for name in written(case) if case.backward]
+    for field in FIELDS:
+        if form := format_of(case, field):
+            tensors[f"{field}_format"] = form.text
     attention = _ext.Attention(
         FUNCTION,
         **tensors,

@@ -12,7 +12,7 @@ from . import reference
 from .cases import Case
 from .device import Prepared, upload
 from .inputs import Array, from_bfloat16, store
-from .placement import placements, written
+from .placement import STORAGE, placements, written
 
 # Input sets rotate so that together they exceed any L2 cache (50 MB on an H100) severalfold.
 ROTATED_BYTES = 200 << 20
@@ -34,13 +34,19 @@ def time(folder: Path, described: dict[str, Any], seed: int, copy: float) -> dic
     """One row of the table."""
     case = Case.read(described["case"])
     places = placements(case)
-    input_bytes = sum(places[n].size * places[n].item_bytes for n in ("query", "key", "value"))
+    read = [n for n in places if n.removesuffix("_scales") in ("key", "value")]
+    kv_bytes = sum(places[n].size * places[n].item_bytes for n in read)
+    input_bytes = kv_bytes + places["query"].size * places["query"].item_bytes
     sets = int(min(MAX_SETS, max(1, -(-ROTATED_BYTES // input_bytes))))
     pool = np.random.default_rng(seed).standard_normal(1 << 22, np.float32)
     prepared = []
     for i in range(sets):
         inputs = {
-            name: upload(_fill(pool, places[name].size, places[name].dtype, 7919 * (9 * i + j)))
+            name: upload(
+                _fill(
+                    _scaled(pool, name), places[name].size, places[name].dtype, 7919 * (9 * i + j)
+                )
+            )
             for j, name in enumerate(name for name in places if name not in written(case))
         }
         if case.backward:  # about that of random scores, so that probabilities are finite
@@ -71,7 +77,6 @@ def time(folder: Path, described: dict[str, Any], seed: int, copy: float) -> dic
     pairs = case.batch * case.heads * reference.visible_pairs(case)
     # A backward pass counts as five products, as is usual; its two kernels compute seven.
     products = 5 if case.backward else 2
-    kv_bytes = sum(places[n].size * places[n].item_bytes for n in ("key", "value"))
     return {
         "name": described["name"],
         "label": case.label,
@@ -87,13 +92,21 @@ def time(folder: Path, described: dict[str, Any], seed: int, copy: float) -> dic
     }
 
 
+def _scaled(pool: Array, name: str) -> Array:
+    """Scales are small, so that quantised keys and values are not large."""
+    return pool * np.float32(0.01) if name.endswith("_scales") else pool
+
+
 def _stream() -> Any:
     return cupy.cuda.get_current_stream()
 
 
 def _fill(pool: Array, size: int, dtype: str, start: int) -> Array:
     """Random numbers from the pool, another start in it for each buffer."""
-    kept = store(np.roll(pool, start), dtype)
+    if dtype in ("int8", "uint8"):
+        kept = np.roll(pool, start).view(np.uint8)[::4].view(STORAGE[dtype])
+    else:
+        kept = store(np.roll(pool, start), dtype)
     return np.tile(kept, -(-size // kept.size))[:size]
 
 
