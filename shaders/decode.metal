@@ -41,9 +41,9 @@ namespace umfa {
 /// Channel that fragment d of V and O has in its column.
 template <typename T, int DV>
 inline int value_channel(int d, int column) {
-    constexpr int CHUNK = chunk_of<T>(DV / 4);
+    const int chunk = chunk_of<T>(DV / 4, value_codes);
     const int nth = d * 2 + column % 2;  // of this lane's channels
-    return (nth / CHUNK * 4 + column / 2) * CHUNK + nth % CHUNK;
+    return (nth / chunk * 4 + column / 2) * chunk + nth % chunk;
 }
 
 /// Scores of 8 keys. B(channel, key) of K takes two keys a lane.
@@ -108,7 +108,8 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
                         thread Fragment<M> (&q)[QF][Q_FRAGMENTS],
                         threadgroup const float2* parked_q, thread const ScoreRow (&rows)[QF],
                         thread const int (&heads)[QF], device const uchar* key,
-                        device const uchar* value, device const uchar* mask,
+                        device const uchar* value, thread const Codes& of_keys,
+                        thread const Codes& of_values, device const uchar* mask,
                         constant ForwardParams& params, thread const Pages& pages,
                         Visible<int> range, int last_query, int batch, int first, int end,
                         LaneMap at, uint lane, int pass) {
@@ -126,12 +127,12 @@ UMFA_INLINE void attend(thread Fragment<float> (&o)[QF][DVF], thread SoftmaxRow 
     for (int k0 = first; k0 < end; k0 += 8 * SIMDGROUPS) {
         if (has_prefix && !touches(bounds, k0, 8)) continue;  // between prefix and window
         M k0_row[DF], k1_row[DF], v_row[2 * DVF];
-        load_any_chunks<T, 8>(k0_row, key, key_kind, params.key, pages, k0, at.column, end - k0,
-                              at.row, params.head_dim);
-        load_any_chunks<T, 8>(k1_row, key, key_kind, params.key, pages, k0, at.column + 1, end - k0,
-                              at.row, params.head_dim);
-        load_any_chunks<T, 4>(v_row, value, value_kind, params.value, pages, k0, at.row, end - k0,
-                              at.column / 2, params.head_dim_v);
+        load_row<T, 8>(k0_row, key, key_kind, key_codes, of_keys, params.key, pages, k0, at.column,
+                       end - k0, at.row, params.head_dim);
+        load_row<T, 8>(k1_row, key, key_kind, key_codes, of_keys, params.key, pages, k0,
+                       at.column + 1, end - k0, at.row, params.head_dim);
+        load_row<T, 4>(v_row, value, value_kind, value_codes, of_values, params.value, pages, k0,
+                       at.row, end - k0, at.column / 2, params.head_dim_v);
         key = carried<T>(key, key_kind, params.key, 8 * SIMDGROUPS);
         value = carried<T>(value, value_kind, params.value, 8 * SIMDGROUPS);
 
@@ -191,10 +192,10 @@ UMFA_INLINE void load_queries(thread Fragment<M> (&q)[QF][Q_FRAGMENTS],
             if (!Q_STAYS && d % SIMDGROUPS != int(simdgroup)) continue;
             const M first = any_query_element<M, T>(
                 of_head, query_kind, params.query, rotary, position, rows[f].row, seqlen_q,
-                key_channel<T, D>(d, at.column), params.head_dim);
+                channel_of<T, D>(d, at.column, key_codes), params.head_dim);
             const M second = any_query_element<M, T>(
                 of_head, query_kind, params.query, rotary, position, rows[f].row, seqlen_q,
-                key_channel<T, D>(d, at.column + 1), params.head_dim);
+                channel_of<T, D>(d, at.column + 1, key_codes), params.head_dim);
             if (Q_STAYS)
                 set(q[f][Q_STAYS ? d : 0], first, second);
             else
@@ -305,6 +306,11 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     device const uchar* rotary_sin UMFA_BUFFER_IF(UMFA_DECODE_ROTARY_SIN, has_rotary),
     device float* partial_out [[buffer(UMFA_DECODE_PARTIAL_OUT)]],
     device float2* partial_state [[buffer(UMFA_DECODE_PARTIAL_STATE)]],
+    device const uchar* key_scales UMFA_BUFFER_IF(UMFA_DECODE_KEY_SCALES, has_key_scales),
+    device const uchar* key_offsets UMFA_BUFFER_IF(UMFA_DECODE_KEY_OFFSETS, has_key_offsets),
+    device const uchar* value_scales UMFA_BUFFER_IF(UMFA_DECODE_VALUE_SCALES, has_value_scales),
+    device const uchar* value_offsets UMFA_BUFFER_IF(UMFA_DECODE_VALUE_OFFSETS, has_value_offsets),
+    device const ForwardCodes* code_params UMFA_BUFFER_IF(UMFA_DECODE_CODES, has_codes),
     constant DecodeParams& decode_params [[buffer(UMFA_DECODE_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -339,6 +345,13 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     key = first_key<T>(key, key_kind, params.key, sequence, head_kv);
     value = first_key<T>(value, value_kind, params.value, sequence, head_kv);
     const Pages pages = pages_of(params, page_table, sequence);
+    Codes of_keys, of_values;
+    if (key_codes != 0)
+        of_keys = codes_of(key_scales, key_offsets, &code_params->key, unpacked_kind(key_codes),
+                           sequence, head_kv);
+    if (value_codes != 0)
+        of_values = codes_of(value_scales, value_offsets, &code_params->value,
+                             unpacked_kind(value_codes), sequence, head_kv);
     const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
 
     Fragment<M> q[QF][Q_STAYS ? DF : 1];
@@ -365,18 +378,18 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     // Each simdgroup decides for itself whether it must guard.
     if (lane == 0) first_run[simdgroup] = begin + int(simdgroup) * 8;
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    attend<false, D, SIMDGROUPS, T>(o, softmax, q, parked_q, rows, heads, key, value, mask, params,
-                                    pages, range, last_query, batch, begin + int(simdgroup) * 8,
-                                    end, at, lane, 0);
+    attend<false, D, SIMDGROUPS, T>(o, softmax, q, parked_q, rows, heads, key, value, of_keys,
+                                    of_values, mask, params, pages, range, last_query, batch,
+                                    begin + int(simdgroup) * 8, end, at, lane, 0);
     bool spoils = false;
 #pragma clang loop unroll(full)
     for (int i = 0; i < QF * DVF; ++i) spoils = spoils || is_spoiled(o[i / DVF][i % DVF]);
     if (hides && simd_any(spoils)) {
         const int thread_index = simdgroup * 32 + lane;
         for (int pass = 1; pass <= 3; ++pass) {
-            attend<true, D, SIMDGROUPS, T>(o, softmax, q, parked_q, rows, heads, key, value, mask,
-                                           params, pages, range, last_query, batch,
-                                           first_run[simdgroup], end, at, lane, pass);
+            attend<true, D, SIMDGROUPS, T>(
+                o, softmax, q, parked_q, rows, heads, key, value, of_keys, of_values, mask, params,
+                pages, range, last_query, batch, first_run[simdgroup], end, at, lane, pass);
             if (pass < 3)
                 count_spoiled<THREADS>(flags + (pass - 1) * FLAGS * THREADS + thread_index, o);
         }

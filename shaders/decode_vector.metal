@@ -62,8 +62,9 @@ inline float element_of(thread const uint (&words)[WORDS], int nth) {
 /// `first`: of the two keys in a run. Runs past the end are left as they are.
 template <typename T, typename M, int RUNS, int SIMDGROUPS, int PER_LANE, int WORDS>
 UMFA_INLINE void load_runs(thread uint (&words)[WORDS], device const uchar* rows, int kind,
-                           constant OperandStrides& strides, thread const Pages& pages, int k0,
-                           int first, int end, int place, int columns) {
+                           int packed, thread const Codes& codes, constant OperandStrides& strides,
+                           thread const Pages& pages, int k0, int first, int end, int place,
+                           int columns) {
     constexpr int PER_WORD = Packed<M>::PER_WORD, PER_ROW = PER_LANE / PER_WORD;
     static_assert(WORDS == RUNS * 2 * PER_ROW, "two rows of each run");
 #pragma clang loop unroll(full)
@@ -73,8 +74,8 @@ UMFA_INLINE void load_runs(thread uint (&words)[WORDS], device const uchar* rows
 #pragma clang loop unroll(full)
         for (int i = 0; i < 2; ++i) {
             M row[PER_LANE];
-            load_any_chunks<T, 8>(row, rows, kind, strides, pages, k0, run + first + i, end - k0,
-                                  place, columns);
+            load_row<T, 8>(row, rows, kind, packed, codes, strides, pages, k0, run + first + i,
+                           end - k0, place, columns);
 #pragma clang loop unroll(full)
             for (int w = 0; w < PER_ROW; ++w)
                 words[(2 * r + i) * PER_ROW + w] =
@@ -123,6 +124,7 @@ template <int D, int DV, int SIMDGROUPS, typename T, typename M>
 UMFA_INLINE void attend_row(thread float (&o)[DV / 8], thread SoftmaxRow& softmax,
                             threadgroup const float2* q, thread const ScoreRow& row, int head,
                             device const uchar* key, device const uchar* value,
+                            thread const Codes& of_keys, thread const Codes& of_values,
                             device const uchar* mask, constant ForwardParams& params,
                             thread const Pages& pages, Visible<int> range, int batch, int begin,
                             int end, uint lane) {
@@ -140,17 +142,18 @@ UMFA_INLINE void attend_row(thread float (&o)[DV / 8], thread SoftmaxRow& softma
     int k0 = next_runs<STEP, KEYS>(begin - STEP, end, bounds);
     key = carried<T>(key, key_kind, params.key, k0);
     value = carried<T>(value, value_kind, params.value, k0);
-    load_runs<T, M, RUNS, SIMDGROUPS, DF>(keys, key, key_kind, params.key, pages, k0, pair, end,
-                                          place, params.head_dim);
-    load_runs<T, M, RUNS, SIMDGROUPS, DVF>(values, value, value_kind, params.value, pages, k0, pair,
-                                           end, place, params.head_dim_v);
+    load_runs<T, M, RUNS, SIMDGROUPS, DF>(keys, key, key_kind, key_codes, of_keys, params.key,
+                                          pages, k0, pair, end, place, params.head_dim);
+    load_runs<T, M, RUNS, SIMDGROUPS, DVF>(values, value, value_kind, value_codes, of_values,
+                                           params.value, pages, k0, pair, end, place,
+                                           params.head_dim_v);
     while (k0 < end) {
         float s[2 * RUNS];
         score_runs<M, RUNS, DF>(s, q + place, keys);
         const int next = next_runs<STEP, KEYS>(k0, end, bounds);
         key = carried<T>(key, key_kind, params.key, STEP);
-        load_runs<T, M, RUNS, SIMDGROUPS, DF>(keys, key, key_kind, params.key, pages, next, pair,
-                                              end, place, params.head_dim);
+        load_runs<T, M, RUNS, SIMDGROUPS, DF>(keys, key, key_kind, key_codes, of_keys, params.key,
+                                              pages, next, pair, end, place, params.head_dim);
 
         const bool mixed = end < k0 + KEYS || !covers(bounds, k0, KEYS);
         float top = lowest;
@@ -195,8 +198,9 @@ UMFA_INLINE void attend_row(thread float (&o)[DV / 8], thread SoftmaxRow& softma
             }
         }
         value = carried<T>(value, value_kind, params.value, STEP);
-        load_runs<T, M, RUNS, SIMDGROUPS, DVF>(values, value, value_kind, params.value, pages, next,
-                                               pair, end, place, params.head_dim_v);
+        load_runs<T, M, RUNS, SIMDGROUPS, DVF>(values, value, value_kind, value_codes, of_values,
+                                               params.value, pages, next, pair, end, place,
+                                               params.head_dim_v);
         k0 = next;
     }
     // Over the keys of the run.
@@ -230,6 +234,11 @@ template <typename T, typename M, int D, int DV, int SIMDGROUPS>
     device const uchar* rotary_sin UMFA_BUFFER_IF(UMFA_DECODE_ROTARY_SIN, has_rotary),
     device float* partial_out [[buffer(UMFA_DECODE_PARTIAL_OUT)]],
     device float2* partial_state [[buffer(UMFA_DECODE_PARTIAL_STATE)]],
+    device const uchar* key_scales UMFA_BUFFER_IF(UMFA_DECODE_KEY_SCALES, has_key_scales),
+    device const uchar* key_offsets UMFA_BUFFER_IF(UMFA_DECODE_KEY_OFFSETS, has_key_offsets),
+    device const uchar* value_scales UMFA_BUFFER_IF(UMFA_DECODE_VALUE_SCALES, has_value_scales),
+    device const uchar* value_offsets UMFA_BUFFER_IF(UMFA_DECODE_VALUE_OFFSETS, has_value_offsets),
+    device const ForwardCodes* code_params UMFA_BUFFER_IF(UMFA_DECODE_CODES, has_codes),
     constant DecodeParams& decode_params [[buffer(UMFA_DECODE_PARAMS)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -251,6 +260,13 @@ template <typename T, typename M, int D, int DV, int SIMDGROUPS>
     key = first_key<T>(key, key_kind, params.key, sequence, head);
     value = first_key<T>(value, value_kind, params.value, sequence, head);
     const Pages pages = pages_of(params, page_table, sequence);
+    Codes of_keys, of_values;
+    if (key_codes != 0)
+        of_keys = codes_of(key_scales, key_offsets, &code_params->key, unpacked_kind(key_codes),
+                           sequence, head);
+    if (value_codes != 0)
+        of_values = codes_of(value_scales, value_offsets, &code_params->value,
+                             unpacked_kind(value_codes), sequence, head);
     const Rotary rotary = rotary_of(params.rotary, rotary_cos, rotary_sin);
     device const uchar* of_head =
         moved<T>(query, query_kind,
@@ -262,9 +278,9 @@ template <typename T, typename M, int D, int DV, int SIMDGROUPS>
 #pragma clang loop unroll(full)
         for (int e = 0; e < DF; ++e)
             reinterpret_cast<threadgroup float*>(q + e / 2 * 8 + place)[e % 2] =
-                float(any_query_element<M, T>(of_head, query_kind, params.query, rotary,
-                                              sequence.position_q, 0, 1,
-                                              key_channel<T, D>(e, place), params.head_dim));
+                float(any_query_element<M, T>(
+                    of_head, query_kind, params.query, rotary, sequence.position_q, 0, 1,
+                    channel_of<T, D>(e, place, key_codes), params.head_dim));
     }
 
     const Visible<int> range = visible_of(params, sequence);
@@ -278,14 +294,15 @@ template <typename T, typename M, int D, int DV, int SIMDGROUPS>
     const ScoreRow row = score_row(params, slopes, batch, head, 0, sequence.visibility.offset);
     float o[DVF];
     SoftmaxRow softmax;
-    attend_row<D, DV, SIMDGROUPS, T, M>(o, softmax, q, row, head, key, value, mask, params, pages,
-                                        range, batch, begin + int(simdgroup) * 8, end, lane);
+    attend_row<D, DV, SIMDGROUPS, T, M>(o, softmax, q, row, head, key, value, of_keys, of_values,
+                                        mask, params, pages, range, batch,
+                                        begin + int(simdgroup) * 8, end, lane);
 
     simdgroup_barrier(mem_flags::mem_threadgroup);  // the query has been read
     if (lane < 8) {
 #pragma clang loop unroll(full)
         for (int e = 0; e < DVF; ++e)
-            merged_out[simdgroup * DV + key_channel<T, DV>(e, place)] = o[e];
+            merged_out[simdgroup * DV + channel_of<T, DV>(e, place, value_codes)] = o[e];
     }
     if (lane == 0) merged_state[simdgroup] = float2(softmax.reference, softmax.sum);
     threadgroup_barrier(mem_flags::mem_threadgroup);

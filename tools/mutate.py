@@ -55,6 +55,7 @@ COVERED: dict[str, tuple[tuple[str, ...], str]] = {
     "shaders/shared/visible.h": ((*VALUES, *CACHE), "not metal"),
     "shaders/shared/softmax.h": (("tests/metal/test_forward_kernel.py",), "metal"),
     "shaders/shared/rotary.h": (("tests/metal/test_rotary_kernel.py",), "metal"),
+    "shaders/shared/code_*.h": (("tests/metal/test_quantized_attention.py",), "metal"),
     "shaders/shared/staged_codes.h": (("tests/metal/test_quantized_attention.py",), "metal"),
     "src/metal/plan_codes.cpp": (
         ("tests/metal/test_plan_codes.py", "tests/metal/test_quantized_attention.py"),

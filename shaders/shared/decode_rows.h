@@ -4,6 +4,7 @@
 
 #include <metal_stdlib>
 
+#include "shared/code_rows.h"
 #include "shared/constants.h"
 #include "shared/operand.h"
 #include "shared/params.h"
@@ -25,11 +26,17 @@ constexpr int chunk_of(int per_lane) {
                                                   : 4 / int(sizeof(T));
 }
 
-/// Channel that fragment d of Q and K has in its row or column `place` (0 to 7).
+/// The same of an operand that may hold codes. `packed`: key_codes or value_codes.
+template <typename T>
+inline int chunk_of(int per_lane, int packed) {
+    return packed != 0 ? code_chunk(per_lane) : chunk_of<T>(per_lane);
+}
+
+/// Channel that fragment d of Q and K, or of a row of V, has in its row or column `place` (0 to 7).
 template <typename T, int D>
-inline int key_channel(int d, int place) {
-    constexpr int CHUNK = chunk_of<T>(D / 8);
-    return (d / CHUNK * 8 + place) * CHUNK + d % CHUNK;
+inline int channel_of(int d, int place, int packed) {
+    const int chunk = chunk_of<T>(D / 8, packed);
+    return (d / chunk * 8 + place) * chunk + d % chunk;
 }
 
 /// A lane's elements of row `row` of the run at `k0`, chunk by chunk; zeros past the last channel. Past
@@ -67,6 +74,24 @@ inline void load_any_chunks(thread M (&elements)[PER_LANE], device const uchar* 
     else
         load_chunks<CHUNK, LANES>(elements, reinterpret_cast<device const T*>(rows), strides, pages,
                                   k0, row, row_count, lane, columns);
+}
+
+/// load_any_chunks(), or where the operand is quantised load_code_chunks().
+template <typename T, int LANES, int PER_LANE, typename M>
+UMFA_INLINE void load_row(thread M (&elements)[PER_LANE], device const uchar* rows, int kind,
+                          int packed, thread const Codes& codes, constant OperandStrides& strides,
+                          thread const Pages& pages, int k0, int row, int row_count, int lane,
+                          int columns) {
+    const CodeKind code_kind_of = unpacked_kind(packed);
+    if (packed == 0)
+        load_any_chunks<T, LANES>(elements, rows, kind, strides, pages, k0, row, row_count, lane,
+                                  columns);
+    else if (bits_of_codes(code_kind_of.codes) == 8)
+        load_code_chunks<8, T, LANES>(elements, rows, strides, codes, code_kind_of, pages, k0, row,
+                                      row_count, lane, columns);
+    else
+        load_code_chunks<4, T, LANES>(elements, rows, strides, codes, code_kind_of, pages, k0, row,
+                                      row_count, lane, columns);
 }
 
 /// Whether several threadgroups share a row's keys, so that what one finds is only a part. No constant

@@ -44,8 +44,13 @@
 #define UMFA_DECODE_ROTARY_SIN 12
 #define UMFA_DECODE_PARTIAL_OUT 13    // split-KV: what each split found
 #define UMFA_DECODE_PARTIAL_STATE 14  // and its (reference, sum)
-#define UMFA_DECODE_PARAMS 15
-#define UMFA_DECODE_BUFFERS 16
+#define UMFA_DECODE_KEY_SCALES 15     // of quantised keys and values
+#define UMFA_DECODE_KEY_OFFSETS 16
+#define UMFA_DECODE_VALUE_SCALES 17
+#define UMFA_DECODE_VALUE_OFFSETS 18
+#define UMFA_DECODE_CODES 19
+#define UMFA_DECODE_PARAMS 20
+#define UMFA_DECODE_BUFFERS 21
 
 // Buffers of umfa_decode_merge of decode.metal.
 #define UMFA_MERGE_PARTIAL_OUT 0

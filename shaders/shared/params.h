@@ -189,7 +189,7 @@ struct CodesParams {
     int32_t block_rows, block_channels;
 };
 
-/// Of the forward kernel.
+/// Of the forward and decode kernels.
 struct ForwardCodes {
     CodesParams key, value;
 };

@@ -100,9 +100,11 @@ std::vector<std::string> families_of(const KernelLaunch& launch) {
     std::vector<std::string> families = {family_of(launch.kernel)};
     if (!attends(families[0])) return families;
     const std::string operands = operands_of(families[0]);
+    const std::string_view kernel = launch.kernel;
     const std::string first = is_backward(families[0]) ? "backward_" : "";
     for (const auto& addition : additions) {
-        const std::string family = first + addition.name + operands;
+        const bool decodes = addition.index == constant::has_codes && starts(kernel, "decode_");
+        const std::string family = first + (decodes ? "decode_" : "") + addition.name + operands;
         if (is_on(launch, addition.index) && families.back() != family) families.push_back(family);
     }
     return families;

@@ -8,17 +8,9 @@
 
 #include "metal/plan_parts.h"
 #include "shared/code_kinds.h"
-#include "shared/indices.h"
 
 namespace umfa::metal {
 namespace {
-
-constexpr Slot layout[] = {
-    {UMFA_FORWARD_KEY_SCALES, "key_scales"},
-    {UMFA_FORWARD_KEY_OFFSETS, "key_offsets"},
-    {UMFA_FORWARD_VALUE_SCALES, "value_scales"},
-    {UMFA_FORWARD_VALUE_OFFSETS, "value_offsets"},
-};
 
 /// Whether lanes can read the codes of UMFA_CODE_RUN channels at once.
 bool is_wide(const QuantOperand& operand) {
@@ -109,11 +101,23 @@ void set_code_constants(std::vector<Constant>& constants, const Problem& problem
     constants[constant::has_value_offsets].value = value && value->offsets;
 }
 
-void bind_codes(LaunchBuilder& launch, const Problem& problem) {
+void bind_codes(LaunchBuilder& launch, const Problem& problem, const CodeSlots& slots) {
     if (!problem.key_codes && !problem.value_codes) return;
-    launch.tensors(layout).new_data(
-        UMFA_FORWARD_CODES,
-        std::vector<ForwardCodes>{{params_of(problem.key_codes), params_of(problem.value_codes)}});
+    launch.tensor({slots.key_scales, "key_scales"})
+        .tensor({slots.key_offsets, "key_offsets"})
+        .tensor({slots.value_scales, "value_scales"})
+        .tensor({slots.value_offsets, "value_offsets"})
+        .new_data(slots.params, std::vector<ForwardCodes>{{params_of(problem.key_codes),
+                                                           params_of(problem.value_codes)}});
+}
+
+bool decodes_codes(const Problem& problem) {
+    for (const auto* codes : {&problem.key_codes, &problem.value_codes}) {
+        if (!*codes) continue;
+        const CodeKind kind = unpacked_kind(kind_of(*codes));
+        if (!kind.wide || kind.each) return false;
+    }
+    return true;
 }
 
 }  // namespace umfa::metal

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "metal/launch_builder.h"
+#include "metal/plan_codes.h"
 #include "metal/plan_tiles.h"
 #include "shared/decode_shapes.h"
 #include "shared/indices.h"
@@ -199,6 +200,11 @@ DecodeParams decode_params(const Problem& problem, const ForwardResults& results
     return params;
 }
 
+double row_bytes(const Operand& operand) {
+    const TensorView& view = operand.view;
+    return static_cast<double>(view.shape[view.ndim - 1] * bits_of(view.dtype)) / 8;
+}
+
 /// The launch that attends, without its grid, the places of sequences and what splits need.
 LaunchBuilder decode_launch(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
                             const Capabilities& gpu, const Shape& shape, const std::string& suffix,
@@ -225,6 +231,7 @@ LaunchBuilder decode_launch(LaunchPlan& plan, const Problem& problem, const Forw
         .params(UMFA_DECODE_PARAMS,
                 decode_params(problem, results, block_of(problem, shape), split))
         .simdgroups(shape.simdgroups);
+    bind_codes(builder, problem, decode_codes);
     return builder;
 }
 
@@ -338,9 +345,9 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const ForwardResults&
     int64_t seqlen_q = 0;  // the longest
     for (const int64_t b : chosen) seqlen_q = std::max(seqlen_q, problem.sequence(b).seqlen_q);
     const Shape* usual = shape_of(problem, rows_of(problem, seqlen_q));
-    // Keys are rotated, codes become numbers, and values meet queries, where they are staged.
-    const bool staged = problem.qv || (problem.rotary && problem.rotary->keys) ||
-                        problem.key_codes || problem.value_codes;
+    // Keys are rotated, and values meet queries, where they are staged.
+    const bool staged =
+        problem.qv || (problem.rotary && problem.rotary->keys) || !decodes_codes(problem);
     if (!usual || staged) {
         plan_packed(plan, problem, results, gpu, chosen, pages);
         return;
@@ -355,13 +362,10 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const ForwardResults&
     const Places places = places_of(plan, problem, chosen, block, split);
     // Keys and values are read once; products of padding count too.
     const double keys = static_cast<double>(split.keys);
-    const double seconds = core_seconds(
-        {2.0 * block.rows * keys * (shape.d + shape.dv),
-         keys *
-             static_cast<double>(problem.head_dim * bits_of(problem.key.view.dtype) +
-                                 problem.head_dim_v * bits_of(problem.value.view.dtype)) /
-             8},
-        gpu);
+    const double seconds =
+        core_seconds({2.0 * block.rows * keys * (shape.d + shape.dv),
+                      keys * (row_bytes(problem.key) + row_bytes(problem.value))},
+                     gpu);
     add_split(plan, problem, results, gpu, chosen, pages,
               decode_launch(plan, problem, results, gpu, shape, simdgroups.suffix, split), slots,
               block, split, places, seconds);

@@ -174,7 +174,7 @@ LaunchBuilder tile_launch(LaunchPlan& plan, const Problem& problem, const Forwar
         .simdgroups(tiles.simdgroups)
         .threadgroup_bytes(forward_bytes(tiles.d, tiles.dv, tiles.bk, tiles.qf, tiles.simdgroups,
                                          tiles.split, tiles.one_tile, type.staged_bytes));
-    bind_codes(builder, problem);
+    bind_codes(builder, problem, forward_codes);
     return builder;
 }
 

@@ -415,6 +415,7 @@ std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) 
         add("dtypes_" + operands, forward + "_d64", {64, 64, 67, 75, mix_dtypes});
     add(decode + "_d128", lanes, {128, 128, 1, 75});
     add(decode + "_d256", lanes, {256, 256, 1, 75});
+    add("decode_codes_" + operands, decode + "_d128", {128, 128, 1, 75, quantize_cache});
     add("decode_vector_" + operands + "_d128", "", {128, 128, 1, 75, nullptr, 1});
     add("decode_merge_" + stored, decode + "_d128", {128, 128, 1, 175, split});
     add("clear_" + stored, "", {64, 64, 5, 75, clear});

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import umfa
-from tests.metal.test_plan_forward import CODES, FORWARD, plan_of
+from tests.metal.test_plan_forward import CODES, DECODE, FORWARD, plan_of
 from tests.quant.test_attention import KEY, VALUE
 from tests.quantization import Format
 
@@ -107,12 +107,13 @@ def test_every_buffer_is_bound(seqlen_q: int) -> None:
     form = Format("int4", "block", False, (1, 32))
     made = plan(form, form, seqlen_q=seqlen_q, num_splits=1)
     (launch,) = made["launches"]
-    assert launch["kernel"].startswith("forward_f16_d64")
+    name, layout_ = ("decode_f16_d64", DECODE) if seqlen_q == 1 else ("forward_f16_d64", FORWARD)
+    assert launch["kernel"].startswith(name)
     bound = {index for index, *_ in launch["buffers"]} | {launch["params_index"]}
-    missing = {name for name, index in FORWARD.items() if index not in bound}
+    missing = {name for name, index in layout_.items() if index not in bound}
     assert not missing & CODES
-    assert max(FORWARD.values()) <= 30
-    assert "codes_f16" in launch["families"]
+    assert max(layout_.values()) <= 30
+    assert ("decode_codes_f16" if seqlen_q == 1 else "codes_f16") in launch["families"]
     assert "dtypes_f16" not in launch["families"]
 
 

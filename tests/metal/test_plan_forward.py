@@ -98,7 +98,7 @@ def layout(kernel: str) -> dict[str, int]:
 
 DECODE, MERGE, FORWARD = layout("DECODE"), layout("MERGE"), layout("FORWARD")
 CODES = {"KEY_SCALES", "KEY_OFFSETS", "VALUE_SCALES", "VALUE_OFFSETS", "CODES"}
-"""Buffers of the forward kernel for keys and values that are quantised."""
+"""Buffers of the forward and decode kernels for keys and values that are quantised."""
 
 
 def layout_of(launch: dict[str, Any]) -> dict[str, int]:
@@ -736,8 +736,9 @@ def test_every_buffer_of_a_layout_is_bound_where_a_call_has_everything(seqlen_q:
         missing = {name for name, index in indices.items() if index not in bound}
         # Of many queries nothing is split. Codes take no new keys (test_plan_codes.py).
         parts = {"SPLIT", "PARTIAL_OUT", "PARTIAL_STATE"}
-        tiles = CODES | (parts if seqlen_q == 50 else {"QV"})
-        assert missing == (tiles if indices == FORWARD else set())
+        absent = {"SPLIT", *parts} if seqlen_q == 50 else {"QV"}
+        codes = CODES if indices in (FORWARD, DECODE) else set()
+        assert missing == codes | (absent if indices == FORWARD else set())
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 50])

@@ -65,7 +65,6 @@ def same_bits(q: Array, k: Any, v: Any, dtype: Any = None, **options: Any) -> Ar
 def check(q: Array, k: Any, v: Any, **options: Any) -> None:
     """Against the float64 reference on the numbers that attention sees."""
     out, lse = attend(q, k, v, **options)
-    assert all(name.startswith(("forward_", "decode_merge_")) for name in kernels())
     seen = [numbers(x, q.dtype).astype(np.float64) for x in (k, v)]
     options.pop("num_splits", None)
     expected, expected_lse = reference.attention(q, *seen, **options)
@@ -208,24 +207,116 @@ def test_keys_that_are_rotated(interleaved: bool, form: Format) -> None:
     same_bits(q, k, v, rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved)
 
 
+MXFP4 = Format("mxfp4", "block", True, (1, 32), "float8_e8m0fnu")
+
+
+def decode(q: Array, k: Any, v: Any, kernel: str, **options: Any) -> None:
+    for splits in (1, 3):
+        check(q, k, v, num_splits=splits, **options)
+        assert kernels()[0].startswith(kernel)
+        assert len(kernels()) == 1 + (splits > 1)
+
+
 @pytest.mark.parametrize(
-    ("seqlen_q", "heads", "form", "dtype"),
+    ("seqlen_q", "heads", "form", "dtype", "kernel"),
     [
-        (1, 4, VALUE, "float16"),
-        (1, 1, KEY, "float16"),
-        (3, 4, CHANNEL, "bfloat16"),
-        (8, 2, Format("mxfp4", "block", True, (1, 32), "float8_e8m0fnu"), "float32"),
-        (1, 2, Format("int4", "tensor", False), "float32"),
+        (1, 4, VALUE, "float16", "decode_f16"),
+        (1, 1, KEY, "float16", "decode_vector_f16"),
+        (3, 4, CHANNEL, "bfloat16", "forward_bf16_as_f32"),
+        (8, 2, MXFP4, "float32", "decode_f32"),
+        (1, 1, Format("nf4", "tensor"), "bfloat16", "decode_vector_bf16_as_f32"),
+        (1, 2, Format("int4", "tensor", False), "float32", "decode_f32"),
     ],
     ids=str,
 )
-def test_decoding(seqlen_q: int, heads: int, form: Format, dtype: str) -> None:
+def test_decoding(seqlen_q: int, heads: int, form: Format, dtype: str, kernel: str) -> None:
     q = normal((2, seqlen_q, heads, 128), dtype, seed=1)
     k, v = (quantized(normal((2, 300, 1, 128), seed=i), form) for i in (2, 3))
-    for splits in (1, 3):
-        check(q, k, v, causal=True, num_splits=splits)
-        assert kernels()[0].startswith("forward_")
-        assert len(kernels()) == 1 + (splits > 1)
+    decode(q, k, v, kernel, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "heads"),
+    [
+        pytest.param(form, dtype, heads, marks=[] if (i + j) % 12 == 0 else [pytest.mark.slow])
+        for i, form in enumerate(LEGAL)
+        for j, dtype in enumerate(DTYPE_NAMES)
+        for heads in (1, 4)
+    ],
+    ids=str,
+)
+def test_decoding_every_format(form: Format, dtype: str, heads: int) -> None:
+    q = normal((1, 1, heads, 64), dtype, seed=1)
+    k, v = (quantized(normal((1, 75, 1, 64), seed=i), form) for i in (2, 3))
+    check(q, k, v)
+    assert kernels()[0].startswith("forward_" if form.granularity == "channel" else "decode_")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "heads", "family"),
+    [
+        (64, 48, 4, 7),
+        *(
+            pytest.param(d, dv, heads, family, marks=pytest.mark.slow)
+            for d, dv in (
+                (32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (160, 160), (192, 128),
+                (192, 192), (256, 256), (112, 80),
+            )
+            for heads, family in ((1, 9), (4, 9), (12, 7))
+        ),
+    ],
+)  # fmt: skip
+def test_decoding_any_head_dim(head_dim: int, head_dim_v: int, heads: int, family: int) -> None:
+    """A lane's channels are 16, 8, 4 or 2 neighbours, of keys and values with other formats."""
+    emulated.settings.family = family
+    q = normal((1, 1, heads, head_dim), "bfloat16" if family == 9 else "float16", seed=1)
+    k = quantized(normal((1, 75, 1, head_dim), seed=2), VALUE)
+    v = quantized(normal((1, 75, 1, head_dim_v), seed=3), Format("int4", "block", False, (1, 16)))
+    decode(q, k, v, "decode_")
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_decoding_any_mix_of_plain_and_quantised(heads: int) -> None:
+    q = normal((1, 1, heads, 64), "float16", seed=1)
+    k, v = (normal((1, 75, 1, 64), "float16", seed=i) for i in (2, 3))
+    decode(q, quantized(k, KEY), v, "decode_")
+    decode(q, k, quantized(v, VALUE), "decode_")
+
+
+@pytest.mark.parametrize("place", ["aligned", "unaligned"])
+def test_decoding_codes_of_a_head_dim_that_is_not_whole_runs(place: str) -> None:
+    """By tiles, as for codes that are not aligned."""
+    q = normal((1, 1, 4, 72 if place == "aligned" else 64), "float16", seed=1)
+    k = quantized(normal((1, 75, 1, q.shape[3]), seed=2), VALUE)
+    if place == "unaligned":
+        room = np.zeros((*k.data.shape[:3], 65), np.int8)[..., 1:]
+        room[...] = k.data
+        k = QuantizedTensor(room, k.scales, dtype="int8", scale_dtype="float16")
+    decode(q, k, k, "forward_")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda x: "-".join(x))
+@pytest.mark.parametrize("heads", [2, 4])
+def test_decoding_with_every_option(options: dict[str, Any], heads: int) -> None:
+    """As of dequantised tensors, whose kernel differs in how codes become numbers alone."""
+    options = dict(options)
+    q = normal((2, 1, heads, 64), "float16", seed=1)
+    k = quantized(normal((2, 131, 2, 64), seed=2), KEY)
+    v = quantized(normal((2, 131, 2, 80), seed=3), VALUE)
+    if options.pop("qv", False):
+        options["qv"] = normal((2, 1, heads, 80), "float16", seed=4)
+    if options.pop("rotary", False):
+        options["rotary_cos"], options["rotary_sin"] = rotary_tables(131, 32)
+    for name in ("alibi_slopes", "learnable_sink"):
+        if name in options:
+            options[name] = options[name][:heads]
+    if options.get("attn_mask") is not None and options["attn_mask"].shape[1] == 4:
+        options["attn_mask"] = options["attn_mask"][:, :heads]
+    dtype = np.float32 if "out_dtype" in options else q.dtype
+    found = attend(q, k, v, **options)
+    plain = attend(q, numbers(k, dtype), numbers(v, dtype), **options)
+    assert_close(found[0].astype(np.float64), plain[0].astype(np.float64), BASE["float16"])
+    assert_close(found[1].astype(np.float64), plain[1].astype(np.float64), LSE, "lse")
 
 
 def test_a_batch_invariant_token_is_that_of_a_prompt() -> None:
@@ -264,8 +355,15 @@ def test_pages(form: Format, page_size: int) -> None:
         pages = [np.nan_to_num(x) for x in pages]
     k, v = (quantized(x, form, nonfinite="nan") for x in pages)
     options: dict[str, Any] = {"block_table": table, "seqused_k": np.int32([90, 41])}
-    out = same_bits(normal((2, 20, 4, 64), "float16", seed=4), k, v, causal=True, **options)
+    q = normal((2, 20, 4, 64), "float16", seed=4)
+    out = same_bits(q, k, v, causal=True, **options)
     assert np.isfinite(out).all()
+    for heads in (2, 4):
+        one, lse = attend(q[:, -1:, :heads], k, v, causal=True, **options)
+        wanted, wanted_lse = attend(q[:, -1:, :heads], k, v, causal=True, batch_invariant=True,
+                                    **options)  # fmt: skip
+        assert_close(one.astype(np.float64), wanted.astype(np.float64), BASE["float16"])
+        assert_close(lse.astype(np.float64), wanted_lse.astype(np.float64), LSE, "lse")
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 20])

@@ -176,8 +176,8 @@ def call_codes(dtype: Any, form: Format) -> None:
         tensors |= {f"{name}_scales": parts[1], f"{name}_format": text}
         if parts[2] is not None:
             tensors[f"{name}_offsets"] = parts[2]
-    for seqlen_q in (40, 1):
-        emulated.call(np.zeros((2, seqlen_q, 4, 64), dtype), parts[0], parts[0], tensors)
+    for seqlen_q, heads in ((40, 4), (1, 4), (1, 2)):
+        emulated.call(np.zeros((2, seqlen_q, heads, 64), dtype), parts[0], parts[0], tensors)
 
 
 def every_shape() -> list[Shape]:

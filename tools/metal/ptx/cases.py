@@ -269,7 +269,10 @@ def _code_checks() -> list[Case]:
         found += [replace(base, head_dim=d, head_dim_v=d) for d in (64, 72, 128, 256)]
         few = replace(base, seqlen_q=1, seqlen_k=3000, cores=132)
         found += [replace(few, head_dim=d, head_dim_v=d) for d in (64, 128)]
-        found.append(replace(few, seqlen_q=3, batch=2, heads_k=8, head_dim=128, head_dim_v=128))
+        found += [
+            replace(few, seqlen_q=n, batch=2, heads_k=8, head_dim=128, head_dim_v=128)
+            for n in (1, 3)
+        ]
     tiles = Case(heads=4, seqlen_q=100, seqlen_k=133, key_codes="int8_32", value_codes="int4_row")
     return [
         *found,

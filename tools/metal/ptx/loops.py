@@ -258,6 +258,10 @@ CASES = {
         _COMMON, key_codes="int4_32", value_codes="int4_32"
     ),
     "decode, D = 128": _FEW,
+    "decode, D = 128, int8 by row": replace(_FEW, key_codes="int8_row", value_codes="int8_row"),
+    "decode, D = 128, int4 by 32 channels": replace(
+        _FEW, key_codes="int4_32", value_codes="int4_32"
+    ),
     "decode, D = 128, pages of 16": Case(
         heads=32, heads_k=8, head_dim=128, lse=False, page_size=16,
         seqlens_q=(1, 1), seqlens_k=(4096, 4000),
