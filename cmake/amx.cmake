@@ -13,11 +13,12 @@ check_cxx_source_compiles([[
 #include <unistd.h>
 int main() {
     asm volatile("tdpbf16ps %tmm0, %tmm1, %tmm2");
+    asm volatile("tdpbssd %tmm0, %tmm1, %tmm2");
     return static_cast<int>(syscall(SYS_arch_prctl, 0, 0));
 }
 ]] UMFA_HAS_AMX)
 
-set(amx_flags ${avx512_flags} -mavx512bf16)
+set(amx_flags ${avx512_flags} -mavx512bf16 -mavx512vnni)
 if(UMFA_AMX STREQUAL "DOUBLE")
   target_compile_definitions(libumfa PRIVATE UMFA_AMX UMFA_AMX_DOUBLE)
   list(APPEND amx_flags -iquote ${PROJECT_SOURCE_DIR}/tests/cpu/amx_double)

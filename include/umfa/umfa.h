@@ -42,6 +42,12 @@ typedef enum umfa_alignment {
     UMFA_ALIGNMENT_TOP_LEFT = 1      /* j = i: the first of both */
 } umfa_alignment;
 
+/* How query . key is computed. */
+typedef enum umfa_quant_mode {
+    UMFA_QUANT_MODE_NONE = 0, /* in the tensors' dtype */
+    UMFA_QUANT_MODE_SAGE = 1  /* query and key rounded to int8, a scale for each row; on the CPU */
+} umfa_quant_mode;
+
 typedef enum umfa_dtype {
     UMFA_DTYPE_UNSPECIFIED = 0,
     UMFA_DTYPE_FLOAT32 = 1,
@@ -153,6 +159,11 @@ typedef struct umfa_attention_options {
     const DLTensor* value_scales;
     /* likewise of value */
     const DLTensor* value_offsets;
+    /* umfa_quant_mode: how query . key is computed */
+    int32_t quant_mode;
+    /* with a quant_mode, the mean of each channel of the keys is taken off before they are
+       rounded, and its part of the scores added after */
+    int32_t smooth_k;
 } umfa_attention_options;
 
 /* clang-format off */
@@ -160,7 +171,7 @@ typedef struct umfa_attention_options {
     {sizeof(umfa_attention_options), UMFA_LAYOUT_BSHD, UMFA_BACKEND_AUTO, 0, 0, -1, -1, 0, \
      0, NULL, NULL, 0, NULL, NULL, 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, -1, \
      -1, NULL, NULL, NULL, NULL, 1, 0, NULL, 0, 0, NULL, NULL, 0, NULL, NULL, NULL, NULL, \
-     NULL, NULL}
+     NULL, NULL, 0, 1}
 /* clang-format on */
 /* ---- end ---- */
 

@@ -30,7 +30,7 @@ from ._functional.varlen import (
     flash_attn_varlen_qkvpacked_func,
 )
 from ._stats import Left, Stats, stats
-from .quant import QuantizedTensor, quantize, quantized_attention, suggest_precision
+from .quant import QuantizedTensor, quantize, quantized_attention, sageattn, suggest_precision
 
 __all__ = [
     "BackendInfo",
@@ -56,6 +56,7 @@ __all__ = [
     "get_num_threads",
     "quantize",
     "quantized_attention",
+    "sageattn",
     "scaled_dot_product_attention",
     "self_test",
     "set_num_threads",

@@ -84,6 +84,7 @@ const char* name_of(Feature feature) {
         case Feature::rotary: return "rotary_cos";
         case Feature::qv: return "qv";
         case Feature::quantized: return "a quantised key or value";
+        case Feature::quant_mode: return "a mode that quantises query and key";
     }
     return "unknown";
 }
@@ -350,6 +351,12 @@ private:
                          "0 (the backend's choice) to " + std::to_string(max_seqlen));
         problem_.num_splits = request_.num_splits;
         problem_.batch_invariant = request_.batch_invariant;
+        if (!request_.smooth_k && request_.quant_mode == QuantMode::none)
+            check_.value(names_[Field::smooth_k] + " is for a " + names_[Field::quant_mode] +
+                             " that quantises the keys",
+                         "False", "True, or such a " + names_[Field::quant_mode]);
+        problem_.quant_mode = request_.quant_mode;
+        problem_.smooth_k = request_.smooth_k;
     }
 
     /// One bound of the window, UMFA_UNBOUNDED where there is none.
@@ -537,6 +544,7 @@ uint32_t Problem::features() const {
     add(Feature::qv, qv.has_value());
     add(Feature::dropout, dropout.has_value());
     add(Feature::quantized, key_codes.has_value() || value_codes.has_value());
+    add(Feature::quant_mode, quant_mode != QuantMode::none);
     return set;
 }
 

@@ -88,6 +88,7 @@ enum class Feature : uint32_t {
     rotary = 1u << 16,
     qv = 1u << 17,
     quantized = 1u << 18,
+    quant_mode = 1u << 19,
 };
 constexpr uint32_t bit(Feature feature) { return static_cast<uint32_t>(feature); }
 /// The name users know it by: "window_size", "dropout_p", ...
@@ -142,6 +143,8 @@ struct UMFA_CORE_API Problem {
     double softcap = 0;            // 0: off
     int64_t num_splits = 0;        // as in the request
     bool batch_invariant = false;  // one way for few and for many queries
+    QuantMode quant_mode = QuantMode::none;
+    bool smooth_k = true;  // with a quant_mode
 
     std::optional<Alibi> alibi;
     std::optional<DenseMask> mask;

@@ -24,6 +24,14 @@ enum class Alignment : uint8_t {
 inline constexpr const char* alignment_names[] = {"bottom_right", "top_left"};
 constexpr const auto& names_of(Alignment) { return alignment_names; }
 
+/// How query . key is computed.
+enum class QuantMode : uint8_t {
+    none,  // in the tensors' dtype
+    sage,  // rounded to int8 by row, with exact sums of integers
+};
+inline constexpr const char* quant_mode_names[] = {"none", "sage"};
+constexpr const auto& names_of(QuantMode) { return quant_mode_names; }
+
 /// Every argument of an attention call.
 enum class Field : uint8_t {
 #define UMFA_OPERAND(name) name,

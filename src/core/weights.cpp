@@ -283,6 +283,7 @@ void check_weights(const Problem& problem) {
     const Function& names = *problem.names;
     if (problem.qv) refuse(names, names[Field::qv]);
     if (problem.page_size > 0) refuse(names, names[Field::block_table]);
+    if (problem.quant_mode != QuantMode::none) refuse(names, names[Field::quant_mode]);
     if (problem.append) refuse(names, names[Field::new_key]);
     if (names.broadcasts) refuse(names, "batch dimensions that broadcast");
 }

@@ -192,6 +192,39 @@ void run_prefill(const Problem& problem, ForwardArgs& args, const std::vector<Se
     });
 }
 
+/// Numbers from one head's means to the next: whole cache lines.
+int64_t means_pitch(const Problem& problem) { return (problem.head_dim + 15) / 16 * 16; }
+
+/// Scores in int8. Few queries take the same way as many.
+void run_int8(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
+              const Int8Kernel& kernel, int lanes) {
+    std::vector<int64_t> batch_indices;
+    double keys = 0;
+    for (int64_t b = 0; b < problem.batch; ++b) {
+        if (sequences[static_cast<size_t>(b)].seqlen_q == 0) continue;
+        batch_indices.push_back(b);
+        keys += static_cast<double>(sequences[static_cast<size_t>(b)].seqlen_kv);
+    }
+    const int64_t heads = problem.nheads_kv;
+    args.means_pitch = means_pitch(problem);
+    args.heads_kv = heads;
+    std::vector<float> means;
+    if (problem.smooth_k) {
+        means.resize(static_cast<size_t>(problem.batch * heads * args.means_pitch));
+        const double operations =
+            keys * static_cast<double>(heads) * static_cast<double>(problem.head_dim);
+        parallel_for(static_cast<int64_t>(batch_indices.size()) * heads, threads_worth(operations),
+                     [&](int64_t task) {
+                         const int64_t b = batch_indices[static_cast<size_t>(task / heads)];
+                         const int64_t head = task % heads;
+                         kernel.key_means(args, b, head,
+                                          means.data() + (b * heads + head) * args.means_pitch);
+                     });
+        args.key_means = means.data();
+    }
+    run_prefill(problem, args, sequences, kernel.forward, batch_indices, lanes);
+}
+
 void run_forward(const Problem& problem, const ForwardResults& results) {
     if (problem.nheads_q == 0 && !problem.append) return;
     const DefaultFloatEnvironment environment;  // before the first constant is rounded
@@ -210,6 +243,11 @@ void run_forward(const Problem& problem, const ForwardResults& results) {
     const DtypeKernels& own =
         mixed ? mixed_kernels(set) : kernels_for(set, problem.query.view.dtype);
     if (mixed) args = in_bytes(args);
+    if (problem.quant_mode != QuantMode::none) {
+        const std::optional<DType> dtype =
+            mixed ? std::nullopt : std::optional(problem.query.view.dtype);
+        return run_int8(problem, args, sequences, int8_kernel(set, dtype), set.lanes);
+    }
     std::vector<int64_t> decode, prefill;
     for (int64_t b = 0; b < problem.batch; ++b) {
         const Sequence& sequence = sequences[static_cast<size_t>(b)];
@@ -226,7 +264,17 @@ constexpr uint32_t forward_features =
     bit(Feature::lse) | bit(Feature::gqa) | bit(Feature::mask) | bit(Feature::sinks) |
     bit(Feature::varlen) | bit(Feature::paged_kv) | bit(Feature::attention_chunk) |
     bit(Feature::append) | bit(Feature::rotary) | bit(Feature::dropout) | bit(Feature::qv) |
-    bit(Feature::quantized);
+    bit(Feature::quantized) | bit(Feature::quant_mode);
+
+Verdict can_run_forward(const Problem& problem) {
+    if (problem.quant_mode == QuantMode::none) return {};
+    const std::string mode =
+        std::string("with mode '") + quant_mode_names[static_cast<int>(problem.quant_mode)] + "', ";
+    if (problem.qv) return {false, mode + "qv is not implemented"};
+    if (problem.key_codes || problem.value_codes)
+        return {false, mode + "a quantised key or value is not implemented"};
+    return {};
+}
 
 Verdict available() {
     kernels();      // throws about UMFA_CPU_ISA
@@ -239,7 +287,7 @@ Verdict available() {
 const Backend backend{"cpu",
                       available,
                       [](Device device) { return device == Device::cpu; },
-                      {forward_features, nullptr, run_forward},
+                      {forward_features, can_run_forward, run_forward},
                       {0, nullptr, run_combine},
                       {backward_features, nullptr, run_backward},
                       {0, nullptr, run_quantize},

@@ -37,6 +37,9 @@ def test_every_case_runs(tmp_path: Path) -> None:
     assert bytes_in(table["prefill-int8"][2]) == "0.51× the bytes"
     assert table["decode-int8"][6] == "≥ 1.6×"
     assert table["prefill-int8"][6] == report.NONE
+    assert table["flux-sage"][2].startswith("cosine 0.99")
+    assert table["flux-sage"][6] == "≥ 1.15×"
+    assert " --against torch " in next(c.command for c in cases.QUANT if c.mode)
 
 
 def bytes_in(text: str) -> str:
@@ -70,6 +73,15 @@ def test_a_wrong_result_is_reported(
     assert status == 1
     assert found.cases[0].correct is False
     assert "WRONG RESULT: decode-int8: umfa differs from float64" in capsys.readouterr().err
+
+
+def test_a_mode_is_measured_beside_torch(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    status, found = run(tmp_path, "--case", "flux-sage", "--against", "torch")
+    assert status == 0
+    assert [peer.name for peer in found.cases[0].peers] == [UNQUANTISED, "torch"]
+    assert all(peer.ratio for peer in found.cases[0].peers)
+    assert 0 < found.cases[0].relative_l1 < 0.05  # type: ignore[operator]
 
 
 def test_a_chart_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -608,6 +608,36 @@ TEST(quantised_keys) {
                 "options->key_format is not the text of a format; got 'int8 row none float32 0 0'");
 }
 
+/* Rows of multiples of one number, 127 times it among them, which rounding to int8 does not change. */
+static void fill_with_codes(const tensor* t, int64_t rows, int64_t heads) {
+    int64_t b, i, h, d;
+    for (b = 0; b < BATCH; ++b)
+        for (i = 0; i < rows; ++i)
+            for (h = 0; h < heads; ++h) {
+                const float scale = (uniform() + 3) / 127;
+                for (d = 0; d < HEAD_DIM; ++d) {
+                    const float x = scale * (d == 0 ? 127 : (float)(int)(uniform() * 60));
+                    memcpy(element(&t->dl, b, i, h, d), &x, 4);
+                }
+            }
+}
+
+TEST(quantised_scores) {
+    umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
+    problem p;
+    make_problem(&p, UMFA_LAYOUT_BSHD);
+    options.smooth_k = 0;
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE, "smooth_k is for a quant_mode that quantises");
+    options.quant_mode = UMFA_QUANT_MODE_SAGE;
+    fill_with_codes(&p.query, SEQLEN_Q, HEADS);
+    fill_with_codes(&p.key, SEQLEN_K, HEADS_K);
+    CHECK_OK(run(&p, &options));
+    CHECK_RESULT(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, &p.lse.dl, NULL);
+    options.quant_mode = UMFA_QUANT_MODE_SAGE + 1;
+    CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE,
+                "options->quant_mode is unknown; got 2; expected 0 to 1");
+}
+
 TEST(dtype_of_the_result) {
     umfa_attention_options options = UMFA_ATTENTION_OPTIONS_INIT;
     tensor weights;
@@ -1246,6 +1276,7 @@ static const struct {
     ENTRY(bfloat16_tensors),
     ENTRY(different_dtypes),
     ENTRY(quantised_keys),
+    ENTRY(quantised_scores),
     ENTRY(dtype_of_the_result),
     ENTRY(no_keys_and_no_queries),
     ENTRY(struct_size_of_an_older_caller),

@@ -94,7 +94,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 SPELLINGS = {
     "is_causal": "causal", "cache_seqlens": "seqused_k", "page_table": "block_table",
     "cos": "rotary_cos", "sin": "rotary_sin", "k": "new_key", "v": "new_value",
-    "s_aux": "learnable_sink",
+    "s_aux": "learnable_sink", "mode": "quant_mode",
 }  # fmt: skip
 # Every function has these options, so the table does not name them.
 WITHOUT_A_LINE = {"softmax_scale", "dropout_offset", "grouped"}

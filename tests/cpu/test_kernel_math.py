@@ -21,8 +21,8 @@ FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "amx_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "amx_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
     "neon": [],
     "neon_bf16": ["-march=armv8.2-a+bf16"],
 }

@@ -78,7 +78,7 @@ class Case:
     value), ``"self"`` (umfa against umfa without window and options), ``"overhead"`` (what
     Python adds to a call), ``"block"`` (a block of a transformer, and its attention alone),
     ``"call"`` (a tiny call beside the same of a library) or ``"quant"`` (quantised keys and values,
-    against umfa with those of the case's dtype).
+    or a `mode` of `umfa.quantized_attention`, against umfa with neither).
     """
 
     name: str
@@ -99,6 +99,7 @@ class Case:
     kind: Kind = "compute"
     library: Library = ""  # whose arrays a tiny call gets
     quantised: Format | None = None  # of key and value
+    mode: str = ""  # of umfa.quantized_attention
     outliers: bool = False  # every 16th channel of the keys has an offset of 5
     target: Target | None = None
     long: bool = False  # only with --long, or by name
@@ -141,6 +142,7 @@ class Case:
             dims += f"/{self.value_dim}"
         text = f"{self.dtype} {mask} ({self.batch}, {heads}, {lengths}, {dims})"
         text += f", {self.quantised.title}" if self.quantised else ""
+        text += f", mode {self.mode}" if self.mode else ""
         text += ", outliers" if self.outliers else ""
         text += f", {self.mask}" if self.mask else ""
         text += f", dropout {self.dropout_p:g}" if self.dropout_p else ""
@@ -185,7 +187,8 @@ class Case:
     @property
     def command(self) -> str:
         """What makes this row."""
-        against = "--against torch " if self.kind in ("compute", "decode") else ""
+        beside = self.kind in ("compute", "decode") or self.mode
+        against = "--against torch " if beside else ""
         suite = "" if self.suite == "cpu" else f"--suite {self.suite} "
         return f"python -m umfa bench {suite}{against}--case {self.name}"
 
@@ -370,6 +373,14 @@ def _quant(name: str, form: str, seqlen_q: int, seqlen_k: int, **options: Any) -
     )  # fmt: skip
 
 
+def _flux(mode: str, ratio: float) -> Case:
+    """Attention of FLUX.1 for 1024 × 1024 pixels, query and key quantised in the call."""
+    return Case(
+        f"flux-{mode}", 1, 24, 4608, 4608, 128, "bfloat16", kind="quant", mode=mode,
+        target=Target(ratio, against=UNQUANTISED),
+    )  # fmt: skip
+
+
 QUANT: tuple[Case, ...] = (
     *(_quant("decode", form, 1, 16384) for form in _FORMATS),
     *(_quant("prefill", form, 1024, 1024, causal=True) for form in ("int8", "int4", "e4m3")),
@@ -377,6 +388,7 @@ QUANT: tuple[Case, ...] = (
         _quant("outliers", form, 512, 512, outliers=True)
         for form in ("int8", "int8-block", "int8-tensor", "int4", "int4-row")
     ),
+    _flux("sage", 1.15),
 )
 
 BURST = 100

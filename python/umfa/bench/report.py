@@ -54,9 +54,11 @@ def share(case: CaseResult) -> str:
         return f"{case.overhead_us:.2f} µs over {over}"
     if case.attention_share is not None and case.attainable is not None:
         return f"attention {case.attention_share:.0%}: {case.attainable:.2f}× attainable"
-    if case.bytes_ratio is not None and case.cosine is not None and case.relative_l1 is not None:
-        size = f"{case.bytes_read / 1e6:.1f} MB, {case.bytes_ratio:.2f}× the bytes"
-        return f"{size}; cosine {case.cosine:.5f}, relative L1 {case.relative_l1:.2%}"
+    if case.cosine is not None and case.relative_l1 is not None:
+        loss = f"cosine {case.cosine:.5f}, relative L1 {case.relative_l1:.2%}"
+        if case.bytes_ratio is None:
+            return loss
+        return f"{case.bytes_read / 1e6:.1f} MB, {case.bytes_ratio:.2f}× the bytes; {loss}"
     if case.share is None or case.limit_rate is None:
         return NONE
     unit = "GB/s" if case.unit == "bytes/s" else "GFLOP/s"

@@ -73,6 +73,11 @@ def _quantized(seqlen_q: int, dtype: str) -> Call:
     return umfa.quantized_attention, (zeros(2, seqlen_q, 4, 16), cache, cache), {}
 
 
+def _sage(**options: Any) -> Call:
+    tensors = zeros(2, 9, 4, 16), zeros(2, 40, 2, 16), zeros(2, 40, 2, 16)
+    return umfa.quantized_attention, tensors, {"mode": "sage", **options}
+
+
 def _cached(*more: Any, pages: bool = False, **options: Any) -> Call:
     if pages:
         options["block_table"] = np.zeros((2, 4), np.int32) + np.arange(2, dtype=np.int32)[:, None]
@@ -189,6 +194,10 @@ def rows() -> list[Row]:
         Row(
             "keys and values in any quantised format (`quantized_attention`)",
             [_quantized(n, dtype) for n in (1, 40) for dtype in ("int8", "int4", "nf4", "mxfp4")],
+        ),
+        Row(
+            'products of int8 for scores, with keys smoothed (`sageattn`, `mode="sage"`)',
+            [_sage(), _sage(causal=True, smooth_k=False)],
         ),
         Row(
             "flash-attn 3's and 4's functions as they are (`umfa.fa3`, `umfa.fa4`)",

@@ -19,6 +19,7 @@ _SPELLED: dict[str, Any] = {
     "key_offsets": "k.zero_points",
     "value_scales": "v.scales",
     "value_offsets": "v.zero_points",
+    "quant_mode": "mode",
 }
 _BSHD = Function(_NAME, **_SPELLED)
 _BHSD = Function(_NAME, layout="bhsd", **_SPELLED)
@@ -35,6 +36,8 @@ def quantized_attention(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     *,
+    mode: str | None = None,
+    smooth_k: bool = True,
     attn_mask: Any = None,
     learnable_sink: Any = None,
     dropout_p: float = 0.0,
@@ -62,10 +65,12 @@ def quantized_attention(
     layout: str = "bshd",
     backend: str = "auto",
 ) -> Attention:
-    """Attention with quantised keys, values or both.
+    """Attention with quantised keys, values or both, or whose products are quantised.
 
     Codes become numbers a tile at a time, so no dequantised copy of a cache is made. The result is
     that of the same call on ``k.dequantize()`` and ``v.dequantize()``.
+
+    With a `mode`, q, k and v are plain tensors, which are quantised within the call.
 
     Parameters
     ----------
@@ -76,6 +81,13 @@ def quantized_attention(
         `cu_seqlens_k`; (pages, page_size, nheads_k, head_dim) with `block_table`.
     softmax_scale, causal, window_size, softcap, alibi_slopes
         As in `flash_attn_func`.
+    mode : {"sage"}, optional
+        "sage": q and k are rounded to int8, with a scale for each row, and their products are sums
+        of integers. Weights and values are multiplied as in `flash_attn_func`.
+    smooth_k : bool
+        With a `mode`, whether the mean of each channel of the keys is taken off before they are
+        rounded, and its part of the scores added after. The mean is over the keys of a sequence and
+        head.
     attn_mask, learnable_sink, qv, attention_chunk, attention_chunk_offset, prefix_lens
         As in `flash_attn_with_kvcache`; so are `causal_alignment`, `num_splits`, `batch_invariant`,
         `out` and `out_dtype`.
@@ -105,7 +117,8 @@ def quantized_attention(
     ValueError, TypeError
         An argument is wrong; the message holds the offending value.
     umfa.UnsupportedError
-        No backend has what is asked for: a quantised q, gradients.
+        No backend has what is asked for: a quantised q, gradients, a `mode` on Metal or beside a
+        quantised k or v or `qv`.
     """
     if layout not in ("bshd", "bhsd"):
         raise ValueError(message(_NAME, "layout is unknown", repr(layout), "'bshd' or 'bhsd'"))
@@ -123,6 +136,8 @@ def quantized_attention(
         window_size=window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        quant_mode="none" if mode is None else mode,
+        smooth_k=smooth_k,
         attn_mask=attn_mask,
         learnable_sink=learnable_sink,
         dropout_p=dropout_p,

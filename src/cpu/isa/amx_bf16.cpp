@@ -14,15 +14,22 @@ struct Simd : Avx512Bf16 {
     static constexpr int mr = 32;  // two tiles of keys or channels
 };
 
+template <class U>
 void amx_forward(const ForwardArgs& args, const Block& block, const Block* next, float* scratch) {
     AmxTiles::configure();
-    forward_tiles<Simd, TileUnits<Simd>>(args, block, next, scratch);
+    forward_tiles<Simd, U>(args, block, next, scratch);
     AmxTiles::release();
 }
 
 // The products take so little time that packing counts for more: 18 % from 256 to 1024 rows, D=128. Every
 // CPU with AMX has an L2 cache of 2 MiB.
 constexpr int64_t amx_block_rows = 1024, amx_block_floats = 256 * 1024;
+
+template <class U>
+constexpr ForwardKernel amx_kernel{amx_forward<U>, forward_scratch_floats<Simd, U>, amx_block_rows,
+                                   amx_block_floats};
+
+using Int8Tiles = Int8Scores<TileUnits<Simd>, Int8Units<Simd, false>>;
 
 // vdpbf16ps is slower than float multiplications on the CPUs that have AMX.
 using Decode = FloatUnits<Simd, BF16>;
@@ -35,7 +42,7 @@ constinit const Kernels amx_bf16_kernels{
     Simd::nv * Simd::W,
     {},
     {},
-    {{amx_forward, forward_scratch_floats<Simd, TileUnits<Simd>>, amx_block_rows, amx_block_floats},
+    {amx_kernel<TileUnits<Simd>>,
      {decode_keys<Simd, Decode>, decode_merge<Simd, Decode>, decode_scratch_floats<Simd, Decode>,
       decode_row_floats<Simd>},
      append_row<Simd, BF16>,
@@ -44,6 +51,7 @@ constinit const Kernels amx_bf16_kernels{
     {},
     {},
     {},
+    {{}, {}, {amx_kernel<Int8Tiles>, key_means<Simd, TileUnits<Simd>>}, {}},
 };
 
 }  // namespace umfa::cpu

@@ -47,6 +47,11 @@ struct AmxTiles {
     static void multiply_add_bf16() {
         __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
     }
+    /// C[m][n] += the sum over k of the four products of signed bytes of a[m][k] and b[k][n].
+    template <int C, int A, int B>
+    static void multiply_add_int8() {
+        __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+    }
 };
 
 }  // namespace

@@ -55,6 +55,7 @@ constinit const Kernels avx2_kernels{
     backward_kernel<Simd>,
     {},
     quant_kernel<Simd>,
+    int8_kernels<Simd, FloatIntegers<Simd>>,
 };
 
 }  // namespace umfa::cpu

@@ -105,6 +105,13 @@ struct Avx512 : SimdBase {
         return (vf)_mm512_permutexvar_ps((__m512i)code, table.all);
     }
 
+#if defined(__AVX512VNNI__)
+    /// Each lane plus the sum of four products: of bytes of a, which have no sign, and of b.
+    static vf dot_i8(vf acc, vf a, vf b) {
+        return (vf)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+    }
+#endif
+
     static vu load_u16(const uint16_t* p) {
         return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }

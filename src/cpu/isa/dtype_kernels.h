@@ -29,6 +29,18 @@ constexpr DtypeKernels mixed_kernels{
     append_any<S>,
     {}};
 
+/// Scores in units Q, the rest as U.
+template <class S, class U, class Q>
+constexpr Int8Kernel int8_kernel{
+    {forward_block<S, Int8Scores<U, Q>>, forward_scratch_floats<S, Int8Scores<U, Q>>,
+     most_block_rows, most_block_floats},
+    key_means<S, U>};
+
+template <class S, class Q>
+constexpr Int8Kernels int8_kernels{
+    int8_kernel<S, FloatUnits<S, F32>, Q>, int8_kernel<S, FloatUnits<S, F16>, Q>,
+    int8_kernel<S, FloatUnits<S, BF16>, Q>, int8_kernel<S, AnyUnits<S>, Q>};
+
 template <class S, class U = AnyUnits<S>>
 constexpr BackwardKernel backward_kernel{backward_prepare<S>, backward_run<S, U>,
                                          backward_scratch_floats<S, U>, backward_key_block<S, U>};

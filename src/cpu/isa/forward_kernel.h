@@ -18,6 +18,7 @@
 #include "cpu/isa/bias.h"
 #include "cpu/isa/codes.h"
 #include "cpu/isa/dropout.h"
+#include "cpu/isa/int8_scores.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/pack.h"
 #include "cpu/isa/product.h"
@@ -36,16 +37,18 @@ constexpr int64_t panel_floats = (sizeof(Panel<S>) + 63) / 64 * 16;
 /// first: their sizes are multiples of a panel's lanes.
 template <class S, class U>
 struct Scratch {
+    using Q = typename U::scores;
     static constexpr int64_t N = S::nv * S::W, slack = 64;
     static constexpr int64_t buffers = U::tiles ? 2 : 1;  // of scores and probabilities
     int64_t key_depth, depth, channels;  // units of Q.K; with those of QV.V; padded channels of O
     int64_t value_pitch;
     int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, numbers,
-        value_numbers, size;
+        value_numbers, lanes, key_scales, codes, size;
+    int64_t code_pitch;  // of rows of int8 codes
 
     Scratch(const ForwardArgs& args, int64_t panel_count) {
-        key_depth = units_of(args.head_dim);
-        depth = key_depth + (args.qv.data ? units_of(args.head_dim_v) : 0);
+        key_depth = units_of<Q::E>(args.head_dim);
+        depth = key_depth + (args.qv.data ? units_of<Q::E>(args.head_dim_v) : 0);
         channels = U::tiles ? whole_tiles(args.head_dim_v) : padded_rows<S>(args.head_dim_v);
         panels = 0;
         scores = panels + panel_count * panel_floats<S>;
@@ -63,11 +66,16 @@ struct Scratch {
         rotated = value + value_rows * value_pitch + slack;
         numbers = rotated + (args.rotary.keys ? keys_of_tile<U> * args.head_dim : 0);
         value_numbers = numbers + keys_of_tile<U> * (args.key_codes.given ? args.head_dim : 0);
-        size = value_numbers + keys_of_tile<U> * (args.value_codes.given ? args.head_dim_v : 0);
+        lanes = value_numbers + keys_of_tile<U> * (args.value_codes.given ? args.head_dim_v : 0);
+        key_scales = lanes + (Q::quantised ? panel_count * 3 * N : 0);
+        codes = key_scales + (Q::quantised ? keys_of_tile<U> + S::mr : 0);
+        code_pitch = (key_depth + 15) / 16 * 16;
+        size = codes + (Q::quantised ? keys_of_tile<U> * code_pitch + slack : 0);
     }
 
+    template <int E>
     static int64_t units_of(int64_t elements) {
-        const int64_t units = (elements + U::E - 1) / U::E;
+        const int64_t units = (elements + E - 1) / E;
         return U::tiles ? whole_tiles(units) : units;
     }
 };
@@ -140,29 +148,36 @@ inline void accumulate_left_out(const typename U::storage* const* rows, int64_t 
 }
 
 /// S^T of one panel for MR keys from `first` on.
-template <class S, class U, bool Masked, bool Plain, int MR>
-__attribute__((noinline)) void score(const Scoring& scoring, const float* key, const float* query,
-                                     int64_t depth, int32_t first, int32_t diagonal,
-                                     const float* bias, float* scores, Panel<S>& panel) {
+template <class S, class Q, bool Masked, bool Plain, int MR>
+__attribute__((noinline)) void score(const Scoring& scoring, const ScoreScales& scales,
+                                     const float* key, const float* query, int64_t depth,
+                                     int32_t first, int32_t diagonal, const float* bias,
+                                     float* scores, Panel<S>& panel) {
     using vf = typename S::vf;
-    micro_kernel<S, U, MR>(
-        key, MR, query, depth, [&](vf(&acc)[MR][S::nv]) __attribute__((always_inline)) {
+    const auto begin = [&](int n) __attribute__((always_inline)) {
+        if constexpr (Q::quantised) return S::load(scales.lanes + n * S::W);
+        return vf{};
+    };
+    micro_kernel<S, Q, MR>(
+        key, MR, query, depth, begin, [&](vf(&acc)[MR][S::nv]) __attribute__((always_inline)) {
+            if constexpr (Q::quantised) scale_scores<S, Q>(scales, first, acc);
             finish_scores<S, Masked, Plain>(acc, scoring, first, diagonal, bias, scores, panel);
         });
 }
 
 /// The same for keys [first, last) of a tile, in groups of mr. Groups inside
 /// [seen_begin, seen_end) are seen by every row.
-template <class S, class U, bool Plain>
-inline void score_panel(const Scoring& scoring, const float* key, const float* query, int64_t depth,
-                        int64_t first, int64_t last, int64_t seen_begin, int64_t seen_end,
-                        int32_t diagonal, const float* bias, float* scores, Panel<S>& panel) {
+template <class S, class Q, bool Plain>
+inline void score_panel(const Scoring& scoring, const ScoreScales& scales, const float* key,
+                        const float* query, int64_t depth, int64_t first, int64_t last,
+                        int64_t seen_begin, int64_t seen_end, int32_t diagonal, const float* bias,
+                        float* scores, Panel<S>& panel) {
     for (int64_t k = first; k < last; k += S::mr)
         with_height<S>(last - k < S::mr ? last - k : S::mr, [&](auto height) {
             constexpr int MR = decltype(height)::value;
             const bool masked = k < seen_begin || k + MR > seen_end;
-            (masked ? score<S, U, true, Plain, MR>
-                    : score<S, U, false, Plain, MR>)(scoring, key + k * depth, query, depth,
+            (masked ? score<S, Q, true, Plain, MR>
+                    : score<S, Q, false, Plain, MR>)(scoring, scales, key + k * depth, query, depth,
                                                      static_cast<int32_t>(k), diagonal,
                                                      bias ? bias + k * S::nv * S::W : nullptr,
                                                      scores + k * S::nv * S::W, panel);
@@ -208,6 +223,7 @@ template <class S, class U>
 struct ForwardBlock {
     using storage = typename U::storage;
     using P = typename U::product;
+    using Q = typename U::scores;
     using vf = typename S::vf;
     static constexpr int W = S::W, E = U::E;
     static constexpr int64_t N = S::nv * S::W;  // queries of a panel
@@ -259,7 +275,7 @@ struct ForwardBlock {
     void pack(ElementType type, const storage* const* rows, int64_t count, int64_t stride_channel,
               int64_t height, int64_t pitch, int64_t channels, float* dst) const {
         if constexpr (U::tiles)  // the product takes whole tiles
-            for (int64_t u = (channels + E - 1) / E; u < at.units_of(channels); ++u)
+            for (int64_t u = (channels + E - 1) / E; u < at.template units_of<E>(channels); ++u)
                 for (int64_t r = 0; r < height; r += W) S::store(dst + u * pitch + r, vf{});
         with_units<S, U>(type, [&](auto units) {
             pack_transposed<S, decltype(units)>(rows, count, stride_channel, height, pitch,
@@ -276,6 +292,10 @@ struct ForwardBlock {
                 rows[r] = query_row<const storage>(args.query, sequence, head, q_begin + i + r);
             const int64_t stride = rotate_queries(i, rows);
             float* query = query_of(i / N) + i % N;
+            if constexpr (Q::quantised) {
+                quantise_queries(rows, i, stride, query);
+                continue;
+            }
             pack(args.types.query, rows, q_end - q_begin - i, stride, W, N, args.head_dim, query);
             if (!args.qv.data) continue;  // else more channels of the same product
             for (int r = 0; r < W; ++r)
@@ -284,6 +304,54 @@ struct ForwardBlock {
                  args.head_dim_v, query + at.key_depth * N);
         }
         for (int64_t p = 0; p < panels; ++p) start(panel[p]);
+    }
+
+    const float* key_means_of_head() const {
+        if (!args.key_means) return nullptr;
+        const int64_t heads = batch * args.heads_kv + head_kv;
+        return args.key_means + heads * args.means_pitch;
+    }
+    float* lanes_of(int64_t p) const { return memory + at.lanes + p * 3 * N; }
+
+    /// Packs W queries from the block's i-th on as int8.
+    void quantise_queries(const storage* const* rows, int64_t i, int64_t stride, float* query) {
+        const float* mean = key_means_of_head();
+        float *codes = memory + at.codes, *lanes = lanes_of(i / N) + i % N;
+        const float* own[W];
+        for (int r = 0; r < W; ++r) {
+            CodeRow row{0, 0, 0};
+            own[r] = codes + r * at.code_pitch;
+            if (q_begin + i + r < q_end)
+                row = quantise_row_of<S, U, typename Q::query>(
+                    args.types.query, rows[r], stride, args.head_dim, nullptr, mean, at.code_pitch,
+                    codes + r * at.code_pitch);
+            // Keys are larger by 128 where they have no sign.
+            const int32_t begin = Q::offset ? -128 * row.sum : 0;
+            __builtin_memcpy(lanes + r, &begin, sizeof begin);
+            lanes[N + r] = row.scale;
+            lanes[2 * N + r] = row.shift;
+        }
+        pack_transposed<S, FloatUnits<S, F32>>(own, q_end - q_begin - i, 1, W, N, at.key_depth,
+                                               query);
+    }
+
+    /// The tile's keys as rows of int8, and their scales. `rows` points at them afterwards.
+    void quantise_keys(int64_t stride, const float** rows) {
+        const float* mean = key_means_of_head();
+        float* codes = memory + at.codes;
+        for (int64_t k = 0; k < keys; ++k, codes += at.code_pitch) {
+            rows[k] = codes;
+            memory[at.key_scales + k] =
+                quantise_row_of<S, U, Q>(args.types.key, k_rows[k], stride, args.head_dim, mean,
+                                         nullptr, at.code_pitch, codes)
+                    .scale;
+        }
+        for (int64_t k = keys; k < padded_rows<S>(keys); ++k) memory[at.key_scales + k] = 0;
+    }
+
+    ScoreScales scales_of(int64_t p) const {
+        if constexpr (Q::quantised) return {memory + at.key_scales, lanes_of(p)};
+        return {};
     }
 
     /// With rotary on, rotates W queries from the block's i-th on and points `rows` at the result,
@@ -328,9 +396,16 @@ struct ForwardBlock {
         find_tile(first_key);
         const int64_t key_stride = rotate_keys(), value_stride = args.value.stride_channel;
         const int64_t padded = padded_rows<S>(keys);
+        const float* codes[keys_of_tile<U>];
+        if constexpr (Q::quantised) quantise_keys(key_stride, codes);
         for (int64_t k = 0; k < padded; k += S::mr) {
             const int64_t rows = height(padded - k);
             float* group = memory + at.key + k * at.depth;
+            if constexpr (Q::quantised) {
+                pack_transposed<S, FloatUnits<S, F32>>(codes + k, keys - k, 1, rows, rows,
+                                                       at.key_depth, group);
+                continue;
+            }
             pack(args.types.key, k_rows + k, keys - k, key_stride, rows, rows, args.head_dim,
                  group);
             if (args.qv.data)
@@ -417,11 +492,12 @@ struct ForwardBlock {
         const float* bias = mask_tile(p, groups);
         const int64_t row = q_begin + p * N;
         start_tile(p);
-        (scoring.plain ? score_panel<S, P, true>
-                       : score_panel<S, P, false>)(scoring, memory + at.key, query_of(p), at.depth,
-                                                   groups.first, groups.last, groups.all.begin,
-                                                   groups.all.end, diagonal_of(sequence, row, tile),
-                                                   bias, memory + at.scores, panel[p]);
+        (scoring.plain ? score_panel<S, Q, true>
+                       : score_panel<S, Q, false>)(scoring, scales_of(p), memory + at.key,
+                                                   query_of(p), at.depth, groups.first, groups.last,
+                                                   groups.all.begin, groups.all.end,
+                                                   diagonal_of(sequence, row, tile), bias,
+                                                   memory + at.scores, panel[p]);
     }
 
     /// Scores -> probabilities, maxima and sums of panel p; then dropout.

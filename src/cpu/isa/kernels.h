@@ -102,7 +102,11 @@ struct ForwardArgs {
     const float* slopes;    // ALiBi, null: off
     int64_t slopes_stride_batch, slopes_stride_head;
     const float* sinks;  // one logit for each query head, times log2(e); null: off
-    int64_t block_q;     // query rows per task, a multiple of `lanes`
+    /// Of scores in int8: the mean of each channel of the keys, [batch][key head][means_pitch]; null:
+    /// nothing is taken off the keys.
+    const float* key_means;
+    int64_t means_pitch, heads_kv;
+    int64_t block_q;  // query rows per task, a multiple of `lanes`
 };
 
 /// Queries [first, first + block_q) of one head.
@@ -236,6 +240,16 @@ struct DtypeKernels {
     CombineKernel combine;
 };
 
+/// Scores in int8: see isa/int8_scores.h.
+struct Int8Kernel {
+    ForwardKernel forward;
+    /// Writes the means of the keys of one key head.
+    void (*key_means)(const ForwardArgs&, int64_t batch, int64_t head, float* to);
+};
+struct Int8Kernels {
+    Int8Kernel f32, f16, bf16, mixed;
+};
+
 struct Kernels {
     const char* name;
     const Kernels* base;  // has the kernels that are null here
@@ -245,11 +259,15 @@ struct Kernels {
     BackwardKernel backward;       // of any types, float32 arithmetic
     BackwardKernel backward_bf16;  // of bfloat16 query, key, value and dout; null: the one above
     QuantKernel quant;
+    Int8Kernels int8;
 };
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_bf16_kernels;
+/// Those of avx512_kernels that gain by VNNI. No set of its own: integers are exact, so it has the same
+/// bits.
+extern const Kernels avx512_vnni_kernels;
 #elif defined(__aarch64__)
 extern const Kernels neon_kernels, neon_bf16_kernels;
 #endif

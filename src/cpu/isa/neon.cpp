@@ -21,6 +21,7 @@ constinit const Kernels neon_kernels{
     backward_kernel<Simd>,
     {},
     quant_kernel<Simd>,
+    int8_kernels<Simd, FloatIntegers<Simd>>,
 };
 
 }  // namespace umfa::cpu

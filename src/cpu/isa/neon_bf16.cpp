@@ -57,6 +57,7 @@ constinit const Kernels neon_bf16_kernels{
     {},
     {},
     {},
+    {},
 };
 
 }  // namespace umfa::cpu

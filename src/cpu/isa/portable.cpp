@@ -22,6 +22,7 @@ constinit const Kernels portable_kernels{
     backward_kernel<Simd>,
     {},
     quant_kernel<Simd>,
+    int8_kernels<Simd, FloatIntegers<Simd>>,
 };
 
 }  // namespace umfa::cpu

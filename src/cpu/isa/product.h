@@ -12,15 +12,16 @@
 namespace umfa::cpu {
 namespace {
 
-template <class S, class U, int MR, class Done>
+/// `begin(n)`: what the sums of vector n begin with.
+template <class S, class U, int MR, class Begin, class Done>
 inline __attribute__((always_inline)) void micro_kernel(const float* a, int64_t a_step,
                                                         const float* b, int64_t depth,
-                                                        Done&& done) {
+                                                        Begin&& begin, Done&& done) {
     using vf = typename S::vf;
     constexpr int NV = S::nv, W = S::W;
     vf acc[MR][NV];
     for (int m = 0; m < MR; ++m)
-        for (int n = 0; n < NV; ++n) acc[m][n] = vf{};
+        for (int n = 0; n < NV; ++n) acc[m][n] = begin(n);
     for (int64_t k = 0; k < depth; ++k) {
         vf bk[NV];
         for (int n = 0; n < NV; ++n) bk[n] = S::load(b + n * W);
@@ -29,6 +30,16 @@ inline __attribute__((always_inline)) void micro_kernel(const float* a, int64_t 
         b += NV * W;
     }
     done(acc);
+}
+
+/// Sums that begin with 0.
+template <class S, class U, int MR, class Done>
+inline __attribute__((always_inline)) void micro_kernel(const float* a, int64_t a_step,
+                                                        const float* b, int64_t depth,
+                                                        Done&& done) {
+    micro_kernel<S, U, MR>(
+        a, a_step, b, depth, [](int) __attribute__((always_inline)) { return typename S::vf{}; },
+        static_cast<Done&&>(done));
 }
 
 /// Panels hold S::mr rows, the last one the rest, rounded up to a multiple of S::mr / 3: few sizes

@@ -21,13 +21,14 @@ bool avx512() {
     return has_feature("avx512f") && has_feature("avx512bw") && has_feature("avx512dq") &&
            has_feature("avx512vl");
 }
-bool avx512_bf16() { return avx512() && has_feature("avx512_bf16"); }
+// All CPUs with BF16 have VNNI.
+bool avx512_bf16() { return avx512() && has_feature("avx512_bf16") && has_feature("avx512_vnni"); }
 #if defined(UMFA_AMX_DOUBLE)
 bool amx_bf16() { return avx512_bf16(); }
 int tiles_refused() { return 0; }
 bool amx_pays() { return false; }
 #elif defined(UMFA_AMX)
-bool amx_bf16() { return avx512_bf16() && has_feature("amx_bf16"); }
+bool amx_bf16() { return avx512_bf16() && has_feature("amx_bf16") && has_feature("amx_int8"); }
 int tiles_refused() { return request_tiles(); }
 bool amx_pays() { return true; }
 #endif
@@ -100,6 +101,19 @@ const BackwardKernel& backward_kernel(const Kernels& set, bool bf16) {
 
 const QuantKernel& quant_kernel(const Kernels& set) {
     return set.quant.encode ? set.quant : quant_kernel(*set.base);
+}
+
+const Int8Kernel& int8_kernel(const Kernels& set, std::optional<DType> dtype) {
+    const Int8Kernels& all = set.int8;
+    const Int8Kernel& own = !dtype                  ? all.mixed
+                            : *dtype == DType::f16  ? all.f16
+                            : *dtype == DType::bf16 ? all.bf16
+                                                    : all.f32;
+#if defined(__x86_64__)
+    static const bool vnni = has_feature("avx512_vnni");
+    if (vnni && &set == &avx512_kernels) return int8_kernel(avx512_vnni_kernels, dtype);
+#endif
+    return own.forward.run ? own : int8_kernel(*set.base, dtype);
 }
 
 std::string isa_in_use() { return kernels().name; }

@@ -1,6 +1,8 @@
 // Which instruction set's kernels run: the best one this CPU has, or the one UMFA_CPU_ISA names.
 #pragma once
 
+#include <optional>
+
 #include "core/dtype.h"
 #include "core/instruments.h"
 #include "cpu/isa/kernels.h"
@@ -17,5 +19,7 @@ const DtypeKernels& mixed_kernels(const Kernels& set);
 /// The kernel for a backward pass; `bf16`: query, key, value and the gradient of out are bfloat16.
 const BackwardKernel& backward_kernel(const Kernels& set, bool bf16);
 const QuantKernel& quant_kernel(const Kernels& set);
+/// nullopt: of tensors of different dtypes.
+const Int8Kernel& int8_kernel(const Kernels& set, std::optional<DType> dtype);
 
 }  // namespace umfa::cpu

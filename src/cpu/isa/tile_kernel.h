@@ -15,6 +15,7 @@ struct TileBlock : ForwardBlock<S, U> {
     using Base = ForwardBlock<S, U>;
     using Base::args, Base::at, Base::memory, Base::panel, Base::keys, Base::values, Base::scoring;
     using Base::E, Base::N;
+    using Q = typename U::scores;
     static_assert(N == 2 * tile_units && S::mr == 2 * tile_units);
 
     /// A panel on its way through the tile of keys.
@@ -40,7 +41,13 @@ struct TileBlock : ForwardBlock<S, U> {
         const int64_t key_stride = Base::rotate_keys(), value_stride = args.value.stride_channel;
         const int64_t padded = padded_rows<S>(keys), steps = at.depth / tile_units;
         float* const key = memory + at.key;
-        pack_tile_rows<S, U>(Base::k_rows, keys, key_stride, padded, args.head_dim, steps, key);
+        if constexpr (Q::quantised) {
+            const float* codes[keys_of_tile<U>];
+            Base::quantise_keys(key_stride, codes);
+            pack_tile_rows<S, FloatUnits<S, F32>>(codes, keys, 1, padded, at.key_depth, steps, key);
+        } else {
+            pack_tile_rows<S, U>(Base::k_rows, keys, key_stride, padded, args.head_dim, steps, key);
+        }
         if (args.qv.data)
             pack_tile_rows<S, U>(Base::v_rows, keys, value_stride, padded, args.head_dim_v, steps,
                                  key + at.key_depth / tile_units * pair_floats);
@@ -92,8 +99,8 @@ struct TileBlock : ForwardBlock<S, U> {
     void take_exponentials_of(const Stage& stage, const TileProduct& first,
                               const TileProduct& second) {
         if (!stage.exists()) {
-            multiply<typename S::Tiles>(first, [] {});
-            multiply<typename S::Tiles>(second, [] {});
+            multiply<typename S::Tiles, Q>(first, [] {});
+            multiply<typename S::Tiles, U>(second, [] {});
             return;
         }
         const KeyGroups& groups = stage.groups;
@@ -114,11 +121,12 @@ struct TileBlock : ForwardBlock<S, U> {
         const float* bias = Base::mask_tile(stage.p, groups);
         const int64_t row = Base::q_begin + stage.p * N;
         Base::start_tile(stage.p);
-        (scoring.plain ? finish_tile_scores<S, true>
-                       : finish_tile_scores<S, false>)(scoring, groups.first, groups.last,
-                                                       groups.all.begin, groups.all.end,
-                                                       diagonal_of(Base::sequence, row, Base::tile),
-                                                       bias, scores_of(stage), panel[stage.p]);
+        (scoring.plain
+             ? finish_tile_scores<S, Q, true>
+             : finish_tile_scores<S, Q, false>)(scoring, Base::scales_of(stage.p), groups.first,
+                                                groups.last, groups.all.begin, groups.all.end,
+                                                diagonal_of(Base::sequence, row, Base::tile), bias,
+                                                scores_of(stage), panel[stage.p]);
     }
 };
 

@@ -9,6 +9,7 @@
 // of a row do not depend on others.
 #pragma once
 
+#include "cpu/isa/int8_scores.h"
 #include "cpu/isa/pack.h"
 #include "cpu/isa/softmax.h"
 #include "cpu/isa/units.h"
@@ -70,8 +71,9 @@ inline PackedValues pack_tile_columns(const typename U::storage* const* rows, in
     return found;
 }
 
-/// The four tiles of C, or the first two: Rows tiles of A beside two of B. C and B have rows of 32.
-template <class Tiles, int Rows>
+/// The four tiles of C, or the first two: Rows tiles of A beside two of B. C and B have rows of 32. Q: the
+/// units of A and B.
+template <class Tiles, class Q, int Rows>
 struct Accumulators {
     static constexpr int64_t pitch = 2 * tile_units * unit_bytes, a_pitch = tile_units * unit_bytes;
 
@@ -102,13 +104,13 @@ struct Accumulators {
     static void step(const float* a, const float* b) {
         Tiles::template load<6>(b, pitch);
         Tiles::template load<4>(a, a_pitch);
-        Tiles::template multiply_add_bf16<0, 4, 6>();
+        Q::template multiply_add<Tiles, 0, 4, 6>();
         Tiles::template load<7>(b + tile_units, pitch);
-        Tiles::template multiply_add_bf16<1, 4, 7>();
+        Q::template multiply_add<Tiles, 1, 4, 7>();
         if constexpr (Rows == 2) {
             Tiles::template load<5>(a + tile_units * tile_units, a_pitch);
-            Tiles::template multiply_add_bf16<2, 5, 6>();
-            Tiles::template multiply_add_bf16<3, 5, 7>();
+            Q::template multiply_add<Tiles, 2, 5, 6>();
+            Q::template multiply_add<Tiles, 3, 5, 7>();
         }
     }
 };
@@ -128,11 +130,11 @@ struct TileProduct {
 
 /// The product, and meanwhile() after each step: the matrix unit works beside the vector units, but only
 /// as far as the CPU looks ahead.
-template <class Tiles, class Meanwhile>
+template <class Tiles, class Q, class Meanwhile>
 inline __attribute__((always_inline)) void multiply(const TileProduct& product,
                                                     Meanwhile&& meanwhile) {
     const auto rows_of = [&](auto rows, const float* a, float* c) __attribute__((always_inline)) {
-        using C = Accumulators<Tiles, decltype(rows)::value>;
+        using C = Accumulators<Tiles, Q, decltype(rows)::value>;
         if (product.fresh)
             C::zero();
         else
@@ -155,9 +157,9 @@ inline __attribute__((always_inline)) void multiply(const TileProduct& product,
 
 /// finish_scores() of keys [first, last), whose products are in `scores`. Groups inside
 /// [seen_begin, seen_end) are seen by every row.
-template <class S, bool Plain>
-inline void finish_tile_scores(const Scoring& scoring, int64_t first, int64_t last,
-                               int64_t seen_begin, int64_t seen_end, int32_t diagonal,
+template <class S, class Q, bool Plain>
+inline void finish_tile_scores(const Scoring& scoring, const ScoreScales& scales, int64_t first,
+                               int64_t last, int64_t seen_begin, int64_t seen_end, int32_t diagonal,
                                const float* bias, float* scores, Panel<S>& panel) {
     using vf = typename S::vf;
     constexpr int NV = S::nv, W = S::W, MR = 8;
@@ -166,11 +168,15 @@ inline void finish_tile_scores(const Scoring& scoring, int64_t first, int64_t la
         vf acc[MR][NV];
         for (int m = 0; m < MR; ++m)
             for (int n = 0; n < NV; ++n) acc[m][n] = S::load(scores + (k + m) * N + n * W);
+        if constexpr (Q::quantised) scale_scores<S, Q>(scales, k, acc);
         const float* own = bias ? bias + k * N : nullptr;
         if (k < seen_begin || k + MR > seen_end) {
             finish_scores<S, true, Plain>(acc, scoring, static_cast<int32_t>(k), diagonal, own,
                                           scores + k * N, panel);
         } else if constexpr (Plain) {
+            if constexpr (Q::quantised)
+                for (int m = 0; m < MR; ++m)
+                    for (int n = 0; n < NV; ++n) S::store(scores + (k + m) * N + n * W, acc[m][n]);
             // A NaN may hide other scores here: its row is NaN whatever they are.
             for (int n = 0; n < NV; ++n) {
                 for (int half = MR / 2; half > 0; half /= 2)
@@ -274,8 +280,8 @@ __attribute__((noinline)) void take_exponentials(const Scoring& scoring, const K
     const int64_t count = (groups.last - groups.first) / U::E / (steps > 0 ? steps : 1);
     const int64_t each = count > 0 ? count : 1;
     const auto meanwhile = [&]() __attribute__((always_inline)) { exponentials.take(each); };
-    multiply<Tiles>(first, meanwhile);
-    multiply<Tiles>(second, meanwhile);
+    multiply<Tiles, typename U::scores>(first, meanwhile);
+    multiply<Tiles, U>(second, meanwhile);
     exponentials.finish();
 }
 

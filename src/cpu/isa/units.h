@@ -16,6 +16,8 @@ struct FloatUnits {
     using type = T;
     using storage = typename T::storage;
     using product = FloatUnits;
+    using scores = FloatUnits;  // what the micro-kernels multiply for scores
+    static constexpr bool quantised = false;
     static constexpr int E = 1;
     static constexpr bool any = false;
     static constexpr bool flushes = false;  // subnormal numbers
@@ -55,6 +57,8 @@ struct Bf16Units {
     using type = BF16;
     using storage = uint16_t;
     using product = Bf16Units;
+    using scores = Bf16Units;
+    static constexpr bool quantised = false;
     static constexpr int E = 2;
     static constexpr bool any = false;
     static constexpr bool flushes = true;
@@ -97,6 +101,7 @@ struct Bf16Units {
 template <class S>
 struct TileUnits : Bf16Units<S> {
     using product = TileUnits;
+    using scores = TileUnits;
     static constexpr bool tiles = true;
     using typename Bf16Units<S>::storage;
     using typename Bf16Units<S>::vf;
@@ -106,6 +111,10 @@ struct TileUnits : Bf16Units<S> {
     }
     static vf without_extremes(vf x) { return S::without_extremes_bf16(x, Bf16Units<S>::tiny); }
     using Extremes = typename S::ExtremesBf16;
+    template <class Tiles, int C, int A, int B>
+    static void multiply_add() {
+        Tiles::template multiply_add_bf16<C, A, B>();
+    }
 };
 
 /// Floats, converted from the types that ForwardArgs::types gives at run time.

@@ -42,6 +42,13 @@ struct AmxTiles {
         for (int m = 0; m < rows; ++m) add_row(tile(C).units[m], tile(A).units[m], tile(B));
         set_mode(mode);
     }
+    template <int C, int A, int B>
+    static void multiply_add_int8() {
+        for (int m = 0; m < rows; ++m)
+            for (int k = 0; k < rows; ++k)
+                for (int n = 0; n < 16; ++n)
+                    tile(C).units[m][n] += product(tile(A).units[m][k], tile(B).units[k][n]);
+    }
 
 private:
     static constexpr int rows = 16, row_bytes = 64;
@@ -59,6 +66,13 @@ private:
         return state.tiles[index];
     }
     static void set_mode(unsigned mode) { __asm__ volatile("ldmxcsr %0" : : "m"(mode) : "memory"); }
+    /// Of the four signed bytes of each.
+    static uint32_t product(uint32_t a, uint32_t b) {
+        int32_t sum = 0;
+        for (int shift = 0; shift < 32; shift += 8)
+            sum += static_cast<int8_t>(a >> shift) * static_cast<int8_t>(b >> shift);
+        return static_cast<uint32_t>(sum);
+    }
     static float as_float(uint32_t bits) {
         float x;
         __builtin_memcpy(&x, &bits, sizeof x);

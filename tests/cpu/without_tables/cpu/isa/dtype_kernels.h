@@ -19,6 +19,10 @@ template <class S, class U = AnyUnits<S>>
 constexpr BackwardKernel backward_kernel{};
 template <class S>
 constexpr QuantKernel quant_kernel{};
+template <class S, class U, class Q>
+constexpr Int8Kernel int8_kernel{};
+template <class S, class Q>
+constexpr Int8Kernels int8_kernels{};
 
 }  // namespace
 }  // namespace umfa::cpu

@@ -1,0 +1,194 @@
+// Scores of queries and keys that are rounded to int8 on the way into their panels (SageAttention, Zhang
+// et al. 2024). Each row has a scale of its own, so that a row of NaN spoils no other. Products are sums of
+// integers, which are exact, so all instruction sets give the same.
+//
+// With `key_means` the mean of each channel of the keys is taken off first: what all keys have in common
+// would use up the range of int8. It comes back as one number for each query, and scores stay what they
+// are.
+#pragma once
+
+#include "cpu/isa/pack.h"
+#include "cpu/isa/rotary.h"
+#include "cpu/isa/rows.h"
+#include "cpu/isa/units.h"
+
+namespace umfa::cpu {
+namespace {
+
+/// Integers as floats, for instruction sets without sums of bytes: below 2**24 they are exact.
+template <class S>
+struct FloatIntegers {
+    using vf = typename S::vf;
+    using query = FloatIntegers;
+    static constexpr int E = 1;
+    static constexpr bool quantised = true, offset = false;
+
+    static vf fma(vf acc, vf a, vf b) { return S::fma(acc, a, b); }
+    static vf number(vf sum) { return sum; }
+};
+static_assert(max_head_dim * 127 * 127 < 1 << 24);
+
+/// Four int8 in a unit. `offset`: S::dot_i8() takes key + 128, where it takes bytes without a sign.
+template <class S, bool Offset>
+struct Int8Units {
+    using query = Int8Units<S, false>;  // queries always have a sign
+    using vf = typename S::vf;
+    using vi = typename S::vi;
+    static constexpr int E = 4;
+    static constexpr bool quantised = true, offset = Offset;
+
+    static vf fma(vf acc, vf a, vf b) { return S::dot_i8(acc, a, b); }
+    template <class Tiles, int C, int A, int B>
+    static void multiply_add() {
+        Tiles::template multiply_add_int8<C, A, B>();
+    }
+    static vf number(vf sum) { return S::to_float((vi)sum); }
+};
+
+/// U, but for its scores, which are products in units Q.
+template <class U, class Q>
+struct Int8Scores : U {
+    using scores = Q;
+};
+
+/// What brings sums of integers to scores: a scale for each key of the tile, and for each lane of a panel
+/// what begins the sum, the scale of the query, and query . mean.
+struct ScoreScales {
+    const float* keys;
+    const float* lanes;  // [begin, scale, shift][lane]
+};
+
+/// Sums of integers of MR keys from `first` on -> scores.
+template <class S, class Q, int MR>
+inline __attribute__((always_inline)) void scale_scores(const ScoreScales& scales, int64_t first,
+                                                        typename S::vf (&acc)[MR][S::nv]) {
+    using vf = typename S::vf;
+    constexpr int NV = S::nv, W = S::W;
+    for (int n = 0; n < NV; ++n) {
+        const vf scale = S::load(scales.lanes + (NV + n) * W);
+        const vf shift = S::load(scales.lanes + (2 * NV + n) * W);
+        for (int m = 0; m < MR; ++m)
+            // The scales first: a sum times one of them may be out of range.
+            acc[m][n] =
+                S::fma(shift, Q::number(acc[m][n]), scale * S::splat(scales.keys[first + m]));
+    }
+}
+
+/// A row of int8 codes.
+struct CodeRow {
+    float scale;  // NaN where the row holds NaN or inf; all codes are 0 then
+    float shift;  // row . mean
+    int32_t sum;  // of the codes
+};
+
+/// Writes the codes of a row of `channels` elements of type T, in whole vectors of units; zeros up to
+/// `units`. `less`, `times`: vectors, zeros past `channels`, or null.
+template <class S, class Q, class T>
+inline CodeRow quantise_row(const typename T::storage* row, int64_t stride, int64_t channels,
+                            const float* less, const float* times, int64_t units, float* to) {
+    using vf = typename S::vf;
+    using vi = typename S::vi;
+    using vu = typename S::vu;
+    constexpr int W = S::W;
+    float x[max_head_dim + W];
+    vf largest{}, not_finite{}, shift{};
+    for (int64_t c = 0; c < channels; c += W) {
+        vf own = row_units<S, FloatUnits<S, T>>(row, stride, c, channels);
+        if (less) own -= S::load(less + c);
+        if (times) shift = S::fma(shift, own, S::load(times + c));
+        S::store(x + c, own);
+        not_finite += own * 0.f;
+        largest = S::max((vf)((vu)own & 0x7fffffffu), largest);
+    }
+    CodeRow found{0, 0, 0};
+    float most = 0, wrong = 0;
+    for (int w = 0; w < W; ++w) {
+        most = largest[w] > most ? largest[w] : most;
+        wrong += not_finite[w];
+        found.shift += shift[w];
+    }
+    constexpr float least = 7.888609052210118e-31f;  // 2**-100: its reciprocal is finite
+    found.scale = most == 0 ? 0.f : most * (1.f / 127) > least ? most * (1.f / 127) : least;
+    const float inverse = most == 0 ? 0.f : 1.f / found.scale;
+    if (wrong != 0) found.scale = __builtin_nanf("");
+    const vf magic = S::splat(12582912.f);  // 1.5 * 2**23: adding it rounds to an integer
+    vi sum{};
+    char* bytes = reinterpret_cast<char*>(to);
+    for (int64_t c = 0; c < units * Q::E; c += W) {
+        vf code = magic;
+        if (c < channels && wrong == 0) code = S::fused(S::load(x + c), S::splat(inverse), magic);
+        if constexpr (Q::E == 1) {
+            S::store(to + c, code - magic);
+        } else {
+            const vi integer = (vi)code - 0x4b400000;  // the bits of magic
+            sum += integer;
+            // Bytes with 128 added are the same but for their first bit.
+            const typename S::vb narrow =
+                __builtin_convertvector(Q::offset ? integer ^ 128 : integer, typename S::vb);
+            __builtin_memcpy(bytes + c, &narrow, sizeof narrow);
+        }
+    }
+    for (int w = 0; w < W; ++w) found.sum += sum[w];
+    return found;
+}
+
+/// quantise_row() of a row of element type `type`.
+template <class S, class U, class Q>
+inline CodeRow quantise_row_of(ElementType type, const typename U::storage* row, int64_t stride,
+                               int64_t channels, const float* less, const float* times,
+                               int64_t units, float* to) {
+    CodeRow found{};
+    with_units<S, U>(type, [&](auto own) {
+        using T = typename decltype(own)::type;
+        found = quantise_row<S, Q, T>(reinterpret_cast<const typename T::storage*>(row), stride,
+                                      channels, less, times, units, to);
+    });
+    return found;
+}
+
+/// The mean of each channel of the keys of one sequence and head, rotated where they are. Numbers that
+/// are not finite do not count, nor does a mean that is not. Zeros up to whole vectors.
+template <class S, class U>
+void key_means(const ForwardArgs& args, int64_t batch, int64_t head, float* to) {
+    using storage = typename U::storage;
+    using vf = typename S::vf;
+    constexpr int W = S::W;
+    const Sequence& sequence = args.sequences[batch];
+    const int64_t channels = args.head_dim;
+    alignas(64) char rotated[(max_head_dim + 2 * W) * sizeof(float)];
+    float part[max_head_dim + W];
+    for (int64_t c = 0; c < channels; c += W) S::store(to + c, vf{});
+    constexpr int64_t few = 64;  // keys whose sum is added at a time: less is rounded off
+    for (int64_t first = 0; first < sequence.seqlen_kv; first += few) {
+        for (int64_t c = 0; c < channels; c += W) S::store(part + c, vf{});
+        for (int64_t k = first; k < first + few && k < sequence.seqlen_kv; ++k) {
+            const storage* row =
+                key_row<const storage>(args.key, sequence, args.page_size, head, k);
+            int64_t stride = args.key.stride_channel;
+            if (args.rotary.keys) {
+                storage* own = reinterpret_cast<storage*>(rotated);
+                rotate_row_of<S, U>(args.types.key, args.rotary, row, stride, channels, k, own);
+                row = own;
+                stride = 1;
+            }
+            with_units<S, U>(args.types.key, [&](auto units) {
+                using T = typename decltype(units)::type;
+                for (int64_t c = 0; c < channels; c += W) {
+                    const vf x = row_units<S, FloatUnits<S, T>>(
+                        reinterpret_cast<const typename T::storage*>(row), stride, c, channels);
+                    S::store(part + c, S::load(part + c) + (x * 0.f == 0.f ? x : vf{}));
+                }
+            });
+        }
+        for (int64_t c = 0; c < channels; c += W)
+            S::store(to + c, S::load(to + c) + S::load(part + c));
+    }
+    const float count = sequence.seqlen_kv > 0 ? static_cast<float>(sequence.seqlen_kv) : 1.f;
+    for (int64_t c = 0; c < channels; c += W) {
+        const vf mean = S::load(to + c) / count;
+        S::store(to + c, mean * 0.f == 0.f ? mean : vf{});
+    }
+}
+
+}  // namespace
+}  // namespace umfa::cpu
