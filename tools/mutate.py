@@ -70,7 +70,10 @@ COVERED: dict[str, tuple[tuple[str, ...], str]] = {
         "metal or not metal",
     ),
     "src/metal/plan_*.cpp": (("tests/metal/test_plan_forward.py", *CACHE), "metal or not metal"),
-    "src/cpu/backward.cpp": (BACKWARD, "not metal"),
+    "src/cpu/backward*.cpp": (
+        (*BACKWARD, "tests/core/test_backward_shared_masks.py"),
+        "not metal",
+    ),
     "src/cpu/isa/backward_*.h": (BACKWARD, "not metal"),
     "src/core/backward.cpp": ((*BACKWARD, "tests/core/test_backward_bad_input.py"), "not metal"),
     "src/core/gradient_sums.cpp": (BACKWARD, "not metal"),

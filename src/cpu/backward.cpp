@@ -7,10 +7,12 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <queue>
 #include <vector>
 
 #include "cpu/arguments.h"
+#include "cpu/backward_shared.h"
 #include "cpu/float_environment.h"
 #include "cpu/isa/select.h"
 #include "cpu/thread_pool.h"
@@ -62,17 +64,20 @@ public:
         set_operands();
         set_options();
         set_statistics();
-        block_ = kernel_.key_block(args_);
+        block_ = kernel_.sizes(args_).key_block;
     }
 
     void run() {
         clear_unused();
         prepare();
         if (results_.sinks) write_sinks();
-        if (results_.mask && !(mask_is_apart() && sees_all())) clear_mask();
-        add_main_tasks();
-        if (results_.mask && !mask_is_apart()) add_mask_tasks();
-        run_tasks();
+        if (results_.mask && !all_of_mask_is_written()) clear_mask();
+        set_slopes();
+        if (!run_shared_tasks()) {
+            add_main_tasks();
+            if (results_.mask && !mask_is_apart()) add_mask_tasks();
+            run_tasks();
+        }
         if (results_.alibi_slopes) write_slopes();
         if (results_.mask) write_mask_sums();
     }
@@ -212,28 +217,39 @@ private:
         return last;
     }
 
+    bool wants_queries() const { return results_.query || results_.qv; }
+    bool wants_keys() const { return results_.key || results_.value; }
+
+    /// Pairs of query and key of each key head.
+    std::vector<double> pairs_of_heads() const {
+        std::vector<double> pairs;
+        for (const Sequence& sequence : sequences_)
+            pairs.insert(pairs.end(), static_cast<size_t>(forward_.nheads_kv),
+                         static_cast<double>(args_.group) * size_of_pair(sequence));
+        return pairs;
+    }
+
+    bool takes_whole_heads() const {
+        const std::vector<double> pairs = pairs_of_heads();
+        const double all = std::accumulate(pairs.begin(), pairs.end(), 0.0);
+        const int threads = num_threads();
+        return wants_queries() && wants_keys() && 5 * makespan(pairs, threads) <= 7 * all / threads;
+    }
+
+    void set_slopes() {
+        for (const Sequence& sequence : sequences_)
+            blocks_ = std::max(blocks_, (sequence.seqlen_kv + block_ - 1) / block_);
+        if (results_.alibi_slopes)
+            slopes_.assign(static_cast<size_t>(forward_.batch * forward_.nheads_q * blocks_), 0);
+    }
+
     /// The tasks of all gradients but that of a mask that broadcasts.
     ///
     /// One task for all queries and keys of a key head computes five products. Two kinds of tasks,
     /// one with all queries of some keys and one with all keys of some queries, compute seven, but
     /// there are more of them. The bits are the same.
     void add_main_tasks() {
-        const bool queries = results_.query || results_.qv;
-        const bool keys = results_.key || results_.value;
-        std::vector<double> costs;
-        double all = 0;
-        for (const Sequence& sequence : sequences_)
-            for (int64_t head = 0; head < forward_.nheads_kv; ++head) {
-                costs.push_back(static_cast<double>(args_.group) * size_of_pair(sequence));
-                all += costs.back();
-            }
-        const int threads = num_threads();
-        const bool whole = queries && keys && 5 * makespan(costs, threads) <= 7 * all / threads;
-        blocks_ = 0;
-        for (const Sequence& sequence : sequences_)
-            blocks_ = std::max(blocks_, (sequence.seqlen_kv + block_ - 1) / block_);
-        if (results_.alibi_slopes)
-            slopes_.assign(static_cast<size_t>(forward_.batch * forward_.nheads_q * blocks_), 0);
+        const bool queries = wants_queries(), keys = wants_keys(), whole = takes_whole_heads();
         for (int64_t b = 0; b < forward_.batch; ++b)
             for (int64_t head = 0; head < forward_.nheads_kv; ++head) {
                 std::vector<SequenceHead> own;
@@ -288,6 +304,52 @@ private:
     }
 
     // ---- the mask --------------------------------------------------------------------------------
+
+    /// The time that tasks of the mask's own take, with the others, in the unit of makespan().
+    double time_apart(double pairs, int threads) const {
+        const std::vector<double> heads = pairs_of_heads();
+        const bool whole = takes_whole_heads();
+        const double products =
+            2 + (whole ? 5 : (wants_queries() ? 3 : 0) + (wants_keys() ? 4 : 0));
+        const int64_t* strides = results_.mask->view.strides;
+        const auto pieces = [](int64_t length, int64_t step) {
+            return static_cast<double>(std::max<int64_t>((length + step - 1) / step, 1));
+        };
+        const double tasks = pieces(strides[0] ? forward_.batch : 1, 1) *
+                             pieces(strides[1] ? forward_.nheads_q : 1, 1) *
+                             pieces(forward_.seqlen_q, queries_of_task) *
+                             pieces(forward_.seqlen_kv, block_);
+        const double longest = whole ? 5 * *std::max_element(heads.begin(), heads.end()) : 0;
+        return std::max({products * pairs / threads, longest, 2 * pairs / tasks});
+    }
+
+    /// Computes all gradients together, if the mask's is summed over heads and that takes less time than
+    /// tasks of its own. False if not. The bits are the same.
+    bool run_shared_tasks() {
+        const bool queries = wants_queries(), keys = wants_keys();
+        if (!results_.mask || mask_is_apart() || !(queries || keys)) return false;
+        BackwardTask common{};
+        common.query_end = results_.mask->view.shape[2];
+        common.key_end = results_.mask->view.shape[3];
+        common.dquery = queries;
+        common.dkey = keys;
+        common.dmask = mask_of(*results_.mask);
+        common.sums_mask = true;
+        if (!common.dmask.stride_row || !common.dmask.stride_key) return false;
+        if (common.query_end == 0 || common.key_end == 0) return false;
+        if (forward_.batch == 0 || forward_.nheads_kv == 0) return false;
+        if (!slopes_.empty()) {
+            common.dslopes = slopes_.data();
+            common.dslopes_pitch = blocks_;
+        }
+        const int threads = num_threads();
+        SharedTasks tasks(args_, kernel_, common,
+                          {forward_.batch, forward_.nheads_q, forward_.nheads_kv}, threads);
+        const double products = 2 + (queries ? 1 : 0) + (keys ? 2 : 0);
+        if (products * tasks.longest() >= time_apart(tasks.pairs(), threads)) return false;
+        tasks.run(threads_worth(products * tasks.pairs() * static_cast<double>(forward_.head_dim)));
+        return true;
+    }
 
     /// Tasks for the gradient of a mask that broadcasts. One that has rows and columns is written as it is, summed
     /// over the heads that share it. The others are first kept for each head, in float32.
@@ -361,6 +423,12 @@ private:
         const Visible<int64_t>& visible = forward_.visible;
         return !forward_.sequences.given && visible.left == UMFA_UNBOUNDED &&
                visible.right == UMFA_UNBOUNDED && visible.chunk == 0;
+    }
+
+    /// Whether tasks write every element of the mask's gradient.
+    bool all_of_mask_is_written() const {
+        const bool empty = forward_.batch == 0 || forward_.nheads_q == 0;
+        return mask_is_apart() ? sees_all() : !forward_.sequences.given && !empty;
     }
 
     /// What is not seen keeps a gradient of 0.

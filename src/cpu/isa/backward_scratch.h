@@ -80,10 +80,10 @@ struct BackwardScratch {
         caps = place(args.softcap != 0 ? block_kv * N : 0);
         const bool has_mask = args.mask.element != ElementType::none;
         bias = place(has_mask ? (block_kv + S::W) * N : 0);
-        dquery = place(task.dquery ? task.head_count * query_count * key_pitch : 0);
+        dquery = place(task.dquery && !task.shared ? task.head_count * query_count * key_pitch : 0);
         dkey = place(task.dkey ? block * key_pitch : 0);
         dvalue = place(task.dkey ? block * value_pitch : 0);
-        dmask = place(task.sums_mask ? mask_floats(task, last_key) : 0);
+        dmask = place(task.sums_mask && !task.shared ? mask_floats(task, last_key) : 0);
         const int64_t rows = block > query_tile ? block : query_tile;
         rotated = place(args.rotary.element == ElementType::none ? 0 : rows * args.head_dim);
         size = end;

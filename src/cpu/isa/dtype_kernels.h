@@ -43,7 +43,7 @@ constexpr Int8Kernels int8_kernels{
 
 template <class S, class U = AnyUnits<S>>
 constexpr BackwardKernel backward_kernel{backward_prepare<S>, backward_run<S, U>,
-                                         backward_scratch_floats<S, U>, backward_key_block<S, U>};
+                                         backward_scratch_floats<S, U>, backward_sizes<S, U>};
 
 }  // namespace
 }  // namespace umfa::cpu

@@ -174,10 +174,27 @@ struct SequenceHead {
     int64_t sequence, head;
 };
 
+/// Sums that tasks have in common: of dQ over the blocks of keys, and of the mask's gradient over heads.
+/// Each task has all queries of one block of keys. It takes one tile of queries of one head at a time, and
+/// waits until the tasks before it have done so: then the order of the terms is the same however many
+/// tasks run at once.
+struct SharedSums {
+    float* dquery;       // [head of the task][query][channel], padded; null where it is not wanted
+    float* dmask;        // of the block: [head][panel of queries][key][lane]
+    int64_t dmask_head;  // floats from head to head; 0: they are summed
+    bool first_keys, last_keys;    // the block begins, or ends, the sums of dquery
+    bool first_heads, last_heads;  // and the heads those of dmask
+    void* context;
+    /// Returns when all tasks before this one have finished the step. Steps are the tiles of queries of
+    /// the first head, then those of the next.
+    void (*wait)(void* context, int64_t step);
+    void (*finish)(void* context, int64_t step);
+};
+
 /// What a task of a backward pass computes: queries [query_begin, query_end) and keys
 /// [key_begin, key_end) of some heads, as far as their sequences reach. Queries begin at a multiple of
-/// 128, keys at one of key_block(). Gradients that are summed over keys or queries must have all of
-/// them in one task.
+/// 128, keys at one of BackwardSizes::key_block. Gradients that are summed over keys or queries must have
+/// all of them in one task, unless they are shared.
 struct BackwardTask {
     const SequenceHead* heads;  // with dkey and dvalue: those that share the key head
     int64_t head_count;
@@ -193,6 +210,16 @@ struct BackwardTask {
     /// where it is not wanted. The kernel writes those of its own blocks.
     float* dslopes;
     int64_t dslopes_pitch;
+    /// null: the task has no sums in common with others. Else it has one block of keys, and all queries
+    /// and keys of the mask, some of which may be past the end of its sequence.
+    const SharedSums* shared;
+};
+
+struct BackwardSizes {
+    int64_t key_block;  // where tasks may cut the keys
+    int64_t
+        query_tile;  // what a task computes at once; the rows of SharedSums are a multiple of it
+    int64_t dquery_pitch;  // floats of a row of SharedSums::dquery
 };
 
 struct BackwardKernel {
@@ -201,7 +228,7 @@ struct BackwardKernel {
     /// `scratch`: scratch_floats() floats, 64-byte aligned, contents undefined.
     void (*run)(const BackwardArgs&, const BackwardTask&, float* scratch);
     int64_t (*scratch_floats)(const BackwardArgs&, const BackwardTask&);
-    int64_t (*key_block)(const BackwardArgs&);
+    BackwardSizes (*sizes)(const BackwardArgs&);
 };
 
 /// Appends one row to key and value of a sequence, rotated where args.rotary is on.
