@@ -281,6 +281,21 @@ struct BackwardWork {
             with_height<S>(smaller(S::mr, to - k), [&](auto height) { f(k, height); });
     }
 
+    /// Fetches the part that belongs to the group k of panel p of the mask that is read after it.
+    UMFA_INLINE void fetch_mask_after(int64_t p, int64_t k) const {
+        const int64_t begin = first[p], end = last[p];
+        int64_t from = row + (p + 1) * N, key = tile;
+        if (p + 1 == panels || from >= query_end) {
+            const bool ends = tile + block_kv >= block + block_keys;
+            from = ends ? row + query_tile : row;
+            key = ends ? block : tile + block_kv;
+        }
+        const int64_t count = smaller(N, query_end - from), size = end - begin;
+        if (count <= 0) return;
+        fetch_mask(args.mask, head.sequence, head.head, from + count * (k - begin) / size,
+                   from + count * smaller(k + S::mr - begin, size) / size, key, block_kv);
+    }
+
     /// P^T of panel p, and with dropout what is kept of it.
     void probability_tile(int64_t p) {
         float* probabilities = floats_of_panel(p, at.probabilities);
@@ -300,6 +315,7 @@ struct BackwardWork {
         const float* query = memory + at.queries + p * at.depth * N;
         for_each_group(first[p], last[p], [&](int64_t k, auto height) {
             constexpr int MR = decltype(height)::value;
+            if (bias) fetch_mask_after(p, k);
             const bool masked = k < all.begin || k + MR > all.end;
             const auto run = scoring.plain ? (masked ? probabilities_of<S, P, true, true, MR>
                                                      : probabilities_of<S, P, false, true, MR>)

@@ -471,6 +471,18 @@ struct ForwardBlock {
         return groups;
     }
 
+    /// Fetches part `part` of `parts` of the mask of the panel after p; after the last one comes the first
+    /// one of the tile `next`.
+    UMFA_INLINE void fetch_mask_after(int64_t p, int64_t next, int64_t part, int64_t parts) const {
+        if (!has_mask) return;
+        const bool is_last = p + 1 == panels;
+        if (is_last && next >= sequence.seqlen_kv) return;
+        const int64_t row = is_last ? q_begin : q_begin + (p + 1) * N;
+        const int64_t rows = row + N < q_end ? N : q_end - row;
+        fetch_mask(args.mask, batch, head, row + rows * part / parts,
+                   row + rows * (part + 1) / parts, is_last ? next : tile, keys_of_tile<U>);
+    }
+
     /// Reads the dense mask of panel p. Returns it, laid out as the scores, or null if there is
     /// none.
     const float* mask_tile(int64_t p, const KeyGroups& groups) {
@@ -513,7 +525,7 @@ struct ForwardBlock {
     }
 
     /// O^T = O^T * alpha + V^T P^T of panel p.
-    void accumulate_tile(int64_t p, const KeyGroups& groups) {
+    void accumulate_tile(int64_t p, const KeyGroups& groups, int64_t next) {
         const int64_t units = (keys + E - 1) / E, Dv = args.head_dim_v;
         const int64_t first = groups.first / E;
         const int64_t last = groups.last / E < units ? groups.last / E : units;
@@ -523,12 +535,14 @@ struct ForwardBlock {
             accumulate_guarded<S, P>(Dv, value, at.value_pitch, probabilities, first, last,
                                      panel[p], out);
         else
-            for (int64_t c = 0; c < at.channels; c += S::mr)
+            for (int64_t c = 0; c < at.channels; c += S::mr) {
+                fetch_mask_after(p, next, c / S::mr, (at.channels + S::mr - 1) / S::mr);
                 with_height<S>(height(at.channels - c), [&](auto rows) {
                     accumulate<S, P, decltype(rows)::value>(
                         value + first * at.value_pitch + c, at.value_pitch,
                         probabilities + first * N, last - first, panel[p], out + c * N);
                 });
+            }
         if constexpr (U::flushes)
             if (values.tiny)
                 accumulate_left_out<S, U>(v_rows, args.value.stride_channel, keys, Dv,
@@ -574,7 +588,7 @@ void forward_block(const ForwardArgs& args, const Block& block, const Block* nex
             if (groups.empty()) continue;
             work.score_tile(p, groups);
             work.softmax_tile(p, groups);
-            work.accumulate_tile(p, groups);
+            work.accumulate_tile(p, groups, next);
         }
     }
     work.store_rows();

@@ -143,6 +143,7 @@ void forward_tiles(const ForwardArgs& args, const Block& block, const Block* nex
         int buffer = 0;
         for (int64_t p = 0; p < work.panels; ++p) {
             work.prefetch(p, next, next_block);
+            work.fetch_mask_after(p, next, 0, 1);
             const KeyGroups groups = work.groups_of(p);
             if (groups.empty()) continue;
             const typename Work::Stage own{p, groups, buffer ^= 1};
