@@ -1,4 +1,5 @@
-// Rows of the results that belong to no sequence: between packed ones, and past those in use.
+// Rows of the results that belong to no sequence: between packed ones, and past those in use. All rows,
+// where only the GPU knows which: those of sequences are then written again.
 #include <metal_stdlib>
 
 #include "shared/constants.h"
@@ -19,8 +20,13 @@ template <typename T>
                            uint3 threads [[threads_per_threadgroup]],
                            uint3 thread_position [[thread_position_in_threadgroup]]) {
     const int head = group.y, columns = params.head_dim_v, first = thread_position.x;
-    const int64_t batch = unused[group.x].batch, first_row = unused[group.x].row;
-    const int rows = unused[group.x].rows;
+    int64_t batch = group.z, first_row = int64_t(group.x) * UMFA_CLEARED_ROWS;
+    int rows = int(min(int64_t(UMFA_CLEARED_ROWS), params.rows - first_row));
+    if (!has_device_tables) {
+        batch = unused[group.x].batch;
+        first_row = unused[group.x].row;
+        rows = unused[group.x].rows;
+    }
     out += batch * params.out.batch + head * params.out.head + first_row * params.out.row;
     for (int i = first; i < rows * columns; i += threads.x)
         out[i / columns * params.out.row + i % columns * params.out.channel] = T(0.0f);

@@ -330,6 +330,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     if (has_sequences) {
         split = tasks[group.x].split;
         batch = tasks[group.x].sequence;
+        if (has_device_tables && batch < 0) return;  // nothing is left to do
     }
     const SequenceParams sequence = sequence_at(params, sequences, batch);
     const int seqlen_q = sequence.seqlen_q, row_count = params.group * seqlen_q;  // of a key head
@@ -370,8 +371,10 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
         first = first_key_of(span_begin(range, 0));
         last = span_end(range, last_query);
     }
-    const int begin = first + split * decode_params.keys_per_split;
-    const int end = min(begin + decode_params.keys_per_split, last);
+    const int keys_per_split =
+        has_device_tables ? tasks[group.x].keys : decode_params.keys_per_split;
+    const int begin = first + split * keys_per_split;
+    const int end = min(begin + keys_per_split, last);
     // Behind the last key of a run that is not full, that key is read again, and hidden.
     const bool hides = has_mask || (end - begin) % 8 != 0 ||
                        !covers(seen_bounds(range, 0, last_query), begin, end - begin);
@@ -442,6 +445,7 @@ template <typename T, int SIMDGROUPS, int PER_LANE>
     int64_t from = ((batch * params.heads + head) * params.seqlen_q + row) * splits;
     if (has_sequences) {
         const int index = tasks[group.x].sequence, query = tasks[group.x].first_row;
+        if (has_device_tables && index < 0) return;
         const SequenceParams sequence = sequences[index];
         splits = sequence.splits;
         from = sequence.part + int64_t(head * sequence.seqlen_q + query) * splits;

@@ -254,6 +254,7 @@ template <typename T, typename M, int D, int DV, int SIMDGROUPS>
     if (has_sequences) {
         split = tasks[group.x].split;
         batch = tasks[group.x].sequence;
+        if (has_device_tables && batch < 0) return;  // nothing is left to do
     }
     const int head = group.y, place = lane % 8;
     const SequenceParams sequence = sequence_at(params, sequences, batch);
@@ -289,8 +290,10 @@ template <typename T, typename M, int D, int DV, int SIMDGROUPS>
         first = first_key_of(span_begin(range, 0));
         last = span_end(range, 0);
     }
-    const int begin = first + split * decode_params.keys_per_split;
-    const int end = min(begin + decode_params.keys_per_split, last);
+    const int keys_per_split =
+        has_device_tables ? tasks[group.x].keys : decode_params.keys_per_split;
+    const int begin = first + split * keys_per_split;
+    const int end = min(begin + keys_per_split, last);
     const ScoreRow row = score_row(params, slopes, batch, head, 0, sequence.visibility.offset);
     float o[DVF];
     SoftmaxRow softmax;

@@ -347,6 +347,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         batch = tasks[group.x].sequence;
         first_row = tasks[group.x].first_row;
         split = tasks[group.x].split;
+        if (has_device_tables && batch < 0) return;  // nothing is left to do
     }
     const SequenceParams sequence = sequence_at(params, sequences, batch);
     const int seqlen_q = sequence.seqlen_q, seqlen_kv = sequence.visibility.seqlen_kv;
@@ -368,7 +369,8 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
     const int last_query = packs_heads ? seqlen_q - 1 : min(first_row + BQ, seqlen_q) - 1;
     int split_begin = 0, tiles_end = span_end(range, last_query);
     if (packs_heads) {
-        const int keys = split_params->keys_per_split;  // a multiple of BK
+        // A multiple of BK.
+        const int keys = has_device_tables ? tasks[group.x].keys : split_params->keys_per_split;
         split_begin = span_begin(range, 0) / BK * BK + split * keys;
         tiles_end = min(tiles_end, split_begin + keys);
     }

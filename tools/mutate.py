@@ -69,6 +69,12 @@ COVERED: dict[str, tuple[tuple[str, ...], str]] = {
         ("tests/metal/test_plan_forward.py", "tests/metal/test_plan_backward.py"),
         "metal or not metal",
     ),
+    "shaders/sequences.metal": (("tests/metal/test_sequences_tables.py",), "metal"),
+    "src/core/sequence_bounds.cpp": (
+        ("tests/metal/test_sequences_tables.py", "tests/metal/host/test_torch_tables.py"),
+        "metal or not metal",
+    ),
+    "src/metal/plan_tables.cpp": (("tests/metal/test_sequences_tables.py",), "metal"),
     "src/metal/plan_*.cpp": (("tests/metal/test_plan_forward.py", *CACHE), "metal or not metal"),
     "src/cpu/backward*.cpp": (
         (*BACKWARD, "tests/core/test_backward_shared_masks.py"),

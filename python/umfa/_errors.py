@@ -12,3 +12,11 @@ UnsupportedError.__module__ = "umfa"  # where users find it; tracebacks print th
 def message(function: str, what: str, got: object, expected: str) -> str:
     """The text of an error; `got` is the offending value."""
     return f"[{function}] {what}; got {got}; expected {expected}"
+
+
+class HostReadsError(Exception):
+    """A call whose tables were to stay on the GPU needs them on the host. Never leaves umfa."""
+
+
+class OutOfRangeError(ValueError):
+    """What the GPU has found out of range, in a call that is over."""

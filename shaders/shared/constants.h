@@ -94,7 +94,9 @@
     X(57, bool, has_key_scales)                                                             \
     X(58, bool, has_key_offsets)                                                            \
     X(59, bool, has_value_scales)                                                           \
-    X(60, bool, has_value_offsets)
+    X(60, bool, has_value_offsets)                                                          \
+    /* A kernel has read the tables of sequences, and made the list of tasks. */            \
+    X(61, bool, has_device_tables)
 
 // Values of mask_kind. The other kinds use them too, except BOOL.
 #define UMFA_MASK_NONE 0

@@ -6,6 +6,7 @@
 #include <stdint.h>
 #endif
 
+#include "shared/indices.h"
 #include "shared/visible.h"
 
 namespace umfa {
@@ -70,7 +71,47 @@ struct SequenceParams {
 /// What one threadgroup does, for each head: sequences differ in length, and a grid over the longest
 /// would be mostly empty.
 struct SequenceTask {
-    int32_t sequence, first_row, split, reserved;
+    int32_t sequence, first_row, split;  // with has_device_tables, a sequence of -1: nothing
+    int32_t keys;                        // of a split, with has_device_tables
+};
+
+// How the numbers of a table are stored.
+#define UMFA_TABLE_NONE 0  // there is no such table
+#define UMFA_TABLE_I32 1
+#define UMFA_TABLE_I64 2
+
+/// Of a table that a kernel reads, in elements.
+struct TableLayout {
+    int64_t row, column;  // strides
+    int32_t kind, reserved;
+};
+
+/// A number that was out of range. `table`: 1 + its index, UMFA_FAULT_LENGTH; 0: nothing was.
+#define UMFA_FAULT_LENGTH (UMFA_SEQUENCES_TABLES + 1)  // a sequence of keys above max_seqlen_k
+struct TableFault {
+    int64_t got, low, high;
+    int32_t table, row, column, reserved;
+};
+#define UMFA_FAULT_WORDS 5  // of 64 bits
+
+/// Where sequences lie, from tables on the GPU, and which threadgroups the next kernel has.
+struct SequencesParams {
+    TableLayout tables[UMFA_SEQUENCES_TABLES];
+    int64_t query_rows, key_rows;     // of a dense query and key, or of the packed; of all pages
+    int64_t kv_batch, table_rows;     // how many indices key, and the block table, have
+    int64_t most_q, most_kv;          // max_seqlen_q and max_seqlen_k
+    int32_t batch, page_size, pages;  // pages: of a sequence
+    int32_t top_left;
+    Visible<int32_t> visibility;  // what all sequences have in common
+    int32_t group;                // rows of a query
+    int32_t block;                // rows of a threadgroup
+    int32_t alignment;            // of the first key that is split
+    int32_t round;                // keys that a split has a multiple of
+    int32_t splits;               // 1: keys are not split; else the caller's, or 0
+    int32_t least_keys;           // worth a split of their own
+    int32_t threadgroups;         // that fill the GPU
+    int32_t heads, heads_kv;
+    int32_t task_count, row_count;  // of the lists; what is left of them is filled with nothing
 };
 
 /// Rows of the results that belong to no sequence: no key, so 0 and a log-sum-exp of -inf.
@@ -79,9 +120,13 @@ struct UnusedRows {
     int32_t rows, reserved;
 };
 
+/// Rows that a threadgroup clears: enough to be worth one, few enough that long gaps go to many.
+#define UMFA_CLEARED_ROWS 16
+
 struct ClearParams {
     OperandStrides out, lse;
-    int32_t head_dim_v, reserved;
+    int32_t head_dim_v;
+    int32_t rows;  // with has_device_tables: all of an index of the batch are cleared
 };
 
 /// New rows of keys and values.

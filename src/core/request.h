@@ -94,10 +94,18 @@ struct AttentionOptions {
     bool operator==(const AttentionOptions&) const = default;
 };
 
+/// How many tables a call can have.
+inline constexpr size_t table_count = 0
+#define UMFA_TABLE(name, text) +1
+#include "core/options.def"
+    ;
+
 struct AttentionRequest : AttentionOptions {
     explicit AttentionRequest(const Function& its_function) : function(&its_function) {}
 
     const Function* function;  // outlives the Problem
+    /// Tables lie where the query does. A kernel reads them when the call runs; the host does not.
+    bool tables_in_stream = false;
 #define UMFA_OPERAND(name) std::optional<TensorView> name;
 #define UMFA_INPUT(name, autocast, text) std::optional<TensorView> name;
 #define UMFA_TABLE(name, text) std::optional<TensorView> name;

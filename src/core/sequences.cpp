@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/sequence_bounds.h"
 
 namespace umfa {
 namespace {
@@ -372,7 +373,8 @@ private:
 }  // namespace
 
 Sequences read_sequences(const AttentionRequest& request, const SequenceShapes& shapes) {
-    return SequenceReader(request, shapes).make();
+    return request.tables_in_stream ? sequence_bounds(request, shapes)
+                                    : SequenceReader(request, shapes).make();
 }
 
 }  // namespace umfa

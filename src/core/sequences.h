@@ -2,6 +2,7 @@
 // simply one per index of the batch. Read and checked once, on the host.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -31,11 +32,22 @@ struct SequenceShapes {
     int64_t new_batch = 0, new_rows = 0;      // of dense new keys; of packed ones 1 and their total
 };
 
+/// Tables that the host does not read. A kernel does when it runs, and clamps what it finds.
+struct DeviceTables {
+    std::array<std::optional<TensorView>, table_count> views;  // in the order of options.def
+    int64_t query_rows = 0;           // of a dense query; of a packed one its total
+    int64_t kv_batch = 0;             // or pages
+    int64_t key_rows = 0;             // likewise of the keys; with pages, of all of a sequence's
+    int64_t most_q = 0, most_kv = 0;  // max_seqlen_q and max_seqlen_k
+    void* fault = nullptr;            // where the kernel notes what was out of range, if known
+};
+
 struct Sequences {
     bool given = false;              // there are tables; else everything is in its place
     std::vector<SequenceRows> rows;  // one for each index of the batch
     std::vector<int32_t> pages;      // (batch, pages_per_sequence), only with a block table
     int64_t pages_per_sequence = 0;
+    std::optional<DeviceTables> tables;  // `rows` are then the longest possible, and no pages known
 };
 
 /// Reads and checks everything; throws `Error` with the offending value and its place.

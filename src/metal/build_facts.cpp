@@ -40,7 +40,7 @@ const std::string& kernels_text() {
              {"append.metal", "backward.metal", "backward_mask.metal", "clear.metal",
               "combine.metal", "decode.metal", "decode_vector.metal", "dequantize.metal",
               "forward.metal", "lanes.metal", "quantize.metal", "quantize_scales.metal",
-              "row_sums.metal"})
+              "row_sums.metal", "sequences.metal"})
             add(shader_text(file));
         add(metallib());
         return std::string(UMFA_VERSION) + " " + std::to_string(hash);

@@ -55,6 +55,7 @@ std::string family_of(const std::string& kernel) {
     if (starts(kernel, "decode_")) return stem + bounded(head_dim, {128, 256});
     // Those of one tensor run together.
     if (starts(kernel, "quantize_")) return "quantize" + stem.substr(stem.rfind('_'));
+    if (starts(kernel, "tables")) return "tables";
     // Named by the input dtype; the output dtype is left out.
     if (starts(kernel, "combine_")) return stem.substr(0, stem.rfind('_'));
     return stem;

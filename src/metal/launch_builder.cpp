@@ -14,6 +14,11 @@ Simdgroups fit_simdgroups(int usual, int smallest, const Capabilities& gpu) {
     return {count, count == usual ? "" : "_s" + std::to_string(count)};
 }
 
+uint32_t add_scratch(LaunchPlan& plan, uint64_t bytes) {
+    plan.scratch_bytes.push_back(bytes);
+    return static_cast<uint32_t>(plan.scratch_bytes.size() - 1);
+}
+
 LaunchBuilder::LaunchBuilder(LaunchPlan& plan, std::string_view function,
                              std::vector<Constant> constants, std::string kernel,
                              const char* source, uint32_t buffer_count)
@@ -45,6 +50,11 @@ LaunchBuilder& LaunchBuilder::tensors(std::span<const Slot> slots) {
 
 LaunchBuilder& LaunchBuilder::scratch(uint32_t index, uint32_t piece) {
     launch_.buffers.push_back({index, Binding::Kind::scratch, piece, 0});
+    return *this;
+}
+
+LaunchBuilder& LaunchBuilder::piece(uint32_t index, const std::optional<Binding>& what) {
+    if (what) launch_.buffers.push_back({index, what->kind, what->piece, what->byte_offset});
     return *this;
 }
 

@@ -57,6 +57,9 @@ uint32_t add_data(LaunchPlan& plan, const std::vector<T>& values) {
     return static_cast<uint32_t>(plan.data.size() - 1);
 }
 
+/// Adds memory that only the plan's kernels use. Returns its number, for LaunchBuilder::scratch.
+uint32_t add_scratch(LaunchPlan& plan, uint64_t bytes);
+
 class LaunchBuilder {
 public:
     /// `source`: the kernel's file under shaders/. `buffer_count`: buffers in the kernel's layout.
@@ -83,7 +86,8 @@ public:
     LaunchBuilder& tensors(std::span<const Slot> slots);
     LaunchBuilder& tensor(Slot slot) { return tensors({&slot, 1}); }
     LaunchBuilder& scratch(uint32_t index, uint32_t piece);
-    /// Binds nothing where there is none.
+    /// Binds nothing where there is none. The binding's own index does not matter.
+    LaunchBuilder& piece(uint32_t index, const std::optional<Binding>& what);
     LaunchBuilder& data(uint32_t index, std::optional<uint32_t> piece);
     template <class T>
     LaunchBuilder& new_data(uint32_t index, const std::vector<T>& values) {

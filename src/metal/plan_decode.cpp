@@ -4,6 +4,7 @@
 
 #include "metal/launch_builder.h"
 #include "metal/plan_codes.h"
+#include "metal/plan_tables.h"
 #include "metal/plan_tiles.h"
 #include "shared/decode_shapes.h"
 #include "shared/indices.h"
@@ -119,6 +120,12 @@ struct Split {
     int64_t keys;   // of each
 };
 
+/// Threadgroups that fill the GPU. One that counts has 4 simdgroups.
+int64_t filling_threadgroups(const Capabilities& gpu, const Block& block) {
+    return gpu.cores *
+           std::max<int64_t>(1, 4 * gpu.decode_threadgroups_per_core / block.simdgroups);
+}
+
 /// The keys that any query sees, in pieces of whole rounds of the simdgroups: as many as the caller
 /// allows or as fill the GPU, equal also where sequences are not.
 Split split_keys(const Problem& problem, const Capabilities& gpu, const Chosen& chosen,
@@ -129,9 +136,7 @@ Split split_keys(const Problem& problem, const Capabilities& gpu, const Chosen& 
         keys = std::max(keys, own);
         work += own * problem.nheads_kv * blocks_of(problem, problem.sequence(b).seqlen_q, block);
     }
-    // A threadgroup that counts has 4 simdgroups.
-    const int64_t threadgroups =
-        gpu.cores * std::max<int64_t>(1, 4 * gpu.decode_threadgroups_per_core / block.simdgroups);
+    const int64_t threadgroups = filling_threadgroups(gpu, block);
     const int64_t filling = std::max<int64_t>(threadgroups * keys / std::max<int64_t>(work, 1), 1);
     const int64_t wanted = problem.num_splits > 0
                                ? problem.num_splits
@@ -141,17 +146,56 @@ Split split_keys(const Problem& problem, const Capabilities& gpu, const Chosen& 
     return {std::max<int64_t>(1, ceil_div(keys, each)), each};
 }
 
+/// The most splits of a sequence where a kernel splits, by the same rule: it knows how long they are.
+int64_t most_splits(const Problem& problem, const Capabilities& gpu, const Block& block) {
+    const int64_t keys = problem.seqlen_kv;
+    if (problem.num_splits > 0)
+        return std::max<int64_t>(1, std::min(problem.num_splits, ceil_div(keys, block.keys)));
+    const int64_t filling =
+        filling_threadgroups(gpu, block) / std::max<int64_t>(problem.nheads_kv, 1);
+    return std::clamp<int64_t>(keys / min_keys_per_split, 1, std::max<int64_t>(filling, 1));
+}
+
+Split split_of(const Problem& problem, const Capabilities& gpu, const Chosen& chosen,
+               const Block& block) {
+    Split split = split_keys(problem, gpu, chosen, block);
+    if (problem.sequences.tables) split.count = most_splits(problem, gpu, block);
+    return split;
+}
+
+TaskShape task_shape(const Problem& problem, const Capabilities& gpu, const Block& block,
+                     const Split& split) {
+    TaskShape shape;
+    shape.group = group_of(problem);
+    shape.block = block.rows;
+    shape.alignment = block.alignment;
+    shape.round = block.keys;
+    shape.splits = split.count > 1 ? problem.num_splits : 1;
+    shape.least_keys = min_keys_per_split;
+    shape.threadgroups = filling_threadgroups(gpu, block);
+    shape.most_splits = split.count;
+    shape.merges = split.count > 1;
+    return shape;
+}
+
 /// Where sequences lie, and how many partial results theirs are. Empty where none are given.
 struct Places {
     std::vector<SequenceParams> sequences;
     std::optional<uint32_t> data;  // the same, as data of the plan
     int64_t parts = 0;
+    std::optional<TablePlaces> by_kernel;  // in place of these, where a kernel finds them
 };
 
-Places places_of(LaunchPlan& plan, const Problem& problem, const Chosen& chosen, const Block& block,
-                 const Split& split) {
+Places places_of(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
+                 const Chosen& chosen, const Block& block, const Split& split) {
     Places places;
     if (!problem.sequences.given) return places;
+    if (problem.sequences.tables) {
+        places.by_kernel = plan_tables(plan, problem, gpu, task_shape(problem, gpu, block, split));
+        // Each of a query's rows has a part in each of its block's tasks.
+        places.parts = problem.nheads_q * problem.seqlen_q * places.by_kernel->task_count;
+        return places;
+    }
     places.sequences = sequence_params(problem);
     for (const int64_t b : chosen) {
         SequenceParams& own = places.sequences[static_cast<size_t>(b)];
@@ -249,9 +293,14 @@ MergeParams merge_params(const Problem& problem, const ForwardResults& results,
     return params;
 }
 
+/// Numbers of the partial results in the plan's scratch memory.
+struct SplitScratch {
+    uint32_t out, state;
+};
+
 void plan_merge(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
                 const Capabilities& gpu, const Chosen& chosen, const Split& split,
-                const Places& places) {
+                const Places& places, const SplitScratch& scratch) {
     const ElementType type = stored_type(problem.out_dtype);
     const int channels = problem.head_dim_v <= 128 ? 128 : problem.head_dim_v <= 256 ? 256 : 512;
     const Simdgroups simdgroups = fit_simdgroups(merge_simdgroups, 1, gpu);
@@ -263,13 +312,17 @@ void plan_merge(LaunchPlan& plan, const Problem& problem, const ForwardResults& 
         .stores(type)
         .shape(simdgroups.count, channels / 32)
         .tensors(merge_layout)
-        .scratch(UMFA_MERGE_PARTIAL_OUT, 0)
-        .scratch(UMFA_MERGE_PARTIAL_STATE, 1)
+        .scratch(UMFA_MERGE_PARTIAL_OUT, scratch.out)
+        .scratch(UMFA_MERGE_PARTIAL_STATE, scratch.state)
         .params(UMFA_MERGE_PARAMS, merge_params(problem, results, split))
         .grid(problem.seqlen_q, problem.nheads_q, problem.batch)
         .simdgroups(simdgroups.count)
         .threadgroup_bytes(merge_bytes(simdgroups.count, channels / 32));
-    if (problem.sequences.given) {
+    if (places.by_kernel) {
+        merge.piece(UMFA_MERGE_SEQUENCES, places.by_kernel->places)
+            .piece(UMFA_MERGE_TASKS, places.by_kernel->rows)
+            .grid(places.by_kernel->row_count, problem.nheads_q);
+    } else if (problem.sequences.given) {
         const std::vector<SequenceTask> tasks = merge_tasks(places.sequences, chosen);
         merge.data(UMFA_MERGE_SEQUENCES, places.data)
             .new_data(UMFA_MERGE_TASKS, tasks)
@@ -290,7 +343,12 @@ void add_split(LaunchPlan& plan, const Problem& problem, const ForwardResults& r
                const Split& split, const Places& places, double seconds) {
     int64_t seqlen_q = 0;  // the longest
     for (const int64_t b : chosen) seqlen_q = std::max(seqlen_q, problem.sequence(b).seqlen_q);
-    if (problem.sequences.given) {
+    if (places.by_kernel) {
+        launch.piece(slots.sequences, places.by_kernel->places)
+            .piece(slots.tasks, places.by_kernel->tasks)
+            .piece(slots.pages, places.by_kernel->pages)
+            .grid(places.by_kernel->task_count, problem.nheads_kv);
+    } else if (problem.sequences.given) {
         const std::vector<SequenceTask> tasks =
             decode_tasks(places.sequences, chosen, group_of(problem), block.rows);
         launch.data(slots.sequences, places.data)
@@ -308,11 +366,14 @@ void add_split(LaunchPlan& plan, const Problem& problem, const ForwardResults& r
     if (split.count > 1)
         parts = problem.sequences.given ? places.parts
                                         : problem.batch * problem.nheads_q * seqlen_q * split.count;
-    plan.scratch_bytes = {
-        std::max<uint64_t>(static_cast<uint64_t>(parts * problem.head_dim_v), 1) * sizeof(float),
-        std::max<uint64_t>(static_cast<uint64_t>(parts), 1) * 2 * sizeof(float)};
-    launch.scratch(slots.partial_out, 0).scratch(slots.partial_state, 1).add(slices);
-    if (split.count > 1) plan_merge(plan, problem, results, gpu, chosen, split, places);
+    const SplitScratch scratch{
+        add_scratch(plan, std::max<uint64_t>(static_cast<uint64_t>(parts * problem.head_dim_v), 1) *
+                              sizeof(float)),
+        add_scratch(plan, std::max<uint64_t>(static_cast<uint64_t>(parts), 1) * 2 * sizeof(float))};
+    launch.scratch(slots.partial_out, scratch.out)
+        .scratch(slots.partial_state, scratch.state)
+        .add(slices);
+    if (split.count > 1) plan_merge(plan, problem, results, gpu, chosen, split, places, scratch);
 }
 
 /// By tiles, whose rows are packed: all that is not for the decode kernel.
@@ -322,8 +383,8 @@ void plan_packed(LaunchPlan& plan, const Problem& problem, const ForwardResults&
                                UMFA_FORWARD_PARTIAL_OUT, UMFA_FORWARD_PARTIAL_STATE};
     const Tiles tiles = tiles_of(problem, gpu);
     const Block block = block_of(tiles);
-    const Split split = split_keys(problem, gpu, chosen, block);
-    const Places places = places_of(plan, problem, chosen, block, split);
+    const Split split = split_of(problem, gpu, chosen, block);
+    const Places places = places_of(plan, problem, gpu, chosen, block, split);
     const SplitParams params{static_cast<int32_t>(split.keys), static_cast<int32_t>(split.count),
                              static_cast<int32_t>(problem.nheads_q), 0};
     LaunchBuilder launch = tile_launch(plan, problem, results, gpu, tiles);
@@ -358,8 +419,8 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const ForwardResults&
     const Simdgroups simdgroups = fit_simdgroups(shape.simdgroups, 2, gpu);
     shape.simdgroups = simdgroups.count;
     const Block block = block_of(problem, shape);
-    const Split split = split_keys(problem, gpu, chosen, block);
-    const Places places = places_of(plan, problem, chosen, block, split);
+    const Split split = split_of(problem, gpu, chosen, block);
+    const Places places = places_of(plan, problem, gpu, chosen, block, split);
     // Keys and values are read once; products of padding count too.
     const double keys = static_cast<double>(split.keys);
     const double seconds =

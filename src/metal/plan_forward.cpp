@@ -7,6 +7,7 @@
 #include "metal/plan_codes.h"
 #include "metal/plan_decode.h"
 #include "metal/plan_sequences.h"
+#include "metal/plan_tables.h"
 #include "metal/plan_tiles.h"
 #include "shared/indices.h"
 
@@ -38,7 +39,16 @@ void plan_tiles(LaunchPlan& plan, const Problem& problem, const ForwardResults& 
     LaunchBuilder builder = tile_launch(plan, problem, results, gpu, tiles);
     builder.grid((problem.seqlen_q + block_q - 1) / block_q, problem.nheads_q, problem.batch);
     std::vector<SequenceTask> tasks;
-    if (problem.sequences.given) {
+    const bool by_tables = problem.sequences.tables.has_value();
+    if (by_tables) {
+        TaskShape shape;
+        shape.block = block_q;
+        const TablePlaces found = plan_tables(plan, problem, gpu, shape);
+        builder.piece(UMFA_FORWARD_SEQUENCES, found.places)
+            .piece(UMFA_FORWARD_TASKS, found.tasks)
+            .piece(UMFA_FORWARD_PAGES, found.pages)
+            .grid(found.task_count, problem.nheads_q);
+    } else if (problem.sequences.given) {
         tasks = tasks_of(problem, chosen, block_q);
         builder.new_data(UMFA_FORWARD_SEQUENCES, sequence_params(problem))
             .new_data(UMFA_FORWARD_TASKS, tasks)
@@ -48,6 +58,7 @@ void plan_tiles(LaunchPlan& plan, const Problem& problem, const ForwardResults& 
     const auto seconds = [&](double keys) { return tile_seconds(problem, tiles, keys, gpu); };
     builder.add(slices_of(
         builder.grid(), seconds(static_cast<double>(problem.seqlen_kv)), gpu, [&](uint32_t x) {
+            if (by_tables) return seconds(static_cast<double>(problem.seqlen_kv));
             if (tasks.empty())
                 return seconds(
                     keys_of(problem, problem.sequence(0), int64_t{x} * block_q, block_q));
@@ -55,6 +66,24 @@ void plan_tiles(LaunchPlan& plan, const Problem& problem, const ForwardResults& 
             return seconds(
                 keys_of(problem, problem.sequence(task.sequence), task.first_row, block_q));
         }));
+}
+
+/// All sequences go to one kernel, which the longest possible chooses: the host knows none of them.
+void plan_by_tables(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                    const Capabilities& gpu) {
+    add_tables(plan, problem);
+    plan_clear_all(plan, problem, results);
+    if (problem.batch == 0) return;
+    if (problem.nheads_q == 0 || problem.seqlen_q == 0) {
+        plan_tables(plan, problem, gpu, {});  // which checks the numbers
+        return;
+    }
+    Chosen all;
+    for (int64_t b = 0; b < problem.batch; ++b) all.push_back(b);
+    if (is_decode(problem, problem.seqlen_q))
+        plan_decode(plan, problem, results, gpu, all, {});
+    else
+        plan_tiles(plan, problem, results, gpu, all, {});
 }
 
 }  // namespace
@@ -70,6 +99,10 @@ LaunchPlan plan_forward(const Problem& problem, const ForwardResults& results,
                         const Capabilities& gpu) {
     LaunchPlan plan;
     plan.tensors = tensors_of(problem, results);
+    if (problem.sequences.tables) {
+        plan_by_tables(plan, problem, results, gpu);
+        return plan;
+    }
     std::optional<uint32_t> pages;
     if (problem.batch > 0) pages = add_pages(plan, problem);
     if (problem.append) plan_append(plan, problem, results, pages);

@@ -266,6 +266,7 @@ std::vector<Constant> constants_of(const Problem& problem, const ForwardResults&
     flag(constant::wide_loads, wide_loads(problem));
     flag(constant::has_chunk, problem.visible.chunk > 0);
     flag(constant::has_sequences, problem.sequences.given);
+    flag(constant::has_device_tables, problem.sequences.tables.has_value());
     flag(constant::has_pages, problem.page_size > 0);
     flag(constant::has_sinks, problem.sinks.has_value());
     kind(constant::sink_kind, problem.sinks ? &problem.sinks->logits : nullptr);

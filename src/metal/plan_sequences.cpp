@@ -8,8 +8,7 @@
 namespace umfa::metal {
 namespace {
 
-/// Of one threadgroup: enough to be worth one, few enough that long gaps go to many.
-constexpr int64_t rows_per_threadgroup = 16;
+constexpr int64_t rows_per_threadgroup = UMFA_CLEARED_ROWS;
 
 std::vector<UnusedRows> pieces_of(const std::vector<RowRange>& ranges) {
     std::vector<UnusedRows> pieces;

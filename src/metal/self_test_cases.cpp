@@ -226,6 +226,33 @@ void append(SelfTestTensors& tensors, AttentionRequest& request) {
     request.new_value = rows_like(*request.value);
 }
 
+/// Sequences in pages whose tables a kernel reads, with splits that it chooses.
+std::string attend_by_tables(DType dtype, const std::string& family, const Runner& run) {
+    SelfTestTensors tensors;
+    AttentionRequest request{function()};
+    request.query = tensors.numbers(dtype, {1, 1, 2, 64});
+    request.key = tensors.numbers(dtype, {1, 175, 1, 64});
+    request.value = tensors.numbers(dtype, {1, 175, 1, 64});
+    turn_pages(tensors, request);
+    request.num_splits = 3;
+    const Problem on_cpu = Problem::make(request);
+    request.tables_in_stream = true;
+    Problem on_gpu = Problem::make(request);
+    const std::vector<int32_t> zeros(2 * UMFA_FAULT_WORDS, 0);
+    const TensorView fault = tensors.table(zeros), nothing = tensors.table(zeros);
+    on_gpu.sequences.tables->fault = fault.data;
+    const TensorView got = tensors.unwritten(dtype, {1, 1, 2, 64}),
+                     expected = tensors.unwritten(dtype, {1, 1, 2, 64});
+    run([&](const Capabilities& gpu) {
+        LaunchPlan plan = plan_forward(on_gpu, on_gpu.results(got), gpu);
+        check_plan(plan, family);
+        return plan;
+    });
+    cpu::backend.forward.run(on_cpu, on_cpu.results(expected));
+    std::string text = difference("out", got, expected);
+    return text.empty() ? byte_difference("table_fault", fault, nothing) : text;
+}
+
 // ---- gradients ---------------------------------------------------------------------------------------
 
 /// Likewise of the gradients in `wanted`, from what the CPU's forward pass gives.
@@ -421,6 +448,8 @@ std::vector<SelfTestCase> self_test_cases(DType dtype, const Capabilities& gpu) 
     add("clear_" + stored, "", {64, 64, 5, 75, clear});
     // Without query heads only the append kernel is launched.
     add("append_" + stored, "", {64, 64, 1, 75, append, 0});
+    cases.push_back({"tables", "decode_merge_" + stored,
+                     [=](const Runner& run) { return attend_by_tables(dtype, "tables", run); }});
     cases.push_back(
         {"combine_" + stored, "", [=](const Runner& run) { return merge_parts(dtype, run); }});
     for (const bool back : {false, true})

@@ -3,6 +3,8 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+
 #include "core/dispatch.h"
 #include "core/weights.h"
 #include "python/player.h"
@@ -14,6 +16,13 @@ namespace {
 
 using namespace nb::literals;
 
+bool has_device_table(const AttentionRequest& request) {
+    return std::ranges::any_of(tensor_fields, [&](const TensorField& field) {
+        const std::optional<TensorView>& view = request.*field.view;
+        return field.table && view && view->device != Device::cpu;
+    });
+}
+
 nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
                             nb::callable framework_allocate, nb::handle like, nb::handle wish,
                             nb::handle play) {
@@ -21,7 +30,8 @@ nb::tuple attention_forward(const Options& options, const nb::tuple& tensors,
         return framework_allocate(like, shape_tuple(shape), name_of(dtype), wish);
     };
     Inputs inputs;
-    const AttentionRequest request = make_request(options, tensors, inputs);
+    AttentionRequest request = make_request(options, tensors, inputs);
+    request.tables_in_stream = !play.is_none() && has_device_table(request);
     const Problem problem = Problem::make(request);
     const bool wants_weights = options.returns_weights();
     if (wants_weights) check_weights(problem);
@@ -94,23 +104,26 @@ nb::tuple attention_warm_up(const Options& options, const nb::tuple& tensors, nb
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-    m.def("attention_forward", &attention_forward, "options"_a, "tensors"_a, "allocate"_a, "like"_a,
-          "backend"_a, "play"_a.none() = nb::none(),
-          nb::sig("def attention_forward(options: Options, tensors: tuple[object, ...], "
-                  "allocate: collections.abc.Callable[[object, tuple[int, ...], str, str], "
-                  "tuple[object, object]], like: object, backend: str, "
-                  "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None "
-                  "= None) "
-                  "-> tuple[object | None, object | None, object | None]"),
-          "Computes attention on DLPack tensors, in the order of options.names.\n\n"
-          "`allocate(like, shape, dtype, backend)` returns (DLPack tensor to write, what to hand\n"
-          "back); `like` and `backend` are passed on to it.\n"
-          "Returns (out, lse or None, weights or None) as allocate handed them back; out is None\n"
-          "if it was given. The weights are those of return_attn_probs with dropout.\n\n"
-          "`play(plan)` queues a Metal plan in another library's stream: None if it did; the most\n"
-          "threads of a threadgroup that the kernels take, if that is too few for the plan; 0 if "
-          "the\n"
-          "stream cannot take it, and has nothing left to do. Then umfa's own queue runs it.");
+    m.def(
+        "attention_forward", &attention_forward, "options"_a, "tensors"_a, "allocate"_a, "like"_a,
+        "backend"_a, "play"_a.none() = nb::none(),
+        nb::sig("def attention_forward(options: Options, tensors: tuple[object, ...], "
+                "allocate: collections.abc.Callable[[object, tuple[int, ...], str, str], "
+                "tuple[object, object]], like: object, backend: str, "
+                "play: collections.abc.Callable[[dict[str, typing.Any]], int | None] | None "
+                "= None) "
+                "-> tuple[object | None, object | None, object | None]"),
+        "Computes attention on DLPack tensors, in the order of options.names.\n\n"
+        "`allocate(like, shape, dtype, backend)` returns (DLPack tensor to write, what to hand\n"
+        "back); `like` and `backend` are passed on to it.\n"
+        "Returns (out, lse or None, weights or None) as allocate handed them back; out is None\n"
+        "if it was given. The weights are those of return_attn_probs with dropout.\n\n"
+        "`play(plan)` queues a Metal plan in another library's stream: None if it did; the most\n"
+        "threads of a threadgroup that the kernels take, if that is too few for the plan; 0 if "
+        "the\n"
+        "stream cannot take it, and has nothing left to do. Then umfa's own queue runs it.\n"
+        "With it, tables may lie where the query does: a kernel of the plan reads them, and notes\n"
+        "in the tensor table_fault what was out of range. The queue runs no such plan.");
     m.def("attention_can_run", &attention_can_run, "options"_a, "tensors"_a,
           nb::sig("def attention_can_run(options: Options, tensors: tuple[object, ...]) "
                   "-> tuple[bool, str]"),

@@ -88,12 +88,14 @@ nb::dict plan_dict(const LaunchPlan& plan) {
 namespace {
 
 nb::dict metal_plan_forward(const Options& options, int family, int cores, const nb::tuple& tensors,
-                            nb::handle out, nb::handle lse, const std::vector<std::string>& tiles) {
+                            nb::handle out, nb::handle lse, const std::vector<std::string>& tiles,
+                            bool by_tables) {
     const std::string& function = options.function->name;
     Inputs inputs;
     AttentionRequest request = make_request(options, tensors, inputs);
     const Output out_array = import_output(out, function, "out");
     request.out = out_array.view;  // the problem takes its dtype
+    request.tables_in_stream = by_tables && request.has_tables();
     const Problem problem = Problem::make(request);
     Output lse_array;
     std::optional<TensorView> lse_view;
@@ -139,10 +141,22 @@ nb::dict metal_plan_combine(int family, int cores, nb::handle out_partial, nb::h
 void bind_metal_plan(nb::module_& m) {
     m.def("metal_plan_forward", &metal_plan_forward, "options"_a, "family"_a, "cores"_a,
           "tensors"_a, "out"_a, "lse"_a.none(), "tiles"_a = std::vector<std::string>(),
+          "by_tables"_a = false,
           nb::sig("def metal_plan_forward(options: Options, family: int, cores: int, "
                   "tensors: tuple[object, ...], out: object, lse: object | None, "
-                  "tiles: list[str] = []) -> dict[str, typing.Any]"),
-          "The LaunchPlan of a forward pass on an Apple GPU family (7 to 10), as plain values.");
+                  "tiles: list[str] = [], by_tables: bool = False) -> dict[str, typing.Any]"),
+          "The LaunchPlan of a forward pass on an Apple GPU family (7 to 10), as plain values.\n"
+          "`by_tables`: a kernel reads the tables of sequences.");
+    m.def(
+        "table_fields",
+        [] {
+            std::vector<std::string> names;
+            for (const TensorField& field : tensor_fields)
+                if (field.table) names.push_back(name_of(field.field));
+            return names;
+        },
+        nb::sig("def table_fields() -> list[str]"),
+        "The tables of sequences, in the order in which that kernel counts them.");
     m.def("metal_plan_backward", &metal_plan_backward, "options"_a, "family"_a, "cores"_a,
           "tensors"_a, "saved"_a, "gradients"_a,
           nb::sig("def metal_plan_backward(options: Options, family: int, cores: int, "

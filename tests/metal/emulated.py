@@ -49,6 +49,8 @@ class Settings:
     """Else kernels are launched as PyTorch and MLX launch them: constants are text, and parameters,
     tables and what a call leaves out are buffers like any other."""
     options: Options = field(default_factory=Options)
+    by_tables: bool = False
+    """A kernel reads the tables of sequences, in place of the host."""
     tiles: list[str] = field(default_factory=list)
     """Kernels that `python -m umfa tune` might have chosen."""
 
@@ -70,6 +72,8 @@ SOME_MACHINES = [
 settings = Settings()
 counters: list[Counters] = []
 """Of every dispatch since the last `counting`."""
+table_fault = np.zeros(5, np.int64)
+"""What the last call's kernel found out of range, with `Settings.by_tables`."""
 last_plan: dict[str, Any] = {}
 """The plan that `attention` played last."""
 
@@ -201,11 +205,13 @@ def compute(framework: Any, call: Prepared, tensors: dict[str, Array]) -> tuple[
         _numpy.export(out, "umfa.test", "out"),
         lse,
         settings.tiles,
+        settings.by_tables,
     )
     last_plan.clear()
     last_plan.update(plan)
     named = dict(zip(call.options.fields, tensors.values(), strict=True))
-    all_tensors = {**named, "out": out, "lse": lse}
+    table_fault[:] = 0
+    all_tensors = {**named, "out": out, "lse": lse, "table_fault": table_fault}
     pieces = {
         "tensor": [all_tensors[name] for name, _ in plan["tensors"]],
         "scratch": [np.full(size, 0xFF, np.uint8) for size in plan["scratch_bytes"]],  # NaN

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 from .. import _ext
+from .._errors import HostReadsError, OutOfRangeError, UnsupportedError
 from .._frameworks import Framework
 
 
@@ -39,9 +40,16 @@ def exported(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> t
     if not tables:
         return tuple([export(tensor, function, name, backend) for name, tensor in tensors.items()])
     return tuple(
-        tensor if name in tables else export(tensor, function, name, backend)
+        tensor
+        if name in tables and not stays(framework, tensor)
+        else export(tensor, function, name, backend)
         for name, tensor in tensors.items()
     )
+
+
+def stays(framework: Framework, table: Any) -> bool:
+    """Whether a table lies on the GPU, where a kernel reads it."""
+    return framework.reads_later is not None and framework.reads_later(table)
 
 
 def stream_of(
@@ -58,11 +66,18 @@ def stream_of(
     if framework.in_stream is None or not framework.in_stream(tensors[call.names[0]]):
         return None
     options = call.options
-    fields = zip(options.fields, tensors.items(), strict=True)
-    named = {field: tensor for field, (name, tensor) in fields if name not in call.tables}
+    named, tables = {}, {}
+    for field, (name, tensor) in zip(options.fields, tensors.items(), strict=True):
+        if name not in call.tables:
+            named[field] = tensor
+        elif stays(framework, tensor):
+            named[field], tables[field] = tensor, name
     gathers = options.return_attn_probs and options.dropout_p != 0
     obstacle = "the host gathers the matrix of weights" if gathers else ""
-    return framework.stream(call.function, {**named, **saved}, results, obstacle)
+    stream = framework.stream(call.function, {**named, **saved}, results, obstacle)
+    if tables:
+        stream.read_tables(tables)
+    return stream
 
 
 T = TypeVar("T")
@@ -77,6 +92,28 @@ def recorded(framework: Framework, compute: Callable[[], T], backend: Any) -> T:
 
 def execute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
     """(out,), (out, lse) or (out, lse, weights)."""
+    if any(stays(framework, tensors[name]) for name in call.tables):
+        try:
+            return _execute(framework, call, tensors)
+        except OutOfRangeError:  # in an earlier call
+            raise
+        except (HostReadsError, UnsupportedError, ValueError, TypeError):
+            # Nothing has run. With the numbers at hand the call can, or the error says what it got.
+            tensors = on_host(framework, call, tensors)
+    return _execute(framework, call, tensors)
+
+
+def on_host(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors, with tables where the host reads them."""
+    return {
+        name: framework.to_host(tensor, call.function, name)
+        if name in call.tables and stays(framework, tensor)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _execute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
     shown = exported(framework, call, tensors)
     allocate, play = framework.allocate, None
     stream = stream_of(framework, call, tensors, ("lse",) if "out" in tensors else ("out", "lse"))

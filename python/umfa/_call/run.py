@@ -12,14 +12,14 @@ from .. import _ext
 from .._errors import message
 from .._frameworks import Framework, framework_of, known_framework
 from .gradients import differentiable
-from .prepared import Prepared, execute, exported, prepared, recorded, stream_of
+from .prepared import Prepared, execute, exported, prepared, recorded, stays, stream_of
 
 
 def run(attention: _ext.Attention) -> Any:
     """Computes. Returns out, or (out, lse), or (out, lse, weights or None)."""
     call = prepared(attention.options)
     tensors = attention.tensors
-    framework = ready(call, tensors)
+    framework = ready(call, tensors, later=True)
     options = call.options
     autodiff = framework.autodiff
     # A recorded call draws its seed each time that it runs.
@@ -113,9 +113,10 @@ def warm_up(attention: _ext.Attention) -> tuple[str, int, int]:
     return recorded(framework, compiled, call.backend)
 
 
-def ready(call: Prepared, tensors: dict[str, Any]) -> Framework:
+def ready(call: Prepared, tensors: dict[str, Any], later: bool = False) -> Framework:
     """The tensors' framework. Checks what it can tell, and replaces tensors by what it must: tables
-    by copies on the host, others as autocast demands."""
+    by copies on the host, others as autocast demands. `later`: tables stay where a kernel can read
+    them."""
     function, options = call.function, call.options
     if options.return_lse and options.return_attn_probs:
         raise ValueError(
@@ -134,8 +135,9 @@ def ready(call: Prepared, tensors: dict[str, Any]) -> Framework:
         framework.autocast(function, own, call.written, call.autocast)
     if call.tables:
         tensors.update(own)
-        for name in call.tables:
-            tensors[name] = _on_host(function, name, tensors[name])
+        if not (later and _all_stay(framework, call, tensors, own)):
+            for name in call.tables:
+                tensors[name] = _on_host(function, name, tensors[name])
     if options.lacks_seed and framework.draw_seed is None:
         raise ValueError(
             message(
@@ -146,6 +148,19 @@ def ready(call: Prepared, tensors: dict[str, Any]) -> Framework:
             )
         )
     return framework
+
+
+def _all_stay(
+    framework: Framework, call: Prepared, tensors: dict[str, Any], own: dict[str, Any]
+) -> bool:
+    """Whether a kernel reads all tables of a call, on its other tensors `own`. Gradients, and seeds
+    that a refused call must not draw, need the numbers."""
+    autodiff = framework.autodiff
+    return (
+        not call.options.lacks_seed
+        and all(stays(framework, tensors[name]) for name in call.tables)
+        and (autodiff is None or not autodiff.applies(own.values()))
+    )
 
 
 def _on_host(function: str, name: str, table: Any) -> Any:

@@ -122,6 +122,10 @@ class Framework(Protocol):
         names of what will be allocated.
         """
 
+    reads_later: Callable[[Any], bool] | None
+    """Whether a table may stay where it is, because a kernel of `stream` can read it. None: the
+    host reads every table."""
+
     def mark_written(self, tensor: Any) -> None:
         """Tells the framework that the memory of a tensor has been written."""
 

@@ -56,6 +56,7 @@ autodiff = None
 autocast = None
 
 in_stream = None
+reads_later = None
 
 draw_seed = None
 

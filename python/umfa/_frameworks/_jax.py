@@ -84,6 +84,7 @@ autodiff = _jax_autodiff
 autocast = None
 
 in_stream = None
+reads_later = None
 
 draw_seed = None
 

@@ -128,6 +128,7 @@ def trains(tensors: Iterable[Any]) -> bool:
 
 
 stand_ins = None
+reads_later = None
 
 recorded = _mlx_graph.computed
 

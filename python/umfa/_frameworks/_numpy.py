@@ -106,6 +106,7 @@ autodiff = None
 autocast = None
 
 in_stream = None
+reads_later = None
 
 
 def draw_seed() -> int:

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from .. import _ext
 from .._errors import UnsupportedError, message
 from .._stats import count_wait
-from . import _torch_autodiff, _torch_mps, causal_bias
+from . import _torch_autodiff, _torch_mps, _torch_tables, causal_bias
 from ._versions import release
 
 _forward_ad: Any = forward_ad  # its functions carry no annotations
@@ -108,6 +108,10 @@ def stream(
         _torch_mps.wait(reason)
         return None
     return _torch_mps.Stream(function, tensors, results, allocate)
+
+
+def reads_later(table: Any) -> bool:
+    return isinstance(table, torch.Tensor) and _torch_mps.is_mps(table) and not _torch_mps.missing()
 
 
 def _check_offset(tensor: Any, function: str, argument: str) -> None:
@@ -213,6 +217,9 @@ def to_host(tensor: Any, function: str, argument: str) -> Any:
     _check_plain(tensor, function, argument)
     if _torch_mps.is_mps(tensor):
         count_wait(f"{argument} is a table on the GPU, which the host reads")
+        on_host = tensor.detach().cpu()
+        _torch_tables.check()
+        return on_host
     return tensor.detach().cpu()
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from .. import _ext
-from .._errors import UnsupportedError, message
+from .._errors import HostReadsError, UnsupportedError, message
 from .._stats import count_in_stream, count_wait
+from . import _torch_tables
 
 MOST_BYTES = 4095
 """Metal copies no more into a command buffer (setBytes)."""
@@ -37,6 +38,7 @@ def wait(reason: str) -> None:
     """Until the GPU has done what torch has queued, because `reason`."""
     count_wait(reason)
     torch.mps.synchronize()
+    _torch_tables.check()
 
 
 def missing() -> str:
@@ -83,7 +85,13 @@ class Stream:
         self._results = iter(results)
         self._allocate = allocate
         self._device = next(iter(tensors.values())).device
+        self._tables: Mapping[str, str] = {}
         self.used = self.built = 0
+
+    def read_tables(self, names: Mapping[str, str]) -> None:
+        """Lets a kernel read these tables, fields of the record with their callers' names: they are
+        among the tensors."""
+        self._tables = names
 
     def allocate(self, *arguments: Any) -> tuple[Any, Any]:
         """As the framework's `allocate`."""
@@ -100,14 +108,19 @@ class Stream:
         launches = plan["launches"]
         if any(launch["further_slice"] for launch in launches):
             # macOS ends command buffers that take seconds, and torch decides where its own end.
+            if self._tables:
+                raise HostReadsError
             wait("the call is long, and umfa divides it into command buffers of its own")
             return 0
         kernels, most = self._kernels(launches)
         if most is not None:
             return most
+        fault, place = _torch_tables.take(self._device) if self._tables else (None, 0)
         pieces = {
             "tensor": [
-                _from_byte(self._tensors[name], offset)
+                _from_byte(fault, place)
+                if name == "table_fault"
+                else _from_byte(self._tensors[name], offset)
                 for (name, _), offset in zip(plan["tensors"], plan["byte_offsets"], strict=True)
             ],
             "scratch": [_empty(max(size, _SPARE), self._device) for size in plan["scratch_bytes"]],
@@ -118,6 +131,8 @@ class Stream:
             threads = tuple(count * size for count, size in zip(grid, group, strict=True))
             kernel(*self._arguments(launch, pieces), threads=threads, group_size=group)
         count_in_stream()
+        if self._tables and _torch_tables.queued(self._device, place, self._function, self._tables):
+            wait(f"{_torch_tables.PLACES // 2} calls had tables on the GPU, and it is time to look")
         return None
 
     def warm_up(self, plan: dict[str, Any]) -> int | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import _switch
+from ._mps import synchronize
 from ._quantized import quantized_attention
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "quantized_attention",
     "register",
     "sdpa",
+    "synchronize",
     "uninstall",
 ]
 

@@ -310,28 +310,6 @@ def test_stats_say_what_ran_where(mps: TorchMps) -> None:
     assert any(line.endswith("waits for the GPU: a test") for line in lines)
 
 
-@pytest.mark.slow
-def test_a_table_on_the_gpu_is_waited_for(mps: TorchMps) -> None:
-    lengths = (5, 12)
-    q, k, v = (x[0] for x in made(mps, torch.float16, 17, 17))
-    offsets = mps.tensor(torch.tensor([0, 5, 17], dtype=torch.int32))
-    before = umfa.stats().waits
-    out = umfa.flash_attn_varlen_func(q, k, v, offsets, offsets, 12, 12, causal=True)
-    waits = {x: n for x, n in umfa.stats().waits.items() if n != before.get(x, 0)}
-    assert waits == {
-        f"cu_seqlens_{x} is a table on the GPU, which the host reads":
-            before.get(f"cu_seqlens_{x} is a table on the GPU, which the host reads", 0) + 1
-        for x in "qk"
-    }  # fmt: skip
-    assert mps.waits == 2
-    first = 0
-    for length in lengths:
-        own = slice(first, first + length)
-        wanted, _ = expected(mps, [x[own][None] for x in (q, k, v)], causal=True)
-        assert_close(mps.read(out)[own][None], wanted, BASE["float16"])
-        first += length
-
-
 def test_the_self_tests_exclusions_hold(recorder: Recorder, monkeypatch: Any) -> None:
     """On a GPU that computes nothing right."""
     with (

@@ -22,7 +22,7 @@ from tests.capsules import _DLManagedTensor, _DLTensor, _new_capsule
 from tests.metal.metal_tensors import METAL
 from tools.metal.emulator import Library
 from umfa._call import _public
-from umfa._frameworks import _torch, _torch_mps
+from umfa._frameworks import _torch, _torch_mps, _torch_tables
 
 _CODES = {
     torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.bool: (6, 8),
@@ -218,13 +218,17 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[TorchMps]:
         return device.show(tensor), tensor
 
     def on_host(tensor: Any, function: str, argument: str) -> Any:
-        if device.has(tensor):
-            device.synchronize()  # as torch's copy does
-        return to_host(tensor, function, argument)
+        if not device.has(tensor):
+            return to_host(tensor, function, argument)
+        device.synchronize()  # as torch's copy does
+        return to_host(tensor, function, argument).clone()
 
     def to_device(tensor: torch.Tensor, name: str) -> torch.Tensor:
         device.synchronize()
         return device.tensor(tensor)
+
+    def zeros(size: int, _: torch.device) -> torch.Tensor:
+        return device.tensor(torch.zeros(size, dtype=torch.int64))
 
     patch.setattr(_torch, "export", shown)
     patch.setattr(_torch, "allocate", made)
@@ -236,6 +240,8 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[TorchMps]:
     patch.setattr(_torch_mps, "is_mps", device.has)
     patch.setattr(_torch_mps, "_empty", device.empty)
     patch.setattr(_torch_mps, "_to_device", to_device)
+    patch.setattr(_torch_tables, "_zeros", zeros)
+    patch.setattr(_torch_tables, "_devices", {})
     patch.setattr(torch.mps, "synchronize", device.synchronize)
     patch.setattr(torch.mps, "compile_shader", device.compile_shader)
     caches = (_torch_mps._compiled, _torch_mps._spare, _torch_mps._uploaded)
