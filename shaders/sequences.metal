@@ -99,7 +99,10 @@ inline SequenceParams place_of(thread const Tables& tables, constant SequencesPa
         if (!paged) place.kv_row = first;
     }
     if (has_table(params, UMFA_SEQUENCES_SEQUSED_K))
-        rows = number_in(tables, params, UMFA_SEQUENCES_SEQUSED_K, b, 0, rows, fault);
+        rows = number_in(tables, params, UMFA_SEQUENCES_SEQUSED_K, b, 0, rows - params.new_rows,
+                         fault);
+    int64_t position = rows;
+    rows += params.new_rows;
     if (has_table(params, UMFA_SEQUENCES_CACHE_BATCH_IDX))
         place.kv_batch = number_in(tables, params, UMFA_SEQUENCES_CACHE_BATCH_IDX, b, 0,
                                    (paged ? params.table_rows : params.kv_batch) - 1, fault);
@@ -124,7 +127,13 @@ inline SequenceParams place_of(thread const Tables& tables, constant SequencesPa
         place.visibility.prefix =
             int(min(rows, number_in(tables, params, UMFA_SEQUENCES_PREFIX_LENS, b, 0,
                                     int64_t(UMFA_UNBOUNDED), fault)));
-    place.position_q = place.visibility.offset;
+    if (has_table(params, UMFA_SEQUENCES_ROTARY_SEQLENS))
+        position = number_in(tables, params, UMFA_SEQUENCES_ROTARY_SEQLENS, b, 0,
+                             int64_t(UMFA_UNBOUNDED), fault);
+    place.position_q =
+        params.new_rows == 0
+            ? place.visibility.offset
+            : int(clamped(position, 0, params.last_position, fault, UMFA_FAULT_POSITION - 1, b, 0));
     place.splits = 1;
     return place;
 }
@@ -134,13 +143,71 @@ inline void take_page(thread const Tables& tables, constant SequencesParams& par
                       device int* pages, device const SequenceParams* places, int index,
                       thread TableFault& fault) {
     const int b = index / params.pages, page = index % params.pages;
-    const int64_t first = places[b].kv_row / params.page_size;
-    if (page < first) return;
+    // Padding may reach into the new rows.
+    const int64_t begin =
+        places[b].kv_row + min(0, places[b].visibility.seqlen_kv - params.new_rows);
+    if (page < begin / params.page_size) return;
     if (int64_t(page) * params.page_size >= places[b].kv_row + places[b].visibility.seqlen_kv)
         return;
     const int row = int(places[b].kv_batch);  // of the table
     pages[index] = int(clamped(number_at(tables, params, UMFA_SEQUENCES_BLOCK_TABLE, row, page), 0,
                                params.kv_batch - 1, fault, UMFA_SEQUENCES_BLOCK_TABLE, row, page));
+}
+
+/// Rows that a sequence appends in one piece: in its index of the cache, or in a page.
+struct Piece {
+    int64_t index;
+    int first, end;
+};
+
+inline Piece piece_of(constant SequencesParams& params, device const SequenceParams* places,
+                      device const int* pages, int b, int piece) {
+    const int end = int(places[b].kv_row) + places[b].visibility.seqlen_kv;
+    const int first = end - params.new_rows;
+    Piece found = {places[b].kv_batch, first, end};
+    if (params.page_size > 0) {
+        const int page = first / params.page_size + piece, at = page * params.page_size;
+        found.first = max(first - at, 0);
+        found.end = min(end - at, params.page_size);
+        found.index = found.first < found.end ? pages[places[b].pages + page] : -1;
+    }
+    return found;
+}
+
+/// Whether sequence `b` appends rows that an earlier sequence appends, or that it appends twice itself:
+/// which one comes last would be chance.
+inline bool shares_rows(constant SequencesParams& params, device const SequenceParams* places,
+                        device const int* pages, int b, thread TableFault& fault) {
+    const int pieces = params.new_pieces;
+    for (int i = 0; i < pieces; ++i) {
+        const Piece own = piece_of(params, places, pages, b, i);
+        if (own.index < 0) continue;
+        for (int before = 0; before < b * pieces + i; ++before) {
+            const int other = before / pieces;
+            const Piece theirs = piece_of(params, places, pages, other, before % pieces);
+            if (theirs.index != own.index || theirs.first >= own.end || own.first >= theirs.end)
+                continue;
+            clamped(other, b + 1, b + 1, fault, UMFA_FAULT_SHARED - 1, b, 0);  // never equal
+            return true;
+        }
+    }
+    return false;
+}
+
+/// What threadgroups append. Where rows would be written twice, the later sequence writes none.
+inline void list_appends(constant SequencesParams& params, device const SequenceParams* places,
+                         device const int* pages, device AppendTask* appends, int b,
+                         thread TableFault& fault) {
+    const bool shares = params.check_shared != 0 && shares_rows(params, places, pages, b, fault);
+    const int count = (params.new_rows - 1) / params.append_block + 1;
+    for (int i = 0; i < count; ++i) {
+        const int row = i * params.append_block;
+        const int rows = shares ? 0 : min(params.append_block, params.new_rows - row);
+        const AppendTask task = {b,    row,
+                                 b,    places[b].visibility.seqlen_kv - params.new_rows + row,
+                                 rows, places[b].position_q + row};
+        appends[b * count + i] = task;
+    }
 }
 
 /// The keys that any query of a sequence sees: the first and how many.
@@ -246,6 +313,7 @@ template <int THREADS>
     device SequenceTask* tasks [[buffer(UMFA_SEQUENCES_TASKS)]],
     device SequenceTask* rows [[buffer(UMFA_SEQUENCES_ROWS)]],
     device int* pages [[buffer(UMFA_SEQUENCES_PAGES)]],
+    device AppendTask* appends [[buffer(UMFA_SEQUENCES_APPENDS)]],
     device TableFault* fault_found [[buffer(UMFA_SEQUENCES_FAULT)]],
     constant SequencesParams& params [[buffer(UMFA_SEQUENCES_PARAMS)]],
     uint3 thread_position [[thread_position_in_threadgroup]]) {
@@ -283,6 +351,16 @@ template <int THREADS>
         }
         const int first_page = -largest<THREADS>(task_ends, faulty, thread_index);
         if (first_fault == UMFA_UNBOUNDED) first_fault = first_page;
+    }
+    if (params.new_rows > 0) {
+        threadgroup_barrier(mem_flags::mem_device);  // the places and pages
+        faulty = -UMFA_UNBOUNDED;
+        for (int b = thread_index; b < params.batch; b += THREADS) {
+            list_appends(params, places, pages, appends, b, fault);
+            if (fault.table != 0) faulty = max(faulty, -b);
+        }
+        const int first_shared = -largest<THREADS>(task_ends, faulty, thread_index);
+        if (first_fault == UMFA_UNBOUNDED) first_fault = first_shared;
     }
     if (first_fault != UMFA_UNBOUNDED && first_fault % THREADS == thread_index &&
         fault_found->table == 0)

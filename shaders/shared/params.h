@@ -75,6 +75,13 @@ struct SequenceTask {
     int32_t keys;                        // of a split, with has_device_tables
 };
 
+/// Some new rows of one sequence, for each key head.
+struct AppendTask {
+    int64_t new_batch, new_row;   // the first of them, in new_key and new_value
+    int32_t sequence, first_key;  // which key of the sequence it becomes
+    int32_t rows, position;       // position of the first, for rotary angles
+};
+
 // How the numbers of a table are stored.
 #define UMFA_TABLE_NONE 0  // there is no such table
 #define UMFA_TABLE_I32 1
@@ -86,8 +93,10 @@ struct TableLayout {
     int32_t kind, reserved;
 };
 
-/// A number that was out of range. `table`: 1 + its index, UMFA_FAULT_LENGTH; 0: nothing was.
-#define UMFA_FAULT_LENGTH (UMFA_SEQUENCES_TABLES + 1)  // a sequence of keys above max_seqlen_k
+/// A number that was out of range. `table`: 1 + its index, or one of these; 0: nothing was.
+#define UMFA_FAULT_LENGTH (UMFA_SEQUENCES_TABLES + 1)    // a sequence of keys above max_seqlen_k
+#define UMFA_FAULT_POSITION (UMFA_SEQUENCES_TABLES + 2)  // behind the last rotary angle
+#define UMFA_FAULT_SHARED (UMFA_SEQUENCES_TABLES + 3)    // `row` would write rows that `got` writes
 struct TableFault {
     int64_t got, low, high;
     int32_t table, row, column, reserved;
@@ -100,6 +109,7 @@ struct SequencesParams {
     int64_t query_rows, key_rows;     // of a dense query and key, or of the packed; of all pages
     int64_t kv_batch, table_rows;     // how many indices key, and the block table, have
     int64_t most_q, most_kv;          // max_seqlen_q and max_seqlen_k
+    int64_t last_position;            // of a first query and new key, for rotary angles
     int32_t batch, page_size, pages;  // pages: of a sequence
     int32_t top_left;
     Visible<int32_t> visibility;  // what all sequences have in common
@@ -111,6 +121,10 @@ struct SequencesParams {
     int32_t least_keys;           // worth a split of their own
     int32_t threadgroups;         // that fill the GPU
     int32_t heads, heads_kv;
+    int32_t new_rows;               // of each sequence
+    int32_t append_block;           // rows of a threadgroup that appends
+    int32_t new_pieces;             // pages, or 1, that a sequence's new rows reach into, at most
+    int32_t check_shared;           // not 0: sequences may have places in common
     int32_t task_count, row_count;  // of the lists; what is left of them is filled with nothing
 };
 
@@ -147,13 +161,6 @@ struct PartStrides {
 struct CombineParams {
     PartStrides out_partial, lse_partial, out, lse;
     int32_t parts, rows, heads, head_dim;
-};
-
-/// Some new rows of one sequence, for each key head.
-struct AppendTask {
-    int64_t new_batch, new_row;   // the first of them, in new_key and new_value
-    int32_t sequence, first_key;  // which key of the sequence it becomes
-    int32_t rows, position;       // position of the first, for rotary angles
 };
 
 /// Split-KV decode: the keys that any query sees, [first_key, last_key), in `splits` equal pieces.

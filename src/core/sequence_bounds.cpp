@@ -19,6 +19,7 @@ public:
         check_tables();
         check_promise();
         check_cache();
+        check_append();
         Sequences found;
         found.given = true;
         found.rows.assign(static_cast<size_t>(batch_), longest());
@@ -38,8 +39,10 @@ private:
     }
 
     void refuse_what_needs_numbers() const {
-        if (request_.new_key) refuse(names_[Field::new_key]);
-        if (request_.rotary_cos || request_.rotary_sin) refuse(names_[Field::rotary_cos]);
+        const bool rotates = request_.rotary_cos || request_.rotary_sin;
+        if (rotates && !request_.new_key) refuse(names_[Field::rotary_cos]);
+        if (request_.new_key && (request_.cu_seqlens_k || request_.max_seqlen_k))
+            refuse(names_[Field::new_key]);
         if (request_.return_attn_probs && request_.dropout_p != 0)
             refuse(names_[Field::return_attn_probs]);
     }
@@ -48,12 +51,40 @@ private:
         const std::string& name = names_[field];
         if (table.dtype != DType::i32 && table.dtype != DType::i64)
             check_.type(name + " has the wrong dtype", name_of(table.dtype), "int32 or int64");
-        check_same_device(check_, table, name, *request_.query);
+        if (table.device != Device::cpu) check_same_device(check_, table, name, *request_.query);
         if (table.ndim != ndim || (rows >= 0 && table.shape[0] != rows))
             check_.value(name + " has the wrong shape", shape_text(table),
                          std::to_string(ndim) + " dimensions" +
                              (rows < 0 ? "" : ", the first of " + std::to_string(rows)));
         check_memory(check_, table, name);
+        if (on_host(table)) check_numbers(table, field);
+    }
+
+    /// Whether the host can read a table, beside others that it cannot.
+    bool on_host(const TensorView& table) const {
+        return table.device == Device::cpu && request_.query->device != Device::cpu;
+    }
+
+    /// What the host can see is refused now, not when the call has run: the waiting path says how.
+    void check_numbers(const TensorView& table, Field field) const {
+        const bool is_offset = field == Field::cu_seqlens_q || field == Field::cu_seqlens_k;
+        int64_t low = 0, high = INT32_MAX;
+        if (field == Field::cu_seqlens_q) high = shapes_.query_rows;
+        if (field == Field::cu_seqlens_k && !request_.block_table) high = shapes_.kv_rows;
+        if (field == Field::seqused_q) high = shapes_.query_rows;
+        if (field == Field::seqused_k) high = key_rows() - shapes_.new_rows;
+        if (field == Field::cache_leftpad) high = key_rows();
+        if (field == Field::cache_batch_idx)
+            high = (request_.block_table ? request_.block_table->shape[0] : shapes_.kv_batch) - 1;
+        if (field == Field::block_table) return;  // entries that are not in use may be anything
+        for (int64_t i = 0; i < table.shape[0]; ++i) {
+            const int64_t value = integer_at(table, i);
+            if (value < low || value > high)
+                check_.value(names_[field] + "[" + std::to_string(i) + "] is out of range",
+                             std::to_string(value),
+                             std::to_string(low) + " to " + std::to_string(high));
+            if (is_offset) low = value;
+        }
     }
 
     void read_batch() {
@@ -82,7 +113,29 @@ private:
             check_table(*request_.block_table, Field::block_table, 2,
                         request_.cache_batch_idx ? -1 : batch_);
         if (request_.cu_seqlens_k_new) refuse(names_[Field::cu_seqlens_k_new]);
-        if (request_.rotary_seqlens) refuse(names_[Field::rotary_seqlens]);
+        if (request_.rotary_seqlens)
+            check_table(*request_.rotary_seqlens, Field::rotary_seqlens, 1, batch_);
+    }
+
+    /// Room for the new rows, and whether a kernel can tell that no two sequences write the same.
+    void check_append() const {
+        if (!request_.new_key) return;
+        if (shapes_.new_batch != batch_)
+            check_.value(names_[Field::new_key] + " has the wrong shape",
+                         shape_text(*request_.new_key), "a batch of " + std::to_string(batch_));
+        if (shapes_.new_rows > key_rows() || (shapes_.new_rows > 0 && !request_.seqused_k))
+            check_.value(names_[Field::key] + " overflows", std::to_string(shapes_.new_rows),
+                         "at most " + std::to_string(key_rows()));
+        constexpr int64_t most_pieces = 1024;  // each is compared with each
+        if (checks_shared() && batch_ * new_pieces() > most_pieces)
+            refuse(names_[Field::new_key] + " of so many pages");
+    }
+
+    bool checks_shared() const { return request_.block_table || request_.cache_batch_idx; }
+
+    int64_t new_pieces() const {
+        if (!request_.block_table) return 1;
+        return (shapes_.new_rows + shapes_.kv_rows - 2) / shapes_.kv_rows + 1;
     }
 
     /// What the host knows without a table.
@@ -128,6 +181,7 @@ private:
         rows.seqlen_q = std::min(shapes_.query_rows, most(request_.max_seqlen_q));
         rows.seqlen_kv = std::min(key_rows(), most(request_.max_seqlen_k));
         if (request_.prefix_lens) rows.prefix = rows.seqlen_kv;
+        rows.new_rows = shapes_.new_rows;
         return rows;
     }
 
@@ -144,6 +198,9 @@ private:
         found.query_rows = shapes_.query_rows;
         found.kv_batch = shapes_.kv_batch;
         found.key_rows = key_rows();
+        found.new_rows = shapes_.new_rows;
+        found.new_pieces = request_.new_key ? new_pieces() : 0;
+        found.checks_shared = checks_shared();
         found.most_q = most(request_.max_seqlen_q);
         found.most_kv = most(request_.max_seqlen_k);
         return found;

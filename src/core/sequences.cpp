@@ -33,19 +33,6 @@ public:
             refuse(name + " has no memory", "a null pointer", "the tensor's data");
     }
 
-    static int64_t element(const TensorView& table, int64_t row, int64_t column = 0) {
-        const int64_t at =
-            row * table.strides[0] + (table.ndim > 1 ? column * table.strides[1] : 0);
-        if (table.dtype == DType::i32) {
-            int32_t value;
-            std::memcpy(&value, table.address() + at * 4, 4);
-            return value;
-        }
-        int64_t value;
-        std::memcpy(&value, table.address() + at * 8, 8);
-        return value;
-    }
-
     /// One number for each sequence, each within [low, high(b)].
     template <class High>
     void read(const TensorView& table, const std::string& name, int64_t batch, int64_t low,
@@ -53,7 +40,7 @@ public:
         check(table, name, 1, batch, "(" + std::to_string(batch) + ",)");
         values.resize(static_cast<size_t>(batch));
         for (int64_t b = 0; b < batch; ++b) {
-            const int64_t value = element(table, b);
+            const int64_t value = integer_at(table, b);
             if (value < low || value > high(b))
                 refuse(name + "[" + std::to_string(b) + "] is out of range", std::to_string(value),
                        std::to_string(low) + " to " + std::to_string(high(b)) + ", " + limit);
@@ -68,7 +55,7 @@ public:
         if (table.shape[0] < 1) refuse(name + " is empty", shape_text(table), "(batch + 1,)");
         values.resize(static_cast<size_t>(table.shape[0]));
         for (int64_t i = 0; i < table.shape[0]; ++i) {
-            const int64_t value = element(table, i);
+            const int64_t value = integer_at(table, i);
             const std::string place = name + "[" + std::to_string(i) + "]";
             if (i == 0 && value < 0)
                 refuse(place + " is negative", std::to_string(value), "0 or more");
@@ -335,7 +322,7 @@ private:
 
     int32_t page(int64_t b, int64_t p) const {
         const int64_t row = tables_.cache_batch_idx ? index_[static_cast<size_t>(b)] : b;
-        const int64_t found = Reader::element(*tables_.block_table, row, p);
+        const int64_t found = integer_at(*tables_.block_table, row, p);
         if (found < 0 || found >= shapes_.kv_batch)
             read_.refuse(names_[Field::block_table] + "[" + std::to_string(row) + "][" +
                              std::to_string(p) + "] is no page of the cache",
@@ -371,6 +358,18 @@ private:
 };
 
 }  // namespace
+
+int64_t integer_at(const TensorView& table, int64_t row, int64_t column) {
+    const int64_t at = row * table.strides[0] + (table.ndim > 1 ? column * table.strides[1] : 0);
+    if (table.dtype == DType::i32) {
+        int32_t value;
+        std::memcpy(&value, table.address() + at * 4, 4);
+        return value;
+    }
+    int64_t value;
+    std::memcpy(&value, table.address() + at * 8, 8);
+    return value;
+}
 
 Sequences read_sequences(const AttentionRequest& request, const SequenceShapes& shapes) {
     return request.tables_in_stream ? sequence_bounds(request, shapes)

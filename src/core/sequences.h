@@ -38,6 +38,9 @@ struct DeviceTables {
     int64_t query_rows = 0;           // of a dense query; of a packed one its total
     int64_t kv_batch = 0;             // or pages
     int64_t key_rows = 0;             // likewise of the keys; with pages, of all of a sequence's
+    int64_t new_rows = 0;             // of each sequence
+    int64_t new_pieces = 0;           // pages, or 1, that they reach into, at most
+    bool checks_shared = false;       // sequences may have places in common
     int64_t most_q = 0, most_kv = 0;  // max_seqlen_q and max_seqlen_k
     void* fault = nullptr;            // where the kernel notes what was out of range, if known
 };
@@ -49,6 +52,9 @@ struct Sequences {
     int64_t pages_per_sequence = 0;
     std::optional<DeviceTables> tables;  // `rows` are then the longest possible, and no pages known
 };
+
+/// An entry of a table of int32 or int64 in host memory.
+int64_t integer_at(const TensorView& table, int64_t row, int64_t column = 0);
 
 /// Reads and checks everything; throws `Error` with the offending value and its place.
 UMFA_CORE_API Sequences read_sequences(const AttentionRequest& request,

@@ -186,12 +186,14 @@ struct Places {
     std::optional<TablePlaces> by_kernel;  // in place of these, where a kernel finds them
 };
 
-Places places_of(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
-                 const Chosen& chosen, const Block& block, const Split& split) {
+Places places_of(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                 const Capabilities& gpu, const Chosen& chosen, const Block& block,
+                 const Split& split) {
     Places places;
     if (!problem.sequences.given) return places;
     if (problem.sequences.tables) {
-        places.by_kernel = plan_tables(plan, problem, gpu, task_shape(problem, gpu, block, split));
+        places.by_kernel =
+            plan_tables(plan, problem, results, gpu, task_shape(problem, gpu, block, split));
         // Each of a query's rows has a part in each of its block's tasks.
         places.parts = problem.nheads_q * problem.seqlen_q * places.by_kernel->task_count;
         return places;
@@ -384,7 +386,7 @@ void plan_packed(LaunchPlan& plan, const Problem& problem, const ForwardResults&
     const Tiles tiles = tiles_of(problem, gpu);
     const Block block = block_of(tiles);
     const Split split = split_of(problem, gpu, chosen, block);
-    const Places places = places_of(plan, problem, gpu, chosen, block, split);
+    const Places places = places_of(plan, problem, results, gpu, chosen, block, split);
     const SplitParams params{static_cast<int32_t>(split.keys), static_cast<int32_t>(split.count),
                              static_cast<int32_t>(problem.nheads_q), 0};
     LaunchBuilder launch = tile_launch(plan, problem, results, gpu, tiles);
@@ -420,7 +422,7 @@ void plan_decode(LaunchPlan& plan, const Problem& problem, const ForwardResults&
     shape.simdgroups = simdgroups.count;
     const Block block = block_of(problem, shape);
     const Split split = split_of(problem, gpu, chosen, block);
-    const Places places = places_of(plan, problem, gpu, chosen, block, split);
+    const Places places = places_of(plan, problem, results, gpu, chosen, block, split);
     // Keys and values are read once; products of padding count too.
     const double keys = static_cast<double>(split.keys);
     const double seconds =

@@ -43,7 +43,7 @@ void plan_tiles(LaunchPlan& plan, const Problem& problem, const ForwardResults& 
     if (by_tables) {
         TaskShape shape;
         shape.block = block_q;
-        const TablePlaces found = plan_tables(plan, problem, gpu, shape);
+        const TablePlaces found = plan_tables(plan, problem, results, gpu, shape);
         builder.piece(UMFA_FORWARD_SEQUENCES, found.places)
             .piece(UMFA_FORWARD_TASKS, found.tasks)
             .piece(UMFA_FORWARD_PAGES, found.pages)
@@ -75,7 +75,7 @@ void plan_by_tables(LaunchPlan& plan, const Problem& problem, const ForwardResul
     plan_clear_all(plan, problem, results);
     if (problem.batch == 0) return;
     if (problem.nheads_q == 0 || problem.seqlen_q == 0) {
-        plan_tables(plan, problem, gpu, {});  // which checks the numbers
+        plan_tables(plan, problem, results, gpu, {});  // which checks the numbers
         return;
     }
     Chosen all;

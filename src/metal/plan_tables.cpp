@@ -4,6 +4,7 @@
 #include <array>
 
 #include "metal/launch_builder.h"
+#include "metal/plan_append.h"
 #include "shared/indices.h"
 
 namespace umfa::metal {
@@ -48,6 +49,23 @@ const TensorView* view_of(const Problem& problem, size_t table) {
     return view ? &*view : nullptr;
 }
 
+/// Whether a table is in host memory, though the call's tensors are not: then it is data of the plan.
+bool on_host(const Problem& problem, const TensorView& view) {
+    return view.device == Device::cpu && problem.query.view.device != Device::cpu;
+}
+
+/// A table's numbers in int32. What does not fit is no number of rows or pages either.
+std::vector<int32_t> numbers_of(const TensorView& view) {
+    std::vector<int32_t> numbers;
+    const int64_t columns = view.ndim > 1 ? view.shape[1] : 1;
+    for (int64_t row = 0; row < view.shape[0]; ++row)
+        for (int64_t column = 0; column < columns; ++column)
+            numbers.push_back(static_cast<int32_t>(
+                std::clamp<int64_t>(integer_at(view, row, column), INT32_MIN, INT32_MAX)));
+    if (numbers.empty()) numbers.push_back(0);  // Metal has no empty buffers
+    return numbers;
+}
+
 Binding add_scratch_for(LaunchPlan& plan, int64_t count, size_t bytes) {
     return {0, Binding::Kind::scratch,
             add_scratch(plan, static_cast<uint64_t>(std::max<int64_t>(count, 1)) * bytes), 0};
@@ -72,15 +90,27 @@ int64_t most_tasks(const Problem& problem, const TaskShape& shape) {
     return std::min(all, blocks + std::max(blocks, filling));
 }
 
+/// Of a sequence's first query and new key, so that the last one has an angle.
+int64_t last_position(const Problem& problem) {
+    if (!problem.rotary) return INT32_MAX;
+    const int64_t queries =
+        problem.rotary->advances ? problem.seqlen_q : std::min<int64_t>(problem.seqlen_q, 1);
+    const int64_t rows = std::max(queries, tables_of(problem).new_rows);
+    return problem.rotary->cos.shape[0] - rows;
+}
+
 SequencesParams sequences_params(const Problem& problem, const TaskShape& shape) {
     const DeviceTables& tables = tables_of(problem);
     SequencesParams params{};
     for (size_t i = 0; i < table_count; ++i) {
         const TensorView* view = view_of(problem, i);
         if (!view) continue;
-        params.tables[i].row = view->strides[0];
-        params.tables[i].column = view->ndim > 1 ? view->strides[1] : 0;
-        params.tables[i].kind = view->dtype == DType::i32 ? UMFA_TABLE_I32 : UMFA_TABLE_I64;
+        const bool copied = on_host(problem, *view);
+        const int64_t columns = view->ndim > 1 ? view->shape[1] : 1;
+        params.tables[i].row = copied ? columns : view->strides[0];
+        params.tables[i].column = copied ? 1 : view->ndim > 1 ? view->strides[1] : 0;
+        params.tables[i].kind =
+            copied || view->dtype == DType::i32 ? UMFA_TABLE_I32 : UMFA_TABLE_I64;
     }
     const TensorView* pages = view_of(problem, UMFA_SEQUENCES_BLOCK_TABLE);
     params.query_rows = tables.query_rows;
@@ -101,6 +131,13 @@ SequencesParams sequences_params(const Problem& problem, const TaskShape& shape)
     params.splits = static_cast<int32_t>(shape.splits);
     params.least_keys = static_cast<int32_t>(shape.least_keys);
     params.threadgroups = static_cast<int32_t>(shape.threadgroups);
+    if (problem.append) {
+        params.new_rows = static_cast<int32_t>(tables.new_rows);
+        params.append_block = append_rows_per_threadgroup;
+        params.new_pieces = static_cast<int32_t>(tables.new_pieces);
+        params.check_shared = tables.checks_shared ? 1 : 0;
+    }
+    params.last_position = last_position(problem);
     params.heads = static_cast<int32_t>(problem.nheads_q);
     params.heads_kv = static_cast<int32_t>(problem.nheads_kv);
     return params;
@@ -108,8 +145,8 @@ SequencesParams sequences_params(const Problem& problem, const TaskShape& shape)
 
 }  // namespace
 
-TablePlaces plan_tables(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
-                        const TaskShape& shape) {
+TablePlaces plan_tables(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                        const Capabilities& gpu, const TaskShape& shape) {
     TablePlaces found;
     found.task_count = most_tasks(problem, shape);
     if (shape.merges)
@@ -119,6 +156,10 @@ TablePlaces plan_tables(LaunchPlan& plan, const Problem& problem, const Capabili
     found.places = add_scratch_for(plan, problem.batch, sizeof(SequenceParams));
     found.tasks = add_scratch_for(plan, found.task_count, sizeof(SequenceTask));
     found.rows = add_scratch_for(plan, found.row_count, sizeof(SequenceTask));
+    if (problem.append)
+        found.append_count =
+            problem.batch * ceil_div(tables_of(problem).new_rows, append_rows_per_threadgroup);
+    found.appends = add_scratch_for(plan, found.append_count, sizeof(AppendTask));
     const Binding pages = add_scratch_for(
         plan, problem.batch * problem.sequences.pages_per_sequence, sizeof(int32_t));
     if (problem.page_size > 0) found.pages = pages;
@@ -136,19 +177,26 @@ TablePlaces plan_tables(LaunchPlan& plan, const Problem& problem, const Capabili
         .piece(UMFA_SEQUENCES_TASKS, found.tasks)
         .piece(UMFA_SEQUENCES_ROWS, found.rows)
         .piece(UMFA_SEQUENCES_PAGES, pages)
+        .piece(UMFA_SEQUENCES_APPENDS, found.appends)
         .params(UMFA_SEQUENCES_PARAMS, params)
         .grid(1, 1)
         .simdgroups(threads.count);
     const uint32_t nothing = add_data(plan, std::vector<int64_t>{0});
-    for (size_t i = 0; i < table_count; ++i)
-        if (!view_of(problem, i)) builder.data(static_cast<uint32_t>(i), nothing);
+    for (size_t i = 0; i < table_count; ++i) {
+        const TensorView* view = view_of(problem, i);
+        if (!view)
+            builder.data(static_cast<uint32_t>(i), nothing);
+        else if (on_host(problem, *view))
+            builder.new_data(static_cast<uint32_t>(i), numbers_of(*view));
+    }
     builder.add();
+    if (problem.append) plan_append(plan, problem, results, found);
     return found;
 }
 
 void add_tables(LaunchPlan& plan, const Problem& problem) {
     for (size_t i = 0; i < table_count; ++i)
-        if (const TensorView* view = view_of(problem, i))
+        if (const TensorView* view = view_of(problem, i); view && !on_host(problem, *view))
             plan.tensors.push_back({layout[i].tensor, *view});
     TensorView fault;  // the executor's
     fault.ndim = 1;

@@ -25,14 +25,15 @@ struct TaskShape {
 
 /// What the kernel writes, in scratch memory.
 struct TablePlaces {
-    Binding places, tasks, rows;
+    Binding places, tasks, rows, appends;
     std::optional<Binding> pages;
-    int64_t task_count = 0, row_count = 0;  // of the lists
+    int64_t task_count = 0, row_count = 0, append_count = 0;  // of the lists
 };
 
-/// Adds its launch to the plan. Requires `problem.sequences.tables`.
-TablePlaces plan_tables(LaunchPlan& plan, const Problem& problem, const Capabilities& gpu,
-                        const TaskShape& shape);
+/// Adds its launch to the plan, and that of the kernel that appends, if there are new rows. Requires
+/// `problem.sequences.tables`.
+TablePlaces plan_tables(LaunchPlan& plan, const Problem& problem, const ForwardResults& results,
+                        const Capabilities& gpu, const TaskShape& shape);
 
 /// The tensors that it uses, for a plan's table.
 void add_tables(LaunchPlan& plan, const Problem& problem);

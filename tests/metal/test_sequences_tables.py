@@ -152,8 +152,13 @@ def random_call(generator: np.random.Generator) -> tuple[Any, ...]:
             tables[name] = np.abs(entries(batch)) if generator.random() < 0.8 else entries(batch)
             if name == "cache_batch_idx" and generator.random() < 0.8:
                 tables[name] %= batch
-    options = {"causal": bool(generator.random() < 0.5)}
-    if generator.random() < 0.3:
+    options: dict[str, Any] = {"causal": bool(generator.random() < 0.5)}
+    if kind != "packed" and "seqused_k" in tables and generator.random() < 0.5:
+        rows = int(generator.integers(1, 12))
+        tables["new_key"], tables["new_value"] = cache(batch, rows)
+        if generator.random() < 0.7:
+            tables["seqused_k"] %= 50 - 18 * (kind == "pages") - rows
+    elif generator.random() < 0.3:
         options["max_seqlen_q"] = int(generator.integers(0, 60))
         options["max_seqlen_k"] = int(generator.integers(0, 60))
     return q, k, v, options, tables
@@ -168,16 +173,17 @@ def test_the_gpu_notes_what_the_host_refuses(seed: int) -> None:
     generator = np.random.default_rng(seed)
     refused = 0
     for _ in range(60):
-        *call, tables = random_call(generator)
+        q, k, v, options, tables = random_call(generator)
+        caches = [k.copy(), v.copy()]
         emulated.settings.by_tables = False
         known = None
         try:
-            known = emulated.call(*call, **tables)
+            known = emulated.call(q, k, v, options, **tables)
         except ValueError:
             refused += 1
         emulated.settings.by_tables = True
         try:
-            found = emulated.call(*call, **tables)
+            found = emulated.call(q, *caches, options, **tables)
         except ValueError:  # by what the host knows without the numbers
             assert known is None
             continue
@@ -185,6 +191,7 @@ def test_the_gpu_notes_what_the_host_refuses(seed: int) -> None:
         assert bool(emulated.table_fault[3]) == (known is None), (tables, emulated.table_fault)
         if known is not None:
             assert np.abs(found[0] - known[0]).max(initial=0) < 2e-3
+            assert np.array_equal(caches, [k, v])
     assert 10 < refused < 50
 
 
@@ -198,6 +205,21 @@ def test_what_is_noted() -> None:
     table, row = table_and_row & 0xFFFFFFFF, table_and_row >> 32
     assert (got, low, high, row) == (51, 0, 50, 1)
     assert _ext.table_fields()[table - 1] == "seqused_k"
+
+
+def test_a_sequence_that_appends_to_a_page_twice() -> None:
+    """None of its rows is written, as no order of them would be right."""
+    q, (k, v), new = normal((2, 1, 2, 64), "float16", seed=0), cache(4, 8), cache(2, 11)
+    before = k.copy()
+    emulated.settings.by_tables = True
+    emulated.call(
+        q, k, v, block_table=np.array([[0, 3, 3], [1, 1, 2]]), seqused_k=np.array([0, 0]),
+        new_key=new[0], new_value=new[1],
+    )  # fmt: skip
+    got, _, _, _, _ = emulated.table_fault.tolist()
+    assert got == 1
+    assert np.array_equal(k[[1, 2]], before[[1, 2]])
+    assert np.array_equal(k[0], new[0][0, :8])
 
 
 def test_plain_kernels_read_no_tables() -> None:

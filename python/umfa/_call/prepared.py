@@ -66,12 +66,14 @@ def stream_of(
     if framework.in_stream is None or not framework.in_stream(tensors[call.names[0]]):
         return None
     options = call.options
-    named, tables = {}, {}
+    named = {}
     for field, (name, tensor) in zip(options.fields, tensors.items(), strict=True):
-        if name not in call.tables:
+        if name not in call.tables or stays(framework, tensor):
             named[field] = tensor
-        elif stays(framework, tensor):
-            named[field], tables[field] = tensor, name
+    tables = {}  # of a call whose tables a kernel reads
+    if any(stays(framework, tensors[name]) for name in call.tables):
+        spelled = zip(options.fields, call.names, strict=True)
+        tables = {field: name for field, name in spelled if name in call.tables}
     gathers = options.return_attn_probs and options.dropout_p != 0
     obstacle = "the host gathers the matrix of weights" if gathers else ""
     stream = framework.stream(call.function, {**named, **saved}, results, obstacle)

@@ -135,8 +135,9 @@ def ready(call: Prepared, tensors: dict[str, Any], later: bool = False) -> Frame
         framework.autocast(function, own, call.written, call.autocast)
     if call.tables:
         tensors.update(own)
-        if not (later and _all_stay(framework, call, tensors, own)):
-            for name in call.tables:
+        later = later and _may_stay(framework, call, own)
+        for name in call.tables:
+            if not (later and stays(framework, tensors[name])):
                 tensors[name] = _on_host(function, name, tensors[name])
     if options.lacks_seed and framework.draw_seed is None:
         raise ValueError(
@@ -150,17 +151,11 @@ def ready(call: Prepared, tensors: dict[str, Any], later: bool = False) -> Frame
     return framework
 
 
-def _all_stay(
-    framework: Framework, call: Prepared, tensors: dict[str, Any], own: dict[str, Any]
-) -> bool:
-    """Whether a kernel reads all tables of a call, on its other tensors `own`. Gradients, and seeds
-    that a refused call must not draw, need the numbers."""
+def _may_stay(framework: Framework, call: Prepared, own: dict[str, Any]) -> bool:
+    """Whether a kernel may read the tables of a call, on its other tensors `own`. Gradients, and
+    seeds that a refused call must not draw, need the numbers."""
     autodiff = framework.autodiff
-    return (
-        not call.options.lacks_seed
-        and all(stays(framework, tensors[name]) for name in call.tables)
-        and (autodiff is None or not autodiff.applies(own.values()))
-    )
+    return not call.options.lacks_seed and (autodiff is None or not autodiff.applies(own.values()))
 
 
 def _on_host(function: str, name: str, table: Any) -> Any:

@@ -100,12 +100,15 @@ def check() -> None:
 def _text(call: _Call, found: tuple[int, ...]) -> str:
     got, low, high, table, row, column, _ = found
     if table > len(_FIELDS):
-        return message(
-            call.function,
-            f"sequence {row} has more keys than max_seqlen_k allows, as the GPU found",
-            got,
-            f"at most {high}",
-        )
+        what, expected = (
+            ("has more keys than max_seqlen_k allows", f"at most {high}"),
+            ("has positions behind the last rotary angle", f"at most {high} for the first"),
+            (
+                "would write rows that a sequence before it, or it itself, writes",
+                "a place for each new row",
+            ),
+        )[table - len(_FIELDS) - 1]
+        return message(call.function, f"sequence {row} {what}, as the GPU found", got, expected)
     field = _FIELDS[table - 1]
     entry = f"{call.names[field]}[{row}]" + (f"[{column}]" if field == "block_table" else "")
     return message(

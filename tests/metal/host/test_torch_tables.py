@@ -140,6 +140,87 @@ def test_pages(mps: TorchMps, rows: int) -> None:
     assert np.array_equal(mps.read(out), mps.read(call(lambda values: values)))
 
 
+GROWING = {
+    "rows": {},
+    "pages": {"block_table": [[3, 1, 0, 9], [2, 6, 5, 7]]},
+    "chosen rows": {"cache_batch_idx": [5, 0]},
+    "padding": {"cache_leftpad": [2, 0]},
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(GROWING))
+def test_a_cache_grows_by_lengths_on_the_device(mps: TorchMps, name: str) -> None:
+    """As where the host knows them: the same rows of the cache, and the same bits."""
+    batch = 8 if name in ("pages", "chosen rows") else 2
+    size = 16 if name == "pages" else 60
+    angles = [numbers(mps, 64, 16, dtype=torch.float32) for _ in "cs"]
+    q, new_k, new_v = (numbers(mps, 2, 3, heads, 64) for heads in (4, 2, 2))
+
+    def steps(make: Callable[[Any], Any], add: Callable[[Any], Any]) -> list[Any]:
+        caches = [numbers(mps, batch, size, 2, 64) for _ in "kv"]
+        lengths = make([5, 14])
+        tables = {key: make(values) for key, values in GROWING[name].items()}
+        outs = []
+        for _ in range(3):
+            outs.append(
+                umfa.flash_attn_with_kvcache(
+                    q, *caches, new_k, new_v, *angles, cache_seqlens=lengths, causal=True, **tables
+                )
+            )
+            lengths = add(lengths)
+        return [*outs, *caches]
+
+    def add_later(lengths: Any) -> Any:
+        mps.queue.append(lambda: lengths.add_(3))
+        return lengths
+
+    found = steps(lambda values: table(mps, values), add_later)
+    assert mps.waits == 0
+    known = steps(lambda values: values, lambda lengths: [n + 3 for n in lengths])
+    for a, b in zip(found, known, strict=True):
+        assert np.array_equal(mps.read(a), mps.read(b))
+
+
+APPENDED_BAD = {
+    "no room": ({"cache_seqlens": [58, 5]}, r"cache_seqlens\[0\] .*got 58; expected 0 to 57"),
+    "no angle": ({"cache_seqlens": [30, 5]}, r"sequence 0 has positions behind .*got 30; expected"),
+    "the same rows": (
+        {"cache_seqlens": [5, 7], "cache_batch_idx": [1, 1]},
+        r"sequence 1 would write rows that a sequence before it.*got 0",
+    ),
+    "the same page": (
+        {"cache_seqlens": [5, 7], "block_table": [[1, 0], [1, 0]]},
+        r"sequence 1 would write rows that a sequence before it.*got 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(APPENDED_BAD))
+def test_appended_rows_out_of_range(mps: TorchMps, name: str) -> None:
+    given, text = APPENDED_BAD[name]
+    angles = [numbers(mps, 20, 16, dtype=torch.float32) for _ in "cs"] if name == "no angle" else []
+    q, k, v, new_k, new_v = (numbers(mps, 2, n, 2, 64) for n in (1, 60, 60, 3, 3))
+    tables = {key: table(mps, values) for key, values in given.items()}
+    in_stream(mps, lambda: umfa.flash_attn_with_kvcache(q, k, v, new_k, new_v, *angles, **tables))
+    with pytest.raises(ValueError, match=text):
+        umfa.torch.synchronize()
+
+
+def test_one_table_on_the_host(mps: TorchMps) -> None:
+    """What the host sees of it is refused at once."""
+    q, k, v = numbers(mps, 2, 1, 4, 64), numbers(mps, 8, 16, 2, 64), numbers(mps, 8, 16, 2, 64)
+    pages = table(mps, [[3, 1], [2, 5]])
+    out = in_stream(
+        mps, lambda: umfa.flash_attn_with_kvcache(q, k, v, cache_seqlens=[20, 3], block_table=pages)
+    )
+    known = umfa.flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=[20, 3], block_table=[[3, 1], [2, 5]]
+    )
+    assert np.array_equal(mps.read(out), mps.read(known))
+    with pytest.raises(ValueError, match=r"cache_seqlens\[0\] is out of range; got 33"):
+        umfa.flash_attn_with_kvcache(q, k, v, cache_seqlens=[33, 3], block_table=pages)
+
+
 # What a call gets, and what the error says of it.
 BAD = {
     "cache_seqlens": ([5, 301], r"cache_seqlens\[1\] .*got 301; expected 0 to 300"),
@@ -266,14 +347,12 @@ WAITING = {
     "gradients": lambda _, x, t: umfa.flash_attn_varlen_func(
         x.requires_grad_(), x, x, t([0, 50, 60]), t([0, 50, 60]), 60, 60
     ),
-    "a table on the host": lambda _, x, t: umfa.flash_attn_varlen_func(
-        x, x, x, t([0, 50, 60]), [0, 50, 60], 60, 60
-    ),
     "dropout without a seed": lambda _, x, t: umfa.flash_attn_varlen_func(
         x, x, x, t([0, 50, 60]), t([0, 50, 60]), 60, 60, dropout_p=0.5
     ),
-    "new keys": lambda mps, x, t: umfa.flash_attn_with_kvcache(
-        x[None, :1], *(numbers(mps, 1, n, 2, 64) for n in (30, 30, 1, 1)), cache_seqlens=t([7])
+    "a mask shorter than the cache": lambda mps, x, t: umfa.flash_attn_with_kvcache(
+        x[None, :1], *(numbers(mps, 1, 60, 2, 64) for _ in "kv"), cache_seqlens=t([40]),
+        attn_mask=numbers(mps, 1, 1, 1, 40),
     ),
 }  # fmt: skip
 
