@@ -42,6 +42,7 @@ class Case:
     seqlens_q: tuple[int, ...] = ()
     seqlens_k: tuple[int, ...] = ()
     page_size: int = 0  # > 0: their keys lie in pages
+    by_tables: bool = False  # a kernel reads where they lie, in place of the host
     sinks: bool = False
     chunk: int = 0
     qv: bool = False
@@ -206,7 +207,13 @@ def _checks() -> list[Case]:
                 replace(base, page_size=48, head_dim=128, sinks=True, chunk=30),
                 replace(base, window=(30, 4), softcap=8.0, sinks=True),
             ]
-        found.append(replace(few, seqlens_q=(1, 2, 5), seqlens_k=(20000, 300, 5000), page_size=64))
+        ragged = replace(few, seqlens_q=(1, 2, 5), seqlens_k=(20000, 300, 5000), page_size=64)
+        found += [ragged, replace(ragged, by_tables=True)]
+        for base in (tiles, few):
+            found += [
+                replace(base, by_tables=True, causal="lower_right"),
+                replace(base, by_tables=True, page_size=5, window=(30, 4)),
+            ]
     found += [
         Case(heads=4, seqlen_q=100, sinks=True, causal="lower_right"),
         Case(heads=4, seqlen_q=100, chunk=37),
@@ -235,6 +242,7 @@ def _checks() -> list[Case]:
                 replace(base, new_rows=20, causal="lower_right"),
                 replace(base, new_rows=9, rotary="pairs", causal="lower_right", page_size=7),
                 replace(base, new_rows=9, rotary="halves", layout="odd", head_dim=33),
+                replace(base, new_rows=9, rotary="pairs", page_size=7, by_tables=True),
             ]
     found += _code_checks()
     # Values that nobody sees, beside some that all see: causal from the top left.

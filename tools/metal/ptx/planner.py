@@ -56,11 +56,30 @@ def plan(case: Case) -> dict[str, Any]:
             tuple(None if x is None else _numpy.export(x, FUNCTION.name, "saved") for x in saved),
             [(name, _numpy.export(x, FUNCTION.name, name)) for name, x in gradients],
         )
-    return _ext.metal_plan_forward(
+    made = _ext.metal_plan_forward(
         attention.options,
         case.family,
         case.cores,
         exported(_numpy, prepared(attention.options), attention.tensors),
         _numpy.export(out, FUNCTION.name, "out"),
         lse,
+        by_tables=case.by_tables,
     )
+    return _with_data(made, tables(case)) if case.by_tables else made
+
+
+def _with_data(made: dict[str, Any], tables_: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The plan, with the tables that a kernel reads, and the place of what it finds wrong, as data:
+    runners know no tensors of integers."""
+    names = [name for name, _ in made["tensors"]]
+    given = {**tables_, "table_fault": np.zeros(5, np.int64)}
+    pieces = {name: len(made["data"]) + i for i, name in enumerate(given)}
+    made["data"] = [*made["data"], *(x.tobytes() for x in given.values())]
+    for launch in made["launches"]:
+        launch["buffers"] = [
+            (index, "data", pieces[names[piece]], offset)
+            if kind == "tensor" and names[piece] in given
+            else (index, kind, piece, offset)
+            for index, kind, piece, offset in launch["buffers"]
+        ]
+    return made
