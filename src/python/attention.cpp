@@ -91,7 +91,8 @@ std::pair<bool, std::string> attention_can_run(const Options& options, const nb:
 
 nb::tuple attention_warm_up(const Options& options, const nb::tuple& tensors, nb::handle play) {
     Inputs inputs;
-    const AttentionRequest request = make_request(options, tensors, inputs);
+    AttentionRequest request = make_request(options, tensors, inputs);
+    request.tables_in_stream = !play.is_none() && has_device_table(request);
     const Problem problem = Problem::make(request);
     const ForwardResults results = problem.results_without_memory(request.out);
     if (play.is_none())

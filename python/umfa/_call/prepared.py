@@ -94,15 +94,25 @@ def recorded(framework: Framework, compute: Callable[[], T], backend: Any) -> T:
 
 def execute(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> tuple[Any, ...]:
     """(out,), (out, lse) or (out, lse, weights)."""
+    return with_tables(framework, call, tensors, lambda own: _execute(framework, call, own))
+
+
+def with_tables(
+    framework: Framework,
+    call: Prepared,
+    tensors: dict[str, Any],
+    compute: Callable[[dict[str, Any]], T],
+) -> T:
+    """`compute(tensors)`, with tables on the GPU if it can, else with copies on the host."""
     if any(stays(framework, tensors[name]) for name in call.tables):
         try:
-            return _execute(framework, call, tensors)
+            return compute(tensors)
         except OutOfRangeError:  # in an earlier call
             raise
         except (HostReadsError, UnsupportedError, ValueError, TypeError):
             # Nothing has run. With the numbers at hand the call can, or the error says what it got.
             tensors = on_host(framework, call, tensors)
-    return _execute(framework, call, tensors)
+    return compute(tensors)
 
 
 def on_host(framework: Framework, call: Prepared, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from .. import _ext
 from .._errors import message
 from .._frameworks import Framework, framework_of, known_framework
 from .gradients import differentiable
-from .prepared import Prepared, execute, exported, prepared, recorded, stays, stream_of
+from .prepared import Prepared, execute, exported, prepared, recorded, stays, stream_of, with_tables
 
 
 def run(attention: _ext.Attention) -> Any:
@@ -96,21 +96,23 @@ def warm_up(attention: _ext.Attention) -> tuple[str, int, int]:
     """Compiles a call's kernels. Returns (backend, kernels used, kernels built now)."""
     call = prepared(attention.options)
     tensors = attention.tensors
-    framework = ready(call, tensors)
+    framework = ready(call, tensors, later=True)
     if framework.recorded is not None and framework.autodiff is not None:
         # Such a framework does not tell what it will differentiate: calls have a log-sum-exp.
         operation = differentiable(framework, framework.autodiff, call)
         call = call._replace(options=operation.options)
 
-    def compiled() -> tuple[str, int, int]:
-        shown = exported(framework, call, tensors)
-        stream = stream_of(framework, call, tensors, ())
+    def compiled(own: dict[str, Any]) -> tuple[str, int, int]:
+        shown = exported(framework, call, own)
+        stream = stream_of(framework, call, own, ())
         if stream is None:
             return _ext.attention_warm_up(call.options, shown)
         name, _, _ = _ext.attention_warm_up(call.options, shown, stream.warm_up)
         return name, stream.used, stream.built
 
-    return recorded(framework, compiled, call.backend)
+    return recorded(
+        framework, lambda: with_tables(framework, call, tensors, compiled), call.backend
+    )
 
 
 def ready(call: Prepared, tensors: dict[str, Any], later: bool = False) -> Framework:

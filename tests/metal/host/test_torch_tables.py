@@ -331,6 +331,16 @@ def test_umfa_looks_by_itself_in_the_end(mps: TorchMps, monkeypatch: pytest.Monk
     assert mps.waits == 1
 
 
+def test_warmup_compiles_what_the_call_launches(mps: TorchMps) -> None:
+    q, k, v = (numbers(mps, 2, rows, 2, 64) for rows in (1, 300, 300))
+    lengths = table(mps, [5, 200])
+    done = umfa.warmup(umfa.flash_attn_with_kvcache, q, k, v, cache_seqlens=lengths)
+    assert done[:3] == ("metal", 3, 3)
+    umfa.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
+    assert len(mps.compiled) == len(mps.launched) == 3
+    assert mps.waits == 0
+
+
 def test_shapes_and_dtypes_are_refused_at_once(mps: TorchMps) -> None:
     """By the error of tables that the host reads."""
     q, k, v = (numbers(mps, 2, rows, 2, 64) for rows in (1, 300, 300))
