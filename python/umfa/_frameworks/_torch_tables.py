@@ -35,7 +35,8 @@ class _Device:
     """The places of one device, which are taken in a ring."""
 
     def __init__(self, device: torch.device) -> None:
-        self.memory = _zeros(PLACES * _WORDS, device)
+        with torch.inference_mode(False):  # or nothing outside of it could clear the memory
+            self.memory = _zeros(PLACES * _WORDS, device)
         self.next = 0
         self.calls: list[_Call] = []  # queued, and not known to be right
 

@@ -331,6 +331,16 @@ def test_umfa_looks_by_itself_in_the_end(mps: TorchMps, monkeypatch: pytest.Monk
     assert mps.waits == 1
 
 
+def test_inference_mode(mps: TorchMps) -> None:
+    """Its tensors may not be written outside of it."""
+    tensors = [numbers(mps, 2, rows, 2, 64) for rows in (1, 300, 300)]
+    lengths = table(mps, [5, 301])
+    with torch.inference_mode():
+        umfa.flash_attn_with_kvcache(*tensors, cache_seqlens=lengths)
+    with pytest.raises(ValueError, match=r"cache_seqlens\[1\]"):
+        umfa.torch.synchronize()
+
+
 def test_warmup_compiles_what_the_call_launches(mps: TorchMps) -> None:
     q, k, v = (numbers(mps, 2, rows, 2, 64) for rows in (1, 300, 300))
     lengths = table(mps, [5, 200])
