@@ -27,6 +27,11 @@ pytestmark = pytest.mark.usefixtures("own_settings")
 LEGAL = list(quantization.legal())
 DTYPE_NAMES = list(DTYPES)
 CHANNEL = Format("int8", "channel", False, None, "float16")
+SAMPLED = [
+    pytest.param(options, marks=pytest.mark.slow if i else (), id="-".join(options))
+    for i, options in enumerate(OPTIONS)
+]
+"""Each is a set of kernels to compile."""
 
 
 def quantized(x: Array, form: Format, **options: Any) -> QuantizedTensor:
@@ -75,7 +80,7 @@ def check(q: Array, k: Any, v: Any, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("form", "dtype"),
     [
-        pytest.param(form, dtype, marks=[] if (i + j) % 9 == 0 else [pytest.mark.slow])
+        pytest.param(form, dtype, marks=[] if (i + j) % 58 == 0 else [pytest.mark.slow])
         for i, form in enumerate(LEGAL)
         for j, dtype in enumerate(DTYPE_NAMES)
     ],
@@ -129,6 +134,7 @@ def test_arithmetic_is_float32_where_dtypes_differ(dtype: str) -> None:
     same_bits(q, quantized(k, KEY), quantized(v, VALUE), np.float32, out_dtype=np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_blocks_that_are_no_power_of_two(dtype: str) -> None:
     form = Format(dtype, "block", False, (3, 48))
@@ -168,7 +174,7 @@ def test_gguf_blocks(kind: str) -> None:
 
 @pytest.mark.parametrize("scales", ["float16", *(pytest.param(x, marks=pytest.mark.slow)
                                                  for x in ("bfloat16", "float32"))])  # fmt: skip
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_mlx_groups(bits: int, scales: str) -> None:
     """Random words are codes of any group."""
     rng = np.random.default_rng(bits)
@@ -184,7 +190,7 @@ def test_mlx_groups(bits: int, scales: str) -> None:
     same_bits(normal((1, 20, 2, 64), "float16", seed=1), k, v)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda x: "-".join(x))
+@pytest.mark.parametrize("options", SAMPLED)
 def test_every_option(options: dict[str, Any]) -> None:
     options = dict(options)
     q = normal((2, 20, 4, 64), "float16", seed=1)
@@ -197,8 +203,8 @@ def test_every_option(options: dict[str, Any]) -> None:
     same_bits(q, k, v, np.float32 if "out_dtype" in options else None, **options)
 
 
-@pytest.mark.parametrize("form", [KEY, CHANNEL], ids=str)
-@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("form", [KEY, pytest.param(CHANNEL, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("interleaved", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_keys_that_are_rotated(interleaved: bool, form: Format) -> None:
     """Rounded before they are rotated, as dequantised keys are."""
     q = normal((1, 20, 2, 72), "float16", seed=1)
@@ -238,7 +244,7 @@ def test_decoding(seqlen_q: int, heads: int, form: Format, dtype: str, kernel: s
 @pytest.mark.parametrize(
     ("form", "dtype", "heads"),
     [
-        pytest.param(form, dtype, heads, marks=[] if (i + j) % 12 == 0 else [pytest.mark.slow])
+        pytest.param(form, dtype, heads, marks=[] if (i + j) % 58 == 0 else [pytest.mark.slow])
         for i, form in enumerate(LEGAL)
         for j, dtype in enumerate(DTYPE_NAMES)
         for heads in (1, 4)
@@ -295,7 +301,8 @@ def test_decoding_codes_of_a_head_dim_that_is_not_whole_runs(place: str) -> None
     decode(q, k, k, "forward_")
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda x: "-".join(x))
+@pytest.mark.parametrize("options", SAMPLED)
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [2, 4])
 def test_decoding_with_every_option(options: dict[str, Any], heads: int) -> None:
     """As of dequantised tensors, whose kernel differs in how codes become numbers alone."""
@@ -319,6 +326,7 @@ def test_decoding_with_every_option(options: dict[str, Any], heads: int) -> None
     assert_close(found[1].astype(np.float64), plain[1].astype(np.float64), LSE, "lse")
 
 
+@pytest.mark.slow
 def test_a_batch_invariant_token_is_that_of_a_prompt() -> None:
     q = normal((1, 20, 2, 64), "float16", seed=1)
     k, v = (quantized(normal((1, 41, 2, 64), seed=i), KEY) for i in (2, 3))
@@ -440,7 +448,12 @@ def test_no_keys() -> None:
 @pytest.mark.parametrize("seqlen_q", [64, 1])
 @pytest.mark.parametrize(
     ("form", "row_bytes", "scale_bytes"),
-    [(VALUE, 128, 2), (Format("int4", "block", True, (1, 32), "float16"), 64, 8)],
+    [
+        (VALUE, 128, 2),
+        pytest.param(
+            Format("int4", "block", True, (1, 32), "float16"), 64, 8, marks=pytest.mark.slow
+        ),
+    ],
     ids=str,
 )
 def test_codes_are_read_once_for_each_block_of_queries(

@@ -627,7 +627,7 @@ def test_quantising_waits_for_numbers_like_nan(mlx: MlxMetal) -> None:
     np.testing.assert_array_equal(np.array(found.data), expected.data)
 
 
-@pytest.mark.parametrize("rows", [20, 1])
+@pytest.mark.parametrize("rows", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_attention_on_codes_in_the_graph(mlx: MlxMetal, rows: int) -> None:
     """Codes, scales and zero points have the strides that they turn out to have."""
     q, k, v = made(mx.float16, rows, 500)
@@ -656,7 +656,7 @@ def test_codes_with_any_strides_in_the_graph(mlx: MlxMetal) -> None:
     assert_close(mlx.read(out), wanted, BASE["float16"])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_attention_on_mlxs_own_groups_in_the_graph(mlx: MlxMetal, bits: int) -> None:
     q, k, v = (x.swapaxes(1, 2) for x in made(mx.float16, 20, 60))
     cache = [

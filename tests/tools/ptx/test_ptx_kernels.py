@@ -42,7 +42,16 @@ RARE += [
         for d in (64, 576)
         for t in DTYPES
     ),
-]
+    *(
+        Case(
+            seqlen_q=n, seqlen_k=20000, heads=4, heads_k=heads_k, head_dim=128, dtype=t, lse=False,
+            key_codes=codes, value_codes=codes,
+        )
+        for n, heads_k in ((100, 4), (1, 4), (1, 1))
+        for codes in ("int8_row", "int4_32")
+        for t in DTYPES
+    ),
+]  # fmt: skip
 
 BACKWARD = [
     Case(seqlen_q=100, head_dim=d, dtype=t, family=f, backward=True)
@@ -95,6 +104,7 @@ KINDS = [
     Case(seqlen_q=1, seqlen_k=100),
     Case(seqlen_q=1, seqlen_k=20000, heads=8, heads_k=2, new_rows=1, rotary="halves"),
     Case(seqlens_q=(1, 0), seqlens_k=(300, 9)),
+    Case(seqlen_q=100, key_codes="int8_row", value_codes="int4_32"),
 ]
 
 
