@@ -87,6 +87,7 @@ COVERED: dict[str, tuple[tuple[str, ...], str]] = {
     "src/cpu/quantize.cpp": (("tests/quant",), "not metal"),
     "src/cpu/*.cpp": ((*VALUES, *CACHE), "not metal"),
     "src/cpu/isa/int8_scores.h": (("tests/quant/test_sage.py",), "not metal"),
+    "src/cpu/isa/int8_values.h": (("tests/quant/test_int8_mode.py",), "not metal"),
     "src/cpu/isa/*kernel.h": ((*VALUES, *CACHE), "not metal"),
     "src/cpu/isa/decode_*.h": ((*VALUES, *CACHE), "not metal"),
     "src/core/quant*.cpp": (("tests/quant",), "not metal"),

@@ -45,7 +45,8 @@ typedef enum umfa_alignment {
 /* How query . key is computed. */
 typedef enum umfa_quant_mode {
     UMFA_QUANT_MODE_NONE = 0, /* in the tensors' dtype */
-    UMFA_QUANT_MODE_SAGE = 1  /* query and key rounded to int8, a scale for each row; on the CPU */
+    UMFA_QUANT_MODE_SAGE = 1, /* query and key rounded to int8, a scale for each row; on the CPU */
+    UMFA_QUANT_MODE_INT8 = 2  /* weights and value too, by tiles of keys */
 } umfa_quant_mode;
 
 typedef enum umfa_dtype {

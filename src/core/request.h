@@ -28,8 +28,9 @@ constexpr const auto& names_of(Alignment) { return alignment_names; }
 enum class QuantMode : uint8_t {
     none,  // in the tensors' dtype
     sage,  // rounded to int8 by row, with exact sums of integers
+    int8,  // weights . value too
 };
-inline constexpr const char* quant_mode_names[] = {"none", "sage"};
+inline constexpr const char* quant_mode_names[] = {"none", "sage", "int8"};
 constexpr const auto& names_of(QuantMode) { return quant_mode_names; }
 
 /// Every argument of an attention call.

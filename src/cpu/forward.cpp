@@ -197,7 +197,9 @@ int64_t means_pitch(const Problem& problem) { return (problem.head_dim + 15) / 1
 
 /// Scores in int8. Few queries take the same way as many.
 void run_int8(const Problem& problem, ForwardArgs& args, const std::vector<Sequence>& sequences,
-              const Int8Kernel& kernel, int lanes) {
+              const Kernels& set, std::optional<DType> dtype) {
+    const bool values = problem.quant_mode == QuantMode::int8;
+    const Int8Kernel& kernel = int8_kernel(set, dtype, values);
     std::vector<int64_t> batch_indices;
     double keys = 0;
     for (int64_t b = 0; b < problem.batch; ++b) {
@@ -222,7 +224,8 @@ void run_int8(const Problem& problem, ForwardArgs& args, const std::vector<Seque
                      });
         args.key_means = means.data();
     }
-    run_prefill(problem, args, sequences, kernel.forward, batch_indices, lanes);
+    run_prefill(problem, args, sequences, values ? kernel.values : kernel.scores, batch_indices,
+                set.lanes);
 }
 
 void run_forward(const Problem& problem, const ForwardResults& results) {
@@ -246,7 +249,7 @@ void run_forward(const Problem& problem, const ForwardResults& results) {
     if (problem.quant_mode != QuantMode::none) {
         const std::optional<DType> dtype =
             mixed ? std::nullopt : std::optional(problem.query.view.dtype);
-        return run_int8(problem, args, sequences, int8_kernel(set, dtype), set.lanes);
+        return run_int8(problem, args, sequences, set, dtype);
     }
     std::vector<int64_t> decode, prefill;
     for (int64_t b = 0; b < problem.batch; ++b) {
@@ -271,6 +274,8 @@ Verdict can_run_forward(const Problem& problem) {
     const std::string mode =
         std::string("with mode '") + quant_mode_names[static_cast<int>(problem.quant_mode)] + "', ";
     if (problem.qv) return {false, mode + "qv is not implemented"};
+    if (problem.quant_mode == QuantMode::int8 && problem.dropout)
+        return {false, mode + "dropout_p is not implemented"};
     if (problem.key_codes || problem.value_codes)
         return {false, mode + "a quantised key or value is not implemented"};
     return {};

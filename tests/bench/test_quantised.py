@@ -39,6 +39,7 @@ def test_every_case_runs(tmp_path: Path) -> None:
     assert table["prefill-int8"][6] == report.NONE
     assert table["flux-sage"][2].startswith("cosine 0.99")
     assert table["flux-sage"][6] == "≥ 1.15×"
+    assert table["flux-int8"][6] == "≥ 1.35×"
     assert " --against torch " in next(c.command for c in cases.QUANT if c.mode)
 
 

@@ -633,9 +633,9 @@ TEST(quantised_scores) {
     fill_with_codes(&p.key, SEQLEN_K, HEADS_K);
     CHECK_OK(run(&p, &options));
     CHECK_RESULT(&p.query.dl, &p.key.dl, &p.value.dl, &p.out.dl, &p.lse.dl, NULL);
-    options.quant_mode = UMFA_QUANT_MODE_SAGE + 1;
+    options.quant_mode = UMFA_QUANT_MODE_INT8 + 1;
     CHECK_FAILS(run(&p, &options), UMFA_ERROR_VALUE,
-                "options->quant_mode is unknown; got 2; expected 0 to 1");
+                "options->quant_mode is unknown; got 3; expected 0 to 2");
 }
 
 TEST(dtype_of_the_result) {

@@ -313,7 +313,7 @@ X = normal((1, 8, 2, 32), seed=0)
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"mode": "int3"}, ValueError, "mode is unknown; got 'int3'; expected 'none' or 'sage'"),
+        ({"mode": "int3"}, ValueError, "mode is unknown; got 'int3'; expected 'none' or 's"),
         ({"mode": None, "smooth_k": False}, ValueError, "smooth_k is for a mode that quantises t"),
         ({"smooth_k": "x"}, TypeError, "smooth_k is not a bool; got 'x'"),
         ({"k": umfa.quantize(X, "int8")}, umfa.UnsupportedError, "with mode 'sage', a quantised"),

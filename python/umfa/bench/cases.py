@@ -389,6 +389,7 @@ QUANT: tuple[Case, ...] = (
         for form in ("int8", "int8-block", "int8-tensor", "int4", "int4-row")
     ),
     _flux("sage", 1.15),
+    _flux("int8", 1.35),
 )
 
 BURST = 100

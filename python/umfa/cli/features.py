@@ -200,6 +200,10 @@ def rows() -> list[Row]:
             [_sage(), _sage(causal=True, smooth_k=False)],
         ),
         Row(
+            'products of int8 for values too (`mode="int8"`)',
+            [_sage(mode="int8", causal=True)],
+        ),
+        Row(
             "flash-attn 3's and 4's functions as they are (`umfa.fa3`, `umfa.fa4`)",
             [
                 _fa3_cached(new),

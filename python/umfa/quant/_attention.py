@@ -81,9 +81,10 @@ def quantized_attention(
         `cu_seqlens_k`; (pages, page_size, nheads_k, head_dim) with `block_table`.
     softmax_scale, causal, window_size, softcap, alibi_slopes
         As in `flash_attn_func`.
-    mode : {"sage"}, optional
+    mode : {"sage", "int8"}, optional
         "sage": q and k are rounded to int8, with a scale for each row, and their products are sums
-        of integers. Weights and values are multiplied as in `flash_attn_func`.
+        of integers. Weights and values are multiplied as in `flash_attn_func`. "int8": weights and
+        values are rounded too, with scales for 96 keys at a time.
     smooth_k : bool
         With a `mode`, whether the mean of each channel of the keys is taken off before they are
         rounded, and its part of the scores added after. The mean is over the keys of a sequence and
@@ -118,7 +119,7 @@ def quantized_attention(
         An argument is wrong; the message holds the offending value.
     umfa.UnsupportedError
         No backend has what is asked for: a quantised q, gradients, a `mode` on Metal or beside a
-        quantised k or v or `qv`.
+        quantised k or v or `qv`, dropout with "int8".
     """
     if layout not in ("bshd", "bhsd"):
         raise ValueError(message(_NAME, "layout is unknown", repr(layout), "'bshd' or 'bhsd'"))

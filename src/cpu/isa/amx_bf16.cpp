@@ -51,7 +51,7 @@ constinit const Kernels amx_bf16_kernels{
     {},
     {},
     {},
-    {{}, {}, {amx_kernel<Int8Tiles>, key_means<Simd, TileUnits<Simd>>}, {}},
+    {{}, {}, {amx_kernel<Int8Tiles>, {}, key_means<Simd, TileUnits<Simd>>}, {}},
 };
 
 }  // namespace umfa::cpu

@@ -21,7 +21,7 @@ constinit const Kernels avx512_bf16_kernels{
     {},
     backward_kernel<Simd, Bf16Units<Simd>>,
     {},
-    {{}, {}, int8_kernel<Simd, Bf16Units<Simd>, Int8Units<Simd, true>>, {}},
+    {{}, {}, int8_score_kernel<Simd, Bf16Units<Simd>, Int8Units<Simd, true>>, {}},
 };
 
 }  // namespace umfa::cpu

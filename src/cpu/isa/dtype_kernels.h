@@ -6,6 +6,7 @@
 #include "cpu/isa/combine_kernel.h"
 #include "cpu/isa/decode_kernel.h"
 #include "cpu/isa/forward_kernel.h"
+#include "cpu/isa/int8_values.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/quant_rows.h"
 
@@ -29,12 +30,18 @@ constexpr DtypeKernels mixed_kernels{
     append_any<S>,
     {}};
 
+template <class S, class U, class Work>
+constexpr ForwardKernel forward_kernel{forward_block<S, U, Work>, forward_scratch_floats<S, U>,
+                                       most_block_rows, most_block_floats};
+
 /// Scores in units Q, the rest as U.
-template <class S, class U, class Q>
-constexpr Int8Kernel int8_kernel{
-    {forward_block<S, Int8Scores<U, Q>>, forward_scratch_floats<S, Int8Scores<U, Q>>,
-     most_block_rows, most_block_floats},
-    key_means<S, U>};
+template <class S, class U, class Q, class Own = Int8Scores<U, Q>>
+constexpr Int8Kernel int8_score_kernel{
+    forward_kernel<S, Own, ForwardBlock<S, Own>>, {}, key_means<S, U>};
+
+template <class S, class U, class Q, class Own = Int8Values<U, Q>>
+constexpr Int8Kernel int8_kernel{int8_score_kernel<S, U, Q>.scores,
+                                 forward_kernel<S, Own, Int8Block<S, Own>>, key_means<S, U>};
 
 template <class S, class Q>
 constexpr Int8Kernels int8_kernels{

@@ -43,7 +43,7 @@ struct Scratch {
     int64_t key_depth, depth, channels;  // units of Q.K; with those of QV.V; padded channels of O
     int64_t value_pitch;
     int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, numbers,
-        value_numbers, lanes, key_scales, codes, size;
+        value_numbers, lanes, key_scales, value_scales, codes, size;
     int64_t code_pitch;  // of rows of int8 codes
 
     Scratch(const ForwardArgs& args, int64_t panel_count) {
@@ -52,7 +52,8 @@ struct Scratch {
         channels = U::tiles ? whole_tiles(args.head_dim_v) : padded_rows<S>(args.head_dim_v);
         panels = 0;
         scores = panels + panel_count * panel_floats<S>;
-        probabilities = scores + (U::E == 1 ? 0 : buffers * keys_of_tile<U> * N);
+        const bool in_place = U::E == 1 && !U::int8_values;
+        probabilities = scores + (in_place ? 0 : buffers * keys_of_tile<U> * N);
         bias = probabilities + buffers * keys_of_tile<U> * N;  // [key][lane], whole vectors of keys
         const bool has_mask = args.mask.element != ElementType::none;
         query = bias + (has_mask ? (keys_of_tile<U> + S::W) * N : 0);  // [panel][depth][N]
@@ -67,8 +68,9 @@ struct Scratch {
         numbers = rotated + (args.rotary.keys ? keys_of_tile<U> * args.head_dim : 0);
         value_numbers = numbers + keys_of_tile<U> * (args.key_codes.given ? args.head_dim : 0);
         lanes = value_numbers + keys_of_tile<U> * (args.value_codes.given ? args.head_dim_v : 0);
-        key_scales = lanes + (Q::quantised ? panel_count * 3 * N : 0);
-        codes = key_scales + (Q::quantised ? keys_of_tile<U> + S::mr : 0);
+        key_scales = lanes + (Q::quantised ? panel_count * 4 * N : 0);
+        value_scales = key_scales + (Q::quantised ? keys_of_tile<U> + S::mr : 0);
+        codes = value_scales + (U::int8_values ? channels + slack : 0);
         code_pitch = (key_depth + 15) / 16 * 16;
         size = codes + (Q::quantised ? keys_of_tile<U> * code_pitch + slack : 0);
     }
@@ -311,7 +313,7 @@ struct ForwardBlock {
         const int64_t heads = batch * args.heads_kv + head_kv;
         return args.key_means + heads * args.means_pitch;
     }
-    float* lanes_of(int64_t p) const { return memory + at.lanes + p * 3 * N; }
+    float* lanes_of(int64_t p) const { return memory + at.lanes + p * 4 * N; }
 
     /// Packs W queries from the block's i-th on as int8.
     void quantise_queries(const storage* const* rows, int64_t i, int64_t stride, float* query) {
@@ -394,7 +396,16 @@ struct ForwardBlock {
     /// Packs the K and V of the tile that begins at `first_key`.
     void load_tile(int64_t first_key) {
         find_tile(first_key);
-        const int64_t key_stride = rotate_keys(), value_stride = args.value.stride_channel;
+        load_keys();
+        with_units<S, U>(args.types.value, [&](auto units) {
+            values =
+                pack_values<S, decltype(units)>(v_rows, keys, args.value.stride_channel,
+                                                args.head_dim_v, at.value_pitch, memory + at.value);
+        });
+    }
+
+    void load_keys() {
+        const int64_t key_stride = rotate_keys();
         const int64_t padded = padded_rows<S>(keys);
         const float* codes[keys_of_tile<U>];
         if constexpr (Q::quantised) quantise_keys(key_stride, codes);
@@ -409,13 +420,9 @@ struct ForwardBlock {
             pack(args.types.key, k_rows + k, keys - k, key_stride, rows, rows, args.head_dim,
                  group);
             if (args.qv.data)
-                pack(args.types.value, v_rows + k, keys - k, value_stride, rows, rows,
+                pack(args.types.value, v_rows + k, keys - k, args.value.stride_channel, rows, rows,
                      args.head_dim_v, group + at.key_depth * rows);
         }
-        with_units<S, U>(args.types.value, [&](auto units) {
-            values = pack_values<S, decltype(units)>(v_rows, keys, value_stride, args.head_dim_v,
-                                                     at.value_pitch, memory + at.value);
-        });
     }
 
     /// Rotates the tile's keys where rotary says so. Returns their stride between channels.
@@ -574,10 +581,10 @@ struct ForwardBlock {
     }
 };
 
-template <class S, class U>
+template <class S, class U, class Work = ForwardBlock<S, U>>
 void forward_block(const ForwardArgs& args, const Block& block, const Block* next_block,
                    float* scratch) {
-    ForwardBlock<S, U> work(args, block, scratch);
+    Work work(args, block, scratch);
     work.load_queries();
     for (int64_t tile = work.next_tile_from(0), next; tile < work.sequence.seqlen_kv; tile = next) {
         next = work.next_tile_from(tile + keys_of_tile<U>);

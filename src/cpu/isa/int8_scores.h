@@ -15,23 +15,45 @@
 namespace umfa::cpu {
 namespace {
 
+constexpr float integer_magic = 12582912.f;           // 1.5 * 2**23: adding it rounds to an integer
+constexpr float least_step = 7.888609052210118e-31f;  // 2**-100: its reciprocal is finite
+
 /// Integers as floats, for instruction sets without sums of bytes: below 2**24 they are exact.
 template <class S>
 struct FloatIntegers {
     using vf = typename S::vf;
     using query = FloatIntegers;
+    using weights = FloatIntegers;
     static constexpr int E = 1;
     static constexpr bool quantised = true, offset = false;
 
     static vf fma(vf acc, vf a, vf b) { return S::fma(acc, a, b); }
     static vf number(vf sum) { return sum; }
+    /// Of integers to which integer_magic was added.
+    static vf pack(const vf* x) { return x[0] - integer_magic; }
 };
 static_assert(max_head_dim * 127 * 127 < 1 << 24);
+
+/// Four bytes in a unit: weights, without a sign, by values.
+template <class S>
+struct Int8Weights {
+    using vf = typename S::vf;
+    using vu = typename S::vu;
+    static constexpr int E = 4;
+
+    static vf fma(vf acc, vf a, vf b) { return S::dot_i8(acc, b, a); }
+    static vf pack(const vf* x) {
+        vu unit = (vu)x[0] & 0xffu;
+        for (int e = 1; e < E; ++e) unit |= ((vu)x[e] & 0xffu) << (8 * e);
+        return (vf)unit;
+    }
+};
 
 /// Four int8 in a unit. `offset`: S::dot_i8() takes key + 128, where it takes bytes without a sign.
 template <class S, bool Offset>
 struct Int8Units {
     using query = Int8Units<S, false>;  // queries always have a sign
+    using weights = Int8Weights<S>;
     using vf = typename S::vf;
     using vi = typename S::vi;
     static constexpr int E = 4;
@@ -107,11 +129,12 @@ inline CodeRow quantise_row(const typename T::storage* row, int64_t stride, int6
         wrong += not_finite[w];
         found.shift += shift[w];
     }
-    constexpr float least = 7.888609052210118e-31f;  // 2**-100: its reciprocal is finite
-    found.scale = most == 0 ? 0.f : most * (1.f / 127) > least ? most * (1.f / 127) : least;
+    found.scale = most == 0                         ? 0.f
+                  : most * (1.f / 127) > least_step ? most * (1.f / 127)
+                                                    : least_step;
     const float inverse = most == 0 ? 0.f : 1.f / found.scale;
     if (wrong != 0) found.scale = __builtin_nanf("");
-    const vf magic = S::splat(12582912.f);  // 1.5 * 2**23: adding it rounds to an integer
+    const vf magic = S::splat(integer_magic);
     vi sum{};
     char* bytes = reinterpret_cast<char*>(to);
     for (int64_t c = 0; c < units * Q::E; c += W) {

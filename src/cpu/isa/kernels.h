@@ -267,9 +267,9 @@ struct DtypeKernels {
     CombineKernel combine;
 };
 
-/// Scores in int8: see isa/int8_scores.h.
+/// Scores in int8, and with `values` weights and values too: see isa/int8_scores.h and isa/int8_values.h.
 struct Int8Kernel {
-    ForwardKernel forward;
+    ForwardKernel scores, values;
     /// Writes the means of the keys of one key head.
     void (*key_means)(const ForwardArgs&, int64_t batch, int64_t head, float* to);
 };

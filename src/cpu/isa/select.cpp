@@ -103,17 +103,18 @@ const QuantKernel& quant_kernel(const Kernels& set) {
     return set.quant.encode ? set.quant : quant_kernel(*set.base);
 }
 
-const Int8Kernel& int8_kernel(const Kernels& set, std::optional<DType> dtype) {
+const Int8Kernel& int8_kernel(const Kernels& set, std::optional<DType> dtype, bool values) {
+#if defined(__x86_64__)
+    static const bool vnni = has_feature("avx512_vnni");
+    if (vnni && &set == &avx512_kernels) return int8_kernel(avx512_vnni_kernels, dtype, values);
+#endif
     const Int8Kernels& all = set.int8;
     const Int8Kernel& own = !dtype                  ? all.mixed
                             : *dtype == DType::f16  ? all.f16
                             : *dtype == DType::bf16 ? all.bf16
                                                     : all.f32;
-#if defined(__x86_64__)
-    static const bool vnni = has_feature("avx512_vnni");
-    if (vnni && &set == &avx512_kernels) return int8_kernel(avx512_vnni_kernels, dtype);
-#endif
-    return own.forward.run ? own : int8_kernel(*set.base, dtype);
+    if (!(values ? own.values : own.scores).run) return int8_kernel(*set.base, dtype, values);
+    return own;
 }
 
 std::string isa_in_use() { return kernels().name; }

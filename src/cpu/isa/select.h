@@ -19,7 +19,7 @@ const DtypeKernels& mixed_kernels(const Kernels& set);
 /// The kernel for a backward pass; `bf16`: query, key, value and the gradient of out are bfloat16.
 const BackwardKernel& backward_kernel(const Kernels& set, bool bf16);
 const QuantKernel& quant_kernel(const Kernels& set);
-/// nullopt: of tensors of different dtypes.
-const Int8Kernel& int8_kernel(const Kernels& set, std::optional<DType> dtype);
+/// nullopt: of tensors of different dtypes. `values`: that has weights and values in int8.
+const Int8Kernel& int8_kernel(const Kernels& set, std::optional<DType> dtype, bool values);
 
 }  // namespace umfa::cpu

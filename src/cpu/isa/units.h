@@ -17,7 +17,7 @@ struct FloatUnits {
     using storage = typename T::storage;
     using product = FloatUnits;
     using scores = FloatUnits;  // what the micro-kernels multiply for scores
-    static constexpr bool quantised = false;
+    static constexpr bool quantised = false, int8_values = false;
     static constexpr int E = 1;
     static constexpr bool any = false;
     static constexpr bool flushes = false;  // subnormal numbers
@@ -58,7 +58,7 @@ struct Bf16Units {
     using storage = uint16_t;
     using product = Bf16Units;
     using scores = Bf16Units;
-    static constexpr bool quantised = false;
+    static constexpr bool quantised = false, int8_values = false;
     static constexpr int E = 2;
     static constexpr bool any = false;
     static constexpr bool flushes = true;

@@ -6,6 +6,7 @@
 #include "cpu/isa/combine_kernel.h"
 #include "cpu/isa/decode_kernel.h"
 #include "cpu/isa/forward_kernel.h"
+#include "cpu/isa/int8_values.h"
 #include "cpu/isa/kernels.h"
 
 namespace umfa::cpu {
@@ -19,6 +20,8 @@ template <class S, class U = AnyUnits<S>>
 constexpr BackwardKernel backward_kernel{};
 template <class S>
 constexpr QuantKernel quant_kernel{};
+template <class S, class U, class Q>
+constexpr Int8Kernel int8_score_kernel{};
 template <class S, class U, class Q>
 constexpr Int8Kernel int8_kernel{};
 template <class S, class Q>
