@@ -162,6 +162,16 @@ def test_vmap_of_sdpa(jax: Any, framework: array_libraries.Framework) -> None:
         compare("slice", np.asarray(found[i]), np.asarray(alone, np.float64), 1e-6)
 
 
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_vmap_of_either_layout(jax: Any, framework: array_libraries.Framework, layout: str) -> None:
+    many = [framework.tensor(normal((3, 2, 4, 6, 8), seed=i)) for i in range(3)]
+    before = umfa.stats().cpu_calls
+    found = jax.vmap(lambda *x: umfa.sageattn(*x, layout))(*many)
+    assert umfa.stats().cpu_calls == before + 1
+    for i in range(3):
+        assert np.array_equal(found[i], umfa.sageattn(*(x[i] for x in many), layout))
+
+
 def test_scan_and_checkpoint(jax: Any, framework: array_libraries.Framework) -> None:
     """A recurrence through the call, with and without recomputing it, against jax's attention."""
     q, k, v = (framework.tensor(normal((1, 6, 2, 8), seed=i)) for i in range(3))

@@ -194,7 +194,7 @@ def _vmap_method(options: Any, operands: Sequence[Any]) -> str:
     have a batch."""
     if options.fields != ("query", "key", "value") or options.dropout_p != 0:
         return "sequential"
-    if options.description["layout"] == "bshd":
+    if not options.description["broadcasts"]:
         return "fold"
     ranks = {x.ndim for x in operands[:3]}
     return "broadcast_all" if len(ranks) == 1 and operands[0].ndim > 2 else "sequential"
