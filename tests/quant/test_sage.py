@@ -37,15 +37,17 @@ def rounded(x: Array) -> Array:
 
 def as_rounded(q: Array, k: Array, smooth_k: bool = True) -> tuple[Array, Array]:
     """Queries and keys of float64 whose products are the scores. What smoothing takes off the keys
-    is one more channel, of 1 in the keys."""
+    is one more channel, of 1 in the keys that it was taken off."""
     q, k = q.astype(np.float32), k.astype(np.float32)
     mean = np.zeros((k.shape[0], 1, *k.shape[2:]), np.float32)
     if smooth_k and k.shape[1]:
         mean = (k.sum(1, keepdims=True, dtype=np.float32) / np.float32(k.shape[1])).astype("f4")
     of_heads = np.repeat(mean.astype(np.float64), q.shape[2] // k.shape[2], axis=2)
     shift = (q * of_heads).sum(-1, keepdims=True)
-    ones = np.ones((*k.shape[:3], 1))
-    return np.concatenate([rounded(q), shift], -1), np.concatenate([rounded(k - mean), ones], -1)
+    smooth = k - mean
+    taken = np.abs(smooth).max(-1, keepdims=True) <= np.abs(k).max(-1, keepdims=True)
+    keys = rounded(np.where(taken, smooth, k))
+    return np.concatenate([rounded(q), shift], -1), np.concatenate([keys, taken], -1)
 
 
 def check(q: Array, k: Array, v: Array, smooth_k: bool = True, **options: Any) -> Array:
@@ -245,6 +247,48 @@ def test_rows_that_are_not_finite(dtype: str, bad: float, smooth_k: bool) -> Non
     out, _ = both(q, k, v, attn_mask=mask)
     out[:, 7, 0] = 0
     assert np.isfinite(out).all(), "a hidden value shows"
+
+
+@pytest.mark.parametrize("held", [0.0, 1e4, 3e38, np.nan])
+@pytest.mark.parametrize("mode", ["sage", "int8"])
+def test_what_a_mask_hides_does_no_harm(mode: str, held: float) -> None:
+    """Keys that nobody sees take part in the mean, but do not enlarge the error of the others."""
+    q, k, v = (normal((1, 40, 2, 64), seed=i) for i in range(3))
+    k[:, 32:] = held
+    mask = np.arange(40)[None, None, None] < 32
+    for q_, most in ((q, 0.02), (10 * q, 0.2)):
+        exact = reference.attention(q_, k[:, :32], v[:, :32])
+        out, lse, *_ = umfa.quantized_attention(
+            q_, k, v, mode=mode, attn_mask=mask, return_lse=True
+        )
+        error = np.abs(out - exact[0]).sum() / np.abs(exact[0]).sum()
+        assert error < most
+        assert np.abs(lse - exact[1]).max() < most * 5
+
+
+def test_numbers_that_are_not_finite_do_not_count_for_a_mean() -> None:
+    """Else the mean of the two keys that have numbers would be a twentieth of what it is."""
+    q = normal((1, 40, 2, 64), seed=0)
+    k = np.full((1, 40, 2, 64), np.nan, np.float32)
+    k[:, :2] = 5 + normal((1, 2, 2, 64), seed=1) / 100
+    mask = np.arange(40)[None, None, None] < 2
+    _, lse, *_ = umfa.quantized_attention(
+        q, k, np.ones_like(k), mode="sage", attn_mask=mask, return_lse=True
+    )
+    exact = reference.attention(q, k[:, :2], np.ones_like(k[:, :2]))
+    assert np.abs(lse - exact[1]).max() < 1e-3
+
+
+def test_scales_whose_product_is_out_of_range() -> None:
+    """Products of codes are 0 here: so are the scores."""
+    q, k = np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 2, 1, 4), np.float32)
+    q[..., 0] = 1e22
+    k[0, :, 0, 1] = 1e22, 2e22
+    for smooth_k in (True, False):
+        _, lse, *_ = umfa.quantized_attention(
+            q, k, np.ones_like(k), mode="sage", smooth_k=smooth_k, return_lse=True
+        )
+        assert lse == pytest.approx(np.log(2))
 
 
 def test_rows_and_blocks_that_see_nothing() -> None:

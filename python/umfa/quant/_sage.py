@@ -96,7 +96,7 @@ def sageattn(
         if not isinstance(value, str | None) or value not in known:
             expected = ", ".join(repr(x) for x in known)
             raise ValueError(message(_NAME, f"{name} is unknown", repr(value), expected))
-    if is_causal:
+    if is_causal is True:
         _check_lengths(q, k, -2 if tensor_layout == "HND" else -3)
     return Attention(
         _FUNCTIONS[tensor_layout],

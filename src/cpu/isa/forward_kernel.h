@@ -43,7 +43,7 @@ struct Scratch {
     int64_t key_depth, depth, channels;  // units of Q.K; with those of QV.V; padded channels of O
     int64_t value_pitch;
     int64_t panels, scores, probabilities, bias, query, out, key, value, rotated, numbers,
-        value_numbers, lanes, key_scales, value_scales, codes, size;
+        value_numbers, lanes, key_scales, key_smoothed, value_scales, codes, size;
     int64_t code_pitch;  // of rows of int8 codes
 
     Scratch(const ForwardArgs& args, int64_t panel_count) {
@@ -69,7 +69,8 @@ struct Scratch {
         value_numbers = numbers + keys_of_tile<U> * (args.key_codes.given ? args.head_dim : 0);
         lanes = value_numbers + keys_of_tile<U> * (args.value_codes.given ? args.head_dim_v : 0);
         key_scales = lanes + (Q::quantised ? panel_count * 4 * N : 0);
-        value_scales = key_scales + (Q::quantised ? keys_of_tile<U> + S::mr : 0);
+        key_smoothed = key_scales + (Q::quantised ? keys_of_tile<U> + S::mr : 0);
+        value_scales = key_smoothed + (Q::quantised ? keys_of_tile<U> + S::mr : 0);
         codes = value_scales + (U::int8_values ? channels + slack : 0);
         code_pitch = (key_depth + 15) / 16 * 16;
         size = codes + (Q::quantised ? keys_of_tile<U> * code_pitch + slack : 0);
@@ -321,7 +322,7 @@ struct ForwardBlock {
         float *codes = memory + at.codes, *lanes = lanes_of(i / N) + i % N;
         const float* own[W];
         for (int r = 0; r < W; ++r) {
-            CodeRow row{0, 0, 0};
+            CodeRow row{};
             own[r] = codes + r * at.code_pitch;
             if (q_begin + i + r < q_end)
                 row = quantise_row_of<S, U, typename Q::query>(
@@ -343,16 +344,20 @@ struct ForwardBlock {
         float* codes = memory + at.codes;
         for (int64_t k = 0; k < keys; ++k, codes += at.code_pitch) {
             rows[k] = codes;
-            memory[at.key_scales + k] =
+            const CodeRow row =
                 quantise_row_of<S, U, Q>(args.types.key, k_rows[k], stride, args.head_dim, mean,
-                                         nullptr, at.code_pitch, codes)
-                    .scale;
+                                         nullptr, at.code_pitch, codes);
+            memory[at.key_scales + k] = row.scale;
+            const int32_t bits = row.smoothed ? -1 : 0;
+            __builtin_memcpy(memory + at.key_smoothed + k, &bits, sizeof bits);
         }
-        for (int64_t k = keys; k < padded_rows<S>(keys); ++k) memory[at.key_scales + k] = 0;
+        for (int64_t k = keys; k < padded_rows<S>(keys); ++k)
+            memory[at.key_scales + k] = memory[at.key_smoothed + k] = 0;
     }
 
     ScoreScales scales_of(int64_t p) const {
-        if constexpr (Q::quantised) return {memory + at.key_scales, lanes_of(p)};
+        if constexpr (Q::quantised)
+            return {memory + at.key_scales, memory + at.key_smoothed, lanes_of(p)};
         return {};
     }
 

@@ -4,7 +4,8 @@
 //
 // With `key_means` the mean of each channel of the keys is taken off first: what all keys have in common
 // would use up the range of int8. It comes back as one number for each query, and scores stay what they
-// are.
+// are. It stays on those keys whose range it would enlarge: a mean of keys that hold anything, since
+// nobody sees them, must not spoil the others.
 #pragma once
 
 #include "cpu/isa/pack.h"
@@ -77,7 +78,8 @@ struct Int8Scores : U {
 /// what begins the sum, the scale of the query, and query . mean.
 struct ScoreScales {
     const float* keys;
-    const float* lanes;  // [begin, scale, shift][lane]
+    const float* smoothed;  // for each key: all bits where the mean has been taken off, else none
+    const float* lanes;     // [begin, scale, shift][lane]
 };
 
 /// Sums of integers of MR keys from `first` on -> scores.
@@ -85,14 +87,18 @@ template <class S, class Q, int MR>
 inline __attribute__((always_inline)) void scale_scores(const ScoreScales& scales, int64_t first,
                                                         typename S::vf (&acc)[MR][S::nv]) {
     using vf = typename S::vf;
+    using vu = typename S::vu;
     constexpr int NV = S::nv, W = S::W;
     for (int n = 0; n < NV; ++n) {
         const vf scale = S::load(scales.lanes + (NV + n) * W);
         const vf shift = S::load(scales.lanes + (2 * NV + n) * W);
-        for (int m = 0; m < MR; ++m)
-            // The scales first: a sum times one of them may be out of range.
-            acc[m][n] =
-                S::fma(shift, Q::number(acc[m][n]), scale * S::splat(scales.keys[first + m]));
+        for (int m = 0; m < MR; ++m) {
+            // The scales first: a sum times one of them may be out of range. So may be their product,
+            // and infinity times a sum of 0 is NaN. A product of NaN stays: min() returns its second.
+            const vf both = S::min(S::splat(__FLT_MAX__), scale * S::splat(scales.keys[first + m]));
+            const vf own = (vf)((vu)shift & (vu)S::splat(scales.smoothed[first + m]));
+            acc[m][n] = S::fma(own, Q::number(acc[m][n]), both);
+        }
     }
 }
 
@@ -101,10 +107,20 @@ struct CodeRow {
     float scale;  // NaN where the row holds NaN or inf; all codes are 0 then
     float shift;  // row . mean
     int32_t sum;  // of the codes
+    bool smoothed;
 };
 
+/// The largest of the lanes; NaN does not count.
+template <class S>
+inline float largest_of(typename S::vf x) {
+    float most = 0;
+    for (int w = 0; w < S::W; ++w) most = x[w] > most ? x[w] : most;
+    return most;
+}
+
 /// Writes the codes of a row of `channels` elements of type T, in whole vectors of units; zeros up to
-/// `units`. `less`, `times`: vectors, zeros past `channels`, or null.
+/// `units`. `less`, `times`: vectors, zeros past `channels`, or null. `less` is taken off where that does
+/// not enlarge the range.
 template <class S, class Q, class T>
 inline CodeRow quantise_row(const typename T::storage* row, int64_t stride, int64_t channels,
                             const float* less, const float* times, int64_t units, float* to) {
@@ -112,20 +128,25 @@ inline CodeRow quantise_row(const typename T::storage* row, int64_t stride, int6
     using vi = typename S::vi;
     using vu = typename S::vu;
     constexpr int W = S::W;
-    float x[max_head_dim + W];
-    vf largest{}, not_finite{}, shift{};
+    float x[max_head_dim + W], rest[max_head_dim + W];
+    vf largest{}, largest_rest{}, not_finite{}, shift{};
     for (int64_t c = 0; c < channels; c += W) {
-        vf own = row_units<S, FloatUnits<S, T>>(row, stride, c, channels);
-        if (less) own -= S::load(less + c);
+        const vf own = row_units<S, FloatUnits<S, T>>(row, stride, c, channels);
+        if (less) {
+            const vf smooth = own - S::load(less + c);
+            S::store(rest + c, smooth);
+            largest_rest = S::max((vf)((vu)smooth & 0x7fffffffu), largest_rest);
+        }
         if (times) shift = S::fma(shift, own, S::load(times + c));
         S::store(x + c, own);
         not_finite += own * 0.f;
         largest = S::max((vf)((vu)own & 0x7fffffffu), largest);
     }
-    CodeRow found{0, 0, 0};
-    float most = 0, wrong = 0;
+    CodeRow found{0, 0, 0, less && largest_of<S>(largest_rest) <= largest_of<S>(largest)};
+    const float most = largest_of<S>(found.smoothed ? largest_rest : largest);
+    const float* numbers = found.smoothed ? rest : x;
+    float wrong = 0;
     for (int w = 0; w < W; ++w) {
-        most = largest[w] > most ? largest[w] : most;
         wrong += not_finite[w];
         found.shift += shift[w];
     }
@@ -139,7 +160,8 @@ inline CodeRow quantise_row(const typename T::storage* row, int64_t stride, int6
     char* bytes = reinterpret_cast<char*>(to);
     for (int64_t c = 0; c < units * Q::E; c += W) {
         vf code = magic;
-        if (c < channels && wrong == 0) code = S::fused(S::load(x + c), S::splat(inverse), magic);
+        if (c < channels && wrong == 0)
+            code = S::fused(S::load(numbers + c), S::splat(inverse), magic);
         if constexpr (Q::E == 1) {
             S::store(to + c, code - magic);
         } else {
@@ -179,8 +201,11 @@ void key_means(const ForwardArgs& args, int64_t batch, int64_t head, float* to) 
     const Sequence& sequence = args.sequences[batch];
     const int64_t channels = args.head_dim;
     alignas(64) char rotated[(max_head_dim + 2 * W) * sizeof(float)];
-    float part[max_head_dim + W];
-    for (int64_t c = 0; c < channels; c += W) S::store(to + c, vf{});
+    float part[max_head_dim + W], counts[max_head_dim + W];
+    for (int64_t c = 0; c < channels; c += W) {
+        S::store(to + c, vf{});
+        S::store(counts + c, vf{});
+    }
     constexpr int64_t few = 64;  // keys whose sum is added at a time: less is rounded off
     for (int64_t first = 0; first < sequence.seqlen_kv; first += few) {
         for (int64_t c = 0; c < channels; c += W) S::store(part + c, vf{});
@@ -199,16 +224,17 @@ void key_means(const ForwardArgs& args, int64_t batch, int64_t head, float* to) 
                 for (int64_t c = 0; c < channels; c += W) {
                     const vf x = row_units<S, FloatUnits<S, T>>(
                         reinterpret_cast<const typename T::storage*>(row), stride, c, channels);
-                    S::store(part + c, S::load(part + c) + (x * 0.f == 0.f ? x : vf{}));
+                    const auto finite = x * 0.f == 0.f;
+                    S::store(part + c, S::load(part + c) + (finite ? x : vf{}));
+                    S::store(counts + c, S::load(counts + c) + (finite ? S::splat(1.f) : vf{}));
                 }
             });
         }
         for (int64_t c = 0; c < channels; c += W)
             S::store(to + c, S::load(to + c) + S::load(part + c));
     }
-    const float count = sequence.seqlen_kv > 0 ? static_cast<float>(sequence.seqlen_kv) : 1.f;
     for (int64_t c = 0; c < channels; c += W) {
-        const vf mean = S::load(to + c) / count;
+        const vf mean = S::load(to + c) / S::max(S::load(counts + c), S::splat(1.f));
         S::store(to + c, mean * 0.f == 0.f ? mean : vf{});
     }
 }
