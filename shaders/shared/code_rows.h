@@ -72,9 +72,9 @@ UMFA_INLINE int64_t blocks_apart(int count, int64_t stride, CodeKind kind) {
     return count * stride;
 }
 
-/// Row `first` + `row` of a sequence, an existing one. `tile`: row `first`; with pages, the start of
+/// Row `first` + `row` of a sequence, an existing one. `start`: row `first`; with pages, the start of
 /// their memory.
-UMFA_INLINE CodeRow code_row(device const uchar* tile, constant OperandStrides& strides,
+UMFA_INLINE CodeRow code_row(device const uchar* start, constant OperandStrides& strides,
                              thread const Codes& codes, CodeKind kind, thread const Pages& pages,
                              int first, int row) {
     int64_t scale = 0, offset = 0;
@@ -82,16 +82,16 @@ UMFA_INLINE CodeRow code_row(device const uchar* tile, constant OperandStrides& 
     if (has_pages) {
         const PageRow<int> found = row_in_pages(pages.first + first + row, pages.size);
         const int64_t page = pages.table[found.page];
-        tile += page * strides.batch + rows_apart(found.row, strides);
+        start += page * strides.batch + rows_apart(found.row, strides);
         scale = page * codes.scales.batch;
         offset = page * codes.offsets.batch;
         in_blocks = found.row;
     } else {
-        tile += rows_apart(row, strides);
+        start += rows_apart(row, strides);
     }
     // Where one block spans the rows, its stride is 0.
     const int block = kind.row_blocks ? in_blocks / codes.block_rows : in_blocks;
-    const CodeRow found = {tile, scale + blocks_apart(block, codes.scales.row, kind),
+    const CodeRow found = {start, scale + blocks_apart(block, codes.scales.row, kind),
                            offset + blocks_apart(block, codes.offsets.row, kind)};
     return found;
 }

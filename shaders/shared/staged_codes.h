@@ -32,12 +32,12 @@ UMFA_INLINE void stage_runs(threadgroup M* staged, device const uchar* rows,
     uint words[STEPS][WORDS];
     CodeRow at[STEPS];
     float scale[STEPS], offset[STEPS];
-    device const uchar* tile = tile_of_codes(rows, strides, first);
+    device const uchar* start = tile_of_codes(rows, strides, first);
 #pragma clang loop unroll(full)
     for (int step = 0; step < STEPS; ++step) {
         const int i = step * THREADS + thread_index;
         const int column = existing<N>(i % RUNS * N, columns);
-        at[step] = code_row(tile, strides, codes, kind, pages, first,
+        at[step] = code_row(start, strides, codes, kind, pages, first,
                             min(min(i / RUNS, ROWS - 1), row_count - 1));
         load_run<WORDS>(words[step], at[step].bytes + column * BITS / 8);
         scale[step] = kind.each ? 0.0f : scale_of(at[step], codes, kind, column);
@@ -88,11 +88,11 @@ UMFA_INLINE void stage_codes(threadgroup M* staged, device const uchar* rows,
                                            row_count, columns, thread_index);
     } else {
         constexpr int ROW = tile_row<M>(D);
-        device const uchar* tile = tile_of_codes(rows, strides, first);
+        device const uchar* start = tile_of_codes(rows, strides, first);
         for (int i = thread_index; i < ROWS * D; i += THREADS) {
             const int row = i / D, column = i % D;
             const CodeRow at =
-                code_row(tile, strides, codes, kind, pages, first, min(row, row_count - 1));
+                code_row(start, strides, codes, kind, pages, first, min(row, row_count - 1));
             staged[key_slot<ROWS>(row) * ROW + column] =
                 M(number_of(at, codes, kind, row < row_count, column, columns));
         }
@@ -108,13 +108,13 @@ UMFA_INLINE void stage_rotated_codes(threadgroup M* staged, device const uchar* 
                                      ushort thread_index) {
     const CodeKind kind = unpacked_kind(packed);
     constexpr int ROW = tile_row<M>(D), PAIRS = D / 2;
-    device const uchar* tile = tile_of_codes(rows, strides, first);
+    device const uchar* start = tile_of_codes(rows, strides, first);
     for (int i = thread_index; i < ROWS * PAIRS; i += THREADS) {
         const int row = i / PAIRS, pair = i % PAIRS;
         const int2 channel = channels_of(rotary, pair);
         const bool there = row < row_count;
         const CodeRow at =
-            code_row(tile, strides, codes, kind, pages, first, min(row, row_count - 1));
+            code_row(start, strides, codes, kind, pages, first, min(row, row_count - 1));
         T a = T(number_of(at, codes, kind, there, channel.x, columns));
         T b = T(number_of(at, codes, kind, there, channel.y, columns));
         if (there && 2 * pair < rotary.params.channels)

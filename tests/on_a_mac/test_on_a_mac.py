@@ -211,7 +211,7 @@ def test_every_shape_of_the_tables_is_compiled() -> None:
         for d, dv, bk in re.findall(r"X\((\d+), (\d+), (\d+),", rows_of):
             assert f"forward_{dtype}_d{d}_v{dv}_k{bk}" in names
     others = {name for _, name in shapes.alternatives()}
-    assert len(others) == 6 + 4 + 2 + 4
+    assert len(others) == 7 + 5 + 2 + 4
     assert others <= names
     text = (ROOT / "shaders" / "shared" / "decode_shapes.h").read_text()
     for d, dv, qf in re.findall(r"X\((\d+), (\d+), (\d+),", text):

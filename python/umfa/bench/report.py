@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cases import BURST
+from .peers import PEERS
 from .results import MEASURED, NOT_MEASURED, NOT_SUPPORTED, CaseResult, Entry, Run
 
 COLUMNS = (
@@ -171,9 +172,9 @@ def markdown(run: Run) -> str:
     lines += ["|---" * (len(COLUMNS) + 1) + "|"]
     for row in rows(run):
         name = row[0]
-        command = commands[name].replace("--against torch", f"--against {row[3]}")
-        if row[3] == NONE:
-            command = commands[name]
+        command = commands[name]
+        if row[3] in PEERS:  # else it is umfa itself, or nothing
+            command = command.replace("--against torch", f"--against {row[3]}")
         cells = [f"**{name}**: {titles[name]}", *row[1:], f"`{command}`"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     why = notes(run)

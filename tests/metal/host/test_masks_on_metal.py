@@ -12,7 +12,7 @@ from tests.metal.metal_tensors import MetalTensor
 from tools.metal.double import Double
 from tools.metal.double.gpus import Recorder
 
-MASK, PARAMS = 5, 17
+MASK, PARAMS = 5, 22
 
 
 def bind(mask: np.ndarray[Any, Any], recorder: Recorder, shape: tuple[int, ...]) -> int:

@@ -171,7 +171,7 @@ def options_in_c(**fields: int) -> Any:
         window_size_left=-1, window_size_right=-1, max_seqlen_q=-1, max_seqlen_k=-1
     )
     options.struct_size = ctypes.sizeof(options) - 8
-    options.rotary_interleaved = 1
+    options.rotary_interleaved = options.smooth_k = 1
     for name, value in fields.items():
         setattr(options, name, value)
     return ctypes.byref(options)

@@ -249,16 +249,18 @@ uint32_t nv_read_ptx_sreg_nctaid_z() { return umfa_launch_value(2, 2); }
 
 // ---- the launch ----------------------------------------------------------------------------------
 
-constexpr unsigned kArguments = 24;
+constexpr unsigned kArguments = 32;
 uint64_t machine_arguments[kArguments];
 void* machine_kernel;
 
 void machine_entry() {
     typedef uint64_t u;
-    typedef void kernel(u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u);
+    typedef void kernel(u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u,
+                        u, u, u, u, u, u, u);
     const u* a = machine_arguments;
-    reinterpret_cast<kernel*>(machine_kernel)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8],
-                                              a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16],
-                                              a[17], a[18], a[19], a[20], a[21], a[22], a[23]);
+    reinterpret_cast<kernel*>(machine_kernel)(
+        a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13],
+        a[14], a[15], a[16], a[17], a[18], a[19], a[20], a[21], a[22], a[23], a[24], a[25], a[26],
+        a[27], a[28], a[29], a[30], a[31]);
 }
 }

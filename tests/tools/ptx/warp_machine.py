@@ -222,7 +222,7 @@ def launch(
     """Runs an entry of a built library with the arguments that its PTX would take."""
     runtime = _runtime()
     handle = ctypes.CDLL(str(path))
-    (ctypes.c_uint64 * 24).in_dll(handle, "machine_arguments")[: len(arguments)] = arguments
+    (ctypes.c_uint64 * 32).in_dll(handle, "machine_arguments")[: len(arguments)] = arguments
     address = ctypes.cast(handle[symbol], ctypes.c_void_p).value
     ctypes.c_void_p.in_dll(handle, "machine_kernel").value = address
     request, result = _Dispatch(), _Result()
