@@ -201,6 +201,11 @@ UMFA_INLINE void mask_tile(thread Fragment<float> (&s)[QF][KF], int f, thread co
         for (int j = 0; j < KF; ++j)
             set_pair(s[f][j], masked(pair_of(s[f][j]), mask[f][j], mask_unit));
     }
+    if (has_mask && is_masked && pass > 0) {  // NaN in a hidden key
+#pragma clang loop unroll(full)
+        for (int j = 0; j < KF; ++j)
+            set_pair(s[f][j], hidden_again(pair_of(s[f][j]), mask[f][j], mask_unit));
+    }
     if (mixed || counting) {  // few tiles need this, so the branch is cheap
         const VisibleRow seen = whole_row(range, row.row);
 #pragma clang loop unroll(full)
@@ -450,7 +455,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
             Fragment<float> s[QF][KF];
 #pragma clang loop unroll(full)
             for (int i = 0; i < QF * KF; ++i) set(s[i / KF][i % KF], 0.0f, 0.0f);
-            const bool starts_masked = MASK_FIRST && can_start_masked<M>() && pass <= 0;
+            const bool starts_masked = MASK_FIRST && can_start_masked<M>();
             if (starts_masked && part == 0) {
 #pragma clang loop unroll(full)
                 for (int i = 0; i < QF * KF; ++i)

@@ -140,4 +140,11 @@ inline float2 masked(float2 x, uint2 bits, float unit) {
     return float2(masked(x.x, elements.x, unit), masked(x.y, elements.y, unit));
 }
 
+/// Scores that began with these elements of the mask: `lowest` where they hide the key, whatever its
+/// products are.
+inline float2 hidden_again(float2 x, uint2 bits, float unit) {
+    const float2 began = masked(float2(0.0f), bits, unit);
+    return float2(began.x <= lowest ? lowest : x.x, began.y <= lowest ? lowest : x.y);
+}
+
 }  // namespace umfa
