@@ -330,7 +330,7 @@ template <typename T, typename M, int D, int DV, int QF, int SIMDGROUPS>
     if (has_sequences) {
         split = tasks[group.x].split;
         batch = tasks[group.x].sequence;
-        if (has_device_tables && batch < 0) return;  // nothing is left to do
+        if (has_device_tables && batch < 0) return;  // more threadgroups than tasks
     }
     const SequenceParams sequence = sequence_at(params, sequences, batch);
     const int seqlen_q = sequence.seqlen_q, row_count = params.group * seqlen_q;  // of a key head

@@ -254,7 +254,7 @@ template <typename T, typename M, int D, int DV, int SIMDGROUPS>
     if (has_sequences) {
         split = tasks[group.x].split;
         batch = tasks[group.x].sequence;
-        if (has_device_tables && batch < 0) return;  // nothing is left to do
+        if (has_device_tables && batch < 0) return;  // more threadgroups than tasks
     }
     const int head = group.y, place = lane % 8;
     const SequenceParams sequence = sequence_at(params, sequences, batch);

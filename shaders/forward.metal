@@ -352,7 +352,7 @@ template <typename T, typename M, int D, int DV, int BK, int QF, int SIMDGROUPS,
         batch = tasks[group.x].sequence;
         first_row = tasks[group.x].first_row;
         split = tasks[group.x].split;
-        if (has_device_tables && batch < 0) return;  // nothing is left to do
+        if (has_device_tables && batch < 0) return;  // more threadgroups than tasks
     }
     const SequenceParams sequence = sequence_at(params, sequences, batch);
     const int seqlen_q = sequence.seqlen_q, seqlen_kv = sequence.visibility.seqlen_kv;

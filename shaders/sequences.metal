@@ -369,7 +369,7 @@ template <int THREADS>
     sum_up<THREADS>(work, own_work, thread_index);
     const int each = keys_of_split(params, keys, work[THREADS - 1]);
 
-    // Sequences of which a thread has one, and then the next.
+    // In each round a thread has one sequence.
     int first_task = 0, first_row = 0;
     int64_t first_part = 0;
     for (int chunk = 0; chunk < params.batch; chunk += THREADS) {

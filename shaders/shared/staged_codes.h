@@ -125,8 +125,8 @@ UMFA_INLINE void stage_rotated_codes(threadgroup M* staged, device const uchar* 
     }
 }
 
-// The tiles at key `k0`, of which `row_count` keys are there, of numbers or of codes. `key` and `value`:
-// what first_rows() returned, or these for the tile before.
+// The tile that begins at key `k0`, of numbers or of codes. `row_count`: keys from there to the end. `key`
+// and `value`: what first_rows() returned, or these functions for the tile before.
 
 template <typename M, typename T, int D, int ROWS, int THREADS>
 UMFA_INLINE device const uchar* stage_keys(threadgroup M* staged, device const uchar* key,

@@ -24,7 +24,7 @@ def both(*args: Any, mode: str = "int8", **options: Any) -> list[Array]:
 
 
 def values_of(shape: tuple[int, ...], dtype: str, *, seed: int) -> Array:
-    """Integers of which every channel has 127 in every tile, which rounding does not change."""
+    """Integers that rounding leaves alone: in each tile the largest of each channel is 127."""
     x = np.rint(np.clip(30 * normal(shape, seed=seed), -126, 126))
     x[:, ::48] = 127
     return x.astype(DTYPES[dtype])

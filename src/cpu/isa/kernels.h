@@ -210,8 +210,8 @@ struct BackwardTask {
     /// where it is not wanted. The kernel writes those of its own blocks.
     float* dslopes;
     int64_t dslopes_pitch;
-    /// null: the task has no sums in common with others. Else it has one block of keys, and all queries
-    /// and keys of the mask, some of which may be past the end of its sequence.
+    /// null: the task shares no sums with others. Else it has one block of keys and all queries, counted by
+    /// the mask: a sequence may be shorter.
     const SharedSums* shared;
 };
 
